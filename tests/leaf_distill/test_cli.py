@@ -1,0 +1,106 @@
+"""The command line: help, configuration files, and errors that are one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from leaf_distill.cli import COMMANDS, main, parse
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    try:
+        status = main(argv)
+    except SystemExit as stop:  # argparse leaves this way, for --help and for usage errors
+        status = int(stop.code or 0)
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+def test_without_a_command_it_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys)
+    assert status == 2
+    assert all(name in out for name in COMMANDS)
+
+
+def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "detekt")
+    assert status == 2 and "'detekt' is not a command" in err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_the_command_is_for(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, name, "--help")
+    assert status == 0
+    assert COMMANDS[name].summary in " ".join(out.split())
+    assert "default: None" not in out
+
+
+def test_distill_hides_but_accepts_the_trainers_own_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, out, _ = run(capsys, "distill", "--help")
+    assert "--kd_weight" in out and "--learning_rate" in out and "--adam_beta2" not in out
+    argv = [
+        "--student",
+        "s",
+        "--teacher",
+        "t",
+        "--dataset",
+        "d",
+        "--output_dir",
+        "o",
+        "--adam_beta2",
+        "0.98",
+    ]
+    _, config = parse("distill", argv)
+    assert config.adam_beta2 == 0.98
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "leaf.yaml"
+    file.write_text("student: a\nteacher: b\ndataset: c\nthreshold: 0.2\nseed: 7\nteacher_max:\n")
+    (config,) = parse("detect", ["--config", str(file), "--threshold", "0.05"])
+    assert (config.student, config.threshold, config.seed) == ("a", 0.05, 7)
+    assert config.teacher_max is None
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("treshold: 0.2", "'treshold' is not an option of this command"),
+        ("- a\n- b", "needs flat `option: value` lines"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(
+    text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "leaf.yaml"
+    file.write_text(text)
+    status, _, err = run(capsys, "detect", "--config", str(file))
+    assert status == 1 and sentence in err and "Traceback" not in err
+
+
+def test_a_missing_run_directory_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "report", "--run_dir", str(tmp_path / "nowhere"))
+    assert status == 1 and "nowhere" in err and "Traceback" not in err
+
+
+def test_env_names_the_versions_and_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "env")
+    assert status == 0
+    assert "torch" in out and "leaf_ext" in out
+
+
+def test_python_m_leaf_distill_is_leaf() -> None:
+    import subprocess
+    import sys
+
+    result = subprocess.run(
+        [sys.executable, "-m", "leaf_distill", "--help"], capture_output=True, text=True
+    )
+    assert result.returncode == 0 and "usage: leaf" in result.stdout
