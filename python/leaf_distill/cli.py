@@ -91,8 +91,9 @@ def _distill_arguments() -> tuple[Any, ...]:
 
 def _hidden_training_arguments() -> frozenset[str]:
     """The fields of transformers.TrainingArguments that LeafConfig does not set otherwise."""
-    from leaf_distill.distill_config import LeafConfig
     from transformers import TrainingArguments
+
+    from leaf_distill.distill_config import LeafConfig
 
     shown = {*LeafConfig.__annotations__, "output_dir", "seed", "max_steps", "report_to"}
     return frozenset({f.name for f in dataclasses.fields(TrainingArguments)} - shown)
@@ -135,8 +136,9 @@ def _run_env() -> None:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    import leaf_ext
     import torch
+
+    import leaf_ext
 
     print(f"python          {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
@@ -147,8 +149,11 @@ def _run_env() -> None:
     print(f"cpu             {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         print(f"gpu {index}           {torch.cuda.get_device_name(index)}")
-    for key, value in leaf_ext.build_info().items():
-        print(f"leaf_ext        {key}: {value}")
+    try:
+        for key, value in leaf_ext.build_info().items():
+            print(f"leaf_ext        {key}: {value}")
+    except RuntimeError as error:  # a pure-Python installation is a sound one
+        print(f"leaf_ext        reference only: {error}")
 
 
 COMMANDS = {
@@ -258,7 +263,8 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     if config.config is not None:
         known = frozenset(action.dest for action in parser._actions) - {"help", "config"}
         words = config_to_argv(Path(config.config), known) + rest
-    return tuple(parser.parse_args_into_dataclasses(args=words, look_for_args_file=False))
+    parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    return tuple(parsed[: len(types)])  # after them: a namespace with `config`
 
 
 def _raised_by_us(error: BaseException) -> bool:

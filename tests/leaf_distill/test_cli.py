@@ -54,7 +54,7 @@ def test_distill_hides_but_accepts_the_trainers_own_options(
         "--adam_beta2",
         "0.98",
     ]
-    _, config = parse("distill", argv)
+    _, config = parse("distill", [*argv, "--adam_beta2", "0.98"])
     assert config.adam_beta2 == 0.98
 
 

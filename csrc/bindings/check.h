@@ -1,0 +1,104 @@
+#pragma once
+
+// Checks of memory safety, and the few views of a tensor that the bindings need. Written against
+// LibTorch's stable ABI: one build loads under every torch from 2.11 on.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "leaf/dtype.h"
+#include "leaf/threads.h"
+
+namespace leaf::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// check(condition, "op: argument must be what was needed, got ", what, " came")
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string dtype_name(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    default:
+      return "scalar type " + std::to_string(static_cast<int>(tensor.scalar_type()));
+  }
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
+  text << ']';
+  return text.str();
+}
+
+// The dtype of a tensor that a kernel may read as float values.
+inline DType float_dtype(const char* op, const char* name, const Tensor& tensor) {
+  check(tensor.is_cpu(), op, ": ", name, " must be on the CPU, as the chosen kernel is");
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      check(false, op, ": ", name, " must be float32, float16 or bfloat16, got ",
+            dtype_name(tensor));
+      return DType::kFloat32;
+  }
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                        const char* needed) {
+  check(tensor.is_cpu(), op, ": ", name, " must be on the CPU, as the chosen kernel is");
+  check(tensor.scalar_type() == dtype, op, ": ", name, " must be ", needed, ", got ",
+        dtype_name(tensor));
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape,
+                         ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+// The threads of torch: torch.set_num_threads governs them.
+inline Threads torch_threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+            torch::stable::parallel_for(
+                0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+          }};
+}
+
+}  // namespace leaf::bindings

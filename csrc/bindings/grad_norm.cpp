@@ -1,0 +1,52 @@
+#include "grad_norm.h"
+
+namespace leaf::bindings {
+namespace {
+
+// Whether dimensions 0 to dim - 3 are one dimension with the stride of the last of them.
+bool outer_dimensions_collapse(const Tensor& tensor) {
+  for (int64_t i = 0; i + 3 < tensor.dim(); ++i) {
+    if (tensor.stride(i) != tensor.stride(i + 1) * tensor.size(i + 1)) return false;
+  }
+  return true;
+}
+
+Tensor grad_norm(Tensor grad) {
+  const Rows rows = rows_of("grad_norm", "grad", grad);
+  const Tensor norm = grad_norm_of_rows(rows);
+  const auto sizes = grad.sizes();
+  return torch::stable::view(norm, {sizes.data(), sizes.size() - 1});
+}
+
+}  // namespace
+
+Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
+  const DType dtype = float_dtype(op, name, tensor);
+  const int64_t dim = tensor.dim();
+  check(dim >= 1, op, ": ", name, " must have at least one dimension, got a scalar");
+  const int64_t width = tensor.size(dim - 1);
+  const bool as_it_is =
+      (tensor.stride(dim - 1) == 1 || width <= 1) && outer_dimensions_collapse(tensor);
+  const Tensor owner = as_it_is ? tensor : torch::stable::contiguous(tensor);
+
+  RowsView view{owner.const_data_ptr(), dtype, 1, 1, 0, 0, width};
+  for (int64_t i = 0; i + 1 < dim; ++i) view.rows *= owner.size(i);
+  if (dim >= 2) {
+    view.inner = owner.size(dim - 2);
+    view.inner_stride = owner.stride(dim - 2);
+  }
+  if (dim >= 3) view.outer_stride = owner.stride(dim - 3);
+  return {owner, view};
+}
+
+Tensor grad_norm_of_rows(const Rows& rows) {
+  Tensor norm = new_tensor(rows.owner, {rows.view.rows}, ScalarType::Float);
+  cpu::grad_norm({rows.view, data<float>(norm)}, torch_threads());
+  return norm;
+}
+
+}  // namespace leaf::bindings
+
+STABLE_TORCH_LIBRARY_IMPL(leaf_ext, CPU, m) {
+  m.impl("grad_norm", TORCH_BOX(&leaf::bindings::grad_norm));
+}

@@ -1,0 +1,26 @@
+// The module itself holds what the build is; the ops are reached through torch.ops.leaf_ext.
+
+#include <pybind11/pybind11.h>
+
+namespace leaf::cpu {
+const char* instruction_set();
+}
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled kernels of leaf_ext.";
+  module.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["version"] = LEAF_VERSION;
+        info["torch"] = LEAF_TORCH_VERSION;  // that it was built with
+        info["compiler"] = LEAF_COMPILER;
+        info["backends"] = py::make_tuple("cpu");
+        info["architectures"] = py::tuple(py::str(LEAF_ARCHITECTURES).attr("split")(" "));
+        info["instruction_set"] = leaf::cpu::instruction_set();
+        return info;
+      },
+      "What was built, and which instruction set the CPU kernels use on this machine.");
+}

@@ -1,0 +1,73 @@
+#pragma once
+
+// The softmax of one row of one model's logits, in blocks of kBlock.
+//
+// With y the scaled, capped logit, over the first `vocab` elements and with temperature T:
+//
+//     p = exp((y - m) / T) / d,    d = sum_v exp((y - m) / T),    H(p) = log d - sum_v p (y - m) /
+//     T
+//
+// A block stores exp((y - its own maximum) / T); merging gives the factor of each block that turns
+// this into p. So each logit costs one exponential, and is read from memory once.
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "leaf/dual_kl.h"
+#include "simd.h"
+
+namespace leaf::cpu {
+
+// With x = y - max over a block: the sums of exp(x / T) and of x exp(x / T).
+struct BlockStatistics {
+  float max;
+  Lanes sum;
+  Lanes moment;
+};
+
+class SoftmaxRow {
+ public:
+  // `exps` is filled where a second phase needs p.
+  SoftmaxRow(const Logits& logits, int64_t vocab, float temperature)
+      : logits_(logits),
+        vocab_(vocab),
+        temperature_(temperature),
+        statistics_(block_count(vocab)),
+        factor_(block_count(vocab)),
+        exps_(vocab) {}
+
+  static int64_t block_count(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
+  int64_t block_size(int64_t block) const { return std::min(kBlock, vocab_ - block * kBlock); }
+
+  // y of one block, in `buffer` or where the logits lie; slope = dy/d(scale z), only with a
+  // softcap.
+  const float* load(int64_t row, int64_t block, float* buffer, float* slope) const;
+
+  // First phase: blocks in any order, by any thread; then merge, which keeps to their order.
+  void compute_block(int64_t row, int64_t block);
+  void merge();
+
+  // Of the merged row. p of element i of a block is exps(block)[i] * factor(block).
+  const float* exps(int64_t block) const { return exps_.data() + block * kBlock; }
+  float factor(int64_t block) const { return factor_[block]; }
+  double log_partition() const { return max_ / temperature_ + log_sum_; }
+  double entropy() const { return entropy_; }
+  int64_t argmax(int64_t row) const;  // the first of equals
+
+ private:
+  const void* address(int64_t row, int64_t block) const;
+
+  Logits logits_;
+  int64_t vocab_;
+  double temperature_;
+  std::vector<BlockStatistics> statistics_;  // [blocks]
+  std::vector<float> factor_;                // [blocks]
+  std::vector<float> exps_;                  // [vocab]
+  int64_t max_block_ = 0;
+  double max_ = 0.0;
+  double log_sum_ = 0.0;
+  double entropy_ = 0.0;
+};
+
+}  // namespace leaf::cpu

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+
+#include "leaf/threads.h"
+
+namespace leaf {
+
+enum DetectStatus : int64_t { kTeacherNotFinite = 1, kStudentNotFinite = 2 };
+
+struct DetectSpansParams {
+  const float* teacher;    // [tokens] norms
+  const float* student;    // [tokens] norms
+  const bool* domain;      // [tokens]
+  const bool* prunable;    // [tokens], or null: the whole domain
+  const int64_t* offsets;  // [sequences + 1], ascending: sequence b is [offsets[b], offsets[b + 1])
+  int64_t tokens;
+  int64_t sequences;
+  int64_t max_spans;  // ceil(longest sequence / 2)
+
+  double threshold;
+  bool quantile;
+  double cap;
+  double teacher_max;  // +inf: no bound
+  int64_t join_gap;
+  int64_t min_length;
+
+  int64_t* span;     // [sequences, max_spans, 2]
+  int64_t* count;    // [sequences]
+  float* score;      // [tokens]
+  bool* confounder;  // [tokens]
+  int64_t* status;   // [sequences]
+};
+
+namespace cpu {
+void detect_spans(const DetectSpansParams& params, const Threads& threads);
+}  // namespace cpu
+
+}  // namespace leaf

@@ -1,0 +1,19 @@
+#pragma once
+
+#include <cstdint>
+
+namespace leaf {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// The address of element `index` of an array whose element type is known only at run time.
+inline const void* offset(const void* base, int64_t index, DType dtype) {
+  return static_cast<const char*>(base) + index * size_of(dtype);
+}
+inline void* offset(void* base, int64_t index, DType dtype) {
+  return static_cast<char*>(base) + index * size_of(dtype);
+}
+
+}  // namespace leaf

@@ -1,0 +1,25 @@
+"""LeaF's kernels: gradient saliency, spans of confounders, losses over large vocabularies."""
+
+from __future__ import annotations
+
+from leaf_ext.native import build_info
+from leaf_ext.ops import (
+    DualKLRows,
+    Spans,
+    detect_spans,
+    dual_kl,
+    grad_norm,
+    linear_dual_kl,
+    row_weights,
+)
+
+__all__ = [
+    "DualKLRows",
+    "Spans",
+    "build_info",
+    "detect_spans",
+    "dual_kl",
+    "grad_norm",
+    "linear_dual_kl",
+    "row_weights",
+]

@@ -1,0 +1,73 @@
+"""Which implementation runs: `resolve(op, device, backend)`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+
+from leaf_ext import native
+from leaf_ext import reference as reference  # implements the namespace leaf_ext_reference
+from leaf_ext.schema import REFERENCE
+
+Backend = Literal["auto", "reference", "cpu"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+_NAMESPACE = {"reference": REFERENCE, "cpu": "leaf_ext"}
+# The order of preference of "auto" on each kind of device; elsewhere the reference runs.
+_PREFERENCE = {"cpu": ("cpu",)}
+_log = logging.getLogger("leaf_ext")
+_said: set[str] = set()
+
+
+def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run on this device and dtype, or None."""
+    if backend == "reference":
+        return None
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, got {device}"
+    if dtype == torch.float64:
+        return "float64 exists only in backend='reference'"
+    reason: str | None = native.ERROR
+    return reason
+
+
+def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> str:
+    """The namespace under torch.ops in which `op` runs.
+
+    Raises ValueError for an unknown backend, and RuntimeError with the reason where a backend that
+    was asked for by name is not available. "auto" falls back to the reference and logs it once.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend != "auto":
+        reason = missing(backend, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend={backend!r} is not available: {reason}")
+        return _NAMESPACE[backend]
+    for candidate in _PREFERENCE.get(device.type, ()):
+        reason = missing(candidate, device, dtype)
+        if reason is None:
+            return _NAMESPACE[candidate]
+        if reason == native.ERROR:
+            _say_once(f"running the slower reference instead of {candidate!r}: {reason}")
+    return REFERENCE
+
+
+def implementation(
+    op: str, device: torch.device, backend: str, dtype: torch.dtype
+) -> Callable[..., Any]:
+    """The op of the resolved namespace."""
+    packet: Callable[..., Any] = getattr(
+        getattr(torch.ops, resolve(op, device, backend, dtype)), op
+    )
+    return packet
+
+
+def _say_once(message: str) -> None:
+    if torch.compiler.is_compiling() or message in _said:
+        return
+    _said.add(message)
+    _log.warning(message)

@@ -1,0 +1,85 @@
+"""Argument checks: one sentence with op, argument, what was needed and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from leaf_ext.schema import DTYPES, REFERENCE_DTYPES
+
+
+def require(condition: bool, op: str, argument: str, needed: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{op}: {argument} must be {needed}, got {got}")
+
+
+def require_tensor(op: str, argument: str, value: object) -> None:
+    require(isinstance(value, Tensor), op, argument, "a tensor", type(value).__name__)
+
+
+def require_float(op: str, argument: str, tensor: Tensor, backend: str) -> None:
+    """One of the ops' dtypes; float64 where the reference may run."""
+    require_tensor(op, argument, tensor)
+    allowed = REFERENCE_DTYPES if backend in ("auto", "reference") else DTYPES
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    needed = f"{names} (or float64 with backend='reference')"
+    require(tensor.dtype in allowed, op, argument, needed, tensor.dtype)
+
+
+def require_shape(op: str, argument: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
+    require(tuple(tensor.shape) == shape, op, argument, why, f"shape {tuple(tensor.shape)}")
+
+
+def require_matrix(op: str, argument: str, tensor: Tensor, layout: str) -> None:
+    require(tensor.dim() == 2, op, argument, f"2-D {layout}", f"shape {tuple(tensor.shape)}")
+
+
+def require_device(op: str, argument: str, tensor: Tensor, device: torch.device) -> None:
+    require(tensor.device == device, op, argument, f"on {device}, like the first", tensor.device)
+
+
+def require_same_width(op: str, argument: str, tensor: Tensor, first: Tensor) -> None:
+    """float64 only in company of float64: a result has one precision."""
+    wide = first.dtype == torch.float64
+    needed = "float64 like the other model's" if wide else "no wider than the other model's"
+    require((tensor.dtype == torch.float64) == wide, op, argument, needed, tensor.dtype)
+
+
+def require_row_weight(op: str, weight: Tensor, rows: int, like: Tensor) -> None:
+    """float32 [N] (float64 for float64 inputs), and a constant: no gradient flows to it."""
+    require_tensor(op, "row_weight", weight)
+    wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
+    require(weight.dtype == wanted, op, "row_weight", str(wanted), weight.dtype)
+    require_shape(op, "row_weight", weight, (rows,), f"[N] with N = {rows} rows")
+    require_device(op, "row_weight", weight, like.device)
+    needed = "a constant (its gradient is not computed; detach it)"
+    require(not weight.requires_grad, op, "row_weight", needed, "one that requires grad")
+
+
+def require_number(
+    op: str, argument: str, value: object, low: float, high: float, *, strict: bool = False
+) -> float:
+    """A finite number in [low, high], or above `low` with `strict`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    bound = f"> {low:g}" if strict else f"in [{low:g}, {high:g}]"
+    needed = f"a finite number {bound}"
+    require(number, op, argument, needed, value)
+    assert isinstance(value, (int, float))
+    inside = value > low if strict else low <= value <= high
+    require(inside and abs(value) < math.inf, op, argument, needed, value)
+    return float(value)
+
+
+def require_integer(op: str, argument: str, value: object, low: int) -> int:
+    ok = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    require(ok, op, argument, f"an integer >= {low}", value)
+    assert isinstance(value, (int, torch.SymInt))
+    require(bool(value >= low), op, argument, f"an integer >= {low}", value)
+    return value  # type: ignore[return-value]  # a SymInt stands for an int
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor with elements of a row next to each other; a copy only where they are not."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

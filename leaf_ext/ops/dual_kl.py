@@ -1,0 +1,225 @@
+"""Public `dual_kl`: checks, autograd, fake kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from leaf_ext.dispatch import Backend, implementation
+from leaf_ext.ops import checks
+from leaf_ext.ops.first_order import refuse_second_order, scale_, scaled
+from leaf_ext.ops.grad_norm import accumulated
+from leaf_ext.ops.logit_options import LogitOptions, Pair, PairOfCaps, logit_options
+from leaf_ext.schema import LIBRARIES
+
+
+class DualKLRows(NamedTuple):
+    """Measures of each row, [N] each, detached; 0 on rows of weight 0.
+
+    kl: KL(teacher, student) in nats. student_entropy, teacher_entropy: of the tempered
+    distributions, in nats. agreement: 1 where both have their largest logit at the same index.
+    """
+
+    kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor
+
+
+@overload
+def dual_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    row_weight: Tensor,
+    *,
+    temperature: float = ...,
+    logit_scale: float | Pair = ...,
+    logit_softcap: float | PairOfCaps | None = ...,
+    inplace_grad: bool = ...,
+    return_rows: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+
+
+@overload
+def dual_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    row_weight: Tensor,
+    *,
+    temperature: float = ...,
+    logit_scale: float | Pair = ...,
+    logit_softcap: float | PairOfCaps | None = ...,
+    inplace_grad: bool = ...,
+    return_rows: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, DualKLRows]: ...
+
+
+def dual_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    row_weight: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float | Pair = 1.0,
+    logit_softcap: float | PairOfCaps | None = None,
+    inplace_grad: bool = False,
+    return_rows: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, DualKLRows]:
+    """Both terms of LeaF's loss as one KL divergence with a weight on each row.
+
+        loss = temperature^2 * sum_i row_weight_i * KL(p_teacher_i, p_student_i)
+
+    Args:
+        student_logits, teacher_logits: [N, V_s], [N, V_t], each float32, float16 or bfloat16 (both
+            float64 with backend="reference"). p is the softmax over the common vocabulary,
+            min(V_s, V_t): vocabularies may differ by padding.
+        row_weight: [N] float32, see `row_weights`. A row of weight 0 is never read and gets a
+            gradient of 0.
+        temperature: divides the logits, after scale and softcap.
+        logit_scale, logit_softcap: a number, or a pair (student, teacher).
+        inplace_grad: the gradient overwrites the student's logits, which hold nothing else
+            afterwards; the backward scales it in place, so a second backward raises. Inside
+            torch.compile the backward scales into new memory, and a second one is right.
+        return_rows: adds a `DualKLRows` from the same pass.
+        backend: "auto", "cpu" or "reference".
+    Returns:
+        The loss, [] float32, in nats; with `return_rows` a pair (loss, rows). First-order
+        differentiable with respect to `student_logits`; nothing flows to the teacher.
+    Raises:
+        ValueError: wrong dtype, shape, device or range; a `row_weight` that requires grad.
+        RuntimeError: the backend is not available (says why), or a second-order gradient.
+    """
+    options = logit_options("dual_kl", temperature, logit_scale, logit_softcap)
+    _check(student_logits, teacher_logits, row_weight, inplace_grad, backend)
+    student, teacher = student_logits, checks.unit_stride(teacher_logits.detach())
+    weight = row_weight.contiguous()
+    need_grad = torch.is_grad_enabled() and student.requires_grad
+    name = "dual_kl_" if inplace_grad and need_grad else "dual_kl"
+    run = implementation(name, student.device, backend, student.dtype)
+    if name == "dual_kl_":
+        loss, rows = _Overwrite.apply(  # type: ignore[no-untyped-call]
+            student, teacher, weight, run, options, return_rows
+        )
+    else:
+        student = checks.unit_stride(student)
+        loss, _, _, rows = run(student, teacher, weight, *options.scalars, need_grad, return_rows)
+    return (loss, DualKLRows(*rows.detach().unbind(0))) if return_rows else loss
+
+
+def _check(
+    student: Tensor, teacher: Tensor, row_weight: Tensor, inplace_grad: bool, backend: str
+) -> None:
+    op = "dual_kl"
+    checks.require_float(op, "student_logits", student, backend)
+    checks.require_float(op, "teacher_logits", teacher, backend)
+    checks.require_matrix(op, "student_logits", student, "[N, V_s]")
+    checks.require_matrix(op, "teacher_logits", teacher, "[N, V_t]")
+    checks.require_same_width(op, "teacher_logits", teacher, student)
+    checks.require_device(op, "teacher_logits", teacher, student.device)
+    rows = student.shape[0]
+    needed = f"[N, V_t] with N = {rows} rows like student_logits"
+    checks.require(
+        teacher.shape[0] == rows, op, "teacher_logits", needed, f"shape {tuple(teacher.shape)}"
+    )
+    for argument, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        needed = "over a vocabulary of at least 1"
+        checks.require(logits.shape[1] >= 1, op, argument, needed, f"shape {tuple(logits.shape)}")
+    checks.require_row_weight(op, row_weight, rows, student)
+    if inplace_grad:
+        strides = student.stride()
+        separate = strides[1] == 1 and (rows <= 1 or strides[0] >= student.shape[1])
+        needed = "rows of adjacent elements that share no memory (inplace_grad overwrites them)"
+        checks.require(separate, op, "student_logits", needed, f"strides {strides}")
+
+
+class _Overwrite(torch.autograd.Function):
+    """The gradient in the student's own memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor,
+        run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        options: LogitOptions,
+        need_rows: bool,
+    ) -> tuple[Tensor, Tensor]:
+        loss, scale, rows = run(student, teacher, weight, *options.scalars, True, need_rows)
+        if not torch.compiler.is_compiling():
+            # A node that saved the logits for its own backward must notice that they are gone.
+            torch.autograd.graph.increment_version(student)
+        ctx.save_for_backward(student, scale)
+        ctx.mark_non_differentiable(rows)
+        ctx.spent = False
+        return loss, rows
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("dual_kl")
+        nothing = (None,) * 5
+        if torch.compiler.is_compiling():  # a graph has no state in which to note that it has run
+            grad, scale = ctx.saved_tensors
+            return (scaled(grad.detach(), grad_loss / scale, grad.dtype), *nothing)
+        if ctx.spent:
+            raise RuntimeError(
+                "dual_kl: a second backward through a loss with inplace_grad=True; the first one "
+                "has used up the gradient (call with inplace_grad=False to keep it)"
+            )
+        grad, scale = ctx.saved_tensors
+        ctx.spent = True
+        return (scale_(grad.detach(), grad_loss / scale), *nothing)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, grad, scale, rows = output
+    ctx.mark_non_differentiable(grad, scale, rows)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, scale)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 9
+    if grad_loss is None:
+        return (None, *nothing)
+    refuse_second_order("dual_kl")
+    grad, scale = ctx.saved_tensors
+    return (scaled(grad, grad_loss / scale, grad.dtype), *nothing)
+
+
+def _fake(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor,
+    temperature: float,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float,
+    teacher_softcap: float,
+    need_grad: bool,
+    need_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulated(student.dtype)
+    loss = student.new_empty((), dtype=dtype)
+    grad = student.new_empty(student.shape if need_grad else (0,))
+    rows = student.new_empty((4, student.shape[0] if need_rows else 0), dtype=dtype)
+    return loss, grad, torch.empty_like(loss), rows
+
+
+def _fake_overwrite(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss, _, scale, rows = _fake(student, *rest)
+    return loss, scale, rows
+
+
+for _namespace, _library in LIBRARIES.items():
+    torch.library.register_fake(f"{_namespace}::dual_kl", _fake, lib=_library)
+    torch.library.register_fake(f"{_namespace}::dual_kl_", _fake_overwrite, lib=_library)
+    torch.library.register_autograd(
+        f"{_namespace}::dual_kl", _backward, setup_context=_setup_context, lib=_library
+    )

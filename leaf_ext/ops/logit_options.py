@@ -1,0 +1,60 @@
+"""Temperature, scale and softcap as the losses take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from leaf_ext.ops.checks import require, require_number
+
+Pair = tuple[float, float]
+PairOfCaps = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class LogitOptions:
+    """The scalars of the op schemas; a softcap of 0 means none."""
+
+    temperature: float
+    student_scale: float
+    teacher_scale: float
+    student_softcap: float
+    teacher_softcap: float
+
+    @property
+    def scalars(self) -> tuple[float, float, float, float, float]:
+        return (
+            self.temperature,
+            self.student_scale,
+            self.teacher_scale,
+            self.student_softcap,
+            self.teacher_softcap,
+        )
+
+
+def logit_options(
+    op: str,
+    temperature: float,
+    logit_scale: float | Pair,
+    logit_softcap: float | PairOfCaps | None,
+) -> LogitOptions:
+    """Checked options, all finite and above 0; scale and softcap as one number or two."""
+    infinity = float("inf")
+    scales = _pair(op, "logit_scale", logit_scale)
+    caps = _pair(op, "logit_softcap", logit_softcap)
+    return LogitOptions(
+        require_number(op, "temperature", temperature, 0, infinity, strict=True),
+        *(require_number(op, "logit_scale", scale, 0, infinity, strict=True) for scale in scales),
+        *(
+            0.0
+            if cap is None
+            else require_number(op, "logit_softcap", cap, 0, infinity, strict=True)
+            for cap in caps
+        ),
+    )
+
+
+def _pair(op: str, argument: str, value: object) -> tuple[object, object]:
+    if not isinstance(value, tuple):
+        return value, value
+    require(len(value) == 2, op, argument, "a number or a pair (student, teacher)", repr(value))
+    return value[0], value[1]

@@ -1,0 +1,84 @@
+"""The weights that make LeaF's two terms one loss."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from leaf_ext.ops.checks import (
+    require,
+    require_device,
+    require_number,
+    require_shape,
+    require_tensor,
+)
+
+Count = int | Tensor
+
+
+def row_weights(
+    branch: Tensor,
+    live: Tensor,
+    *,
+    kd_weight: float | Literal["pool"] = "pool",
+    n_kd: Count | None = None,
+    n_cd: Count | None = None,
+) -> Tensor:
+    """Row weights: kd_weight / n_kd on originals, (1 - kd_weight) / n_cd on counterfactuals.
+
+        L = kd_weight * L_kd + (1 - kd_weight) * L_cd     (LeaF, arXiv:2506.07851, section 3)
+
+    "pool" is kd_weight = n_kd / (n_kd + n_cd): each row counts the same. Where one term has no rows
+    the other one stands alone, with weight 1 / n.
+
+    Args:
+        branch: [N] bool or integer, 1 = counterfactual.
+        live: [N] bool, True = the row counts.
+        kd_weight: "pool" or a number in [0, 1].
+        n_kd, n_cd: live rows of each term in the whole optimizer step, integers or 0-dim tensors
+            (nothing waits for the device); default: counted here.
+    Returns:
+        [N] float32; 0 on rows that do not count.
+    Raises:
+        ValueError: wrong dtype, shape, device or range.
+    """
+    _check(branch, live, kd_weight)
+    counterfactual = branch != 0
+    kd, cd = live & ~counterfactual, live & counterfactual
+    kd_rows = _count("n_kd", n_kd, kd)
+    cd_rows = _count("n_cd", n_cd, cd)
+    if kd_weight == "pool":
+        return live.double().div((kd_rows + cd_rows).clamp(min=1)).float()
+    alone = (kd_rows == 0) | (cd_rows == 0)
+    share = torch.where(alone, (kd_rows > 0).double(), float(kd_weight))
+    kd_part = kd.double() * (share / kd_rows.clamp(min=1))
+    return (kd_part + cd.double() * ((1 - share) / cd_rows.clamp(min=1))).float()
+
+
+def _check(branch: Tensor, live: Tensor, kd_weight: object) -> None:
+    op = "row_weights"
+    require_tensor(op, "branch", branch)
+    require_tensor(op, "live", live)
+    whole = not (branch.is_floating_point() or branch.is_complex())
+    require(whole, op, "branch", "bool or integer", branch.dtype)
+    require(branch.dim() == 1, op, "branch", "1-D [N]", f"shape {tuple(branch.shape)}")
+    require(live.dtype == torch.bool, op, "live", "torch.bool", live.dtype)
+    require_shape(op, "live", live, tuple(branch.shape), f"[N] with N = {branch.shape[0]}")
+    require_device(op, "live", live, branch.device)
+    if isinstance(kd_weight, str):
+        require(kd_weight == "pool", op, "kd_weight", '"pool" or a number', repr(kd_weight))
+    else:
+        require_number(op, "kd_weight", kd_weight, 0, 1)
+
+
+def _count(argument: str, given: Count | None, rows: Tensor) -> Tensor:
+    if given is None:
+        return rows.sum()
+    if isinstance(given, Tensor):
+        require(given.dim() == 0, "row_weights", argument, "0-dim", f"shape {tuple(given.shape)}")
+        return given.to(rows.device)
+    valid = isinstance(given, int) and not isinstance(given, bool) and given >= 0
+    require(valid, "row_weights", argument, "an integer >= 0 or a 0-dim tensor", repr(given))
+    return torch.tensor(given, device=rows.device)

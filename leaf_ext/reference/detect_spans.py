@@ -1,0 +1,155 @@
+"""From two models' gradient norms to the spans of confounding tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leaf_ext.reference.grad_norm import grad_norm
+from leaf_ext.reference.widen import widen
+
+# A gap that varies by less than this over a whole sequence is rounding, not evidence.
+MIN_GAP_RANGE = 1e-6
+# Bits of `status`.
+TEACHER_NOT_FINITE, STUDENT_NOT_FINITE = 1, 2
+
+
+class SpanTensors(NamedTuple):
+    """span [B, ceil(T/2), 2], count [B], status [B]: int64; score, confounder: like domain."""
+
+    span: Tensor
+    count: Tensor  # type: ignore[assignment]  # a field, where tuple has a method
+    score: Tensor
+    confounder: Tensor
+    status: Tensor
+
+
+def detect_spans(
+    teacher: Tensor,
+    student: Tensor,
+    domain: Tensor,
+    prunable: Tensor | None,
+    threshold: float,
+    quantile: bool,
+    cap: float,
+    teacher_max: float,
+    join_gap: int,
+    min_length: int,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+) -> SpanTensors:
+    """Spans of tokens to which the student reacts far more than the teacher.
+
+        s_hat = (s - min s) / (max s - min s)   over the domain     (LeaF, arXiv:2506.07851, Eq. 3)
+        gap   = s_hat_teacher - s_hat_student                                               (Eq. 4)
+        score = (gap - min gap) / (max gap - min gap)                                       (Eq. 5)
+        confounder = domain & prunable & (score <= cut) & (s_hat_teacher <= teacher_max)
+
+    cut = threshold, or with `quantile` min(cap, sorted(score)[min(n-1, floor(threshold * n))]).
+    """
+    if teacher.dim() > domain.dim():
+        teacher, student = grad_norm(teacher), grad_norm(student)
+    prunable = domain if prunable is None else domain & prunable
+    position, real = _positions(domain, cu_seqlens, max_seqlen)
+
+    def padded(values: Tensor, fill: float | bool) -> Tensor:
+        flat = torch.cat((values.reshape(-1), values.new_full((1,), fill)))
+        return flat[position]
+
+    inside, may_cut = padded(domain, False), padded(prunable, False)
+    s_teacher, s_student = padded(widen(teacher), 0.0), padded(widen(student), 0.0)
+    teacher_broken = (inside & ~s_teacher.isfinite()).any(1)
+    student_broken = (inside & ~s_student.isfinite()).any(1)
+    status = teacher_broken * TEACHER_NOT_FINITE + student_broken * STUDENT_NOT_FINITE
+    broken = status > 0
+
+    s_hat_teacher, _ = min_max(s_teacher, inside)
+    s_hat_student, _ = min_max(s_student, inside)
+    score, gap_range = min_max(s_hat_teacher - s_hat_student, inside)
+    score = score.masked_fill(~inside | broken[:, None], math.nan)
+
+    cut = _cut(score, inside, threshold, cap) if quantile else torch.full_like(gap_range, threshold)
+    confounder = (
+        may_cut
+        & (score <= cut)
+        & (s_hat_teacher <= teacher_max)
+        & (gap_range >= MIN_GAP_RANGE)
+        & ~broken[:, None]
+    )
+    span, count = spans_of(confounder, inside, join_gap, min_length)
+
+    def unpadded(values: Tensor, fill: float | bool) -> Tensor:
+        flat = values.new_full((domain.numel() + 1,), fill)
+        flat[position[real]] = values[real]
+        return flat[:-1].view(domain.shape)
+
+    return SpanTensors(span, count, unpadded(score, math.nan), unpadded(confounder, False), status)
+
+
+def _positions(domain: Tensor, cu_seqlens: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
+    """Where each [B, T] position lies in the flat input, and if it does (else one past it)."""
+    step = torch.arange(length, device=domain.device)
+    if cu_seqlens is None:
+        sequences = torch.arange(domain.shape[0], device=domain.device)
+        position = sequences[:, None] * length + step
+        return position, torch.ones_like(position, dtype=torch.bool)
+    start, stop = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    real = step < stop - start
+    return torch.where(real, start + step, domain.numel()), real
+
+
+def min_max(values: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Values normalized over the tokens inside, 0 where they are all equal; and max - min."""
+    if values.shape[1] == 0:
+        return values, values.new_zeros(values.shape[0], 1)
+    lowest = values.masked_fill(~inside, math.inf).amin(1, keepdim=True)
+    highest = values.masked_fill(~inside, -math.inf).amax(1, keepdim=True)
+    spread = torch.where(highest > lowest, highest - lowest, torch.zeros_like(lowest))
+    shifted = torch.where(inside & (spread > 0), values - lowest, torch.zeros_like(values))
+    return shifted / torch.where(spread > 0, spread, torch.ones_like(spread)), spread
+
+
+def _cut(score: Tensor, inside: Tensor, threshold: float, cap: float) -> Tensor:
+    """The authors' rank rule: the score at rank floor(threshold * n), at most `cap`."""
+    if score.shape[1] == 0:
+        return score.new_zeros(score.shape[0], 1)
+    tokens = inside.sum(1, keepdim=True)
+    rank = (tokens.double() * threshold).floor().long()
+    rank = torch.minimum(rank, tokens - 1).clamp(min=0)
+    ascending = score.masked_fill(~inside, math.inf).sort(1).values
+    return ascending.gather(1, rank).clamp(max=cap)
+
+
+def spans_of(
+    confounder: Tensor, inside: Tensor, join_gap: int, min_length: int
+) -> tuple[Tensor, Tensor]:
+    """Maximal runs of confounders as [start, stop), sorted, unused rows -1; and their number.
+
+    A confounder continues the run of the one before it when at most `join_gap` tokens lie between
+    them and none of these is outside the domain.
+    """
+    sequences, length = confounder.shape
+    capacity = (length + 1) // 2
+    position = torch.arange(length, device=confounder.device).expand(sequences, length)
+    nowhere = -(length + join_gap + 2)
+    latest = torch.where(confounder, position, nowhere)
+    before = torch.cat((latest.new_full((sequences, 1), nowhere), latest), 1)
+    before = before.cummax(1).values[:, :length]
+    outside = torch.nn.functional.pad((~inside).long().cumsum(1), (1, 0))
+    same_stretch = outside[:, :length] == outside.gather(1, before.clamp(min=0))
+    starts = confounder & ~((position - before - 1 <= join_gap) & same_stretch)
+
+    run = torch.where(confounder, starts.long().cumsum(1) - 1, capacity)
+    first = position.new_full((sequences, capacity + 1), length)
+    first = first.scatter_reduce(1, run, position, "amin")
+    last = position.new_full((sequences, capacity + 1), -1)
+    last = last.scatter_reduce(1, run, position, "amax")
+    bounds = torch.stack((first, last + 1), -1)[:, :capacity]
+    kept = (bounds[..., 1] > 0) & (bounds[..., 1] - bounds[..., 0] >= min_length)
+    slot = torch.where(kept, kept.long().cumsum(1) - 1, capacity)
+    span = bounds.new_full((sequences, capacity + 1, 2), -1)
+    span = span.scatter(1, slot[..., None].expand(-1, -1, 2), bounds)[:, :capacity]
+    return span.contiguous(), kept.sum(1)

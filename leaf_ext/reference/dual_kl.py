@@ -1,0 +1,152 @@
+"""Weighted KL divergence of two sets of logits, with its gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leaf_ext.reference.widen import widen
+
+# Below this distance of two log-probabilities the series form is the accurate one.
+_CLOSE = 0.5
+# A float16 gradient is scaled so that its bound lies at 2**15, one binade below overflow.
+_FLOAT16_EXPONENT = 15
+
+
+class DualKL(NamedTuple):
+    """loss []; grad like the student's logits; grad_scale []; rows [4, N]."""
+
+    loss: Tensor
+    grad: Tensor
+    grad_scale: Tensor
+    rows: Tensor
+
+
+def temper(logits: Tensor, scale: float, softcap: float, temperature: float) -> Tensor:
+    """x = softcap * tanh(scale * z / softcap) / temperature; a softcap of 0 means none."""
+    scaled = widen(logits) * scale
+    if softcap:
+        scaled = softcap * torch.tanh(scaled / softcap)
+    return scaled / temperature
+
+
+def kl_rows(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(p_t, p_s) of each row of tempered logits, differentiable.
+
+        kl[i] = sum_v (p_s - p_t + p_t * l),     l = log p_t - log p_s
+
+    Each term is at least 0, so nothing cancels between terms. Within a term
+    p_s - p_t = p_t * (e^-l - 1), which `expm1` gives to full precision where l is small.
+    """
+    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    p_s, p_t = log_s.exp(), log_t.exp()
+    shared = (p_t > 0) | p_t.isnan()
+    ratio = torch.where(shared, log_t - log_s, torch.zeros_like(log_t))
+    close = ratio.abs() < _CLOSE
+    near = torch.where(close, ratio, torch.zeros_like(ratio))
+    far = torch.where(close, torch.ones_like(ratio), ratio)
+    terms = torch.where(close, p_t * (torch.expm1(-near) + near), p_s - p_t + p_t * far)
+    return torch.where(shared, terms, p_s).sum(-1)
+
+
+def dual_kl(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor,
+    temperature: float,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float,
+    teacher_softcap: float,
+    need_grad: bool,
+    need_rows: bool,
+) -> DualKL:
+    """Both terms of LeaF's loss as one KL divergence with a weight on each row.
+
+        loss         = temperature^2 * sum_i row_weight_i * KL(p_t, p_s)
+        dloss/dz_s   = row_weight_i * temperature * (p_s - p_t) * dx/dz
+
+    p = softmax of the tempered logits over the common vocabulary (LeaF, arXiv:2506.07851, the
+    objective of section 3; the weights hold lambda and both denominators).
+    """
+    rows, vocabulary = student.shape[0], min(student.shape[1], teacher.shape[1])
+    live = row_weight.nonzero().squeeze(1)
+    # Indexing first: a dropped row may hold anything, NaN included, and is never read.
+    raw_s, raw_t = student[live, :vocabulary], teacher[live, :vocabulary]
+    x_s = temper(raw_s, student_scale, student_softcap, temperature)
+    x_t = temper(raw_t, teacher_scale, teacher_softcap, temperature)
+    weight = row_weight[live]
+    kl = kl_rows(x_s, x_t)
+    loss = temperature**2 * (weight * kl).sum()
+
+    grad_scale = torch.ones_like(loss)
+    grad = student.new_empty(0)
+    if need_grad:
+        bound = temperature * student_scale
+        grad_scale = float16_scale(weight, bound) if student.dtype == torch.float16 else grad_scale
+        slope = bound * (weight * grad_scale)[:, None] * (x_s.softmax(-1) - x_t.softmax(-1))
+        if student_softcap:
+            slope = slope * (1 - torch.tanh(widen(raw_s) * student_scale / student_softcap) ** 2)
+        grad = torch.zeros_like(student, memory_format=torch.contiguous_format)
+        grad[live, :vocabulary] = slope.to(student.dtype)
+    metrics = loss.new_zeros(4, rows if need_rows else 0)
+    if need_rows:
+        metrics[:, live] = torch.stack(
+            (kl, entropy(x_s), entropy(x_t), agreement(raw_s, raw_t, kl))
+        )
+    return DualKL(loss, grad, grad_scale, metrics)
+
+
+def dual_kl_(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor,
+    temperature: float,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float,
+    teacher_softcap: float,
+    need_grad: bool,
+    need_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same; the gradient overwrites the student's logits."""
+    result = dual_kl(
+        student,
+        teacher,
+        row_weight,
+        temperature,
+        student_scale,
+        teacher_scale,
+        student_softcap,
+        teacher_softcap,
+        need_grad,
+        need_rows,
+    )
+    if need_grad:
+        student.copy_(result.grad)
+    return result.loss, result.grad_scale, result.rows
+
+
+def float16_scale(weight: Tensor, bound: float) -> Tensor:
+    """The power of two by which a float16 gradient of at most max|weight| * bound is multiplied."""
+    if weight.numel() == 0:
+        return weight.new_ones(())
+    exponent = _FLOAT16_EXPONENT - (weight.abs().amax() * bound).log2().ceil()
+    scale = exponent.clamp(-126, 126).exp2()
+    return torch.where(exponent.isfinite(), scale, torch.ones_like(scale))
+
+
+def entropy(x: Tensor) -> Tensor:
+    """-sum_v p log p of each row of tempered logits, in nats; 0 log 0 = 0."""
+    log_p = x.log_softmax(-1)
+    p = log_p.exp()
+    return -torch.where(p == 0, torch.zeros_like(p), p * log_p).sum(-1)
+
+
+def agreement(student: Tensor, teacher: Tensor, kl: Tensor) -> Tensor:
+    """1 where both have their largest logit at the same index (of ties the lowest); NaN stays."""
+    same = (student.argmax(-1) == teacher.argmax(-1)).to(kl.dtype)
+    return torch.where(kl.isnan(), torch.full_like(kl, math.nan), same)

@@ -1,0 +1,133 @@
+"""The one table of ops: schema, dtypes, error budget and bytes moved.
+
+Every namespace implements the same schemas, so they are written once, here, and defined in a loop.
+A backend only implements them; `leaf_ext/ops` registers fakes and autograd for all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+NAMESPACES = ("leaf_ext", "leaf_ext_reference")
+REFERENCE = "leaf_ext_reference"
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+REFERENCE_DTYPES = (*DTYPES, torch.float64)
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How far a result may lie from the float64 reference.
+
+    An error is a maximum over the tensor. It may be `factor` times the error that torch makes on
+    the inputs upcast to float32, plus `roundings` roundings (half a unit in the last place of the
+    output's dtype, at the tensor's largest magnitude).
+    """
+
+    factor: float = 2.0
+    roundings: float = 1.0
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of the table: `arguments` and `returns` as in a torch schema string."""
+
+    name: str
+    arguments: str
+    returns: str
+    bytes_moved: Callable[[Sizes], int]
+    budget: Budget = field(default_factory=Budget)
+
+    @property
+    def schema(self) -> str:
+        return f"{self.name}({self.arguments}) -> {self.returns}"
+
+    @property
+    def argument_names(self) -> tuple[str, ...]:
+        words = (argument.split("=")[0].split() for argument in self.arguments.split(","))
+        return tuple(word[-1] for word in words)
+
+
+_LOGIT_SCALARS = (
+    "float temperature, float student_scale, float teacher_scale, "
+    "float student_softcap, float teacher_softcap"
+)
+_LOGITS = f"Tensor teacher, Tensor row_weight, {_LOGIT_SCALARS}, bool need_grad, bool need_rows"
+
+
+def _grad_norm_bytes(s: Sizes) -> int:
+    return s["rows"] * (s["H"] * s["itemsize"] + 4)
+
+
+def _detect_spans_bytes(s: Sizes) -> int:
+    read = s["tokens"] * (4 + 4 + 1)
+    written = s["tokens"] * (4 + 1) + s["B"] * (16 + 8 * 2 * ((s["T"] + 1) // 2))
+    return read + written
+
+
+def _dual_kl_bytes(s: Sizes) -> int:
+    """Both logits read once, the gradient written once."""
+    return s["N"] * (s["V_s"] * 2 + s["V_t"]) * s["itemsize"] + s["N"] * 4
+
+
+def _linear_dual_kl_bytes(s: Sizes) -> int:
+    """Heads and hidden states read once, gradients written once; the op is compute-bound."""
+    student = s["V_s"] * s["H_s"] + s["N"] * s["H_s"]
+    teacher = s["V_t"] * s["H_t"] + s["N"] * s["H_t"]
+    return (2 * student + teacher) * s["itemsize"]
+
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op("grad_norm", "Tensor grad", "Tensor", _grad_norm_bytes),
+        Op(
+            "detect_spans",
+            "Tensor teacher, Tensor student, Tensor domain, Tensor? prunable, float threshold, "
+            "bool quantile, float cap, float teacher_max, int join_gap, int min_length, "
+            "Tensor? cu_seqlens, SymInt max_seqlen",
+            "(Tensor span, Tensor count, Tensor score, Tensor confounder, Tensor status)",
+            _detect_spans_bytes,
+        ),
+        Op(
+            "dual_kl",
+            f"Tensor student, {_LOGITS}",
+            "(Tensor loss, Tensor grad, Tensor grad_scale, Tensor rows)",
+            _dual_kl_bytes,
+        ),
+        Op(
+            "dual_kl_",
+            f"Tensor(a!) student, {_LOGITS}",
+            "(Tensor loss, Tensor grad_scale, Tensor rows)",
+            _dual_kl_bytes,
+        ),
+        Op(
+            "linear_dual_kl",
+            "Tensor student_hidden, Tensor student_head, Tensor teacher_hidden, "
+            "Tensor teacher_head, Tensor row_weight, Tensor? student_bias, Tensor? teacher_bias, "
+            f"{_LOGIT_SCALARS}, bool need_hidden_grad, bool need_head_grad, bool need_bias_grad, "
+            "bool need_rows, int chunk_size",
+            "(Tensor loss, Tensor hidden_grad, Tensor head_grad, Tensor bias_grad, Tensor rows)",
+            _linear_dual_kl_bytes,
+        ),
+    )
+}
+
+
+def _define() -> dict[str, torch.library.Library]:
+    libraries = {}
+    for namespace in NAMESPACES:
+        library = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+        for op in OPS.values():
+            library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        libraries[namespace] = library
+    return libraries
+
+
+# Kept alive for the process: a library that is collected takes its ops with it.
+LIBRARIES = _define()

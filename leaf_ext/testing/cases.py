@@ -1,0 +1,202 @@
+"""The one table of cases, by op. A case is data; `inputs.py` makes tensors of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+_SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = tuple(_SHORT)
+
+
+@dataclass(frozen=True)
+class NormCase:
+    """Gradients of a shape, whose entries have a magnitude."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    magnitude: float = 1.0
+    strided: bool = False
+    slow: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}-{_SHORT[self.dtype]}"
+
+
+@dataclass(frozen=True)
+class SpansCase:
+    """Saliencies of both models; `lengths` packs sequences, `hidden` gives gradients."""
+
+    name: str
+    batch: int = 4
+    length: int = 64
+    lengths: tuple[int, ...] = ()
+    hidden: tuple[int, int] | None = None
+    dtype: torch.dtype = torch.float32
+    kind: Literal["random", "constant", "identical", "nan", "ties"] = "random"
+    threshold: float = 0.3
+    rule: Literal["absolute", "quantile"] = "absolute"
+    cap: float = 0.5
+    teacher_max: float | None = None
+    join_gap: int = 0
+    min_length: int = 1
+    prunable: bool = False
+    in_domain: float = 0.9
+    slow: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}-{_SHORT[self.dtype]}"
+
+
+@dataclass(frozen=True)
+class KLCase:
+    """Logits of both models. `noise`: the student is the teacher plus so much noise."""
+
+    name: str
+    rows: int
+    student_vocabulary: int
+    teacher_vocabulary: int
+    dtype: torch.dtype = torch.float32
+    std: float = 3.0
+    noise: float | None = None
+    temperature: float = 1.0
+    logit_scale: float | tuple[float, float] = 1.0
+    logit_softcap: float | tuple[float | None, float | None] | None = None
+    live: float = 0.8
+    minus_infinity: float = 0.0
+    strided: bool = False
+    slow: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}-{_SHORT[self.dtype]}"
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """Hidden states and heads of both models around a `KLCase`'s vocabularies and options."""
+
+    name: str
+    logits: KLCase
+    student_hidden: int = 32
+    teacher_hidden: int = 48
+    bias: bool = False
+    chunk_size: int | None = None
+    slow: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}-{_SHORT[self.logits.dtype]}"
+
+
+def _each_dtype(case: KLCase) -> list[KLCase]:
+    return [replace(case, dtype=dtype) for dtype in DTYPES]
+
+
+NORM_CASES = [
+    *(NormCase("batch", (3, 7, 65), dtype) for dtype in DTYPES),
+    *(NormCase("strided", (5, 33), dtype, strided=True) for dtype in DTYPES),
+    NormCase("tiny_entries", (4, 129), magnitude=1e-30),
+    NormCase("huge_entries", (4, 129), magnitude=1e30),
+    NormCase("tiny_entries", (4, 129), torch.bfloat16, magnitude=1e-30),
+    NormCase("huge_entries", (4, 129), torch.bfloat16, magnitude=1e30),
+    NormCase("subnormal_entries", (4, 129), torch.float16, magnitude=1e-7),
+    NormCase("one_row", (1, 2048)),
+    NormCase("one_dimension", (77,)),
+    NormCase("no_rows", (0, 16)),
+    NormCase("no_width", (3, 0)),
+    NormCase("width_one", (9, 1), torch.bfloat16),
+]
+
+SPANS_CASES = [
+    SpansCase("padded"),
+    SpansCase("long", batch=2, length=1500),
+    SpansCase("quantile", rule="quantile", threshold=0.2),
+    SpansCase("quantile_capped", rule="quantile", threshold=0.9, cap=0.4),
+    SpansCase("quantile_first", rule="quantile", threshold=0.0),
+    SpansCase("quantile_all", rule="quantile", threshold=1.0, cap=1.0),
+    SpansCase("everything", threshold=1.0),
+    SpansCase("nothing_below", threshold=0.0),
+    SpansCase("teacher_max", teacher_max=0.4, threshold=0.6),
+    SpansCase("joined", join_gap=2, in_domain=0.97),
+    SpansCase("joined_long", join_gap=1, min_length=4, threshold=0.5),
+    SpansCase("prunable", prunable=True, join_gap=1, threshold=0.6),
+    SpansCase("packed", lengths=(1, 0, 33, 7, 64, 2)),
+    SpansCase("packed_quantile", lengths=(5, 90), rule="quantile", join_gap=1),
+    SpansCase("constant", kind="constant"),
+    SpansCase("identical", kind="identical"),
+    SpansCase("nan", kind="nan"),
+    SpansCase("nan_packed", kind="nan", lengths=(20, 30, 14)),
+    SpansCase("ties", kind="ties", rule="quantile", threshold=0.3),
+    SpansCase("empty_domain", in_domain=0.0),
+    SpansCase("one_token", length=1, in_domain=1.0),
+    SpansCase("no_tokens", length=0),
+    SpansCase("no_sequences", batch=0),
+    *(SpansCase("gradients", hidden=(40, 24), dtype=dtype) for dtype in DTYPES),
+    SpansCase("gradients_packed", hidden=(40, 24), dtype=torch.bfloat16, lengths=(17, 50)),
+]
+
+KL_CASES = [
+    *_each_dtype(KLCase("plain", 12, 1000, 1000)),
+    *_each_dtype(KLCase("v50257", 3, 50257, 50257)),
+    *_each_dtype(KLCase("v151936_152064", 2, 151936, 152064, live=1.0)),
+    KLCase("v152064_151936", 2, 152064, 151936, torch.bfloat16, live=1.0),
+    KLCase("v128256", 2, 128256, 128256, torch.bfloat16, live=1.0),
+    *_each_dtype(KLCase("v_one", 5, 1, 1)),
+    KLCase("v_two", 5, 2, 3),
+    KLCase("v17", 9, 17, 23, torch.bfloat16, temperature=2.0),
+    KLCase("no_rows", 0, 100, 100),
+    KLCase("one_row", 1, 4099, 4099, live=1.0),
+    *_each_dtype(KLCase("all_dropped", 6, 300, 300, live=0.0)),
+    *_each_dtype(KLCase("std_30", 16, 2000, 2000, std=30.0)),
+    *_each_dtype(KLCase("temperature", 8, 1500, 1510, temperature=3.0)),
+    *_each_dtype(KLCase("softcap", 8, 1500, 1500, std=20.0, logit_softcap=30.0)),
+    KLCase(
+        "pairs",
+        8,
+        1500,
+        1400,
+        logit_scale=(0.5, 1.5),
+        logit_softcap=(30.0, None),
+        temperature=0.7,
+    ),
+    KLCase("near", 16, 3000, 3000, noise=1.4e-3),
+    KLCase("near_bf16", 16, 3000, 3000, torch.bfloat16, noise=2e-2),
+    *_each_dtype(KLCase("minus_infinity", 8, 600, 610, minus_infinity=0.3)),
+    *_each_dtype(KLCase("strided", 8, 513, 517, strided=True)),
+    KLCase("above_2_31", 65_600, 32_768, 32_768, torch.bfloat16, live=1.0, slow=True),
+]
+
+LINEAR_CASES = [
+    *(LinearCase("plain", case) for case in _each_dtype(KLCase("", 24, 500, 500))),
+    *(
+        LinearCase("chunks", case, chunk_size=5, bias=True)
+        for case in _each_dtype(KLCase("", 33, 700, 720, temperature=2.0))
+    ),
+    LinearCase("one_a_chunk", KLCase("", 6, 130, 130), chunk_size=1),
+    LinearCase("softcap", KLCase("", 12, 400, 400, logit_softcap=(8.0, None), logit_scale=1.5)),
+    LinearCase("all_dropped", KLCase("", 9, 200, 200, live=0.0), bias=True),
+    LinearCase("no_rows", KLCase("", 0, 200, 200)),
+    LinearCase("v50257", KLCase("", 4, 50257, 50264), chunk_size=3),
+]
+
+_WIDE = (torch.float32, torch.bfloat16)
+_BENCH_SIZES = ((64, 128256), (256, 32000), (1024, 49152))
+
+# What `make bench` times.
+BENCH_NORM_CASES = [NormCase("8x2048x2048", (8, 2048, 2048), dtype) for dtype in _WIDE]
+BENCH_SPANS_CASES = [SpansCase("64x2048", batch=64, length=2048)]
+BENCH_KL_CASES = [
+    KLCase(f"{rows}x{vocabulary}", rows, vocabulary, vocabulary, dtype, live=1.0)
+    for rows, vocabulary in _BENCH_SIZES
+    for dtype in _WIDE
+]
+BENCH_LINEAR_CASES = [
+    LinearCase(
+        "512x576x49152",
+        KLCase("", 512, 49152, 49152, torch.bfloat16, live=1.0),
+        student_hidden=576,
+        teacher_hidden=576,
+    )
+]

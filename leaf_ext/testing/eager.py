@@ -1,0 +1,64 @@
+"""What one writes in plain PyTorch: the baseline of the error budget and of the benchmarks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Stands for a logit of -inf: its probability is 0 in float32, and 0 * log 0 stays 0.
+_ABSENT = -1e5
+
+
+def eager_grad_norm(grad: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32)
+    return norm
+
+
+def eager_kl_rows(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    logit_scale: float | tuple[float, float] = 1.0,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
+) -> Tensor:
+    """KL(teacher, student) of each row over the common vocabulary, in float32."""
+    vocabulary = min(student.shape[1], teacher.shape[1])
+    scales = logit_scale if isinstance(logit_scale, tuple) else (logit_scale, logit_scale)
+    caps = logit_softcap if isinstance(logit_softcap, tuple) else (logit_softcap, logit_softcap)
+    log_p = []
+    for logits, scale, cap in zip((student, teacher), scales, caps, strict=True):
+        x = logits[:, :vocabulary].float() * scale
+        if cap is not None:
+            x = cap * torch.tanh(x / cap)
+        log_p.append(functional.log_softmax(x.clamp(min=_ABSENT) / temperature, -1))
+    return functional.kl_div(log_p[0], log_p[1], log_target=True, reduction="none").sum(-1)
+
+
+def eager_dual_kl(
+    student: Tensor, teacher: Tensor, row_weight: Tensor, temperature: float = 1.0
+) -> Tensor:
+    return temperature**2 * (row_weight * eager_kl_rows(student, teacher, temperature)).sum()
+
+
+def eager_linear_dual_kl(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    row_weight: Tensor,
+) -> Tensor:
+    student = functional.linear(student_hidden, student_head)
+    teacher = functional.linear(teacher_hidden, teacher_head)
+    return eager_dual_kl(student, teacher, row_weight)
+
+
+def eager_scores(teacher: Tensor, student: Tensor, domain: Tensor) -> Tensor:
+    """The score of each token of a padded batch of norms."""
+
+    def normalized(values: Tensor) -> Tensor:
+        low = values.masked_fill(~domain, torch.inf).amin(1, keepdim=True)
+        high = values.masked_fill(~domain, -torch.inf).amax(1, keepdim=True)
+        return (values - low) / (high - low)
+
+    return normalized(normalized(teacher) - normalized(student))

@@ -1,0 +1,155 @@
+"""Tensors of a case, seeded by its name."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leaf_ext.testing.cases import KLCase, LinearCase, NormCase, SpansCase
+
+
+@dataclass(frozen=True)
+class KLInputs:
+    student: Tensor
+    teacher: Tensor
+    row_weight: Tensor
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    student_hidden: Tensor
+    student_head: Tensor
+    teacher_hidden: Tensor
+    teacher_head: Tensor
+    row_weight: Tensor
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class SpansInputs:
+    teacher: Tensor
+    student: Tensor
+    domain: Tensor
+    prunable: Tensor | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+
+
+def generator(case: object) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values in rows that lie apart in memory, with NaN between them."""
+    room = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 11), float("nan"))
+    view = room[..., 3 : 3 + tensor.shape[-1]]
+    view.copy_(tensor)
+    return view
+
+
+def norm_inputs(case: NormCase) -> Tensor:
+    grad = torch.randn(case.shape, generator=generator(case)) * case.magnitude
+    grad = grad.to(case.dtype)
+    return strided(grad) if case.strided else grad
+
+
+def row_weight(rows: int, live: float, seed: torch.Generator) -> Tensor:
+    """Weights of about 1/rows, 0 on the share of rows that are not live."""
+    weight = torch.rand(rows, generator=seed).add(0.5).div(max(1, rows))
+    return weight * (torch.rand(rows, generator=seed) < live)
+
+
+def kl_inputs(case: KLCase) -> KLInputs:
+    """Rows of weight 0 hold NaN: an op that reads one shows it."""
+    seed = generator(case)
+    if case.slow:
+        return _large_kl_inputs(case, seed)
+    teacher = torch.randn(case.rows, case.teacher_vocabulary, generator=seed) * case.std
+    student = torch.randn(case.rows, case.student_vocabulary, generator=seed) * case.std
+    if case.noise is not None:
+        student = teacher + student / case.std * case.noise
+    if case.minus_infinity:
+        # Where the student has no probability the teacher has none, so that the KL is finite.
+        common = min(case.teacher_vocabulary, case.student_vocabulary)
+        absent = torch.rand(case.rows, common, generator=seed) < case.minus_infinity
+        both = torch.rand(case.rows, common, generator=seed) < 0.5
+        teacher[:, :common].masked_fill_(absent, float("-inf"))
+        student[:, :common].masked_fill_(absent & both, float("-inf"))
+    weight = row_weight(case.rows, case.live, seed)
+    student, teacher = student.to(case.dtype), teacher.to(case.dtype)
+    student[weight == 0] = float("nan")
+    teacher[weight == 0] = float("nan")
+    if case.strided:
+        student, teacher = strided(student), strided(teacher)
+    return KLInputs(student, teacher, weight)
+
+
+def _large_kl_inputs(case: KLCase, seed: torch.Generator) -> KLInputs:
+    """More than 2^31 student logits with only the last rows live; one teacher row for all."""
+    student = torch.empty(case.rows, case.student_vocabulary, dtype=case.dtype)
+    student[-3:] = (torch.randn(3, student.shape[1], generator=seed) * case.std).to(case.dtype)
+    teacher = torch.randn(1, case.teacher_vocabulary, generator=seed) * case.std
+    weight = torch.zeros(case.rows)
+    weight[-3:] = 1 / 3
+    return KLInputs(student, teacher.to(case.dtype).expand(case.rows, -1), weight)
+
+
+def linear_inputs(case: LinearCase) -> LinearInputs:
+    """Hidden states and heads whose logits have a standard deviation of about the case's."""
+    seed, kl = generator(case), case.logits
+
+    def model(width: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        hidden = torch.randn(kl.rows, width, generator=seed)
+        head = torch.randn(vocabulary, width, generator=seed) * (kl.std / width**0.5)
+        bias = torch.randn(vocabulary, generator=seed) if case.bias else None
+        return hidden.to(kl.dtype), head.to(kl.dtype), None if bias is None else bias.to(kl.dtype)
+
+    student_hidden, student_head, student_bias = model(case.student_hidden, kl.student_vocabulary)
+    teacher_hidden, teacher_head, teacher_bias = model(case.teacher_hidden, kl.teacher_vocabulary)
+    weight = row_weight(kl.rows, kl.live, seed)
+    student_hidden[weight == 0] = float("nan")
+    teacher_hidden[weight == 0] = float("nan")
+    return LinearInputs(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        weight,
+        student_bias,
+        teacher_bias,
+    )
+
+
+def spans_inputs(case: SpansCase) -> SpansInputs:
+    seed = generator(case)
+    shape: tuple[int, ...] = (case.batch, case.length)
+    cu_seqlens, max_seqlen = None, None
+    if case.lengths:
+        cu_seqlens = torch.tensor([0, *case.lengths]).cumsum(0)
+        max_seqlen = max(case.lengths)
+        shape = (sum(case.lengths),)
+
+    def saliency(width: int | None) -> Tensor:
+        if width is None:
+            return torch.rand(shape, generator=seed).square()
+        return (torch.randn(*shape, width, generator=seed) * 1e-3).to(case.dtype)
+
+    widths = case.hidden or (None, None)
+    teacher, student = saliency(widths[0]), saliency(widths[1])
+    domain = torch.rand(shape, generator=seed) < case.in_domain
+    prunable = torch.rand(shape, generator=seed) < 0.6 if case.prunable else None
+    if case.kind == "constant":
+        teacher, student = torch.full_like(teacher, 0.3), torch.full_like(student, 0.7)
+    elif case.kind == "identical":
+        student = teacher.clone()
+    elif case.kind == "ties":
+        teacher, student = teacher.mul(4).round(), student.mul(4).round()
+    elif case.kind == "nan":
+        # One sequence has a NaN in its domain, another one an inf outside of it.
+        teacher.view(-1)[3], student.view(-1)[-2] = float("nan"), float("inf")
+        domain.view(-1)[3], domain.view(-1)[-2] = True, False
+    return SpansInputs(teacher, student, domain, prunable, cu_seqlens, max_seqlen)

@@ -1,0 +1,96 @@
+"""Telling a whole checkpoint from half of one.
+
+transformers writes a checkpoint's files straight into place, one after the other and
+`trainer_state.json` last; a run that is killed while saving leaves half of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import zipfile
+from pathlib import Path
+
+from transformers.trainer_utils import sort_checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_fault(checkpoint: Path, *, world_size: int = 1) -> str | None:
+    """Why a run cannot go on from a checkpoint, or None when it can."""
+    state = checkpoint / "trainer_state.json"
+    if not state.is_file():
+        return f"{state.name} is missing"
+    # Rank 0 writes the state after its own files; those of the other ranks are not waited for.
+    ranks = [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    needed = ["scheduler.pt", *(ranks if world_size > 1 else ["rng_state.pth"])]
+    for name in needed:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    # FSDP and DeepSpeed keep weights and optimizer in folders of their own.
+    files = {path.name for path in checkpoint.iterdir()}
+    if not any(path.is_dir() for path in checkpoint.iterdir()):
+        if "optimizer.pt" not in files:
+            return "optimizer.pt is missing"
+        if not any(name.endswith(".safetensors") for name in files):
+            return "the weights (.safetensors) are missing"
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and not _whole(path):
+            return f"{path.relative_to(checkpoint)} is damaged"
+    return None
+
+
+def find_checkpoint(wanted: str | bool, directory: Path, *, world_size: int = 1) -> str | None:
+    """The wanted checkpoint, or (True) the newest whole one of a directory, None if it has none.
+
+    Newer ones that are not whole are passed over, and the log says so.
+
+    Raises:
+        ValueError: the checkpoint that was asked for by name is not whole.
+    """
+    if isinstance(wanted, str):
+        if fault := checkpoint_fault(Path(wanted), world_size=world_size):
+            raise ValueError(
+                f"resume_from_checkpoint: {wanted} is not a whole checkpoint ({fault}); give an "
+                "older one, or True for the newest whole one"
+            )
+        return wanted
+    for checkpoint in reversed(sort_checkpoints(str(directory))):
+        fault = checkpoint_fault(Path(checkpoint), world_size=world_size)
+        if fault is None:
+            logger.warning("going on from %s", checkpoint)
+            return checkpoint
+        logger.warning("%s is not whole (%s): passed over", checkpoint, fault)
+    return None
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file's own structure says that it reaches its end."""
+    if path.suffix == ".safetensors":
+        return _whole_safetensors(path)
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return zipfile.is_zipfile(path)  # torch.save writes the directory of the archive last
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return False
+    return True
+
+
+def _whole_safetensors(path: Path) -> bool:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            return False
+        (length,) = struct.unpack("<Q", prefix)
+        if 8 + length > size:
+            return False
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return 8 + int(length) + max(ends, default=0) == size

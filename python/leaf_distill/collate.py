@@ -1,0 +1,239 @@
+"""From rows to padded batches: each row rendered once for the student and once for the teacher."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from leaf_distill.render import Renderer, Rendering
+from leaf_distill.rows import Message, Rejection
+from leaf_distill.sampler import FILLER
+
+logger = logging.getLogger(__name__)
+
+BRANCHES = ("original", "counterfactual")
+
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as both models read it.
+
+    `predicts` is True where the NEXT token is a label: the position whose hidden state predicts it.
+    """
+
+    row_id: int
+    counterfactual: bool
+    student_ids: Ids
+    student_predicts: Mask
+    teacher_ids: Ids
+    teacher_predicts: Mask
+
+    @property
+    def n_labels(self) -> int:
+        return int(self.student_predicts.sum())
+
+
+class Rows(Protocol):
+    """Rows by position: a `datasets.Dataset`, a list of dicts."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Any: ...
+
+
+def prepare_examples(
+    rows: Iterable[Mapping[str, Any]], student: Renderer, teacher: Renderer, *, max_length: int
+) -> tuple[list[Example], list[Rejection]]:
+    """Render rows in the layout of `dataset.parquet`, or plain prompt/completion rows.
+
+    `prompt` and `completion` are a string or messages, the completion one assistant message;
+    `branch` says "original" or "counterfactual" and may be missing (all originals); so may
+    `row_id` (the row's position). A row that is longer than `max_length` tokens for either model,
+    or has no label, is left out whole and returned as a Rejection: nothing is ever cut.
+
+    Raises:
+        ValueError: a column is missing or malformed, or the two models' templates give the row
+            different label tokens; names the row.
+    """
+    examples: list[Example] = []
+    rejections: list[Rejection] = []
+    for position, row in enumerate(rows):
+        row_id = int(row["row_id"]) if row.get("row_id") is not None else position
+        candidate_id = int(row["candidate_id"]) if row.get("candidate_id") is not None else -1
+        messages, completion = _conversation(row, position)
+        if not completion.strip():
+            rejections.append(Rejection(row_id, candidate_id, "distill", "empty_completion", ""))
+            continue
+        ours, theirs = student.render(messages, completion), teacher.render(messages, completion)
+        longest = max(len(ours.input_ids), len(theirs.input_ids))
+        if longest > max_length:
+            detail = f"{longest} tokens, max_length {max_length}"
+            rejections.append(Rejection(row_id, candidate_id, "distill", "too_long", detail))
+            continue
+        branch = row.get("branch") or "original"
+        if branch not in BRANCHES:
+            raise ValueError(
+                f"row {position}: branch: needs one of {', '.join(BRANCHES)}, came {branch!r}"
+            )
+        example = _example(row_id, branch == "counterfactual", ours, theirs)
+        _check_labels(example, position)
+        examples.append(example)
+    return examples, rejections
+
+
+def _conversation(row: Mapping[str, Any], position: int) -> tuple[tuple[Message, ...], str]:
+    """The prompt's messages and the completion's text."""
+    for column in ("prompt", "completion"):
+        if row.get(column) is None:
+            raise ValueError(
+                f"row {position}: needs the column {column!r}, came {sorted(row)}; other layouts "
+                "are read by leaf_distill.rows.load_rows"
+            )
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        messages: tuple[Message, ...] = (Message(role="user", content=prompt),)
+    else:
+        messages = tuple(Message(role=turn["role"], content=turn["content"]) for turn in prompt)
+    if isinstance(completion, str):
+        return messages, completion
+    if len(completion) != 1 or completion[0]["role"] != "assistant":
+        raise ValueError(
+            f"row {position}: completion: needs one assistant message, came "
+            f"{[turn['role'] for turn in completion]}"
+        )
+    return messages, completion[0]["content"]
+
+
+def _example(row_id: int, counterfactual: bool, ours: Rendering, theirs: Rendering) -> Example:
+    student = _arrays(ours)
+    # Usually both models share tokenizer and template; then they share the arrays too.
+    same = ours.input_ids == theirs.input_ids and ours.label_mask == theirs.label_mask
+    teacher = student if same else _arrays(theirs)
+    return Example(row_id, counterfactual, *student, *teacher)
+
+
+def _arrays(rendering: Rendering) -> tuple[Ids, Mask]:
+    ids = np.asarray(rendering.input_ids, dtype=np.int32)
+    predicts = np.zeros(len(ids), dtype=np.bool_)
+    predicts[:-1] = rendering.label_mask[1:]
+    return ids, predicts
+
+
+def _labels(ids: Ids, predicts: Mask) -> list[int]:
+    return [int(token) for token in ids[1:][predicts[:-1]]]
+
+
+def _check_labels(example: Example, position: int) -> None:
+    """The KL compares distributions token by token, so both models need the very same labels."""
+    student = _labels(example.student_ids, example.student_predicts)
+    teacher = _labels(example.teacher_ids, example.teacher_predicts)
+    if student == teacher:
+        return
+    first = next(
+        (
+            i
+            for i, (ours, theirs) in enumerate(zip(student, teacher, strict=False))
+            if ours != theirs
+        ),
+        min(len(student), len(teacher)),
+    )
+    raise ValueError(
+        f"row {position} (row_id {example.row_id}): the templates of teacher and student give "
+        f"different label tokens: {len(teacher)} and {len(student)} of them, first differing at "
+        f"label {first} (teacher {teacher[first : first + 3]}, student "
+        f"{student[first : first + 3]}); give both models one chat template, or chat_template none"
+    )
+
+
+def summarize(rejections: Sequence[Rejection]) -> dict[str, int]:
+    """How many rows were left out for each reason."""
+    return dict(Counter(rejection.reason for rejection in rejections))
+
+
+class ExampleDataset(Dataset[Example]):
+    """Examples by index; `FILLER` is the shortest one with its labels taken away."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = list(examples)
+        shortest = min(self.examples, key=lambda example: len(example.student_ids))
+        self._filler = replace(
+            shortest,
+            counterfactual=False,
+            student_predicts=np.zeros_like(shortest.student_predicts),
+            teacher_predicts=np.zeros_like(shortest.teacher_predicts),
+        )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._filler if index == FILLER else self.examples[index]
+
+    def branch_indices(self, *, counterfactual: bool) -> list[int]:
+        """Positions of the rows of one branch."""
+        return [i for i, row in enumerate(self.examples) if row.counterfactual is counterfactual]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples on the right.
+
+    Returns `input_ids`, `attention_mask` int64 [B, T] and `predicts` bool [B, T] for the student,
+    the same with the prefix `teacher_` for the teacher (its own T), `counterfactual` bool [B] and
+    `row_id` int64 [B]. Row by row, `predicts` and `teacher_predicts` mark the same labels in order.
+    """
+
+    student_pad: int
+    teacher_pad: int
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        student = [(row.student_ids, row.student_predicts) for row in examples]
+        teacher = [(row.teacher_ids, row.teacher_predicts) for row in examples]
+        return {
+            **_pad(student, self.student_pad, ""),
+            **_pad(teacher, self.teacher_pad, "teacher_"),
+            "counterfactual": torch.tensor([row.counterfactual for row in examples]),
+            "row_id": torch.tensor([row.row_id for row in examples]),
+        }
+
+
+def _pad(rows: Sequence[tuple[Ids, Mask]], pad: int, prefix: str) -> dict[str, Tensor]:
+    shape = (len(rows), max(len(ids) for ids, _ in rows))
+    input_ids = torch.full(shape, pad)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    predicts = torch.zeros(shape, dtype=torch.bool)
+    for i, (ids, mask) in enumerate(rows):
+        input_ids[i, : len(ids)] = torch.from_numpy(ids)
+        attention_mask[i, : len(ids)] = 1
+        predicts[i, : len(ids)] = torch.from_numpy(mask)
+    return {
+        f"{prefix}input_ids": input_ids,
+        f"{prefix}attention_mask": attention_mask,
+        f"{prefix}predicts": predicts,
+    }
+
+
+def prepare_dataset(
+    rows: Rows, student: Renderer, teacher: Renderer, *, max_length: int, name: str
+) -> tuple[ExampleDataset, list[Rejection]]:
+    """`prepare_examples` of a dataset; ValueError naming it when no row is left."""
+    examples, rejections = prepare_examples(rows, student, teacher, max_length=max_length)
+    reasons = summarize(rejections)
+    if not examples:
+        raise ValueError(f"{name}: no row is left to train on ({reasons or 'it is empty'})")
+    if rejections:
+        total = len(examples) + len(rejections)
+        logger.warning("%s: %d of %d rows left out: %s", name, len(rejections), total, reasons)
+    return ExampleDataset(examples), rejections

@@ -1,0 +1,140 @@
+"""A tiny pair, its tokenizer and rows for the tests of stage 2; run as a script, one training.
+
+As a script (`torchrun distill_pair.py SETTINGS.json`) it trains as the settings say and writes, on
+rank 0, the student's weights and the log, so that runs with several processes can be compared.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from leaf_distill.distill_config import LeafConfig
+from leaf_distill.trainer import LeafTrainer
+
+# Each training collects garbage, which takes a second over all that transformers has imported.
+gc.collect()
+gc.freeze()
+
+WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", *(f"w{i}" for i in range(40))]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} "
+    "{% if m.role == 'assistant' %}<eos> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def make_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
+    words = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    fast.chat_template = template
+    return fast
+
+
+def make_model(seed: int, hidden: int = 16, **config: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(WORDS),
+        "hidden_size": hidden,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,
+        **config,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings))
+
+
+def make_student(**config: Any) -> LlamaForCausalLM:
+    return make_model(0, **config)
+
+
+def make_teacher(**config: Any) -> LlamaForCausalLM:
+    # Wider, and padded to more rows than the student has: both happen inside one model family.
+    return make_model(1, hidden=24, **{"vocab_size": len(WORDS) + 3, **config})
+
+
+def make_rows(
+    originals: int = 20, counterfactuals: int = 7, *, seed: int = 0
+) -> list[dict[str, Any]]:
+    random = Random(seed)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(random.choice(WORDS[5:]) for _ in range(random.randint(low, high)))
+
+    branches = ["original"] * originals + ["counterfactual"] * counterfactuals
+    return [
+        {
+            "row_id": row_id,
+            "candidate_id": -1 if branch == "original" else 0,
+            "branch": branch,
+            "prompt": [{"role": "user", "content": text(3, 9)}],
+            "completion": [{"role": "assistant", "content": text(2, 6)}],
+        }
+        for row_id, branch in enumerate(branches)
+    ]
+
+
+def make_config(output_dir: Path | str, **settings: Any) -> LeafConfig:
+    defaults = {
+        "use_cpu": True,
+        "originals_per_step": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return LeafConfig(output_dir=str(output_dir), **{**defaults, **settings})
+
+
+def make_trainer(output_dir: Path | str, rows: Any = None, **settings: Any) -> LeafTrainer:
+    rows = make_rows() if rows is None else rows
+    return LeafTrainer(
+        make_student(),
+        make_teacher(),
+        make_config(output_dir, **settings),
+        rows,
+        rows,
+        make_tokenizer(),
+    )
+
+
+def main(settings_file: Path) -> None:
+    settings = json.loads(settings_file.read_text())
+    double = settings.pop("double")
+    rows = make_rows()
+    student, teacher = make_student(), make_teacher()
+    if double:
+        student, teacher = student.double(), teacher.double()
+    config = make_config(settings_file.parent / "run", **settings)
+    trainer = LeafTrainer(student, teacher, config, rows, rows, make_tokenizer())
+    trainer.train()
+    trainer.evaluate()
+    if trainer.is_world_process_zero():
+        torch.save(student.state_dict(), settings_file.parent / "student.pt")
+        log = json.dumps(trainer.state.log_history)
+        (settings_file.parent / "log.json").write_text(log)
+    # As at the end of a user's script: all ranks get here, then the processes end.
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,392 @@
+"""Stage 1 from rows to the dataset, with a real pair whose student is really confounded."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import detect_pair
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from leaf_distill import pair as pair_module
+from leaf_distill import steps
+from leaf_distill.config import DetectConfig
+from leaf_distill.pipeline import DetectResult, detect
+from leaf_distill.store import StoreError
+
+ROWS = detect_pair.make_rows()
+CONFOUNDED = [detect_pair.misled(row) for row in ROWS]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return detect_pair.save_pair(tmp_path_factory.mktemp("pair"))
+
+
+def settings(
+    pair: dict[str, str], root: Path, rows: list[dict[str, Any]] = ROWS, **changes: Any
+) -> dict[str, Any]:
+    root.mkdir(parents=True, exist_ok=True)
+    common = {"grade": "exact", "max_new_tokens": 4, "max_batch_tokens": 150, "threshold": 0.15}
+    dataset = detect_pair.write_rows(root / "rows.jsonl", rows)
+    return {**pair, **common, "dataset": dataset, "output_dir": str(root / "run"), **changes}
+
+
+def run(*args: Any, **changes: Any) -> DetectResult:
+    return detect(DetectConfig(**settings(*args, **changes)))
+
+
+@pytest.fixture(scope="module")
+def finished(pair: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> DetectResult:
+    return run(pair, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def copied(finished: DetectResult, tmp_path: Path) -> Path:
+    """A finished run in a directory of its own, with the rows beside it."""
+    root = tmp_path / "copy"
+    shutil.copytree(finished.run_directory.parent, root)
+    identity = json.loads((root / "run/run.json").read_text())
+    identity["dataset"] = str(root / "rows.jsonl")
+    (root / "run/run.json").write_text(json.dumps(identity))
+    return root
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return lines
+
+
+def counts(result: DetectResult) -> list[int]:
+    return [entry["rows"] for entry in result.funnel["stages"]]
+
+
+def reasons(result: DetectResult, unit: str = "rows") -> dict[str, int]:
+    return {
+        entry["reason"]: entry["count"] for entry in result.funnel["left"] if entry["unit"] == unit
+    }
+
+
+def check_sums(result: DetectResult, total: int) -> None:
+    """Rows in = rows at the end + rows left, and everyone's fate is in the table once."""
+    stages = result.funnel["stages"]
+    rows = [entry["rows"] for entry in stages if entry["unit"] == "rows"]
+    cuts = [entry["rows"] for entry in stages if entry["unit"] == "candidates"]
+    assert rows[0] == total == rows[-1] + sum(reasons(result).values())
+    assert cuts[0] == cuts[1] + sum(reasons(result, "candidates").values())
+    fates = table(result.fates)
+    keys = [(line["row_id"], line["candidate_id"]) for line in fates]
+    assert len(set(keys)) == len(keys)
+    assert sum(key[1] < 0 for key in keys) == total and len(keys) == total + cuts[0]
+    kept = Counter(line["candidate_id"] >= 0 for line in fates if line["reason"] == "kept")
+    assert (kept[False], kept[True]) == (rows[-1], cuts[1])
+    branches = Counter(line["branch"] for line in table(result.dataset))
+    assert branches == Counter({"original": rows[1], "counterfactual": cuts[1]}) + Counter()
+
+
+def content(root: Path) -> dict[str, bytes]:
+    """All that must be the same in two runs: not the seconds, nor the name of the directory."""
+    own = {"funnel.json", "run.json"}
+    files = (path for path in (root / "run").rglob("*") if path.is_file() and path.name not in own)
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def test_finds_cuts_and_validates(finished: DetectResult) -> None:
+    marked = sum(CONFOUNDED)
+    assert 10 < marked < len(ROWS)
+    assert counts(finished)[:6] == [len(ROWS), len(ROWS), len(ROWS), marked, marked, marked]
+    assert reasons(finished)["student_right"] == len(ROWS) - marked
+    check_sums(finished, len(ROWS))
+    lines = table(finished.dataset)
+    cuts = [line for line in lines if line["branch"] == "counterfactual"]
+    assert len(cuts) >= 0.8 * marked
+    for line in cuts:
+        before, after = ROWS[line["row_id"]]["prompt"], line["prompt"][-1]["content"]
+        ((start, stop),) = line["cut"]
+        assert before[:start] + before[stop:] == after
+        assert before[start:stop].split()[0] in detect_pair.NAMES
+        assert line["strategy"] == "span"
+    for line in lines:
+        row = ROWS[line["row_id"]]
+        assert line["completion"] == [{"role": "assistant", "content": row["completion"]}]
+        assert line["answer"] == row["answer"]
+        if line["branch"] == "original":
+            assert line["prompt"] == [{"role": "user", "content": row["prompt"]}]
+            assert line["candidate_id"] == -1 and line["cut"] == [] and line["strategy"] is None
+    with (finished.run_directory / "dataset.jsonl").open() as file:
+        assert [json.loads(line) for line in file] == lines
+
+
+def test_samples_hold_what_was_seen(finished: DetectResult) -> None:
+    samples = table(finished.samples)
+    assert [sample["row_id"] for sample in samples] == [
+        row_id for row_id, confounded in enumerate(CONFOUNDED) if confounded
+    ]
+    for sample in samples:
+        text = sample["user_text"]
+        assert text == ROWS[sample["row_id"]]["prompt"] == sample["messages"][-1]["content"]
+        assert "".join(text[start:stop] for start, stop in sample["offsets"]) == text
+        for name in ("teacher_saliency", "student_saliency", "score"):
+            assert len(sample[name]) == len(sample["offsets"])
+            assert min(sample[name]) == 0.0 and max(sample[name]) == 1.0
+        lowest = sample["offsets"][sample["score"].index(0.0)]
+        assert any(start <= lowest[0] and lowest[1] <= stop for start, stop in sample["spans"])
+        assert (sample["teacher_verdict"], sample["student_verdict"]) == ("right", "wrong")
+        assert sample["teacher_answer"] == sample["answer"] != sample["student_answer"]
+        for candidate in sample["candidates"]:
+            right = candidate["teacher_verdict"] == candidate["student_verdict"] == "right"
+            assert candidate["kept"] == right == (candidate["reason"] is None)
+
+
+def test_every_reason_adds_up(pair: dict[str, str], tmp_path: Path) -> None:
+    long = " ".join(["rain is loud ."] * 9)
+    rows: list[dict[str, Any]] = [
+        *({**row, "answer": None} for row in ROWS[:8]),  # the completion is the gold answer then
+        {"prompt": "tom has 3 apples .", "completion": "", "answer": "3"},
+        {"prompt": long + " tom has 3 apples .", "completion": "3", "answer": "3"},
+        {"prompt": "tom has 3 apples .", "completion": long, "answer": "3"},
+        {"prompt": "tom has 3 apples . the sticker says 4 nine .", "completion": "8"},
+        {"prompt": [{"role": "nobody", "content": "tom has 3 apples ."}], "completion": "3"},
+    ]
+    result = run(pair, tmp_path, rows)
+    check_sums(result, len(rows))
+    found = reasons(result)
+    assert found["empty_completion"] == found["no_user_turn"] == 1
+    assert found["prompt_too_long"] == found["completion_too_long"] == 1
+    assert found["teacher_wrong"] == 1
+    assert found["student_right"] == 8 - sum(CONFOUNDED[:8])
+    details = {line["reason"]: line["detail"] for line in table(result.fates)}
+    assert f"of the {detect_pair.POSITIONS} tokens" in details["prompt_too_long"]
+    assert {line["row_id"] for line in table(result.dataset)} == {*range(8), 11}
+
+
+def test_answers_cut_off_by_the_length_limit(pair: dict[str, str], tmp_path: Path) -> None:
+    result = run(pair, tmp_path, max_new_tokens=1)
+    assert reasons(result) == {"student_cut_off": len(ROWS)}
+    check_sums(result, len(ROWS))
+    assert table(result.samples) == []
+
+
+def test_other_settings_start_from_the_stored_norms(
+    pair: dict[str, str], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(pair_module, "load_model", refuse)
+    spans = {}
+    for name, changes in {
+        "wide": {"threshold": 0.6},
+        "quantile": {"rule": "quantile", "threshold": 0.3},
+        "collective": {"strategy": "collective", "threshold": 0.6},
+        "control": {"strategy": "random_spans", "max_batch_tokens": 9999},
+    }.items():
+        result = run(pair, copied, validate="none", **changes)
+        check_sums(result, len(ROWS))
+        spans[name] = [sample["spans"] for sample in table(result.samples)]
+        cuts = [line for line in table(result.dataset) if line["branch"] == "counterfactual"]
+        assert {line["strategy"] for line in cuts} == {changes.get("strategy", "span")}
+        if name == "collective":
+            assert len(cuts) == len(spans[name]) and spans[name] == spans["wide"]
+    total = {name: sum(map(len, rows)) for name, rows in spans.items()}
+    assert total["wide"] > total["control"]
+    assert spans["quantile"] != spans["control"]
+
+
+def test_the_same_command_again_computes_nothing(
+    pair: dict[str, str], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(copied)
+    monkeypatch.setattr(pair_module, "load_model", None)
+    run(pair, copied)
+    assert content(copied) == before
+
+
+@pytest.mark.parametrize(("function", "call"), [("generate", 2), ("generate", 9), ("saliency", 3)])
+def test_interrupted_and_resumed_ends_with_the_same_bytes(
+    pair: dict[str, str],
+    finished: DetectResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    call: int,
+) -> None:
+    original, calls = getattr(steps, function), 0
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(steps, function, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(pair, tmp_path)
+    monkeypatch.undo()
+    assert not (tmp_path / "run/dataset.parquet").exists()
+    run(pair, tmp_path)
+    assert content(tmp_path) == content(finished.run_directory.parent)
+
+
+def test_killed_and_resumed_ends_with_the_same_bytes(
+    pair: dict[str, str], finished: DetectResult, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(settings(pair, tmp_path)))
+    process = subprocess.Popen([sys.executable, detect_pair.__file__, str(file)])
+    while process.poll() is None:
+        if list(tmp_path.glob("run/stages/predict-teacher/*/part-*.parquet")):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL
+    run(pair, tmp_path)
+    assert content(tmp_path) == content(finished.run_directory.parent)
+
+
+def test_a_corrupt_part_is_named_and_recomputed(pair: dict[str, str], copied: Path) -> None:
+    before = content(copied)
+    (part, *_) = copied.glob("run/stages/saliency-teacher/*/part-00000.parquet")
+    part.write_bytes(part.read_bytes()[:-20] + b"\0" * 20)
+    with pytest.raises(StoreError, match=str(part)):
+        run(pair, copied)
+    part.unlink()
+    run(pair, copied)
+    assert content(copied) == before
+
+
+def test_never_two_models_in_memory(
+    pair: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, alive, order = pair_module.load_model, [], []
+
+    def watched(name: str, **options: Any) -> Any:
+        gc.collect()
+        assert all(reference() is None for reference in alive)
+        model = load(name, **options)
+        alive.append(weakref.ref(model))
+        order.append(Path(name).name)
+        return model
+
+    monkeypatch.setattr(pair_module, "load_model", watched)
+    run(pair, tmp_path, ROWS[:6])
+    assert order == ["student", "teacher", "student", "teacher"]
+
+
+def test_select_all_asks_nobody(pair: dict[str, str], tmp_path: Path) -> None:
+    result = run(pair, tmp_path, select="all", validate="none")
+    check_sums(result, len(ROWS))
+    assert not list(tmp_path.glob("run/stages/predict-*"))
+    samples = table(result.samples)
+    assert len(samples) == len(ROWS)
+    assert all(sample["student_verdict"] is None for sample in samples)
+    assert all(c["kept"] and c["teacher_answer"] is None for s in samples for c in s["candidates"])
+
+
+def test_validation_by_the_teacher_keeps_more(pair: dict[str, str], copied: Path) -> None:
+    changes = {"threshold": 0.6}
+    both = run(pair, copied, **changes)
+    check_sums(both, len(ROWS))
+    teacher = run(pair, copied, validate="teacher", **changes)
+    check_sums(teacher, len(ROWS))
+    assert counts(both)[-1] < counts(teacher)[-1]
+    assert "student_wrong" not in reasons(teacher, "candidates")
+    assert "student_wrong" in reasons(both, "candidates")
+
+
+def test_the_teachers_answers_as_labels(pair: dict[str, str], tmp_path: Path) -> None:
+    rows = [{**row, "completion": "9 apples"} for row in ROWS]
+    result = run(pair, tmp_path, rows, completion_source="teacher")
+    check_sums(result, len(rows))
+    for line in table(result.dataset):
+        assert line["completion"][0]["content"] == ROWS[line["row_id"]]["answer"]
+    assert counts(result)[-1] > 0
+
+
+def test_nan_in_a_models_output_takes_its_rows_only(pair: dict[str, str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(pair["teacher"], broken)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[detect_pair.WORDS.index("loud")] = torch.nan
+    model.save_pretrained(broken)
+    loud = ["loud" in row["prompt"] for row in ROWS]
+    names = pair | {"teacher": str(broken)}
+    asked = run(names, tmp_path / "asked")
+    both = sum(a and b for a, b in zip(loud, CONFOUNDED, strict=True))
+    assert 0 < both == reasons(asked)["teacher_not_finite"] < sum(CONFOUNDED)
+    unasked = run(names, tmp_path / "unasked", select="all", validate="none")
+    assert reasons(unasked)["teacher_not_finite"] == sum(loud)
+    for result in (asked, unasked):
+        check_sums(result, len(ROWS))
+        assert counts(result)[1] == len(ROWS)  # all of them stay originals
+
+
+def test_templates_may_differ_and_are_reported(
+    pair: dict[str, str], finished: DetectResult, tmp_path: Path
+) -> None:
+    other = tmp_path / "student"
+    shutil.copytree(pair["student"], other)
+    template = "<system> be brief . " + detect_pair.TEMPLATE
+    (other / "chat_template.jinja").write_text(template)
+    result = run(pair | {"student": str(other)}, tmp_path, select="all", validate="none")
+    assert finished.funnel["templates"] == []
+    assert any("be brief" in sentence for sentence in result.funnel["templates"])
+    check_sums(result, len(ROWS))
+    assert len(table(result.samples)) == len(ROWS)
+
+
+def test_different_tokenizers_are_refused(pair: dict[str, str], tmp_path: Path) -> None:
+    other = tmp_path / "student"
+    shutil.copytree(pair["student"], other)
+    path = other / "tokenizer.json"
+    path.write_text(path.read_text().replace('"tom"', '"tim"'))
+    with pytest.raises(ValueError, match="tokenizers are different"):
+        run(pair | {"student": str(other)}, tmp_path)
+
+
+def test_a_foreign_run_directory_is_refused(pair: dict[str, str], copied: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_rows was None and is now 3"):
+        run(pair, copied, max_rows=3)
+
+
+def test_the_last_line_says_where_the_results_are(
+    pair: dict[str, str], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(pair, copied)
+    output = capsys.readouterr().out
+    assert str(result.dataset) in output.splitlines()[-1]
+    assert "student right" in output and "validated counterfactuals" in output
+
+
+def test_rows_leave_with_their_last_candidate(pair: dict[str, str], copied: Path) -> None:
+    result = run(pair, copied, select="all")
+    check_sums(result, len(ROWS))
+    assert reasons(result)["no_valid_cut"] > 0
+    everything = {"threshold": 1.0, "strategy": "collective", "validate": "none"}
+    result = run(pair, copied, select="all", **everything)
+    check_sums(result, len(ROWS))
+    assert reasons(result) == {"no_usable_cut": len(ROWS)}
+    assert reasons(result, "candidates") == {"empty_after_cut": len(ROWS)}
+
+
+def test_other_gold_answers_are_graded_anew(pair: dict[str, str], copied: Path) -> None:
+    first = CONFOUNDED.index(True)
+    (sample, *_) = table(copied / "run/samples.parquet")
+    rows = [dict(row) for row in ROWS]
+    rows[first]["answer"] = sample["student_answer"]
+    result = run(pair, copied, rows)
+    assert reasons(result)["student_right"] == CONFOUNDED.count(False) + 1

@@ -1,0 +1,53 @@
+"""Colors, cells and excerpts of the report page, as values."""
+
+from __future__ import annotations
+
+from leaf_distill.report.heat import LEVELS, Token, cut_excerpt, heat, score_level, tail
+
+
+def test_low_score_is_the_strong_color() -> None:
+    levels = [score_level(step / 100) for step in range(101)]
+    assert levels[0] == LEVELS and levels[-1] == 0
+    assert levels == sorted(levels, key=lambda level: -(level or 0))
+
+
+def test_tokens_that_share_a_character_and_text_without_tokens() -> None:
+    tokens = [
+        Token(1, 2, 0.1, 0.2, 0.9, False),
+        Token(1, 2, 0.7, 0.1, 0.3, False),
+        Token(-1, -1, 1.0, 1.0, 0.0, True),
+        Token(4, 5, float("nan"), float("nan"), float("nan"), False),
+    ]
+    cells = [cell for part in heat("a😀 bc d", tokens, [(3, 6)], []) for cell in part.cells]
+    assert "".join(cell.text for cell in cells) == "a😀 bc d"
+    emoji = next(cell for cell in cells if cell.text == "😀")
+    assert (emoji.teacher, emoji.student, emoji.score) == (14, 4, score_level(0.3))
+    assert emoji.title.count("\n") == 1
+    assert all(cell.score is None for cell in cells if cell is not emoji)
+
+
+def test_excerpt_keeps_the_text_around_each_cut() -> None:
+    text = "".join(chr(0x4E00 + i) for i in range(5000))
+    pieces = cut_excerpt(text, [(2000, 2010), (2100, 2105)], context=50)
+    assert [(p.text, p.cut, p.hidden) for p in pieces] == [
+        ("", False, 1950),
+        (text[1950:2000], False, 0),
+        (text[2000:2010], True, 0),
+        (text[2010:2100], False, 0),
+        (text[2100:2105], True, 0),
+        (text[2105:2155], False, 0),
+        ("", False, 2845),
+    ]
+
+
+def test_tail_starts_at_a_line_or_a_word() -> None:
+    answer = (
+        "first " * 40
+        + "word\n"
+        + "the sum is taken step by step, then halved.\n\nThe answer is 4.\n"
+    )
+    assert tail(answer, length=100) == (
+        "the sum is taken step by step, then halved.\n\nThe answer is 4."
+    )
+    assert tail("one two three four", length=10) == "four"
+    assert tail("x" * 30, length=10) == "x" * 10

@@ -1,0 +1,178 @@
+"""Bad arguments: one sentence with op, argument, what was needed and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import leaf_ext
+
+
+def kl_tensors(rows: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = torch.randn(rows, 9).to(dtype), torch.randn(rows, 11).to(dtype)
+    return student, teacher, torch.tensor([0.2, 0.0, 0.5, 0.3])[:rows]
+
+
+def span_tensors() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.rand(3, 20), torch.rand(3, 20), torch.ones(3, 20, dtype=torch.bool)
+
+
+def linear_tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = ((4, 3), (9, 3), (4, 5), (11, 5))
+    tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+    return [*tensors, torch.tensor([0.2, 0.0, 0.5, 0.3])]
+
+
+ONES = torch.ones
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "norm_dtype": (
+        lambda: leaf_ext.grad_norm(ONES(3, 4, dtype=torch.int64)),
+        "grad_norm: grad must be float32, float16, bfloat16",
+    ),
+    "norm_scalar": (lambda: leaf_ext.grad_norm(torch.tensor(1.0)), r"grad must be \[\*, H\]"),
+    "norm_list": (lambda: leaf_ext.grad_norm([1.0]), "grad must be a tensor, got list"),  # type: ignore[arg-type]
+    "kl_student_1d": (
+        lambda: leaf_ext.dual_kl(ONES(9), ONES(4, 9), ONES(4)),
+        r"dual_kl: student_logits must be 2-D \[N, V_s\], got shape \(9,\)",
+    ),
+    "kl_teacher_dtype": (
+        lambda: leaf_ext.dual_kl(ONES(4, 9), ONES(4, 9).double(), ONES(4)),
+        "teacher_logits must be no wider than the other model's, got torch.float64",
+    ),
+    "kl_integer": (
+        lambda: leaf_ext.dual_kl(ONES(4, 9), ONES(4, 9).long(), ONES(4)),
+        "teacher_logits must be float32.*got torch.int64",
+    ),
+    "kl_rows": (
+        lambda: leaf_ext.dual_kl(ONES(4, 9), ONES(5, 9), ONES(4)),
+        r"teacher_logits must be \[N, V_t\] with N = 4 rows like student_logits, got shape \(5",
+    ),
+    "kl_no_vocabulary": (
+        lambda: leaf_ext.dual_kl(ONES(4, 0), ONES(4, 9), ONES(4)),
+        "student_logits must be over a vocabulary of at least 1",
+    ),
+    "kl_weight_dtype": (
+        lambda: leaf_ext.dual_kl(ONES(4, 9), ONES(4, 9), ONES(4).bfloat16()),
+        "row_weight must be torch.float32, got torch.bfloat16",
+    ),
+    "kl_weight_shape": (
+        lambda: leaf_ext.dual_kl(ONES(4, 9), ONES(4, 9), ONES(4, 1)),
+        r"row_weight must be \[N\] with N = 4 rows, got shape \(4, 1\)",
+    ),
+    "kl_weight_grad": (
+        lambda: leaf_ext.dual_kl(ONES(4, 9), ONES(4, 9), ONES(4, requires_grad=True)),
+        "row_weight must be a constant",
+    ),
+    "kl_device": (
+        lambda: leaf_ext.dual_kl(ONES(4, 9), ONES(4, 9, device="meta"), ONES(4)),
+        "teacher_logits must be on cpu, like the first, got meta",
+    ),
+    "kl_temperature": (
+        lambda: leaf_ext.dual_kl(*kl_tensors(), temperature=0.0),
+        "temperature must be a finite number > 0, got 0.0",
+    ),
+    "kl_scale": (
+        lambda: leaf_ext.dual_kl(*kl_tensors(), logit_scale=(1.0, float("nan"))),
+        "logit_scale must be a finite number > 0, got nan",
+    ),
+    "kl_softcap": (
+        lambda: leaf_ext.dual_kl(*kl_tensors(), logit_softcap=float("inf")),
+        "logit_softcap must be a finite number > 0, got inf",
+    ),
+    "kl_pair": (
+        lambda: leaf_ext.dual_kl(*kl_tensors(), logit_scale=(1.0, 1.0, 1.0)),  # type: ignore[arg-type]
+        r"logit_scale must be a number or a pair \(student, teacher\)",
+    ),
+    "kl_inplace_shared": (
+        lambda: leaf_ext.dual_kl(ONES(9).expand(4, 9), ONES(4, 9), ONES(4), inplace_grad=True),
+        "student_logits must be rows of adjacent elements that share no memory",
+    ),
+    "linear_head_width": (
+        lambda: leaf_ext.linear_dual_kl(ONES(4, 3), ONES(9, 2), ONES(4, 5), ONES(9, 5), ONES(4)),
+        r"linear_dual_kl: student_head must be \[V, H\] with V >= 1 and H = 3 like student_hidden",
+    ),
+    "linear_head_dtype": (
+        lambda: leaf_ext.linear_dual_kl(
+            ONES(4, 3), ONES(9, 3).half(), ONES(4, 5), ONES(9, 5), ONES(4)
+        ),
+        "student_head must be torch.float32 like student_hidden, got torch.float16",
+    ),
+    "linear_rows": (
+        lambda: leaf_ext.linear_dual_kl(ONES(4, 3), ONES(9, 3), ONES(3, 5), ONES(9, 5), ONES(4)),
+        "teacher_hidden must be .* with N = 4 rows",
+    ),
+    "linear_bias": (
+        lambda: leaf_ext.linear_dual_kl(*linear_tensors(), teacher_bias=ONES(9)),
+        r"teacher_bias must be \[V\] with V = 11, got shape \(9,\)",
+    ),
+    "linear_chunk": (
+        lambda: leaf_ext.linear_dual_kl(*linear_tensors(), chunk_size=0),
+        "chunk_size must be an integer >= 1, got 0",
+    ),
+    "linear_weight_grad": (
+        lambda: leaf_ext.linear_dual_kl(*linear_tensors()[:4], ONES(4, requires_grad=True)),
+        "linear_dual_kl: row_weight must be a constant",
+    ),
+    "spans_domain": (
+        lambda: leaf_ext.detect_spans(ONES(2, 3), ONES(2, 3), ONES(2, 3)),
+        "detect_spans: domain must be torch.bool, got torch.float32",
+    ),
+    "spans_shape": (
+        lambda: leaf_ext.detect_spans(ONES(2, 4), ONES(2, 3), ONES(2, 3).bool()),
+        r"teacher must be norms \(2, 3\) or gradients \(2, 3, 'H'\) like domain, got shape \(2",
+    ),
+    "spans_norm_dtype": (
+        lambda: leaf_ext.detect_spans(ONES(2, 3).half(), ONES(2, 3), ONES(2, 3).bool()),
+        "teacher must be float32 when it holds norms, got torch.float16",
+    ),
+    "spans_mixed": (
+        lambda: leaf_ext.detect_spans(ONES(2, 3, 4), ONES(2, 3), ONES(2, 3).bool()),
+        "student must be of 3 dimensions like teacher",
+    ),
+    "spans_threshold": (
+        lambda: leaf_ext.detect_spans(*span_tensors(), threshold=1.5),
+        r"threshold must be a finite number in \[0, 1\], got 1.5",
+    ),
+    "spans_rule": (
+        lambda: leaf_ext.detect_spans(*span_tensors(), rule="rank"),  # type: ignore[arg-type]
+        'rule must be "absolute" or "quantile"',
+    ),
+    "spans_join_gap": (
+        lambda: leaf_ext.detect_spans(*span_tensors(), join_gap=-1),
+        "join_gap must be an integer >= 0, got -1",
+    ),
+    "spans_max_seqlen": (
+        lambda: leaf_ext.detect_spans(*span_tensors(), max_seqlen=20),
+        "max_seqlen must be None without cu_seqlens",
+    ),
+    "spans_borders": (
+        lambda: leaf_ext.detect_spans(
+            ONES(5), ONES(5), ONES(5).bool(), cu_seqlens=torch.tensor([0, 6]), max_seqlen=6
+        ),
+        r"cu_seqlens must be ascending from 0 to N = 5, got \[0, 6\]",
+    ),
+    "spans_too_long": (
+        lambda: leaf_ext.detect_spans(
+            ONES(5), ONES(5), ONES(5).bool(), cu_seqlens=torch.tensor([0, 5]), max_seqlen=4
+        ),
+        "max_seqlen must be at least the longest sequence, 5, got 4",
+    ),
+    "weights_live": (
+        lambda: leaf_ext.row_weights(ONES(3).bool(), ONES(3)),
+        "row_weights: live must be torch.bool, got torch.float32",
+    ),
+    "weights_kd": (
+        lambda: leaf_ext.row_weights(ONES(3).bool(), ONES(3).bool(), kd_weight=1.5),
+        r"kd_weight must be a finite number in \[0, 1\], got 1.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_named(case: str) -> None:
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call()

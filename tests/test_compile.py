@@ -1,0 +1,80 @@
+"""Every op under torch.compile, whole, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_samples import kl_tensors, linear_tensors
+from torch import Tensor
+
+import leaf_ext
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("inplace_grad", [False, True], ids=["copied", "inplace"])
+def test_dual_kl_compiles_whole(backend: str, dynamic: bool, inplace_grad: bool) -> None:
+    torch.compiler.reset()
+
+    def loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        return leaf_ext.dual_kl(
+            student * 2, teacher, weight, inplace_grad=inplace_grad, backend=backend
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (4, 3):
+        student, teacher, weight = kl_tensors(rows)
+        gradients = []
+        for run in (loss, compiled):
+            leaf = student.clone().requires_grad_()
+            (3 * run(leaf, teacher, weight)).backward()
+            gradients.append(leaf.grad)
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_linear_dual_kl_compiles_whole(backend: str, dynamic: bool) -> None:
+    torch.compiler.reset()
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return leaf_ext.linear_dual_kl(*tensors, temperature=2.0, backend=backend)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    tensors = linear_tensors()
+    gradients = []
+    for run in (loss, compiled):
+        leaves = [t.clone().requires_grad_() for t in tensors[:2]]
+        gradients.append(torch.autograd.grad(run(*leaves, *tensors[2:]), leaves))
+    for eager, traced in zip(*gradients, strict=True):
+        assert torch.equal(eager, traced)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_detection_compiles_whole(backend: str, dynamic: bool) -> None:
+    torch.compiler.reset()
+
+    def detect(teacher: Tensor, student: Tensor, domain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        norms = leaf_ext.grad_norm(teacher, backend=backend)
+        spans = leaf_ext.detect_spans(teacher, student, domain, threshold=0.4, backend=backend)
+        return norms, spans.span, spans.count
+
+    compiled = torch.compile(detect, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (20, 33):
+        arguments = (
+            torch.randn(2, length, 8),
+            torch.randn(2, length, 4),
+            torch.rand(2, length) > 0.1,
+        )
+        for eager, traced in zip(detect(*arguments), compiled(*arguments), strict=True):
+            assert torch.equal(eager, traced)
+
+
+def test_the_default_compiler_runs_it() -> None:
+    torch.compiler.reset()
+    student, teacher, weight = kl_tensors()
+    compiled = torch.compile(lambda z: leaf_ext.dual_kl(z * 2, teacher, weight), fullgraph=True)
+    gradients = []
+    for run in (lambda z: leaf_ext.dual_kl(z * 2, teacher, weight), compiled):
+        leaf = student.clone().requires_grad_()
+        run(leaf).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)

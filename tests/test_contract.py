@@ -1,0 +1,339 @@
+"""The contract of the ops, clause by clause."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from op_samples import kl_tensors, linear_tensors, span_tensors
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import leaf_ext
+from leaf_ext import reference
+from leaf_ext.ops import linear_chunks
+from leaf_ext.schema import NAMESPACES, OPS, REFERENCE
+
+Namespaces = pytest.mark.parametrize("namespace", [REFERENCE, "leaf_ext"])
+SCALARS = (1.5, 0.9, 1.1, 20.0, 0.0)
+
+
+# -- schemas ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_reference_signature_is_the_schema(name: str) -> None:
+    parameters = tuple(inspect.signature(getattr(reference, name)).parameters)
+    assert parameters == OPS[name].argument_names
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("name", OPS)
+def test_every_namespace_has_every_op(namespace: str, name: str) -> None:
+    registered = getattr(getattr(torch.ops, namespace), name).default._schema
+    assert str(registered).removeprefix(f"{namespace}::") == OPS[name].schema
+    assert tuple(argument.name for argument in registered.arguments) == OPS[name].argument_names
+
+
+# Whole domains: opcheck compares with ==, and a score outside the domain is NaN.
+SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "grad_norm": lambda: (torch.randn(3, 5, 7),),
+    "detect_spans": lambda: (
+        *span_tensors(), None, 0.4, True, 0.5, math.inf, 1, 1, None, 20,
+    ),
+    "detect_spans-packed": lambda: (
+        torch.randn(60, 4), torch.randn(60, 6), torch.rand(60) > -1, torch.rand(60) > 0.3,
+        0.4, False, 0.5, 0.7, 0, 2, torch.tensor([0, 11, 11, 60]), 49,
+    ),
+    "dual_kl": lambda: (*kl_tensors(), *SCALARS, True, True),
+    "dual_kl-loss_only": lambda: (*kl_tensors(), *SCALARS, False, False),
+    "dual_kl-autograd": lambda: (
+        kl_tensors()[0].requires_grad_(), *kl_tensors()[1:], *SCALARS, True, False,
+    ),
+    "dual_kl_": lambda: (*kl_tensors(), *SCALARS, True, True),
+    "linear_dual_kl": lambda: (
+        *linear_tensors(), None, None, *SCALARS, False, False, False, True, 2,
+    ),
+    "linear_dual_kl-autograd": lambda: (
+        *(t.requires_grad_() for t in linear_tensors()[:2]), *linear_tensors()[2:],
+        torch.randn(9, requires_grad=True), torch.randn(11), *SCALARS, True, True, True, True, 3,
+    ),
+}  # fmt: skip
+
+
+@Namespaces
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck(namespace: str, sample: str) -> None:
+    op = getattr(getattr(torch.ops, namespace), sample.split("-")[0])
+    torch.library.opcheck(op.default, SAMPLES[sample]())
+
+
+# -- backends -----------------------------------------------------------------------------------
+
+
+def called_ops(run: Callable[[], object]) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return {event.key for event in profile.key_averages() if event.key.startswith("leaf_ext")}
+
+
+def test_each_backend_runs_its_own_namespace(backend: str) -> None:
+    namespace = {"reference": REFERENCE, "cpu": "leaf_ext"}[backend]
+    tensors = linear_tensors()
+
+    def run() -> None:
+        leaf_ext.grad_norm(tensors[0], backend=backend)
+        leaf_ext.detect_spans(*span_tensors(), backend=backend)
+        leaf_ext.dual_kl(*kl_tensors(), backend=backend)
+        leaf_ext.linear_dual_kl(*tensors, backend=backend)
+
+    found = called_ops(run)
+    assert found == {
+        f"{namespace}::{op}" for op in ("grad_norm", "detect_spans", "dual_kl", "linear_dual_kl")
+    }
+
+
+def test_auto_on_a_cpu_is_the_compiled_module() -> None:
+    assert called_ops(lambda: leaf_ext.grad_norm(torch.ones(2, 2))) == {"leaf_ext::grad_norm"}
+
+
+def test_float64_runs_in_the_reference_only() -> None:
+    grad = torch.randn(3, 4, dtype=torch.float64)
+    assert leaf_ext.grad_norm(grad).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"grad_norm: grad must be float32.*got torch.float64"):
+        leaf_ext.grad_norm(grad, backend="cpu")
+
+
+def test_a_backend_that_is_not_there_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"grad_norm: backend='cpu' is not available: .*meta"):
+        leaf_ext.grad_norm(torch.empty(3, 4, device="meta"), backend="cpu")
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, got 'gpu'"):
+        leaf_ext.grad_norm(torch.ones(3, 4), backend="gpu")  # type: ignore[arg-type]
+
+
+def test_build_info_names_the_backend() -> None:
+    assert "cpu" in leaf_ext.build_info()["backends"]
+
+
+def test_import_needs_only_torch_and_is_cheap() -> None:
+    """Beyond torch's own modules it loads leaf_ext's and the standard library's, nothing else."""
+    code = (
+        "import sys, torch, torch.library; before = set(sys.modules)\n"
+        "import leaf_ext\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(new - {'leaf_ext'} - set(sys.stdlib_module_names)))\n"
+        "print('numpy' in set(sys.modules) - before)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]
+
+
+# -- autocast and values -------------------------------------------------------------------------
+
+
+def test_autocast_casts_as_a_linear_layer_does(backend: str) -> None:
+    hidden, head, *rest = linear_tensors()
+    hidden.requires_grad_()
+    head.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = leaf_ext.linear_dual_kl(hidden, head, *rest, backend=backend)
+    found = torch.autograd.grad(loss, (hidden, head))
+    narrow = [t.detach().bfloat16().requires_grad_() for t in (hidden, head)]
+    teacher = [t.bfloat16() for t in rest[:2]]
+    expected_loss = leaf_ext.linear_dual_kl(*narrow, *teacher, rest[2], backend=backend)
+    expected = torch.autograd.grad(expected_loss, narrow)
+    assert torch.equal(loss, expected_loss) and loss.dtype == torch.float32
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float())
+
+
+def test_autocast_leaves_dual_kl_in_float32(backend: str) -> None:
+    student, teacher, weight = kl_tensors()
+    plain = leaf_ext.dual_kl(student, teacher, weight, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(leaf_ext.dual_kl(student, teacher, weight, backend=backend), plain)
+
+
+# -- numbers ------------------------------------------------------------------------------------
+
+
+def test_an_impossible_token_is_infinite_with_a_finite_gradient(backend: str) -> None:
+    student, teacher = torch.zeros(1, 3), torch.zeros(1, 3)
+    student[0, 1] = -math.inf
+    student.requires_grad_()
+    loss = leaf_ext.dual_kl(student, teacher, torch.ones(1), backend=backend)
+    loss.backward()
+    assert loss == math.inf
+    torch.testing.assert_close(student.grad, torch.tensor([[1 / 6, -1 / 3, 1 / 6]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [math.nan, -math.inf], ids=["one_nan", "all_minus_infinity"])
+@pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
+def test_a_live_row_without_a_distribution_is_nan(
+    backend: str, dtype: torch.dtype, value: float, side: int
+) -> None:
+    pair = [torch.randn(3, 40).to(dtype), torch.randn(3, 40).to(dtype)]
+    pair[side][1] = value if value == -math.inf else pair[side][1]
+    pair[side][1, 17] = value
+    loss, rows = leaf_ext.dual_kl(*pair, torch.ones(3), return_rows=True, backend=backend)
+    assert loss.isnan()
+    assert rows.kl.isnan().tolist() == [False, True, False]
+
+
+def test_nearly_equal_models_keep_three_digits(backend: str) -> None:
+    """KL of about 1e-6, where sum p_t log p_t - p_t log p_s in float32 keeps one digit."""
+    teacher = torch.randn(4, 50_000) * 3
+    student = teacher + torch.randn(4, 50_000) * 1.4e-3
+    weight = torch.ones(4)
+    exact = leaf_ext.dual_kl(
+        student.double(), teacher.double(), weight.double(), return_rows=True, backend="reference"
+    )[1].kl
+    assert 1e-7 < float(exact.max()) < 1e-5
+    found = leaf_ext.dual_kl(student, teacher, weight, return_rows=True, backend=backend)[1].kl
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
+
+
+def test_the_models_may_have_different_dtypes(backend: str) -> None:
+    student, teacher, weight = kl_tensors()
+    mixed = leaf_ext.dual_kl(student, teacher.bfloat16(), weight, backend=backend)
+    wide = leaf_ext.dual_kl(student, teacher.bfloat16().float(), weight, backend=backend)
+    torch.testing.assert_close(mixed, wide, rtol=1e-6, atol=0)
+
+
+def test_only_the_common_vocabulary_counts(backend: str) -> None:
+    student, teacher, weight = torch.randn(4, 9), torch.randn(4, 11), torch.ones(4)
+    teacher[:, 9:] = math.nan
+    student.requires_grad_()
+    loss = leaf_ext.dual_kl(student, teacher, weight, backend=backend)
+    same = leaf_ext.dual_kl(student, teacher[:, :9], weight, backend=backend)
+    assert torch.equal(loss, same)
+    wide = torch.cat((student.detach(), torch.full((4, 5), math.nan)), 1).requires_grad_()
+    leaf_ext.dual_kl(wide, teacher[:, :9], weight, backend=backend).backward()
+    loss.backward()
+    assert wide.grad is not None and torch.equal(wide.grad[:, :9], student.grad)
+    assert not wide.grad[:, 9:].any()
+
+
+def test_ties_agree_at_the_lowest_index(backend: str) -> None:
+    teacher = torch.zeros(2, 40)
+    student = torch.zeros(2, 40)
+    student[1, 33] = teacher[1, 33] = teacher[1, 2] = 1.0
+    rows = leaf_ext.dual_kl(student, teacher, torch.ones(2), return_rows=True, backend=backend)[1]
+    assert rows.agreement.tolist() == [1.0, 0.0]
+
+
+def test_chunks_do_not_change_the_loss(backend: str) -> None:
+    tensors = [torch.randn(37, 8), torch.randn(300, 8), torch.randn(37, 6), torch.randn(300, 6)]
+    results = []
+    for chunk_size in (1, 5, 37, 1000):
+        leaves = [t.clone().requires_grad_() for t in tensors[:2]]
+        loss = leaf_ext.linear_dual_kl(
+            *leaves, *tensors[2:], torch.ones(37), chunk_size=chunk_size, backend=backend
+        )
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for other in results[1:]:
+        for left, right in zip(results[0], other, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The elements of the largest tensor that any operation inside returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def test_memory_of_the_linear_loss_does_not_grow_with_the_logits() -> None:
+    rows, vocabulary, width, chunk_size = 400, 1000, 4, 10
+    tensors = [torch.randn(n, width) for n in (rows, vocabulary, rows, vocabulary)]
+    options = (1.0, 1.0, 1.0, 0.0, 0.0, True, True, False, True, chunk_size)
+    with LargestTensor() as largest:
+        linear_chunks.over("leaf_ext")(*tensors, torch.ones(rows), None, None, *options)
+    assert largest.elements <= max(chunk_size * vocabulary, rows * width, vocabulary * width)
+
+
+def test_a_head_gradient_accumulates_in_float32() -> None:
+    """1000 chunks: beside their sum in bfloat16 each part of it would vanish."""
+    rows = 1000
+    hidden, head = torch.ones(rows, 1).bfloat16(), torch.tensor([[0.5], [0.0]]).bfloat16()
+    teacher = torch.ones(rows, 1).bfloat16(), torch.tensor([[0.0], [0.5]]).bfloat16()
+    head.requires_grad_()
+    loss = leaf_ext.linear_dual_kl(
+        hidden, head, *teacher, torch.full((rows,), 1 / rows), chunk_size=1
+    )
+    loss.backward()
+    expected = 2 * torch.tensor([0.5, 0.0]).softmax(0)[0] - 1
+    assert head.grad is not None
+    torch.testing.assert_close(head.grad[0, 0].float(), expected, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(37, 5003), (3, 100_003)], ids=["many_rows", "few_rows"])
+def test_results_are_bitwise_the_same_for_any_number_of_threads(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    """Many rows are shared out whole; the few that are left over are split along the vocabulary."""
+    student, teacher = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    weight = torch.rand(shape[0])
+    gradients = torch.randn(6, 50, 64).to(dtype), torch.randn(6, 50, 32).to(dtype)
+    domain = torch.rand(6, 50) > 0.1
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 1, 2, 8):
+            torch.set_num_threads(threads)
+            leaf = student.clone().requires_grad_()
+            loss, rows = leaf_ext.dual_kl(leaf, teacher, weight, return_rows=True, backend="cpu")
+            loss.backward()
+            spans = leaf_ext.detect_spans(*gradients, domain, threshold=0.4, backend="cpu")
+            norms = leaf_ext.grad_norm(gradients[0], backend="cpu")
+            results.append([loss.detach(), leaf.grad, *rows, norms, spans.span, spans.confounder])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_strided_inputs_are_read_in_place(backend: str) -> None:
+    student, teacher, weight = kl_tensors()
+    turned = student.t().contiguous().t().requires_grad_()
+    spread = weight[:, None].expand(4, 3).contiguous()[:, 1]
+    plain = student.requires_grad_()
+    losses = [
+        leaf_ext.dual_kl(plain, teacher, weight, backend=backend),
+        leaf_ext.dual_kl(turned, teacher.t().contiguous().t(), spread, backend=backend),
+    ]
+    assert torch.equal(*losses)
+    gradients = [torch.autograd.grad(x, z)[0] for x, z in zip(losses, (plain, turned), strict=True)]
+    assert torch.equal(*gradients)
+    broadcast = torch.randn(1, 9).expand(4, 9)
+    one = leaf_ext.dual_kl(broadcast, teacher, weight, backend=backend)
+    assert torch.equal(one, leaf_ext.dual_kl(broadcast.clone(), teacher, weight, backend=backend))
+
+
+def test_norms_of_nan_and_infinity(backend: str) -> None:
+    grad = torch.tensor([[1.0, math.nan], [math.inf, 1.0], [-math.inf, math.nan], [3.0, 4.0]])
+    norm = leaf_ext.grad_norm(grad, backend=backend)
+    assert norm[0].isnan() and norm[1] == math.inf and norm[2].isnan() and norm[3] == 5.0
+
+
+def test_detection_is_not_differentiable(backend: str) -> None:
+    grad = torch.randn(2, 5, 3, requires_grad=True)
+    assert not leaf_ext.grad_norm(grad, backend=backend).requires_grad
+    domain = torch.ones(2, 5, dtype=torch.bool)
+    assert not leaf_ext.detect_spans(grad, grad, domain, backend=backend).score.requires_grad

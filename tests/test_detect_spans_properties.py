@@ -1,0 +1,188 @@
+"""`detect_spans` against a definition in plain Python, on random sequences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import leaf_ext
+
+SETTINGS = settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    threshold: float
+    rule: str
+    cap: float
+    teacher_max: float | None
+    join_gap: int
+    min_length: int
+
+
+@dataclass(frozen=True)
+class Token:
+    teacher: float
+    student: float
+    domain: bool
+    prunable: bool
+
+
+def normalized(values: list[float]) -> list[float]:
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
+
+
+def confounders(tokens: list[Token], options: Options) -> list[int]:
+    """Positions of confounding tokens: the definition, token by token."""
+    inside = [i for i, token in enumerate(tokens) if token.domain]
+    if not inside:
+        return []
+    if not all(math.isfinite(tokens[i].teacher + tokens[i].student) for i in inside):
+        return []
+    teacher = normalized([tokens[i].teacher for i in inside])
+    student = normalized([tokens[i].student for i in inside])
+    gap = [a - b for a, b in zip(teacher, student, strict=True)]
+    if max(gap) - min(gap) < 1e-6:
+        return []
+    score = normalized(gap)
+    cut = options.threshold
+    if options.rule == "quantile":
+        rank = min(len(inside) - 1, math.floor(options.threshold * len(inside)))
+        cut = min(options.cap, sorted(score)[rank])
+    highest = math.inf if options.teacher_max is None else options.teacher_max
+    return [
+        position
+        for position, value, saliency in zip(inside, score, teacher, strict=True)
+        if tokens[position].prunable and value <= cut and saliency <= highest
+    ]
+
+
+def spans(tokens: list[Token], positions: list[int], options: Options) -> list[tuple[int, int]]:
+    """Runs of confounders, joined over short stretches of the domain."""
+    found: list[list[int]] = []
+    for position in positions:
+        if found:
+            between = tokens[found[-1][1] : position]
+            if len(between) <= options.join_gap and all(token.domain for token in between):
+                found[-1][1] = position + 1
+                continue
+        found.append([position, position + 1])
+    return [(start, stop) for start, stop in found if stop - start >= options.min_length]
+
+
+# Quarters are exact in binary: where both models' extremes are 0 and 1, so is every score.
+quarters = st.integers(0, 4).map(lambda n: n / 4)
+tokens = st.builds(
+    Token,
+    teacher=quarters,
+    student=quarters,
+    domain=st.sampled_from([True, True, True, False]),
+    prunable=st.sampled_from([True, True, False]),
+)
+sometimes_broken = st.one_of(quarters, quarters, st.sampled_from([math.nan, math.inf]))
+wild = st.builds(
+    Token,
+    teacher=sometimes_broken,
+    student=sometimes_broken,
+    domain=st.booleans(),
+    prunable=st.booleans(),
+)
+options = st.builds(
+    Options,
+    threshold=st.sampled_from([0.0, 0.125, 0.25, 0.3, 0.5, 0.75, 1.0]),
+    rule=st.sampled_from(["absolute", "quantile"]),
+    cap=st.sampled_from([0.25, 0.5, 1.0]),
+    teacher_max=st.sampled_from([None, 0.0, 0.5, 1.0]),
+    join_gap=st.integers(0, 3),
+    min_length=st.integers(1, 4),
+)
+
+
+def detect(sequences: list[list[Token]], options: Options, backend: str) -> leaf_ext.Spans:
+    """All sequences packed, in float64 where the reference runs."""
+    flat = [token for sequence in sequences for token in sequence]
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    lengths = [len(sequence) for sequence in sequences]
+    return leaf_ext.detect_spans(
+        torch.tensor([token.teacher for token in flat], dtype=dtype),
+        torch.tensor([token.student for token in flat], dtype=dtype),
+        torch.tensor([token.domain for token in flat], dtype=torch.bool),
+        prunable=torch.tensor([token.prunable for token in flat], dtype=torch.bool),
+        threshold=options.threshold,
+        rule="quantile" if options.rule == "quantile" else "absolute",
+        cap=options.cap,
+        teacher_max=options.teacher_max,
+        join_gap=options.join_gap,
+        min_length=options.min_length,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        max_seqlen=max(lengths, default=0),
+        backend="reference" if backend == "reference" else "cpu",
+    )
+
+
+def anchored(sequence: list[Token]) -> list[Token]:
+    """With both extremes of both models present, float32 and exact arithmetic agree to the bit."""
+    anchors = [Token(0.0, 1.0, True, False), Token(1.0, 0.0, True, False)]
+    return [anchors[0], *sequence, anchors[1]]
+
+
+@SETTINGS
+@given(sequences=st.lists(st.lists(tokens, max_size=24).map(anchored), max_size=4), options=options)
+def test_spans_are_the_definition(
+    sequences: list[list[Token]], options: Options, backend: str
+) -> None:
+    expected = [spans(s, confounders(s, options), options) for s in sequences]
+    assert detect(sequences, options, backend).tolist() == expected
+
+
+@SETTINGS
+@given(sequences=st.lists(st.lists(wild, max_size=12), min_size=1, max_size=3), options=options)
+def test_not_finite_sequences_are_flagged_and_have_no_span(
+    sequences: list[list[Token]], options: Options, backend: str
+) -> None:
+    result = detect(sequences, options, backend)
+    broken = [
+        any(t.domain and not math.isfinite(t.teacher) for t in s)
+        + 2 * any(t.domain and not math.isfinite(t.student) for t in s)
+        for s in sequences
+    ]
+    assert result.status.tolist() == broken
+    for flag, found in zip(broken, result.tolist(), strict=True):
+        assert not (flag and found)
+
+
+@SETTINGS
+@given(sequences=st.lists(st.lists(tokens, max_size=24), max_size=4), options=options)
+def test_spans_are_sorted_disjoint_and_inside_the_domain(
+    sequences: list[list[Token]], options: Options, backend: str
+) -> None:
+    for sequence, found in zip(
+        sequences, detect(sequences, options, backend).tolist(), strict=True
+    ):
+        assert all(left[1] < right[0] for left, right in pairwise(found))
+        for start, stop in found:
+            assert stop - start >= options.min_length
+            assert all(token.domain for token in sequence[start:stop])
+            assert sequence[start].prunable and sequence[stop - 1].prunable
+
+
+@SETTINGS
+@given(sequence=st.lists(tokens, min_size=1, max_size=24), options=options, pad=st.integers(0, 5))
+def test_padding_and_packing_agree(
+    sequence: list[Token], options: Options, pad: int, backend: str
+) -> None:
+    packed = detect([sequence, sequence], options, backend).tolist()
+    padding = [Token(math.nan, math.inf, False, True)] * pad
+    padded = detect([sequence + padding], options, backend).tolist()
+    assert packed[0] == packed[1] == padded[0]

@@ -1,0 +1,277 @@
+"""Every op, backend and case of the one table against the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import leaf_ext
+from leaf_ext.reference.detect_spans import spans_of
+from leaf_ext.testing import cases, inputs
+from leaf_ext.testing.budget import assert_within_budget, error
+from leaf_ext.testing.eager import eager_grad_norm, eager_kl_rows
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def table(rows: Sequence[Any]) -> list[Any]:
+    return [
+        pytest.param(row, id=str(row), marks=[pytest.mark.slow] if row.slow else []) for row in rows
+    ]
+
+
+@pytest.mark.parametrize("case", table(cases.NORM_CASES))
+def test_grad_norm(case: cases.NormCase, backend: str) -> None:
+    grad = inputs.norm_inputs(case)
+    oracle = leaf_ext.grad_norm(grad.double(), backend="reference")
+    # torch's own squares overflow and vanish where ours must not: measure it at magnitude 1.
+    unit = (grad.float() / case.magnitude).contiguous()
+    exact = torch.linalg.vector_norm(unit.double(), dim=-1)
+    baseline = error(eager_grad_norm(unit), exact) * case.magnitude
+    norm = leaf_ext.grad_norm(grad, backend=backend)
+    assert norm.dtype == torch.float32
+    assert_within_budget("grad_norm", "norm", norm, oracle, baseline)
+
+
+def kl_options(case: cases.KLCase) -> dict[str, Any]:
+    return {
+        "temperature": case.temperature,
+        "logit_scale": case.logit_scale,
+        "logit_softcap": case.logit_softcap,
+    }
+
+
+def reference_results(
+    case: cases.KLCase, student: Tensor, teacher: Tensor, weight: Tensor
+) -> dict[str, Tensor]:
+    student = student.requires_grad_()
+    loss, rows = leaf_ext.dual_kl(
+        student, teacher, weight, return_rows=True, backend="reference", **kl_options(case)
+    )
+    loss.backward()
+    assert student.grad is not None
+    return {"loss": loss.detach(), "gradient": student.grad, **rows._asdict()}
+
+
+def eager_results(
+    case: cases.KLCase, student: Tensor, teacher: Tensor, weight: Tensor
+) -> dict[str, Tensor]:
+    student = student.requires_grad_()
+    kl = eager_kl_rows(student, teacher, **kl_options(case))
+    (case.temperature**2 * (weight * kl).sum()).backward()
+    assert student.grad is not None
+    return {"kl": kl.detach(), "gradient": student.grad}
+
+
+def float32_errors(
+    case: cases.KLCase, given: inputs.KLInputs, oracle: dict[str, Tensor]
+) -> dict[str, float]:
+    """The worst error of torch in float32, plain and as the reference computes.
+
+    One order of summation can be right by luck: the vocabulary is also turned around and shuffled.
+    """
+    live = given.row_weight != 0
+    weight = given.row_weight[live]
+    common = min(case.student_vocabulary, case.teacher_vocabulary)
+    worst = dict.fromkeys(oracle, 0.0)
+    identity = torch.arange(common)
+    orders = [identity, identity.flip(0)]
+    if common < 20_000:
+        orders.append(torch.randperm(common))
+    for order in orders:
+        back = order.argsort()
+        student, teacher = (
+            t.detach()[live][:, order].float() for t in (given.student, given.teacher)
+        )
+        for compute in (reference_results, eager_results):
+            found = compute(case, student.clone(), teacher, weight)
+            found["gradient"] = found["gradient"][:, back]
+            for name, value in found.items():
+                truth = oracle[name][:, :common] if name == "gradient" else oracle[name]
+                worst[name] = max(worst[name], error(value, truth))
+    worst["loss"] = max(worst["loss"], case.temperature**2 * float(weight.sum()) * worst["kl"])
+    return worst
+
+
+@pytest.mark.parametrize("inplace_grad", [False, True], ids=["copied", "inplace"])
+@pytest.mark.parametrize("case", table(cases.KL_CASES))
+def test_dual_kl(case: cases.KLCase, backend: str, inplace_grad: bool) -> None:
+    given = inputs.kl_inputs(case)
+    weight, live = given.row_weight, given.row_weight != 0
+    oracle = reference_results(
+        case, given.student[live].double(), given.teacher[live].double(), weight[live].double()
+    )
+    torch_errors = float32_errors(case, given, oracle)
+
+    student = given.student.requires_grad_()
+    loss, rows = leaf_ext.dual_kl(
+        student,
+        given.teacher,
+        weight,
+        inplace_grad=inplace_grad,
+        return_rows=True,
+        backend=backend,
+        **kl_options(case),
+    )
+    loss.backward()
+
+    assert loss.dtype == rows.kl.dtype == torch.float32
+    assert student.grad is not None and student.grad.dtype == case.dtype
+    for part, counts in zip(student.grad.split(512), live.split(512), strict=True):
+        assert not part[~counts].any()  # in parts: the slow case fills most of the memory
+    assert not torch.stack(rows)[:, ~live].any()
+    assert torch.equal(rows.agreement[live], oracle["agreement"].float())
+    ours = {"gradient": student.grad[live], "loss": loss.detach()}
+    ours |= {name: value[live] for name, value in rows._asdict().items()}
+    for name, result in ours.items():
+        assert_within_budget("dual_kl", name, result, oracle[name], torch_errors[name])
+
+
+@pytest.mark.parametrize("case", table(cases.LINEAR_CASES))
+def test_linear_dual_kl(case: cases.LinearCase, backend: str) -> None:
+    options = kl_options(case.logits)
+    given = inputs.linear_inputs(case)
+    live = given.row_weight != 0
+
+    def run(dtype: torch.dtype, backend: str, chunk_size: int | None, rows: Tensor) -> list[Tensor]:
+        hidden, head = given.student_hidden[rows].to(dtype), given.student_head.to(dtype)
+        biases = [
+            None if bias is None else bias.to(dtype)
+            for bias in (given.student_bias, given.teacher_bias)
+        ]
+        parameters = [t.requires_grad_() for t in (hidden, head, biases[0]) if t is not None]
+        loss, measures = leaf_ext.linear_dual_kl(
+            hidden,
+            head,
+            given.teacher_hidden[rows].to(dtype),
+            given.teacher_head.to(dtype),
+            given.row_weight[rows].to(torch.promote_types(dtype, torch.float32)),
+            student_bias=biases[0],
+            teacher_bias=biases[1],
+            chunk_size=chunk_size,
+            return_rows=True,
+            backend=backend,
+            **options,
+        )
+        gradients = torch.autograd.grad(loss, parameters)
+        return [loss.detach(), measures.kl, *gradients]
+
+    everything = torch.ones_like(live)
+    oracle = run(torch.float64, "reference", None, live)
+    result = run(case.logits.dtype, backend, case.chunk_size, everything)
+    # Products are the library's: the baseline has its logits, in the inputs' dtype.
+    plain = eager_linear(case, given, live)
+    result[1], result[2] = result[1][live], result[2][live]
+    for name, ours, truth, theirs in zip(
+        ("loss", "kl", "hidden gradient", "head gradient", "bias gradient"),
+        result,
+        oracle,
+        plain,
+        strict=False,
+    ):
+        assert_within_budget("linear_dual_kl", name, ours, truth, error(theirs, truth))
+
+
+def eager_linear(case: cases.LinearCase, given: inputs.LinearInputs, live: Tensor) -> list[Tensor]:
+    """Loss, KL of the rows and gradients in plain torch on the live rows."""
+    dtype = torch.float32 if case.logits.dtype == torch.float16 else case.logits.dtype
+    hidden = given.student_hidden[live].to(dtype).requires_grad_()
+    head = given.student_head.to(dtype).requires_grad_()
+    biases = [
+        None if bias is None else bias.to(dtype)
+        for bias in (given.student_bias, given.teacher_bias)
+    ]
+    parameters = [hidden, head] + ([biases[0].requires_grad_()] if biases[0] is not None else [])
+    student = torch.nn.functional.linear(hidden, head, biases[0])
+    teacher = torch.nn.functional.linear(
+        given.teacher_hidden[live].to(dtype), given.teacher_head.to(dtype), biases[1]
+    )
+    kl = eager_kl_rows(student, teacher, **kl_options(case.logits))
+    loss = case.logits.temperature**2 * (given.row_weight[live] * kl).sum()
+    return [loss.detach(), kl.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+def detect(case: cases.SpansCase, given: inputs.SpansInputs, backend: str) -> leaf_ext.Spans:
+    double = backend == "float64"
+    saliencies = (t.double() if double else t for t in (given.teacher, given.student))
+    return leaf_ext.detect_spans(
+        *saliencies,
+        given.domain,
+        prunable=given.prunable,
+        threshold=case.threshold,
+        rule=case.rule,
+        cap=case.cap,
+        teacher_max=case.teacher_max,
+        join_gap=case.join_gap,
+        min_length=case.min_length,
+        cu_seqlens=given.cu_seqlens,
+        max_seqlen=given.max_seqlen,
+        backend="reference" if double else backend,
+    )
+
+
+def sequences(values: Tensor, given: inputs.SpansInputs) -> list[Tensor]:
+    if given.cu_seqlens is None:
+        return list(values)
+    return list(values.split(given.cu_seqlens.diff().tolist()))
+
+
+@pytest.mark.parametrize("case", table(cases.SPANS_CASES))
+def test_detect_spans(case: cases.SpansCase, backend: str) -> None:
+    given = inputs.spans_inputs(case)
+    oracle, spans = detect(case, given, "float64"), detect(case, given, backend)
+    assert torch.equal(spans.status, oracle.status)
+    assert spans.span.shape == oracle.span.shape and spans.score.dtype == torch.float32
+    assert torch.equal(spans.score.isnan(), oracle.score.isnan())
+    band = 0.0
+    for domain, score, truth, ours, theirs in zip(
+        *(
+            sequences(t, given)
+            for t in (
+                given.domain,
+                spans.score,
+                oracle.score,
+                spans.confounder,
+                oracle.confounder,
+            )
+        ),
+        strict=True,
+    ):
+        band = rounding_band(case, given, domain, truth)
+        assert error(score, truth) <= band
+        assert not (ours & ~domain).any()
+        differ = ours != theirs
+        if differ.any():
+            cut = case.threshold
+            if case.rule == "quantile":
+                ranked = truth[domain].sort().values
+                rank = min(len(ranked) - 1, int(case.threshold * len(ranked)))
+                cut = min(case.cap, float(ranked[rank]))
+            assert ((truth[differ] - cut).abs() <= band).all()
+    if torch.equal(spans.confounder, oracle.confounder):
+        assert torch.equal(spans.span, oracle.span)
+    for row, (confounder, domain) in enumerate(
+        zip(sequences(spans.confounder, given), sequences(given.domain, given), strict=True)
+    ):
+        span, count = spans_of(confounder[None], domain[None], case.join_gap, case.min_length)
+        found = spans.span[row, : int(spans.count[row])]
+        assert torch.equal(found, span[0, : int(count)])
+        assert (spans.span[row, int(spans.count[row]) :] == -1).all()
+
+
+def rounding_band(
+    case: cases.SpansCase, given: inputs.SpansInputs, domain: Tensor, score: Tensor
+) -> float:
+    """Rounding of a score: a few units of float32 in the gap, divided by the gap's range.
+
+    A gap in [-1, 1] carries the roundings of two norms (each of a reduction over H), two
+    normalizations and a difference; the last step divides by its range, which is at least half
+    of 1 wherever one token holds the teacher's maximum and another one the student's.
+    """
+    if not bool(score.isfinite().any()):
+        return 0.0
+    return 64 * torch.finfo(torch.float32).eps
