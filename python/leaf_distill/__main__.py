@@ -1,4 +1,4 @@
-"""`python -m leaf_distill` is `leaf`, so that `accelerate launch -m leaf_distill distill ...` works."""
+"""`python -m leaf_distill` is `leaf`, for launchers: `torchrun -m leaf_distill distill ...`."""
 
 import sys
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Select = Literal["student_wrong", "all"]
 CompletionSource = Literal["dataset", "teacher"]
@@ -14,13 +13,6 @@ GradeRule = Literal["math", "number", "exact"]
 SpanRule = Literal["absolute", "quantile"]
 Strategy = Literal["span", "collective", "random_tokens", "random_spans"]
 Validate = Literal["both", "teacher", "none"]
-
-PRESETS: Final[Mapping[str, Mapping[str, object]]] = {
-    "paper": {},
-    "release": {"select": "all", "rule": "quantile", "threshold": 0.05, "validate": "none"},
-}
-"""Defaults of a preset: the paper's are DetectConfig's own; `release` does as the authors' released
-code, which cuts by rank, selects nothing and validates nothing."""
 
 
 def _help(description: str) -> dict[str, str]:

@@ -63,7 +63,11 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     )
     columns = config.columns if isinstance(config.columns, dict) else None
     rows, unreadable = load_rows(
-        config.dataset, split=config.dataset_split, columns=columns, max_rows=config.max_rows
+        config.dataset,
+        split=config.dataset_split,
+        columns=columns,
+        max_rows=config.max_rows,
+        need_completion=False,
     )
     if not rows:
         raise ValueError(

@@ -68,6 +68,7 @@ class _Run:
                 split=config.dataset_split,
                 columns=parse_columns(config.columns),
                 max_rows=config.max_rows,
+                need_completion=config.completion_source == "dataset",
             )
             self.pair = Pair(config, self.root)
         # Only now: a directory that a misspelled name had claimed would refuse the right one.

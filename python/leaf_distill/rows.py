@@ -62,6 +62,7 @@ def load_rows(
     split: str = "train",
     columns: dict[str, str] | None = None,
     max_rows: int | None = None,
+    need_completion: bool = True,
 ) -> tuple[list[Row], list[Rejection]]:
     """Read rows from a hub dataset (``owner/name`` or ``owner/name:config``) or a local file.
 
@@ -69,7 +70,8 @@ def load_rows(
     ``datasets``. Layouts: ``prompt``/``completion`` (text or messages), ``messages`` (the last
     assistant turn is the completion), ``instruction``/``input``/``output``,
     ``problem``/``solution``; each with an optional ``answer``. ``columns`` maps these names to the
-    dataset's own, as in ``{"prompt": "question"}``; one column may serve two names.
+    dataset's own, as in ``{"prompt": "question"}``; one column may serve two names. With
+    ``need_completion`` False an answer is enough: a row without completion has an empty one.
 
     Raises ValueError for a missing file, split or column, an unknown layout, an empty dataset;
     a row that cannot be used is not an error but a Rejection of stage "rows".
@@ -80,14 +82,15 @@ def load_rows(
     if not records:
         raise ValueError(f"The dataset {source!r} has no rows: give one with at least one row.")
     mapping = _mapping(source, names, columns or {})
-    layout = _layout(source, names, mapping)
+    layout = _layout(source, names, mapping, need_completion)
     rows: list[Row] = []
     rejections: list[Rejection] = []
     for row_id, record in enumerate(records):
         fields = {field: record.get(column) for field, column in mapping.items()}
         try:
-            messages, completion = _read_layout(layout, fields)
             answer = _answer(fields.get("answer"))
+            messages, completion = _read_layout(layout, fields)
+            _check_completion(completion, answer, need_completion)
             _check_text([*(m["content"] for m in messages), completion, answer or ""])
         except _Unusable as problem:
             rejections.append(Rejection(row_id, -1, "rows", problem.reason, problem.detail))
@@ -219,9 +222,14 @@ def _mapping(source: str, names: Sequence[str], columns: Mapping[str, str]) -> d
     return {**own, **columns}
 
 
-def _layout(source: str, names: Sequence[str], mapping: Mapping[str, str]) -> tuple[str, ...]:
+def _layout(
+    source: str, names: Sequence[str], mapping: Mapping[str, str], need_completion: bool
+) -> tuple[str, ...]:
     for layout in LAYOUTS:
         if all(field in mapping for field in layout):
+            return layout
+    for layout in () if need_completion or "answer" not in mapping else LAYOUTS:
+        if layout[0] in mapping:
             return layout
     wanted = ", or ".join("/".join(layout) for layout in LAYOUTS)
     raise ValueError(
@@ -237,9 +245,9 @@ def _read_layout(
         turns = _messages("messages", fields["messages"])
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
         if last < 0:
-            raise _Unusable("empty_completion", "messages has no assistant turn to learn from.")
-        return _checked(turns[:last], turns[last]["content"])
-    prompt, completion = fields[layout[0]], fields[layout[1]]
+            return _checked(turns), ""
+        return _checked(turns[:last]), turns[last]["content"]
+    prompt, completion = fields[layout[0]], fields.get(layout[1])
     if layout[0] == "instruction":
         extra = fields.get("input")
         if isinstance(prompt, str) and isinstance(extra, str) and extra.strip():
@@ -248,7 +256,7 @@ def _read_layout(
     replies = _messages(layout[1], completion, role="assistant")
     if len(replies) != 1 or replies[0]["role"] != "assistant":
         raise _Unusable("bad_completion", f"{layout[1]} must be text or one assistant message.")
-    return _checked(turns, replies[0]["content"])
+    return _checked(turns), replies[0]["content"]
 
 
 def _messages(column: str, value: object, *, role: str | None = None) -> list[Message]:
@@ -270,14 +278,19 @@ def _messages(column: str, value: object, *, role: str | None = None) -> list[Me
     return messages
 
 
-def _checked(messages: Sequence[Message], completion: str) -> tuple[tuple[Message, ...], str]:
+def _checked(messages: Sequence[Message]) -> tuple[Message, ...]:
     if not messages or messages[-1]["role"] != "user":
         raise _Unusable("no_user_turn", "the turn before the completion is not the user's.")
     if not messages[-1]["content"].strip():
         raise _Unusable("empty_prompt", "the user's turn is empty.")
-    if not completion.strip():
-        raise _Unusable("empty_completion", "the completion is empty.")
-    return tuple(messages), completion
+    return tuple(messages)
+
+
+def _check_completion(completion: str, answer: str | None, needed: bool) -> None:
+    if completion.strip() or (answer is not None and not needed):
+        return
+    also = "" if needed else ", and there is no answer to grade against"
+    raise _Unusable("empty_completion", f"the completion is empty{also}.")
 
 
 def _answer(value: object) -> str | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from transformers import HfArgumentParser
 
-from leaf_distill.config import PRESETS, DetectConfig, parse_columns
+from leaf_distill.config import DetectConfig, parse_columns
 
 NAMES = {"student": "s", "teacher": "t", "dataset": "d"}
 
@@ -63,9 +62,3 @@ def test_every_field_has_help() -> None:
 def test_columns_as_json_or_mapping() -> None:
     assert parse_columns(None) is None
     assert parse_columns({"prompt": "q"}) == parse_columns('{"prompt": "q"}') == {"prompt": "q"}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_valid_settings(name: str) -> None:
-    config = replace(DetectConfig(**NAMES), **PRESETS[name])
-    assert (config == DetectConfig(**NAMES)) == (name == "paper")

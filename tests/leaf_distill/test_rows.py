@@ -106,6 +106,16 @@ def test_no_assistant_turn_is_an_empty_completion(tmp_path):
     assert len(rows) == 1 and rejections[0].reason == "empty_completion"
 
 
+@pytest.mark.parametrize("prompt", ["prompt", "problem", "instruction"])
+def test_an_answer_is_enough_where_no_completion_is_needed(tmp_path, prompt):
+    source = write(tmp_path, [{prompt: "1 + 1?", "answer": 2}, {prompt: "2 + 2?", "answer": None}])
+    rows, rejections = load_rows(source, need_completion=False)
+    assert [(row.completion, row.answer) for row in rows] == [("", "2")]
+    assert (rejections[0].row_id, rejections[0].reason) == (1, "empty_completion")
+    with pytest.raises(ValueError, match="but LeaF needs prompt/completion"):
+        load_rows(source)
+
+
 def test_files_and_saved_datasets_agree(tmp_path):
     records = [{"prompt": f"p{i}", "completion": "c", "answer": i} for i in range(5)]
     (tmp_path / "rows.json").write_text(json.dumps(records))
