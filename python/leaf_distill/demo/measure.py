@@ -1,0 +1,182 @@
+"""How well a score finds the planted sentences, and how often a cut alone makes a student right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from leaf_distill.render import Renderer
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The prompt tokens of one row that may be cut: what is known of them and what was scored.
+
+    planted, number, flagged: bool [n]; suspicion: float64 [n] by method, high for a confounder.
+    """
+
+    planted: Mask
+    number: Mask
+    flagged: Mask
+    suspicion: Mapping[str, Floats]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How one method meets the planted truth; shares from 0 to 1, NaN where nothing is to count.
+
+    precision: flagged tokens that are planted; token_recall: planted tokens that are flagged;
+    clause_recall: planted sentences with a flagged token; top_1: rows with a planted sentence
+    whose most suspicious token is planted; auc: of the suspicion over the tokens of all rows.
+    """
+
+    method: str
+    precision: float
+    clause_recall: float
+    token_recall: float
+    top_1: float
+    auc: float
+    auc_numbers: float
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What cutting alone did to prompts that the student had failed, without any training."""
+
+    method: str
+    prompts: int
+    cuts: int
+    cuts_right: int  # cut prompts that the student answers correctly
+    prompts_right: int  # prompts with at least one such cut
+    cuts_kept: int  # cuts that passed the whole validation
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One distillation: what it trained on, what it cost, and where KL(teacher, student) went.
+
+    tokens: all that the student read, without padding; kl_first, kl_last: the logged losses.
+    """
+
+    name: str
+    model: Path
+    steps: int
+    originals: int
+    counterfactuals: int
+    originals_a_step: int
+    tokens: int
+    kl_first: float
+    kl_last: float
+
+
+def read_tokens(
+    sample: Mapping[str, Any], planted: Sequence[Sequence[int]], suspicion: Mapping[str, Floats]
+) -> Tokens:
+    """The prunable tokens of a row of samples.parquet; `suspicion` has an entry for each token."""
+    text: str = sample["user_text"]
+    offsets: list[list[int]] = sample["offsets"]
+    prunable = np.array(sample["prunable"], dtype=np.bool_)
+    inside = [any(a < stop and start < b for start, stop in planted) for a, b in offsets]
+    number = [text[a:b].strip().isdigit() for a, b in offsets]
+    scores = {
+        "LeaF": -np.array(sample["score"], dtype=np.float64),
+        "student only": np.array(sample["student_saliency"], dtype=np.float64),
+        **suspicion,
+    }
+    return Tokens(
+        planted=np.array(inside)[prunable],
+        number=np.array(number)[prunable],
+        flagged=np.array(sample["confounder"], dtype=np.bool_)[prunable],
+        suspicion={method: values[prunable] for method, values in scores.items()},
+    )
+
+
+def measure_detection(rows: Sequence[Tokens]) -> list[Detection]:
+    """Every method against the truth.
+
+    LeaF flags what it would cut; each other method flags as many tokens in each row, those that it
+    finds the most suspicious.
+    """
+    if not rows:
+        return []
+    return [_measure(rows, method) for method in rows[0].suspicion]
+
+
+def _measure(rows: Sequence[Tokens], method: str) -> Detection:
+    flags = [
+        row.flagged if method == "LeaF" else _top(row.suspicion[method], row.flagged.sum())
+        for row in rows
+    ]
+    planted, flagged = np.concatenate([row.planted for row in rows]), np.concatenate(flags)
+    suspicion = np.concatenate([row.suspicion[method] for row in rows])
+    number = np.concatenate([row.number for row in rows])
+    misled = [(row, flag) for row, flag in zip(rows, flags, strict=True) if row.planted.any()]
+    return Detection(
+        method=method,
+        precision=_share(planted[flagged]),
+        clause_recall=_share([bool((row.planted & flag).any()) for row, flag in misled]),
+        token_recall=_share(flagged[planted]),
+        top_1=_share([bool(row.planted[row.suspicion[method].argmax()]) for row, _ in misled]),
+        auc=auc(suspicion, planted),
+        auc_numbers=auc(suspicion[number], planted[number]),
+    )
+
+
+def auc(suspicion: Floats, truth: Mask) -> float:
+    """Chance that a true item is more suspicious than a false one, ties half; NaN without both."""
+    positives = int(truth.sum())
+    negatives = len(truth) - positives
+    if not positives or not negatives:
+        return float("nan")
+    _, place, count = np.unique(suspicion, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # ties share the mean of their ranks
+    wins = rank[truth].sum() - positives * (positives + 1) / 2
+    return float(wins / (positives * negatives))
+
+
+def measure_pruning(method: str, samples: Sequence[Mapping[str, Any]]) -> Pruning:
+    """Count over the rows of samples.parquet, all of which the student had failed."""
+    right = [
+        [candidate["student_verdict"] == "right" for candidate in sample["candidates"]]
+        for sample in samples
+    ]
+    return Pruning(
+        method=method,
+        prompts=len(samples),
+        cuts=sum(len(row) for row in right),
+        cuts_right=sum(sum(row) for row in right),
+        prompts_right=sum(any(row) for row in right),
+        cuts_kept=sum(candidate["kept"] for row in samples for candidate in row["candidates"]),
+    )
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, renderer: Renderer, text: str) -> Floats:
+    """Negative log-likelihood (nats) of each token of the user's text, given what precedes it."""
+    rendering = renderer.prompt(({"role": "user", "content": text},))
+    ids = torch.tensor([rendering.input_ids], device=model.device)
+    log_p = model(input_ids=ids).logits[0, :-1].double().log_softmax(dim=-1)
+    surprise = -log_p.gather(1, ids[0, 1:, None])[:, 0].cpu().numpy()
+    # The very first token of all has nothing before it to be predicted from.
+    every = np.concatenate(([0.0], surprise))
+    return np.asarray(every[np.array(rendering.domain)], dtype=np.float64)
+
+
+def _top(suspicion: Floats, count: int) -> Mask:
+    flagged = np.zeros(len(suspicion), dtype=np.bool_)
+    flagged[np.argsort(-suspicion, kind="stable")[:count]] = True
+    return flagged
+
+
+def _share(hits: Sequence[bool] | Mask) -> float:
+    return float(np.mean(hits)) if len(hits) else float("nan")
