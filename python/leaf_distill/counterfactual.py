@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from leaf_distill.config import Strategy
-from leaf_distill.detect import Detection, token_range
 from leaf_distill.rows import Rejection
+from leaf_distill.spans import Detection, token_range
 
 CharacterRange = tuple[int, int]
 

@@ -23,7 +23,7 @@ ROW_STAGES = {
 }
 """What a row that did not leave at this stage is called, in the order of the stages."""
 
-VALIDATED = "validated counterfactuals"
+KEPT = "kept counterfactuals"
 
 FATES = pa.schema(
     [
@@ -61,7 +61,7 @@ class Funnel:
         dropped = sum(item.candidate_id >= 0 for item in self.left)
         for name, number in (
             ("candidates", self.candidates),
-            (VALIDATED, self.candidates - dropped),
+            (KEPT, self.candidates - dropped),
         ):
             counts.append({"stage": name, "rows": number, "unit": "candidates"})
         return counts
@@ -129,5 +129,5 @@ class Funnel:
 def _shown_at(reason: Mapping[str, object]) -> str:
     """Return the line of the table that is lower for this reason."""
     if reason["unit"] == "candidates":
-        return VALIDATED
+        return KEPT
     return ROW_STAGES[str(reason["stage"])] or str(ROW_STAGES["render"])

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from leaf_distill.counterfactual import Candidate, candidates
-from leaf_distill.detect import Detection, PromptSaliency, SpanSettings, detect_rows
 from leaf_distill.pair import ROLES, Pair, chunks, run_stage
 from leaf_distill.rows import Message, Rejection, Row
+from leaf_distill.spans import Detection, PromptSaliency, SpanSettings, detect_rows
 
 RANGES = pa.list_(pa.list_(pa.int64()))
 

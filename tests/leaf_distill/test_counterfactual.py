@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leaf_distill.counterfactual import candidates, cut, merge
-from leaf_distill.detect import Detection
+from leaf_distill.spans import Detection
 
 TEXT = "tom has 7 apples . the sticker says 8 . how many apples does tom have ?"
 WORDS = TEXT.split()

@@ -201,6 +201,8 @@ def test_a_directory_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="output_dir: needs a new or empty directory"):
         start_afresh(tmp_path)
+    with pytest.raises(ValueError, match="output_dir: needs a new or empty directory"):
+        start_afresh(tmp_path / "thesis.txt")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 

@@ -369,7 +369,7 @@ def test_the_last_line_says_where_the_results_are(
     result = run(pair, copied)
     output = capsys.readouterr().out
     assert str(result.dataset) in output.splitlines()[-1]
-    assert "student right" in output and "validated counterfactuals" in output
+    assert "student right" in output and "kept counterfactuals" in output
 
 
 def test_rows_leave_with_their_last_candidate(pair: dict[str, str], copied: Path) -> None:

@@ -25,7 +25,7 @@ FUNNEL: dict[str, Any] = {
         {"stage": "answered", "rows": 38, "unit": "rows"},
         {"stage": "marked: student wrong, teacher right", "rows": 3, "unit": "rows"},
         {"stage": "candidates", "rows": 8, "unit": "candidates"},
-        {"stage": "validated counterfactuals", "rows": 2, "unit": "candidates"},
+        {"stage": "kept counterfactuals", "rows": 2, "unit": "candidates"},
     ],
     "left": [
         {"stage": "predict", "reason": "student_cut_off", "count": 2, "unit": "rows"},

@@ -142,10 +142,11 @@ def quietly(what: str, log: Path) -> Iterator[None]:
 def start_afresh(output_dir: Path) -> None:
     """Make an empty directory, also out of an earlier demo's, but of nothing else."""
     if output_dir.exists():
-        if any(output_dir.iterdir()) and not (output_dir / RESULTS).is_file():
+        ours = output_dir.is_dir() and (output_dir / RESULTS).is_file()
+        if not ours and (output_dir.is_file() or any(output_dir.iterdir())):
             raise ValueError(
-                f"output_dir: needs a new or empty directory, or that of an earlier demo, but "
-                f"{output_dir} holds other files; give another --output_dir"
+                "output_dir: needs a new or empty directory, or that of an earlier demo, but "
+                f"{output_dir} holds something else; give another --output_dir"
             )
         shutil.rmtree(output_dir)
     output_dir.mkdir(parents=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from leaf_distill.detect import PromptSaliency, SpanSettings, detect_rows, normalize
+from leaf_distill.spans import PromptSaliency, SpanSettings, detect_rows, normalize
 
 LOW, HIGH = 0.01, 5.0
 

@@ -1,0 +1,1 @@
+"""`leaf demo`: the whole method on an embedded pair, or on real models."""
