@@ -69,7 +69,7 @@ class CMakeBuild(build_ext):
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 "leaf_ext: the compiled kernels could not be built; the first error above says why "
-                "(they need a C++20 compiler, such as g++ 11 or newer). LEAF_BUILD_EXT=0 installs "
+                "(they need a C++20 compiler, such as g++ 12 or newer). LEAF_BUILD_EXT=0 installs "
                 "without them, much slower."
             ) from error
 

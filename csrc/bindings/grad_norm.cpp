@@ -31,6 +31,12 @@ Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
 
   RowsView view{owner.const_data_ptr(), dtype, 1, 1, 0, 0, width};
   for (int64_t i = 0; i + 1 < dim; ++i) view.rows *= owner.size(i);
+  if (!as_it_is) {
+    // Not by its strides: a contiguous tensor may have any along dimensions of size 1.
+    view.inner = view.rows;
+    view.inner_stride = width;
+    return {owner, view};
+  }
   if (dim >= 2) {
     view.inner = owner.size(dim - 2);
     view.inner_stride = owner.stride(dim - 2);

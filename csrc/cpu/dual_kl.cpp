@@ -1,13 +1,13 @@
 // loss = T^2 sum_i w_i KL(p_t, p_s) over the common vocabulary, and its gradient. Per row, with y
-// the scaled, capped logit, Z = sum_v exp(y / T) and p = exp(y / T) / Z:
+// the scaled, capped logit, m its maximum, d = sum_v exp((y - m) / T) and p = exp((y - m) / T) / d:
 //
-//     l    = log p_t - log p_s = (y_t - y_s) / T + log Z_s - log Z_t
+//     l    = log p_t - log p_s = ((y_t - m_t) - (y_s - m_s)) / T + log d_s - log d_t
 //     KL   = sum_v p_s - p_t + p_t l
 //     grad = w T (p_s - p_t) dy_s/dz_s
 //
 // Where l is small, p_s - p_t = p_t (phi - l) and the term of the sum is p_t phi, with
-// phi = exp(-l) - 1 + l >= 0 by its series, so that nothing cancels and an error of Z enters
-// squared.
+// phi = exp(-l) - 1 + l >= 0 by its series, so that nothing cancels and an error of d enters
+// squared. The maxima are subtracted first, so that an offset between the two models costs nothing.
 //
 // Two phases, each over blocks that fit the first-level cache: the softmax of both models, then the
 // terms of loss and gradient. Between them the row pair stays in the second-level cache. Blocks are
@@ -29,7 +29,8 @@ namespace {
 
 struct TermScalars {
   float inv_temperature;
-  float log_ratio;  // log Z_s - log Z_t
+  float max_s, max_t;
+  float log_ratio;  // log d_s - log d_t
   float grad_scale;
 };
 
@@ -67,7 +68,8 @@ LEAF_CLONES Lanes terms(const Side student, const Side teacher, int64_t n, const
     const float* et = teacher.exps + begin;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      const float log_ratio = (yt[i] - ys[i]) * row.inv_temperature + row.log_ratio;
+      const float apart = (yt[i] - row.max_t) - (ys[i] - row.max_s);
+      const float log_ratio = apart * row.inv_temperature + row.log_ratio;
       float term;
       grad[begin + i] =
           row.grad_scale *
@@ -126,10 +128,10 @@ class RowKernel {
     const bool agree =
         params_.row_results != nullptr && student_.argmax(row) == teacher_.argmax(row);
 
-    const TermScalars scalars{
-        1.0f / params_.temperature,
-        static_cast<float>(student_.log_partition() - teacher_.log_partition()),
-        gradient_bound(params_, row) * *params_.grad_scale};
+    const TermScalars scalars{1.0f / params_.temperature, static_cast<float>(student_.max()),
+                              static_cast<float>(teacher_.max()),
+                              static_cast<float>(student_.log_sum() - teacher_.log_sum()),
+                              gradient_bound(params_, row) * *params_.grad_scale};
     for_blocks(blocks_, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         terms_[block] = block_terms(row, block, scalars);

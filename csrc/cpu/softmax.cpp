@@ -121,11 +121,22 @@ void SoftmaxRow::merge() {
 }
 
 int64_t SoftmaxRow::argmax(int64_t row) const {
+  // A softcap, or the rounding of a scale, can make one number of two logits.
+  const bool distinct = logits_.softcap == 0.0f && logits_.scale == 1.0f;
+  const int64_t first = distinct ? max_block_ : 0;
+  const int64_t last = distinct ? max_block_ : block_count(vocab_) - 1;
   alignas(64) float buffer[kBlock];
-  alignas(64) float slope[kBlock];
-  const float* y = load(row, max_block_, buffer, slope);
-  const int64_t n = block_size(max_block_);
-  return max_block_ * kBlock + (std::find(y, y + n, static_cast<float>(max_)) - y);
+  int64_t argmax = first * kBlock;
+  float max = -kInfinity;
+  for (int64_t block = first; block <= last; ++block) {
+    const int64_t n = block_size(block);
+    const float* z = load_floats(address(row, block), logits_.dtype, n, buffer);
+    const float block_max = maximum(z, n);
+    if (block_max <= max) continue;
+    max = block_max;
+    argmax = block * kBlock + (std::find(z, z + n, max) - z);
+  }
+  return argmax;
 }
 
 }  // namespace leaf::cpu

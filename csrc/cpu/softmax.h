@@ -4,8 +4,8 @@
 //
 // With y the scaled, capped logit, over the first `vocab` elements and with temperature T:
 //
-//     p = exp((y - m) / T) / d,    d = sum_v exp((y - m) / T),    H(p) = log d - sum_v p (y - m) /
-//     T
+//     p = exp((y - m) / T) / d,    d = sum_v exp((y - m) / T)
+//     H(p) = log d - sum_v p (y - m) / T
 //
 // A block stores exp((y - its own maximum) / T); merging gives the factor of each block that turns
 // this into p. So each logit costs one exponential, and is read from memory once.
@@ -51,9 +51,10 @@ class SoftmaxRow {
   // Of the merged row. p of element i of a block is exps(block)[i] * factor(block).
   const float* exps(int64_t block) const { return exps_.data() + block * kBlock; }
   float factor(int64_t block) const { return factor_[block]; }
-  double log_partition() const { return max_ / temperature_ + log_sum_; }
+  double max() const { return max_; }
+  double log_sum() const { return log_sum_; }  // log d
   double entropy() const { return entropy_; }
-  int64_t argmax(int64_t row) const;  // the first of equals
+  int64_t argmax(int64_t row) const;  // of the logits as they came; the first of equals
 
  private:
   const void* address(int64_t row, int64_t block) const;

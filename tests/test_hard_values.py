@@ -1,0 +1,56 @@
+"""Inputs on which a kernel that looks right goes wrong; every backend answers for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import leaf_ext
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 5), (1, 4, 8, 16), (2, 1, 3, 4)])
+def test_norms_do_not_trust_the_strides_of_single_elements(
+    shape: tuple[int, ...], backend: str
+) -> None:
+    """A contiguous tensor may have any stride along a dimension of size 1."""
+    grad = torch.randn(shape).transpose(0, 1)
+    expected = leaf_ext.grad_norm(grad.double(), backend="reference").float()
+    torch.testing.assert_close(leaf_ext.grad_norm(grad, backend=backend), expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0, -1000.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_an_offset_between_nearly_equal_models_costs_no_digits(
+    offset: float, temperature: float, backend: str
+) -> None:
+    """Logits are defined up to a constant; the loss must not cancel because of it."""
+    torch.manual_seed(0)
+    teacher = torch.randn(8, 3001)
+    student = teacher + 1.4e-3 * torch.randn(8, 3001) + offset
+    options = {"temperature": temperature, "return_rows": True}
+    weight = torch.ones(8)
+    _, rows = leaf_ext.dual_kl(student, teacher, weight, **options, backend=backend)
+    exact = (student.double(), teacher.double(), weight.double())
+    _, truth = leaf_ext.dual_kl(*exact, **options, backend="reference")
+    assert 1e-7 < float(truth.kl.min()) < float(truth.kl.max()) < 2e-6
+    torch.testing.assert_close(rows.kl.double(), truth.kl, rtol=1e-3, atol=0)
+
+
+def test_agreement_looks_at_the_logits_that_a_softcap_makes_equal(backend: str) -> None:
+    student, teacher = torch.tensor([[10.0, 60.0, 90.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+    for cap, scale in ((5.0, 1.0), (5.0, 3.0), (None, 1.0)):
+        _, rows = leaf_ext.dual_kl(
+            student,
+            teacher,
+            torch.ones(1),
+            logit_softcap=(cap, None),
+            logit_scale=scale,
+            return_rows=True,
+            backend=backend,
+        )
+        assert rows.agreement.tolist() == [1.0]
+    wide = 20 * torch.randn(16, 5003)
+    _, rows = leaf_ext.dual_kl(
+        wide, 1.001 * wide, torch.ones(16), logit_softcap=5.0, return_rows=True, backend=backend
+    )
+    assert rows.agreement.tolist() == [1.0] * 16
