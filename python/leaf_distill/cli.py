@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import sys
@@ -69,6 +70,7 @@ class Command:
     arguments: Callable[[], tuple[Any, ...]]
     run: Callable[..., None]
     hidden: Callable[[], frozenset[str]] = frozenset  # options that --help leaves out
+    interrupted: str = "nothing is kept"  # what Ctrl-C leaves behind
 
 
 def _detect_arguments() -> tuple[Any, ...]:
@@ -156,6 +158,8 @@ def _run_env() -> None:
         print(f"leaf_ext        reference only: {error}")
 
 
+KEPT = "what is done is kept, and the same command goes on from it"
+
 COMMANDS = {
     "detect": Command(
         "find the confounding tokens of a dataset, cut them out, keep the cuts that hold",
@@ -163,6 +167,7 @@ COMMANDS = {
         "--output_dir runs/math",
         _detect_arguments,
         _run_detect,
+        interrupted=KEPT,
     ),
     "distill": Command(
         "distil the teacher into the student on originals and counterfactuals",
@@ -171,12 +176,14 @@ COMMANDS = {
         _distill_arguments,
         _run_distill,
         _hidden_training_arguments,
+        interrupted="the same command goes on from the newest checkpoint, where there is one",
     ),
     "evaluate": Command(
         "grade a model's greedy answers on a dataset",
         "leaf evaluate --model student-leaf --dataset test.jsonl --output_dir runs/eval",
         _evaluate_arguments,
         _run_evaluate,
+        interrupted=KEPT,
     ),
     "report": Command(
         "write one self-contained HTML page about a run of `leaf detect`",
@@ -204,7 +211,7 @@ def config_to_argv(path: Path, known: frozenset[str]) -> list[str]:
 
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path}: cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: needs flat `option: value` lines")
@@ -263,14 +270,26 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     if config.config is not None:
         known = frozenset(action.dest for action in parser._actions) - {"help", "config"}
         words = config_to_argv(Path(config.config), known) + rest
-    parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            args=words, return_remaining_strings=True, look_for_args_file=False
+        )
+    except Exception as error:  # whatever refuses the settings: they are the user's to mend
+        parser.error(str(error).strip() or type(error).__name__)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"{unknown[0]} is not an option of this command{hint}")
     return tuple(parsed[: len(types)])  # after them: a namespace with `config`
 
 
 def _raised_by_us(error: BaseException) -> bool:
     """Whether our own code raised it: a sentence for the user. From deeper down it is a bug."""
+    import leaf_ext
+
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return not {"leaf_distill", "leaf_ext"}.isdisjoint(raised_in.parts)
+    ours = (Path(__file__).parent, Path(leaf_ext.__file__).parent)
+    return any(package in raised_in.parents for package in ours)
 
 
 def _overview() -> str:
@@ -300,10 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[name].run(*parse(name, words[1:]))
     except KeyboardInterrupt:
-        print(
-            f"\nleaf {name}: interrupted; what is done is kept, the same command goes on from it",
-            file=sys.stderr,
-        )
+        print(f"\nleaf {name}: interrupted; {COMMANDS[name].interrupted}", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         if not _raised_by_us(error):

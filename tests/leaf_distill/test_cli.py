@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from leaf_distill.cli import COMMANDS, main, parse
+
+NAMES = ["--student", "s", "--teacher", "t", "--dataset", "d", "--output_dir", "o"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -81,6 +85,53 @@ def test_a_bad_file_is_one_sentence(
     file.write_text(text)
     status, _, err = run(capsys, "detect", "--config", str(file))
     assert status == 1 and sentence in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["detect", *NAMES, "--treshold", "1"], "--treshold is not an option of this command; did"),
+        (["detect", *NAMES, "--foo", "1"], "--foo is not an option of this command"),
+        (["detect", *NAMES, "--threshold", "much"], "argument --threshold: invalid float value"),
+        (["detect", *NAMES, "--strategy", "words"], "argument --strategy: invalid choice"),
+        (["distill", *NAMES, "--lr_scheduler_type", "foo"], "foo"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_sentence(
+    argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, *argv)
+    assert status == 2 and sentence in err and "Traceback" not in err
+
+
+def test_a_file_that_is_not_text_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "leaf.yaml"
+    file.write_bytes(b"student: \xff\xfe")
+    status, _, err = run(capsys, "detect", "--config", str(file))
+    assert status == 1 and "leaf.yaml: cannot be read" in err
+
+
+@pytest.mark.parametrize("name", ["detect", "distill", "demo"])
+def test_an_interrupt_says_what_is_kept(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], run=interrupted))
+    status, _, err = run(capsys, name, *([] if name == "demo" else NAMES))
+    assert status == 130 and COMMANDS[name].interrupted in err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*arguments: object) -> None:
+        json.loads("{")  # a ValueError, but raised in another package's code
+
+    monkeypatch.setitem(COMMANDS, "env", replace(COMMANDS["env"], run=bug))
+    with pytest.raises(json.JSONDecodeError):
+        main(["env"])
 
 
 def test_a_missing_run_directory_is_one_sentence(
