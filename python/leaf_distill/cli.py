@@ -13,8 +13,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,6 @@ def _run_demo(arguments: DemoArguments) -> None:
 def _run_env() -> None:
     """Print what a bug report needs: versions, devices, and which kernels would run."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
@@ -227,6 +227,11 @@ def config_to_argv(path: Path, known: frozenset[str]) -> list[str]:
     return argv
 
 
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not an empty one, which says nothing."""
 
@@ -243,6 +248,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
         "epilog": f"example: {command.example}",
     }
     if not (types := command.arguments()):
+        usage["usage"] = f"leaf {name}"
         argparse.ArgumentParser(description=command.summary, **usage).parse_args(argv)
         return ()
     from transformers import HfArgumentParser
@@ -262,7 +268,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
         if action.dest in hidden:
             action.help = argparse.SUPPRESS
     if hidden:
-        parser.epilog = f"{parser.epilog}\nEvery field of transformers.TrainingArguments works too."
+        parser.description += "; every field of transformers.TrainingArguments is an option too"
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     config, rest = finder.parse_known_args(list(argv))
@@ -277,9 +283,8 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     except Exception as error:  # whatever refuses the settings: they are the user's to mend
         parser.error(str(error).strip() or type(error).__name__)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        parser.error(f"{unknown[0]} is not an option of this command{hint}")
+        nearest = _nearest(unknown[0], parser._option_string_actions)
+        parser.error(f"{unknown[0]} is not an option of this command{nearest}")
     return tuple(parsed[: len(types)])  # after them: a namespace with `config`
 
 
@@ -313,8 +318,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if words else 2
     name = words[0]
+    if name == "--version":
+        print(version("leaf-distill"))
+        return 0
     if name not in COMMANDS:
-        print(f"leaf: {name!r} is not a command\n\n{_overview()}", file=sys.stderr)
+        print(f"leaf: {name!r} is not a command{_nearest(name, COMMANDS)}", file=sys.stderr)
         return 2
     try:
         COMMANDS[name].run(*parse(name, words[1:]))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from leaf_distill.demo.run import ASSETS
+from leaf_distill.demo.task import make_problems
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -24,8 +31,28 @@ def model(hidden_size: int, vocabulary: int) -> LlamaForCausalLM:
     )
 
 
+def code_with(words: str) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    (code,) = (block for block in blocks if words in block)
+    return code
+
+
+def test_the_loop_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for role in ("student", "teacher"):
+        shutil.copytree(ASSETS / role, tmp_path / role)
+    rows = [problem.as_row() for problem in make_problems(8, seed=1, mix={"clean": 1.0})]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code_with("LeafTrainer"), names)
+    before = (tmp_path / "student" / "model.safetensors").read_bytes()
+    names["student"].save_pretrained("trained")
+    assert (tmp_path / "trained" / "model.safetensors").read_bytes() != before
+    assert names["run"].funnel["stages"][0]["rows"] == 8
+
+
 def test_the_training_loop_of_the_readme_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    code = code_with("leaf_ext")
     labels = torch.randint(50, (4, 9))
     labels[:, :4] = -100
     names = {
