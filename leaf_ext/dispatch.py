@@ -38,7 +38,8 @@ def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> 
     """The namespace under torch.ops in which `op` runs.
 
     Raises ValueError for an unknown backend, and RuntimeError with the reason where a backend that
-    was asked for by name is not available. "auto" falls back to the reference and logs it once.
+    was asked for by name is not available. "auto" falls back to the reference and logs it once
+    (float64, which only the reference has, is no fallback).
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -47,6 +48,8 @@ def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> 
         if reason is not None:
             raise RuntimeError(f"{op}: backend={backend!r} is not available: {reason}")
         return _NAMESPACE[backend]
+    if device.type not in _PREFERENCE:
+        _say_once(f"running the slower reference: no other backend runs on {device.type!r}")
     for candidate in _PREFERENCE.get(device.type, ()):
         reason = missing(candidate, device, dtype)
         if reason is None:

@@ -20,6 +20,20 @@ REFERENCE_DTYPES = (*DTYPES, torch.float64)
 Sizes = Mapping[str, int]
 
 
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which results of inputs of this dtype come."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def hidden_grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which `linear_dual_kl` keeps the gradient of hidden states for its backward.
+
+    A float16 one stays float32: rounded before it is multiplied, most of its entries (about 1/N)
+    would vanish.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 @dataclass(frozen=True)
 class Budget:
     """How far a result may lie from the float64 reference.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-# A pure-Python build (LEAF_BUILD_EXT=0) has no backend "cpu"; every other one must pass its tests.
-PURE_PYTHON = os.environ.get("LEAF_TEST_PURE_PYTHON") == "1"
-BACKENDS = ("reference",) if PURE_PYTHON else ("reference", "cpu")
+from leaf_ext import dispatch
+
+# Every backend that runs on this machine. That "cpu" is among them is a test of its own.
+BACKENDS = tuple(
+    name
+    for name in dispatch.BACKENDS
+    if name != "auto" and dispatch.missing(name, torch.device("cpu"), torch.float32) is None
+)
 
 
 @pytest.fixture(autouse=True)

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from op_samples import kl_tensors, linear_tensors, span_tensors
 
 import leaf_ext
-
-
-def kl_tensors(rows: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    student, teacher = torch.randn(rows, 9).to(dtype), torch.randn(rows, 11).to(dtype)
-    return student, teacher, torch.tensor([0.2, 0.0, 0.5, 0.3])[:rows]
-
-
-def span_tensors() -> tuple[Tensor, Tensor, Tensor]:
-    return torch.rand(3, 20), torch.rand(3, 20), torch.ones(3, 20, dtype=torch.bool)
-
-
-def linear_tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    shapes = ((4, 3), (9, 3), (4, 5), (11, 5))
-    tensors = [torch.randn(shape).to(dtype) for shape in shapes]
-    return [*tensors, torch.tensor([0.2, 0.0, 0.5, 0.3])]
-
 
 ONES = torch.ones
 BAD: dict[str, tuple[Callable[[], object], str]] = {
@@ -86,9 +72,33 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: leaf_ext.dual_kl(*kl_tensors(), logit_scale=(1.0, 1.0, 1.0)),  # type: ignore[arg-type]
         r"logit_scale must be a number or a pair \(student, teacher\)",
     ),
+    "kl_pair_of_one": (
+        lambda: leaf_ext.dual_kl(*kl_tensors(), logit_softcap=[30.0]),  # type: ignore[arg-type]
+        r"logit_softcap must be a number or a pair \(student, teacher\), got \[30.0\]",
+    ),
+    "kl_boolean": (
+        lambda: leaf_ext.dual_kl(*kl_tensors(), temperature=True),
+        "temperature must be a finite number > 0, got True",
+    ),
     "kl_inplace_shared": (
         lambda: leaf_ext.dual_kl(ONES(9).expand(4, 9), ONES(4, 9), ONES(4), inplace_grad=True),
         "student_logits must be rows of adjacent elements that share no memory",
+    ),
+    "linear_student_hidden_list": (
+        lambda: leaf_ext.linear_dual_kl([1], *linear_tensors()[1:]),  # type: ignore[arg-type]
+        "linear_dual_kl: student_hidden must be a tensor, got list",
+    ),
+    "linear_teacher_hidden_none": (
+        lambda: leaf_ext.linear_dual_kl(*linear_tensors()[:2], None, *linear_tensors()[3:]),  # type: ignore[arg-type]
+        "linear_dual_kl: teacher_hidden must be a tensor, got NoneType",
+    ),
+    "linear_teacher_head_none": (
+        lambda: leaf_ext.linear_dual_kl(*linear_tensors()[:3], None, ONES(4)),  # type: ignore[arg-type]
+        "linear_dual_kl: teacher_head must be a tensor, got NoneType",
+    ),
+    "linear_bias_list": (
+        lambda: leaf_ext.linear_dual_kl(*linear_tensors(), student_bias=[1.0]),  # type: ignore[arg-type]
+        "linear_dual_kl: student_bias must be a tensor, got list",
     ),
     "linear_head_width": (
         lambda: leaf_ext.linear_dual_kl(ONES(4, 3), ONES(9, 2), ONES(4, 5), ONES(9, 5), ONES(4)),
@@ -176,3 +186,24 @@ def test_bad_arguments_are_named(case: str) -> None:
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_numbers_of_numpy_and_pairs_from_a_file_are_taken() -> None:
+    """np.float32 and np.int64 are numbers, and a pair in a YAML file is a list."""
+    options: dict[str, Any] = {"temperature": np.float32(2), "logit_scale": [1.0, 0.5]}
+    tensors = kl_tensors()
+    given = leaf_ext.dual_kl(*tensors, **options, logit_softcap=[30.0, None])  # type: ignore[arg-type]
+    plain = leaf_ext.dual_kl(
+        *tensors, temperature=2.0, logit_scale=(1.0, 0.5), logit_softcap=(30.0, None)
+    )
+    assert torch.equal(given, plain)
+    options = {"threshold": np.float32(0.5), "join_gap": np.int64(3), "min_length": np.int32(2)}
+    saliencies = span_tensors()
+    found = leaf_ext.detect_spans(*saliencies, **options).tolist()
+    assert (
+        found
+        == leaf_ext.detect_spans(*saliencies, threshold=0.5, join_gap=3, min_length=2).tolist()
+    )
+    live = torch.ones(3, dtype=torch.bool)
+    rows: Any = np.int64(8)
+    assert leaf_ext.row_weights(live, live, n_cd=rows).tolist() == [1 / 8] * 3

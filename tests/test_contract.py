@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import leaf_ext
-from leaf_ext import reference
+from leaf_ext import dispatch, reference
 from leaf_ext.ops import linear_chunks
 from leaf_ext.schema import NAMESPACES, OPS, REFERENCE
+from leaf_ext.testing.inputs import strided
 
 Namespaces = pytest.mark.parametrize("namespace", [REFERENCE, "leaf_ext"])
 SCALARS = (1.5, 0.9, 1.1, 20.0, 0.0)
@@ -84,7 +85,7 @@ def called_ops(run: Callable[[], object]) -> set[str]:
 
 
 def test_each_backend_runs_its_own_namespace(backend: str) -> None:
-    namespace = {"reference": REFERENCE, "cpu": "leaf_ext"}[backend]
+    namespace = dispatch.resolve("grad_norm", torch.device("cpu"), backend, torch.float32)
     tensors = linear_tensors()
 
     def run() -> None:
@@ -94,7 +95,7 @@ def test_each_backend_runs_its_own_namespace(backend: str) -> None:
         leaf_ext.linear_dual_kl(*tensors, backend=backend)
 
     found = called_ops(run)
-    assert found == {
+    assert namespace in NAMESPACES and found == {
         f"{namespace}::{op}" for op in ("grad_norm", "detect_spans", "dual_kl", "linear_dual_kl")
     }
 
@@ -115,6 +116,29 @@ def test_a_backend_that_is_not_there_says_why() -> None:
         leaf_ext.grad_norm(torch.empty(3, 4, device="meta"), backend="cpu")
     with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, got 'gpu'"):
         leaf_ext.grad_norm(torch.ones(3, 4), backend="gpu")  # type: ignore[arg-type]
+
+
+def test_auto_says_once_that_it_runs_the_reference(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_said", set())
+    for _ in range(2):
+        assert leaf_ext.grad_norm(torch.empty(3, 4, device="meta")).shape == (3,)
+    (record,) = caplog.records
+    assert "running the slower reference" in record.message and "'meta'" in record.message
+
+
+def test_float64_in_the_reference_is_no_fallback(caplog: pytest.LogCaptureFixture) -> None:
+    leaf_ext.grad_norm(torch.ones(3, 4, dtype=torch.float64))
+    assert not caplog.records
+
+
+def test_the_reference_detects_without_waiting_for_the_device() -> None:
+    """On a device without values nothing can depend on one, as the size of a selection would."""
+    tensors = [t.reshape(60).to("meta") for t in span_tensors()]
+    borders = torch.tensor([0, 20, 60], device="meta")
+    spans = reference.detect_spans(*tensors, tensors[2], 0.4, True, 0.5, 0.7, 1, 2, borders, 40)
+    assert spans.span.shape == (2, 20, 2) and spans.score.shape == (60,)
 
 
 def test_build_info_names_the_backend() -> None:
@@ -258,12 +282,15 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_memory_of_the_linear_loss_does_not_grow_with_the_logits() -> None:
+@pytest.mark.parametrize(
+    "run", [linear_chunks.over("leaf_ext"), reference.linear_dual_kl], ids=["chunks", "reference"]
+)
+def test_memory_of_the_linear_loss_does_not_grow_with_the_logits(run: Callable[..., Any]) -> None:
     rows, vocabulary, width, chunk_size = 400, 1000, 4, 10
     tensors = [torch.randn(n, width) for n in (rows, vocabulary, rows, vocabulary)]
     options = (1.0, 1.0, 1.0, 0.0, 0.0, True, True, False, True, chunk_size)
     with LargestTensor() as largest:
-        linear_chunks.over("leaf_ext")(*tensors, torch.ones(rows), None, None, *options)
+        run(*tensors, torch.ones(rows), None, None, *options)
     assert largest.elements <= max(chunk_size * vocabulary, rows * width, vocabulary * width)
 
 
@@ -282,34 +309,7 @@ def test_a_head_gradient_accumulates_in_float32() -> None:
     torch.testing.assert_close(head.grad[0, 0].float(), expected, rtol=2**-7, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(37, 5003), (3, 100_003)], ids=["many_rows", "few_rows"])
-def test_results_are_bitwise_the_same_for_any_number_of_threads(
-    dtype: torch.dtype, shape: tuple[int, int]
-) -> None:
-    """Many rows are shared out whole; the few that are left over are split along the vocabulary."""
-    student, teacher = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    weight = torch.rand(shape[0])
-    gradients = torch.randn(6, 50, 64).to(dtype), torch.randn(6, 50, 32).to(dtype)
-    domain = torch.rand(6, 50) > 0.1
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 1, 2, 8):
-            torch.set_num_threads(threads)
-            leaf = student.clone().requires_grad_()
-            loss, rows = leaf_ext.dual_kl(leaf, teacher, weight, return_rows=True, backend="cpu")
-            loss.backward()
-            spans = leaf_ext.detect_spans(*gradients, domain, threshold=0.4, backend="cpu")
-            norms = leaf_ext.grad_norm(gradients[0], backend="cpu")
-            results.append([loss.detach(), leaf.grad, *rows, norms, spans.span, spans.confounder])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_strided_inputs_are_read_in_place(backend: str) -> None:
+def test_strides_do_not_change_values(backend: str) -> None:
     student, teacher, weight = kl_tensors()
     turned = student.t().contiguous().t().requires_grad_()
     spread = weight[:, None].expand(4, 3).contiguous()[:, 1]
@@ -324,6 +324,33 @@ def test_strided_inputs_are_read_in_place(backend: str) -> None:
     broadcast = torch.randn(1, 9).expand(4, 9)
     one = leaf_ext.dual_kl(broadcast, teacher, weight, backend=backend)
     assert torch.equal(one, leaf_ext.dual_kl(broadcast.clone(), teacher, weight, backend=backend))
+
+
+class Addresses(TorchDispatchMode):
+    """The memory of the tensors that the project's ops are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace.startswith("leaf_ext"):
+            self.seen += [a.data_ptr() for a in args if isinstance(a, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_that_lie_apart_are_read_in_place(backend: str) -> None:
+    student, teacher, weight = kl_tensors()
+    apart = [strided(student), strided(teacher)]
+    with Addresses() as addresses:
+        loss = leaf_ext.dual_kl(*apart, weight, backend=backend)
+        norm = leaf_ext.grad_norm(apart[0], backend=backend)
+    owners = (*apart, weight, apart[0])
+    assert addresses.seen == [tensor.data_ptr() for tensor in owners]
+    assert torch.equal(loss, leaf_ext.dual_kl(student, teacher, weight, backend=backend))
+    assert torch.equal(norm, leaf_ext.grad_norm(student, backend=backend))
 
 
 def test_norms_of_nan_and_infinity(backend: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import leaf_ext
+from leaf_ext.dispatch import Backend
 
 SETTINGS = settings(
     max_examples=80,
@@ -109,25 +111,34 @@ options = st.builds(
 )
 
 
-def detect(sequences: list[list[Token]], options: Options, backend: str) -> leaf_ext.Spans:
-    """All sequences packed, in float64 where the reference runs."""
-    flat = [token for sequence in sequences for token in sequence]
-    dtype = torch.float64 if backend == "reference" else torch.float32
+PADDING = Token(math.nan, math.inf, False, True)
+
+
+def detect(
+    sequences: list[list[Token]], options: Options, backend: str, *, packed: bool = True
+) -> leaf_ext.Spans:
+    """All sequences packed, or as a padded batch; in float64 where the reference runs."""
     lengths = [len(sequence) for sequence in sequences]
+    longest = max(lengths, default=0)
+    if not packed:
+        sequences = [s + [PADDING] * (longest - len(s)) for s in sequences]
+    flat = [token for sequence in sequences for token in sequence]
+    shape = (len(flat),) if packed else (len(sequences), longest)
+    dtype = torch.float64 if backend == "reference" else torch.float32
     return leaf_ext.detect_spans(
-        torch.tensor([token.teacher for token in flat], dtype=dtype),
-        torch.tensor([token.student for token in flat], dtype=dtype),
-        torch.tensor([token.domain for token in flat], dtype=torch.bool),
-        prunable=torch.tensor([token.prunable for token in flat], dtype=torch.bool),
+        torch.tensor([token.teacher for token in flat], dtype=dtype).view(shape),
+        torch.tensor([token.student for token in flat], dtype=dtype).view(shape),
+        torch.tensor([token.domain for token in flat], dtype=torch.bool).view(shape),
+        prunable=torch.tensor([token.prunable for token in flat], dtype=torch.bool).view(shape),
         threshold=options.threshold,
         rule="quantile" if options.rule == "quantile" else "absolute",
         cap=options.cap,
         teacher_max=options.teacher_max,
         join_gap=options.join_gap,
         min_length=options.min_length,
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
-        max_seqlen=max(lengths, default=0),
-        backend="reference" if backend == "reference" else "cpu",
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0) if packed else None,
+        max_seqlen=longest if packed else None,
+        backend=cast(Backend, backend),
     )
 
 
@@ -143,7 +154,8 @@ def test_spans_are_the_definition(
     sequences: list[list[Token]], options: Options, backend: str
 ) -> None:
     expected = [spans(s, confounders(s, options), options) for s in sequences]
-    assert detect(sequences, options, backend).tolist() == expected
+    for packed in (True, False):
+        assert detect(sequences, options, backend, packed=packed).tolist() == expected
 
 
 @SETTINGS
@@ -178,11 +190,14 @@ def test_spans_are_sorted_disjoint_and_inside_the_domain(
 
 
 @SETTINGS
-@given(sequence=st.lists(tokens, min_size=1, max_size=24), options=options, pad=st.integers(0, 5))
+@given(sequences=st.lists(st.lists(wild, max_size=24), max_size=3), options=options)
 def test_padding_and_packing_agree(
-    sequence: list[Token], options: Options, pad: int, backend: str
+    sequences: list[list[Token]], options: Options, backend: str
 ) -> None:
-    packed = detect([sequence, sequence], options, backend).tolist()
-    padding = [Token(math.nan, math.inf, False, True)] * pad
-    padded = detect([sequence + padding], options, backend).tolist()
-    assert packed[0] == packed[1] == padded[0]
+    packed = detect(sequences, options, backend)
+    padded = detect(sequences, options, backend, packed=False)
+    assert packed.tolist() == padded.tolist()
+    assert torch.equal(packed.status, padded.status)
+    real = [row[: len(s)] for row, s in zip(padded.score, sequences, strict=True)]
+    score = torch.cat(real) if real else packed.score
+    assert torch.equal(packed.score.nan_to_num(-1.0), score.nan_to_num(-1.0))

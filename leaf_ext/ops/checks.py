@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -62,22 +63,23 @@ def require_number(
     op: str, argument: str, value: object, low: float, high: float, *, strict: bool = False
 ) -> float:
     """A finite number in [low, high], or above `low` with `strict`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     bound = f"> {low:g}" if strict else f"in [{low:g}, {high:g}]"
     needed = f"a finite number {bound}"
     require(number, op, argument, needed, value)
-    assert isinstance(value, (int, float))
-    inside = value > low if strict else low <= value <= high
-    require(inside and abs(value) < math.inf, op, argument, needed, value)
-    return float(value)
+    assert isinstance(value, numbers.Real)
+    converted = float(value)
+    inside = converted > low if strict else low <= converted <= high
+    require(inside and abs(converted) < math.inf, op, argument, needed, value)
+    return converted
 
 
 def require_integer(op: str, argument: str, value: object, low: int) -> int:
-    ok = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    ok = isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
     require(ok, op, argument, f"an integer >= {low}", value)
-    assert isinstance(value, (int, torch.SymInt))
-    require(bool(value >= low), op, argument, f"an integer >= {low}", value)
-    return value  # type: ignore[return-value]  # a SymInt stands for an int
+    number: int = int(value) if isinstance(value, numbers.Integral) else value  # type: ignore[assignment]  # a SymInt stands for an int
+    require(bool(number >= low), op, argument, f"an integer >= {low}", value)
+    return number
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

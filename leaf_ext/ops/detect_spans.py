@@ -12,8 +12,7 @@ from torch import Tensor
 
 from leaf_ext.dispatch import Backend, implementation
 from leaf_ext.ops import checks
-from leaf_ext.ops.grad_norm import accumulated
-from leaf_ext.schema import LIBRARIES
+from leaf_ext.schema import LIBRARIES, accumulated
 
 _OP = "detect_spans"
 Rule = Literal["absolute", "quantile"]

@@ -11,9 +11,8 @@ from torch import Tensor
 from leaf_ext.dispatch import Backend, implementation
 from leaf_ext.ops import checks
 from leaf_ext.ops.first_order import refuse_second_order, scale_, scaled
-from leaf_ext.ops.grad_norm import accumulated
 from leaf_ext.ops.logit_options import LogitOptions, Pair, PairOfCaps, logit_options
-from leaf_ext.schema import LIBRARIES
+from leaf_ext.schema import LIBRARIES, accumulated
 
 
 class DualKLRows(NamedTuple):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Elements that are scaled at once: large enough to share among threads, and reused memory.
+_BLOCK = 2**22
+
 
 def refuse_second_order(op: str) -> None:
     """A graph of the gradient itself (create_graph=True) would silently lack this op's part."""
@@ -17,10 +20,22 @@ def refuse_second_order(op: str) -> None:
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor in float32, rounded once to `dtype`; `grad` itself stays as it is."""
+    if type(grad) is Tensor and grad.device.type == "cpu" and grad.numel() > _BLOCK:
+        return _scaled_in_blocks(grad, factor, dtype)
     if grad.device.type == "cpu":
         # On a CPU torch multiplies a 16-bit tensor by a 0-dim float32 one in float32.
         return (grad * factor).to(dtype)
     return (grad.to(factor.dtype) * factor).to(dtype)
+
+
+def _scaled_in_blocks(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same without a second float32 tensor of the whole size."""
+    result = torch.empty(grad.shape, dtype=dtype)
+    buffer = torch.empty(_BLOCK, dtype=torch.promote_types(grad.dtype, factor.dtype))
+    parts = (torch.split(flat, _BLOCK) for flat in (grad.reshape(-1), result.view(-1)))
+    for part, target in zip(*parts, strict=True):
+        target.copy_(torch.mul(part, factor, out=buffer[: part.numel()]))
+    return result
 
 
 def scale_(grad: Tensor, factor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from leaf_ext.dispatch import Backend, implementation
 from leaf_ext.ops.checks import require, require_float, unit_stride
-from leaf_ext.schema import LIBRARIES
+from leaf_ext.schema import LIBRARIES, accumulated
 
 
 def grad_norm(grad: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -30,11 +30,6 @@ def grad_norm(grad: Tensor, *, backend: Backend = "auto") -> Tensor:
     run = implementation("grad_norm", grad.device, backend, grad.dtype)
     norm: Tensor = run(unit_stride(grad.detach()))
     return norm
-
-
-def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which results of inputs of this dtype come."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _fake(grad: Tensor) -> Tensor:

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leaf_ext.ops.grad_norm import accumulated
-from leaf_ext.reference.linear_dual_kl import hidden_grad_dtype
-
-__all__ = ["default_chunk_size", "hidden_grad_dtype", "over"]
+from leaf_ext.schema import accumulated, hidden_grad_dtype
 
 _CHUNK_ELEMENTS = 2**26
 

@@ -11,9 +11,8 @@ from leaf_ext.dispatch import Backend, implementation
 from leaf_ext.ops import checks, linear_chunks
 from leaf_ext.ops.dual_kl import DualKLRows
 from leaf_ext.ops.first_order import refuse_second_order, scaled
-from leaf_ext.ops.grad_norm import accumulated
 from leaf_ext.ops.logit_options import Pair, PairOfCaps, logit_options
-from leaf_ext.schema import LIBRARIES, REFERENCE
+from leaf_ext.schema import LIBRARIES, REFERENCE, accumulated, hidden_grad_dtype
 
 _OP = "linear_dual_kl"
 
@@ -80,9 +79,11 @@ def linear_dual_kl(
     The gradients are made in the forward and only multiplied in the backward. Rows of weight 0 are
     dropped before the first product (one host synchronization). Logits have the inputs' dtype
     (float32 for float16 inputs, through a float32 copy of the head): a CPU's library gives no wider
-    product. The head's gradient accumulates over chunks in float32. A frozen head costs no product,
-    and without gradients only the loss is computed. Beyond the returned gradients, memory does not
-    grow with N.
+    product; backend="reference" multiplies in float32 throughout. The head's gradient accumulates
+    over chunks in float32. A frozen head costs no product, and without gradients only the loss is
+    computed. Beyond a few numbers a row, only the gradient of the hidden states grows with N:
+    memory holds it once until the backward (in float32 for float16 inputs) and during the backward
+    a second time, as it is returned.
 
     Args:
         student_hidden, student_head: [N, H_s], [V_s, H_s] of one dtype: float32, float16 or
@@ -102,8 +103,8 @@ def linear_dual_kl(
         RuntimeError: the backend is not available (says why), or a second-order gradient.
     """
     options = logit_options(_OP, temperature, logit_scale, logit_softcap)
-    student = _autocast(student_hidden, student_head, student_bias)
-    teacher = _autocast(teacher_hidden, teacher_head, teacher_bias)
+    student = _autocast("student", student_hidden, student_head, student_bias)
+    teacher = _autocast("teacher", teacher_hidden, teacher_head, teacher_bias)
     _check_model("student", student, student[0], backend)
     _check_model("teacher", teacher, student[0], backend)
     checks.require_row_weight(_OP, row_weight, student[0].shape[0], student[0])
@@ -134,10 +135,11 @@ def linear_dual_kl(
 Model = tuple[Tensor, Tensor, Tensor | None]
 
 
-def _autocast(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Model:
+def _autocast(side: str, hidden: Tensor, head: Tensor, bias: Tensor | None) -> Model:
     """The three tensors as a linear layer under the current autocast would see them."""
-    for tensor, argument in ((hidden, "hidden"), (head, "head")):
-        checks.require_tensor(_OP, argument, tensor)
+    named = (("hidden", hidden), ("head", head), *(() if bias is None else (("bias", bias),)))
+    for name, tensor in named:
+        checks.require_tensor(_OP, f"{side}_{name}", tensor)
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, head, bias
@@ -217,7 +219,7 @@ def _fake(
     dtype = accumulated(student_hidden.dtype)
     new = student_hidden.new_empty
     hidden_shape = student_hidden.shape if need_hidden_grad else (0,)
-    hidden_dtype = linear_chunks.hidden_grad_dtype(student_hidden.dtype)
+    hidden_dtype = hidden_grad_dtype(student_hidden.dtype)
     return (
         new((), dtype=dtype),
         new(hidden_shape, dtype=hidden_dtype if need_hidden_grad else dtype),

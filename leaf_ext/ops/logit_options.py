@@ -54,7 +54,7 @@ def logit_options(
 
 
 def _pair(op: str, argument: str, value: object) -> tuple[object, object]:
-    if not isinstance(value, tuple):
+    if not isinstance(value, (tuple, list)):  # a list is what a YAML file gives
         return value, value
     require(len(value) == 2, op, argument, "a number or a pair (student, teacher)", repr(value))
     return value[0], value[1]

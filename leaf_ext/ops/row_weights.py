@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Literal
 
 import torch
@@ -79,6 +80,6 @@ def _count(argument: str, given: Count | None, rows: Tensor) -> Tensor:
     if isinstance(given, Tensor):
         require(given.dim() == 0, "row_weights", argument, "0-dim", f"shape {tuple(given.shape)}")
         return given.to(rows.device)
-    valid = isinstance(given, int) and not isinstance(given, bool) and given >= 0
-    require(valid, "row_weights", argument, "an integer >= 0 or a 0-dim tensor", repr(given))
-    return torch.tensor(given, device=rows.device)
+    whole = isinstance(given, numbers.Integral) and not isinstance(given, bool) and given >= 0
+    require(whole, "row_weights", argument, "an integer >= 0 or a 0-dim tensor", repr(given))
+    return torch.tensor(int(given), device=rows.device)

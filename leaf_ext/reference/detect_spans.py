@@ -53,7 +53,7 @@ def detect_spans(
     if teacher.dim() > domain.dim():
         teacher, student = grad_norm(teacher), grad_norm(student)
     prunable = domain if prunable is None else domain & prunable
-    position, real = _positions(domain, cu_seqlens, max_seqlen)
+    position = _positions(domain, cu_seqlens, max_seqlen)
 
     def padded(values: Tensor, fill: float | bool) -> Tensor:
         flat = torch.cat((values.reshape(-1), values.new_full((1,), fill)))
@@ -83,22 +83,20 @@ def detect_spans(
 
     def unpadded(values: Tensor, fill: float | bool) -> Tensor:
         flat = values.new_full((domain.numel() + 1,), fill)
-        flat[position[real]] = values[real]
+        flat[position] = values
         return flat[:-1].view(domain.shape)
 
     return SpanTensors(span, count, unpadded(score, math.nan), unpadded(confounder, False), status)
 
 
-def _positions(domain: Tensor, cu_seqlens: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-    """Where each [B, T] position lies in the flat input, and if it does (else one past it)."""
+def _positions(domain: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
+    """Where each [B, T] position lies in the flat input; one past it for those of no token."""
     step = torch.arange(length, device=domain.device)
     if cu_seqlens is None:
         sequences = torch.arange(domain.shape[0], device=domain.device)
-        position = sequences[:, None] * length + step
-        return position, torch.ones_like(position, dtype=torch.bool)
+        return sequences[:, None] * length + step
     start, stop = cu_seqlens[:-1, None], cu_seqlens[1:, None]
-    real = step < stop - start
-    return torch.where(real, start + step, domain.numel()), real
+    return torch.where(step < stop - start, start + step, domain.numel())
 
 
 def min_max(values: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:

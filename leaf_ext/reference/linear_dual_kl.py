@@ -1,4 +1,4 @@
-"""`dual_kl` of two linear heads, with the full logits written out."""
+"""`dual_kl` of two linear heads, chunk by chunk of rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from leaf_ext.reference.dual_kl import dual_kl
 from leaf_ext.reference.widen import widen
+from leaf_ext.schema import hidden_grad_dtype
 
 
 def linear_dual_kl(
@@ -33,39 +34,45 @@ def linear_dual_kl(
         z_s = h_s W_s^T + b_s,   z_t = h_t W_t^T + b_t
         dloss/dh_s = g W_s,   dloss/dW_s = g^T h_s,   dloss/db_s = sum_i g_i,   g = dloss/dz_s
 
-    `chunk_size` is an upper bound of memory for other backends; here all logits exist at once.
+    At most `chunk_size` rows of logits exist at once; the parts are summed.
     """
     live = row_weight.nonzero().squeeze(1)
-    hidden, head = widen(student_hidden[live]), widen(student_head)
+    head, teacher_weight = widen(student_head), widen(teacher_head)
+    need_grad = need_hidden_grad or need_head_grad or need_bias_grad
+    loss = head.new_zeros(())
+    rows = head.new_zeros(4, row_weight.shape[0] if need_rows else 0)
+    hidden_grad, head_grad, bias_grad = (head.new_zeros(0) for _ in range(3))
+    if need_hidden_grad:
+        dtype = hidden_grad_dtype(student_hidden.dtype)
+        hidden_grad = student_hidden.new_zeros(student_hidden.shape, dtype=dtype)
+    if need_head_grad:
+        head_grad = head.new_zeros(head.shape)
+    if need_bias_grad:
+        bias_grad = head.new_zeros(head.shape[0])
     with torch.autocast(student_hidden.device.type, enabled=False):
-        student = project(hidden, head, student_bias)
-        teacher = project(widen(teacher_hidden[live]), widen(teacher_head), teacher_bias)
-        loss, slope, _, live_rows = dual_kl(
-            student,
-            teacher,
-            row_weight[live],
-            temperature,
-            student_scale,
-            teacher_scale,
-            student_softcap,
-            teacher_softcap,
-            need_hidden_grad or need_head_grad or need_bias_grad,
-            need_rows,
-        )
-        hidden_grad, head_grad, bias_grad = (loss.new_empty(0) for _ in range(3))
-        if need_hidden_grad:
-            dtype = hidden_grad_dtype(student_hidden.dtype)
-            hidden_grad = torch.zeros_like(
-                student_hidden, dtype=dtype, memory_format=torch.contiguous_format
+        for index in torch.split(live, chunk_size):
+            hidden = widen(student_hidden[index])
+            part, slope, _, measures = dual_kl(
+                project(hidden, head, student_bias),
+                project(widen(teacher_hidden[index]), teacher_weight, teacher_bias),
+                row_weight[index],
+                temperature,
+                student_scale,
+                teacher_scale,
+                student_softcap,
+                teacher_softcap,
+                need_grad,
+                need_rows,
             )
-            hidden_grad[live] = (slope @ head).to(dtype)
-        if need_head_grad:
-            head_grad = slope.T @ hidden
-        if need_bias_grad:
-            bias_grad = slope.sum(0)
-    rows = loss.new_zeros(4, row_weight.shape[0] if need_rows else 0)
-    if need_rows:
-        rows[:, live] = live_rows
+            loss += part
+            if need_rows:
+                rows[:, index] = measures
+            if need_hidden_grad:
+                hidden_grad[index] = (slope @ head).to(hidden_grad.dtype)
+            if need_head_grad:
+                head_grad += slope.T @ hidden
+            if need_bias_grad:
+                bias_grad += slope.sum(0)
     return loss, hidden_grad, head_grad, bias_grad, rows
 
 
@@ -73,11 +80,3 @@ def project(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     """hidden @ head^T + bias in the precision of `hidden`."""
     logits = hidden @ head.T
     return logits if bias is None else logits + bias.to(logits.dtype)
-
-
-def hidden_grad_dtype(dtype: torch.dtype) -> torch.dtype:
-    """A float16 gradient stays float32 until the backward has multiplied it.
-
-    Rounded before, most of its entries (about 1/N) would vanish.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype

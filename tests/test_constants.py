@@ -1,0 +1,57 @@
+"""Numbers of the definitions that a caller relies on, each pinned from both sides."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+
+import leaf_ext
+from leaf_ext.dispatch import Backend
+from leaf_ext.ops.linear_chunks import default_chunk_size
+
+
+@pytest.mark.parametrize(("gap", "expected"), [(0.9e-6, []), (1.1e-6, [(1, 2)])])
+def test_a_gap_is_evidence_from_a_range_of_1e_6(
+    backend: str, gap: float, expected: list[tuple[int, int]]
+) -> None:
+    teacher, student = torch.tensor([[0.0, 0.25, 1.0]]), torch.tensor([[0.0, 0.25 + gap, 1.0]])
+    domain = torch.ones(1, 3, dtype=torch.bool)
+    found = leaf_ext.detect_spans(teacher, student, domain, backend=cast(Backend, backend))
+    assert found.tolist() == [expected]
+
+
+def confounders(tokens: int, backend: str, **options: Any) -> int:
+    """How many of n tokens with the scores 0, 1 / (n - 1), ..., 1 the options cut."""
+    teacher, domain = torch.arange(tokens)[None].float(), torch.ones(1, tokens, dtype=torch.bool)
+    spans = leaf_ext.detect_spans(
+        teacher, torch.zeros_like(teacher), domain, backend=cast(Backend, backend), **options
+    )
+    return int(spans.confounder.sum())
+
+
+def test_the_rank_of_a_quantile_is_a_float64_product(backend: str) -> None:
+    """0.29 * 100 is 28.999999999999996, in float32 29."""
+    assert confounders(100, backend, rule="quantile", threshold=0.29) == 28 + 1
+
+
+def test_the_default_threshold_is_a_tenth(backend: str) -> None:
+    assert confounders(1002, backend) == confounders(1002, backend, threshold=0.1) == 101
+    assert confounders(1002, backend, threshold=0.099) == 100
+    assert confounders(1002, backend, threshold=0.101) == 102
+
+
+def test_the_default_cap_of_a_quantile_is_a_half(backend: str) -> None:
+    options = {"rule": "quantile", "threshold": 0.9}
+    assert confounders(1002, backend, **options) == 501
+    assert confounders(1002, backend, cap=0.5, **options) == 501
+    assert confounders(1002, backend, cap=0.499, **options) == 500
+    assert confounders(1002, backend, cap=0.501, **options) == 502
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "rows"), [(151936, 441), (1, 4096), (2**14, 4096), (2**15, 2048), (2**30, 32)]
+)
+def test_the_default_chunk_holds_two_to_the_26_logits(vocabulary: int, rows: int) -> None:
+    assert default_chunk_size(vocabulary) == rows

@@ -1,0 +1,55 @@
+"""What the linear loss holds in memory, counted by the allocator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import leaf_ext
+
+WIDTH, VOCABULARY, CHUNK = 1024, 64, 256
+
+
+def peak_bytes(run: Callable[[], object], trace: Path) -> int:
+    """The most that was allocated at once beyond what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    recorded.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    events.sort(key=lambda event: float(event["ts"]))
+    return max(accumulate(int(event["args"]["Bytes"]) for event in events))
+
+
+# Kept for the backward, and returned.
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 4)], ids=str
+)
+def test_only_the_hidden_gradient_grows_with_the_rows(
+    dtype: torch.dtype, kept: int, tmp_path: Path
+) -> None:
+    """Once in the forward and twice in the backward: as kept and as returned, nothing between."""
+    forward, both = [], []
+    sizes = (8192, 32768)
+    for rows in sizes:
+        hidden = torch.zeros(rows, WIDTH, dtype=dtype, requires_grad=True)
+        head, teacher = torch.zeros(VOCABULARY, WIDTH, dtype=dtype), torch.zeros(rows, 8)
+        teacher_head, weight = torch.zeros(VOCABULARY, 8), torch.full((rows,), 1 / rows)
+
+        def loss(
+            hidden: torch.Tensor = hidden,
+            rest: tuple[torch.Tensor, ...] = (head, teacher, teacher_head, weight),
+        ) -> torch.Tensor:
+            return leaf_ext.linear_dual_kl(hidden, *rest, chunk_size=CHUNK)
+
+        forward.append(peak_bytes(loss, tmp_path / "forward.json"))
+        both.append(peak_bytes(lambda loss=loss: loss().backward(), tmp_path / "both.json"))
+    elements = (sizes[1] - sizes[0]) * WIDTH
+    for peaks, bytes_each in ((forward, kept), (both, kept + dtype.itemsize)):
+        growth = (peaks[1] - peaks[0]) / elements
+        assert bytes_each <= growth < bytes_each + 0.1
