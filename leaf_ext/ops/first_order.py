@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leaf_ext.native import prefer_huge_pages
+
+# Elements that are scaled at once: large enough to share among threads, and reused memory.
+_BLOCK = 2**22
+
 
 def refuse_second_order(op: str) -> None:
     """A graph of the gradient itself (create_graph=True) would silently lack this op's part."""
@@ -17,10 +22,22 @@ def refuse_second_order(op: str) -> None:
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor in float32, rounded once to `dtype`; `grad` itself stays as it is."""
+    if type(grad) is Tensor and grad.device.type == "cpu" and grad.numel() > _BLOCK:
+        return _scaled_in_blocks(grad, factor, dtype)
     if grad.device.type == "cpu":
         # On a CPU torch multiplies a 16-bit tensor by a 0-dim float32 one in float32.
         return (grad * factor).to(dtype)
     return (grad.to(factor.dtype) * factor).to(dtype)
+
+
+def _scaled_in_blocks(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same without a second float32 tensor of the whole size."""
+    result = prefer_huge_pages(torch.empty(grad.shape, dtype=dtype))
+    buffer = torch.empty(_BLOCK, dtype=torch.promote_types(grad.dtype, factor.dtype))
+    parts = zip(grad.reshape(-1).split(_BLOCK), result.view(-1).split(_BLOCK), strict=True)
+    for part, target in parts:
+        target.copy_(torch.mul(part, factor, out=buffer[: part.numel()]))
+    return result
 
 
 def scale_(grad: Tensor, factor: Tensor) -> Tensor:
