@@ -19,7 +19,7 @@
 
 namespace leaf::cpu {
 
-// With x = y - max over a block: the sums of exp(x / T) and of x exp(x / T).
+// With x = y - max over a block: the sums of exp(x / T) and, for the entropy, of x exp(x / T).
 struct BlockStatistics {
   float max;
   Lanes sum;
@@ -28,11 +28,11 @@ struct BlockStatistics {
 
 class SoftmaxRow {
  public:
-  // `exps` is filled where a second phase needs p.
-  SoftmaxRow(const Logits& logits, int64_t vocab, float temperature)
+  SoftmaxRow(const Logits& logits, int64_t vocab, float temperature, bool with_entropy)
       : logits_(logits),
         vocab_(vocab),
         temperature_(temperature),
+        with_entropy_(with_entropy),
         statistics_(block_count(vocab)),
         factor_(block_count(vocab)),
         exps_(vocab) {}
@@ -52,8 +52,8 @@ class SoftmaxRow {
   const float* exps(int64_t block) const { return exps_.data() + block * kBlock; }
   float factor(int64_t block) const { return factor_[block]; }
   double log_partition() const { return max_ / temperature_ + log_sum_; }
-  double entropy() const { return entropy_; }
-  int64_t argmax(int64_t row) const;  // the first of equals
+  double entropy() const { return entropy_; }  // where it was asked for
+  int64_t argmax(int64_t row) const;           // the first of equals
 
  private:
   const void* address(int64_t row, int64_t block) const;
@@ -61,6 +61,7 @@ class SoftmaxRow {
   Logits logits_;
   int64_t vocab_;
   double temperature_;
+  bool with_entropy_;
   std::vector<BlockStatistics> statistics_;  // [blocks]
   std::vector<float> factor_;                // [blocks]
   std::vector<float> exps_;                  // [vocab]
