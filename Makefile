@@ -3,6 +3,9 @@
 #   make demo        the whole method on a tiny embedded pair: detect, cut, distil, report
 #   make test        the fast tests                    make test-slow   the rest, real models included
 #   make bench       kernels against eager and compiled PyTorch; the table is printed and written
+#   make vectorized  proof from the compiler's report (GCC) that the kernels' loops are vector code
+#   make isa         the op tests on builds for one instruction set each
+#   make sanitize    the op tests with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make lint        ruff, mypy, clang-format          make format      mend what the linters can mend
 
 PYTHON ?= python3
@@ -18,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 BUILT := $(VENV)/.built
 DEV   := $(VENV)/.dev
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow bench vectorized isa sanitize lint format clean
 
 demo: $(BUILT)
 	leaf demo --output_dir outputs/demo
@@ -32,6 +35,25 @@ test-slow: $(VENV)/.smollm2
 bench: $(DEV)
 	pytest benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	python benchmarks/report.py build/benchmark.json
+
+vectorized: $(DEV)
+	rm -rf build/vectorized  # GCC appends to its reports
+	cmake -S . -B build/vectorized -G Ninja -DPython_EXECUTABLE="$$(which python)" -DLEAF_VEC_REPORT=ON
+	cmake --build build/vectorized --target leaf_cpu
+	python csrc/check_vectorized.py build/vectorized
+
+# Each build has its own copy of the Python files, so that the one of .venv stays as it is.
+OP_TESTS := tests/test_ops.py tests/test_contract.py tests/test_detect_spans_properties.py
+ISAS     ?= x86-64 x86-64-v3 x86-64-v4
+
+isa: $(DEV)
+	for isa in $(ISAS); do \
+	  python csrc/test_build.py build/$$isa -DLEAF_ISA=$$isa -- $(OP_TESTS) || exit 1; \
+	done
+
+sanitize: $(DEV)
+	ASAN_OPTIONS=detect_leaks=0 \
+	  python csrc/test_build.py build/sanitize -DLEAF_SANITIZE=ON -- $(OP_TESTS)
 
 lint: $(DEV)
 	ruff format --check .

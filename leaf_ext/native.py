@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TypedDict
 
-import torch  # noqa: F401  # first: it loads the libraries that the compiled module is linked to
+import torch  # first: it loads the libraries that the compiled module is linked to
 
 
 class BuildInfo(TypedDict):
@@ -33,6 +33,17 @@ def _load() -> tuple[BuildInfo, None] | tuple[None, str]:
         return None, f"the compiled module could not be loaded: {error}"
     info: BuildInfo = module.build_info()
     return info, None
+
+
+def prefer_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, fresh memory on a CPU that is about to be written, in huge pages if it can.
+
+    Pages of 4 KiB are mapped one by one at their first write, which takes longer than most kernels.
+    """
+    if _INFO is not None and tensor.device.type == "cpu":
+        module = importlib.import_module("leaf_ext._C")
+        module.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 # ERROR: why the compiled kernels are not available; None where they are.

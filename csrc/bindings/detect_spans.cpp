@@ -91,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect_spans(
   DetectSpansParams params{};
   params.teacher = data<float>(teacher_norms);
   params.student = data<float>(student_norms);
-  params.domain = data<bool>(inside);
-  params.prunable = cuttable ? data<bool>(*cuttable) : nullptr;
+  params.domain = data<uint8_t>(inside);
+  params.prunable = cuttable ? data<uint8_t>(*cuttable) : nullptr;
   params.offsets = offsets.data();
   params.tokens = domain.numel();
   params.sequences = sequences;
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect_spans(
   params.span = data<int64_t>(span);
   params.count = data<int64_t>(count);
   params.score = data<float>(score);
-  params.confounder = data<bool>(confounder);
+  params.confounder = data<uint8_t>(confounder);
   params.status = data<int64_t>(status);
   cpu::detect_spans(params, torch_threads());
   return {span, count, score, confounder, status};

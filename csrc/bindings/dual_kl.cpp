@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "check.h"
+#include "pages.h"
 
 namespace leaf::bindings {
 namespace {
@@ -64,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_kl(Tensor student, Tensor teache
   if (need_grad) {
     params.grad = grad.mutable_data_ptr();
     params.grad_row_stride = student.size(1);
+    prefer_huge_pages(params.grad, static_cast<size_t>(grad.numel() * grad.element_size()));
   }
   auto [loss, grad_scale, rows] = run(params, student, need_rows);
   return {loss, grad, grad_scale, rows};

@@ -2,6 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "pages.h"
+
 namespace leaf::cpu {
 const char* instruction_set();
 }
@@ -23,4 +25,10 @@ PYBIND11_MODULE(_C, module) {
         return info;
       },
       "What was built, and which instruction set the CPU kernels use on this machine.");
+  module.def(
+      "prefer_huge_pages",
+      [](uintptr_t address, size_t bytes) {
+        leaf::bindings::prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      "Asks for huge pages for fresh memory that is about to be written.");
 }

@@ -11,7 +11,9 @@
 #include "leaf/detect_spans.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -28,35 +30,32 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 struct Range {
   float min;
   float max;
+  bool finite;
+
+  float width() const { return max - min; }
 };
 
-// Over the domain; +inf, -inf where it is empty. NaN does not show in it.
-LEAF_CLONES Range domain_range(const float* __restrict__ x, const bool* __restrict__ domain,
+// Over the domain; +inf, -inf where it is empty. NaN does not show in min and max.
+LEAF_CLONES Range domain_range(const float* __restrict__ x, const uint8_t* __restrict__ domain,
                                int64_t n) {
   float min = kInfinity;
   float max = -kInfinity;
-#pragma omp simd reduction(min : min) reduction(max : max)
+  int32_t bad = 0;
+#pragma omp simd reduction(min : min) reduction(max : max) reduction(| : bad)
   for (int64_t i = 0; i < n; ++i) {
-    const float low = domain[i] ? x[i] : kInfinity;
-    const float high = domain[i] ? x[i] : -kInfinity;
+    const float value = x[i];
+    const int32_t inside = domain[i];
+    const float low = inside != 0 ? value : kInfinity;
+    const float high = inside != 0 ? value : -kInfinity;
     min = low < min ? low : min;
     max = high > max ? high : max;
+    const int32_t not_finite = value - value == 0.0f ? 0 : inside;
+    bad |= not_finite;
   }
-  return {min, max};
+  return {min, max, bad == 0};
 }
 
-LEAF_CLONES bool all_finite(const float* __restrict__ x, const bool* __restrict__ domain,
-                            int64_t n) {
-  int32_t bad = 0;
-#pragma omp simd reduction(| : bad)
-  for (int64_t i = 0; i < n; ++i) {
-    const bool finite = x[i] - x[i] == 0.0f;
-    bad |= domain[i] ? (finite ? 0 : 1) : 0;
-  }
-  return bad == 0;
-}
-
-// Outside the domain the value is arbitrary. x and y may be the same.
+// x and y may be the same. Outside the domain the value is arbitrary.
 LEAF_CLONES void normalize(const float* x, int64_t n, Range range, float* y) {
   const float width = range.max - range.min;
   if (!(width > 0.0f)) {
@@ -65,6 +64,60 @@ LEAF_CLONES void normalize(const float* x, int64_t n, Range range, float* y) {
   }
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - range.min) / width;
+}
+
+LEAF_CLONES void subtract(const float* __restrict__ x, const float* __restrict__ y, int64_t n,
+                          float* __restrict__ difference) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) difference[i] = x[i] - y[i];
+}
+
+LEAF_CLONES void erase_outside(const uint8_t* __restrict__ domain, int64_t n,
+                               float* __restrict__ x) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = x[i];
+    x[i] = domain[i] != 0 ? value : kNaN;
+  }
+}
+
+// A NaN score is below no cut.
+LEAF_CLONES void mark_low(const float* __restrict__ score, float cut,
+                          const float* __restrict__ teacher, float teacher_max,
+                          const uint8_t* __restrict__ prunable, int64_t n,
+                          uint8_t* __restrict__ confounder) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const uint8_t low = score[i] <= cut ? 1 : 0;
+    const uint8_t bounded = teacher[i] <= teacher_max ? 1 : 0;
+    const uint8_t cuttable = prunable[i] != 0 ? 1 : 0;
+    confounder[i] = low & bounded & cuttable;
+  }
+}
+
+// Calls visit(start, stop) for each maximal run of true, in order. Eight tokens at a time: a byte
+// of `edges` is 1 where a token differs from the one before it.
+template <class Visit>
+void for_runs(const uint8_t* mask, int64_t n, const Visit& visit) {
+  static_assert(std::endian::native == std::endian::little);
+  uint64_t last = 0;
+  int64_t start = -1;  // of the open run, -1: none
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t word = 0;
+    if (i + 8 <= n) {
+      std::memcpy(&word, mask + i, 8);
+    } else {
+      std::memcpy(&word, mask + i, static_cast<size_t>(n - i));
+    }
+    uint64_t edges = word ^ (word << 8 | last);
+    last = word >> 56;
+    for (; edges != 0; edges &= edges - 1) {
+      const int64_t edge = i + std::countr_zero(edges) / 8;
+      if (start >= 0) visit(start, edge);
+      start = start < 0 ? edge : -1;
+    }
+  }
+  if (start >= 0) visit(start, n);
 }
 
 class Sequence {
@@ -79,12 +132,14 @@ class Sequence {
         confounder_(params.confounder + begin_) {}
 
   void run() {
+    const Range teacher = domain_range(p_.teacher + begin_, domain_, n_);
+    const Range student = domain_range(p_.student + begin_, domain_, n_);
     p_.status[index_] = 0;
-    if (!all_finite(p_.teacher + begin_, domain_, n_)) p_.status[index_] |= kTeacherNotFinite;
-    if (!all_finite(p_.student + begin_, domain_, n_)) p_.status[index_] |= kStudentNotFinite;
-    std::fill(confounder_, confounder_ + n_, false);
+    if (!teacher.finite) p_.status[index_] |= kTeacherNotFinite;
+    if (!student.finite) p_.status[index_] |= kStudentNotFinite;
+    std::fill(confounder_, confounder_ + n_, 0);
     if (p_.status[index_] == 0) {
-      mark();
+      mark(teacher, student);
     } else {
       std::fill(score_, score_ + n_, kNaN);
     }
@@ -92,25 +147,21 @@ class Sequence {
   }
 
  private:
-  void mark() {
+  void mark(const Range& teacher_range, const Range& student_range) {
     std::vector<float> teacher(n_);
     std::vector<float> student(n_);
-    const float* raw_teacher = p_.teacher + begin_;
-    const float* raw_student = p_.student + begin_;
-    normalize(raw_teacher, n_, domain_range(raw_teacher, domain_, n_), teacher.data());
-    normalize(raw_student, n_, domain_range(raw_student, domain_, n_), student.data());
-    for (int64_t i = 0; i < n_; ++i) score_[i] = teacher[i] - student[i];
+    normalize(p_.teacher + begin_, n_, teacher_range, teacher.data());
+    normalize(p_.student + begin_, n_, student_range, student.data());
+    subtract(teacher.data(), student.data(), n_, score_);
     const Range gap = domain_range(score_, domain_, n_);
     normalize(score_, n_, gap, score_);
-    for (int64_t i = 0; i < n_; ++i) score_[i] = domain_[i] ? score_[i] : kNaN;
+    erase_outside(domain_, n_, score_);
 
-    if (!(gap.max - gap.min >= kSmallestGapRange)) return;
+    if (!(gap.width() >= kSmallestGapRange)) return;
     const float cut = p_.quantile ? quantile_cut() : static_cast<float>(p_.threshold);
-    const float teacher_max = static_cast<float>(p_.teacher_max);
-    const bool* prunable = p_.prunable == nullptr ? domain_ : p_.prunable + begin_;
-    for (int64_t i = 0; i < n_; ++i) {  // a NaN score is below no cut
-      confounder_[i] = prunable[i] && score_[i] <= cut && teacher[i] <= teacher_max;
-    }
+    const uint8_t* prunable = p_.prunable == nullptr ? domain_ : p_.prunable + begin_;
+    mark_low(score_, cut, teacher.data(), static_cast<float>(p_.teacher_max), prunable, n_,
+             confounder_);
   }
 
   // min(cap, score of rank floor(threshold n) among the n tokens of the domain).
@@ -130,27 +181,26 @@ class Sequence {
   // Runs of confounders, those joined that at most join_gap domain tokens separate.
   void write_spans() {
     int64_t* span = p_.span + index_ * p_.max_spans * 2;
-    std::fill(span, span + p_.max_spans * 2, int64_t{-1});
     int64_t count = 0;
-    int64_t start = -1;  // of the open run, -1: none
-    int64_t stop = -1;
+    int64_t open_start = 0;
+    int64_t open_stop = -1;  // -1: no span is open
     const auto close = [&] {
-      if (start >= 0 && stop - start >= p_.min_length) {
-        span[2 * count] = start;
-        span[2 * count + 1] = stop;
-        ++count;
-      }
-      start = -1;
+      if (open_stop < 0 || open_stop - open_start < p_.min_length) return;
+      span[2 * count] = open_start;
+      span[2 * count + 1] = open_stop;
+      ++count;
     };
-    for (int64_t i = 0; i < n_; ++i) {
-      if (confounder_[i]) {
-        start = start < 0 ? i : start;
-        stop = i + 1;
-      } else if (start >= 0 && (!domain_[i] || i - stop >= p_.join_gap)) {
+    for_runs(confounder_, n_, [&](int64_t start, int64_t stop) {
+      const bool joined = open_stop >= 0 && start - open_stop <= p_.join_gap &&
+                          std::count(domain_ + open_stop, domain_ + start, 0) == 0;
+      if (!joined) {
         close();
+        open_start = start;
       }
-    }
+      open_stop = stop;
+    });
     close();
+    std::fill(span + 2 * count, span + 2 * p_.max_spans, int64_t{-1});
     p_.count[index_] = count;
   }
 
@@ -158,9 +208,9 @@ class Sequence {
   int64_t index_;
   int64_t begin_;
   int64_t n_;
-  const bool* domain_;
+  const uint8_t* domain_;
   float* score_;
-  bool* confounder_;
+  uint8_t* confounder_;
 };
 
 }  // namespace
@@ -171,8 +221,8 @@ void detect_spans(const DetectSpansParams& params, const Threads& threads) {
   const int64_t last = params.sequences > 0 ? params.offsets[params.sequences] : 0;
   std::fill(params.score, params.score + first, kNaN);
   std::fill(params.score + last, params.score + params.tokens, kNaN);
-  std::fill(params.confounder, params.confounder + first, false);
-  std::fill(params.confounder + last, params.confounder + params.tokens, false);
+  std::fill(params.confounder, params.confounder + first, 0);
+  std::fill(params.confounder + last, params.confounder + params.tokens, 0);
 
   const int64_t mean_length = params.tokens / std::max<int64_t>(1, params.sequences);
   const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, mean_length));

@@ -50,16 +50,17 @@ LEAF_INLINE float difference_and_term(float ps, float pt, float log_ratio, float
   series = series * l + 1.0f / 24;
   series = series * l - 1.0f / 6;
   series = series * l + 1.0f / 2;
-  const float phi = series * l * l;
-  const bool near = l < 0.5f && l > -0.5f;
+  const float square = l * l;
+  const float phi = series * square;
+  const bool near = square < 0.25f;
   const float difference = near ? pt * (phi - l) : ps - pt;
   *term = near ? pt * phi : difference + pt * l;
   return difference;
 }
 
-// Writes grad_scale * (p_s - p_t) and returns the sum of the terms.
+// Writes grad_scale * (p_s - p_t), which may overwrite student.y, and returns the sum of the terms.
 LEAF_CLONES Lanes terms(const Side student, const Side teacher, int64_t n, const TermScalars row,
-                        float* __restrict__ grad) {
+                        float* grad) {
   alignas(64) float sum[kChains] = {};
   for_stretches(n, [&](int64_t begin, int64_t width) LEAF_INLINE_LAMBDA {
     const float* ys = student.y + begin;
@@ -109,8 +110,10 @@ class RowKernel {
       : params_(params),
         kl_(kl),
         blocks_(SoftmaxRow::block_count(common_vocab(params))),
-        student_(params.student, common_vocab(params), params.temperature),
-        teacher_(params.teacher, common_vocab(params), params.temperature),
+        student_(params.student, common_vocab(params), params.temperature,
+                 params.row_results != nullptr),
+        teacher_(params.teacher, common_vocab(params), params.temperature,
+                 params.row_results != nullptr),
         terms_(blocks_) {}
 
   // `for_blocks(n, body)` calls body(begin, end) on ranges that cover [0, n): here or on threads.
@@ -153,14 +156,17 @@ class RowKernel {
     const int64_t n = student_.block_size(block);
     const float* yt = teacher_.load(row, block, teacher_y, slope);
     const float* ys = student_.load(row, block, student_y, slope);  // its slope is the one needed
+    const DType dtype = params_.student.dtype;
+    void* target =
+        params_.grad == nullptr
+            ? grad
+            : offset(params_.grad, row * params_.grad_row_stride + block * kBlock, dtype);
+    float* values = dtype == DType::kFloat32 ? static_cast<float*>(target) : grad;
     const Lanes sum = terms({ys, student_.exps(block), student_.factor(block)},
-                            {yt, teacher_.exps(block), teacher_.factor(block)}, n, scalars, grad);
-    if (params_.grad != nullptr) {
-      if (params_.student.softcap != 0.0f) multiply(grad, slope, n);
-      const DType dtype = params_.student.dtype;
-      const int64_t start = row * params_.grad_row_stride + block * kBlock;
-      store_floats(grad, n, dtype, offset(params_.grad, start, dtype));
-    }
+                            {yt, teacher_.exps(block), teacher_.factor(block)}, n, scalars, values);
+    if (params_.grad == nullptr) return sum;
+    if (params_.student.softcap != 0.0f) multiply(values, slope, n);
+    if (values != target) store_floats(values, n, dtype, target);
     return sum;
   }
 

@@ -18,16 +18,48 @@ namespace {
 // Below this, squares that were flushed or lost digits could matter.
 constexpr double kSmallestPlainSum = 0x1p-100;
 
-LEAF_CLONES Lanes sum_of_squares(const float* __restrict__ x, int64_t n, float scale) {
-  alignas(64) float sum[kChains] = {};
-  for_stretches(n, [&](int64_t begin, int64_t width) LEAF_INLINE_LAMBDA {
+// How far ahead of the sum memory is asked for, also beyond the end of the row: the next row is
+// likely to follow.
+constexpr int64_t kPrefetchBytes = 4096;
+
+// The sum of the squares of scale * load(x[i]).
+template <class T, class Load>
+LEAF_INLINE double sum_of_squares(const T* x, int64_t n, float scale, const Load& load) {
+  constexpr int64_t kSize = sizeof(T);
+  WideLanes total;
+  for (int64_t block = 0; block < n; block += kBlock) {
+    alignas(64) float sum[kChains] = {};
+    for_stretches(std::min(kBlock, n - block),
+                  [&](int64_t begin, int64_t width) LEAF_INLINE_LAMBDA {
+                    const T* part = x + block + begin;
+                    prefetch(part, kPrefetchBytes, kPrefetchBytes + kChains * kSize);
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const float scaled = x[begin + i] * scale;
-      sum[i] += scaled * scaled;
-    }
-  });
-  return fold(sum);
+                    for (int64_t i = 0; i < width; ++i) {
+                      const float scaled = load(part[i]) * scale;
+                      sum[i] += scaled * scaled;
+                    }
+                  });
+    total.add(fold(sum));
+  }
+  return total.total();
+}
+
+LEAF_CLONES double sum_of_float32(const float* x, int64_t n, float scale) {
+  return sum_of_squares(x, n, scale, [](float value) LEAF_INLINE_LAMBDA { return value; });
+}
+
+LEAF_CLONES double sum_of_bfloat16(const uint16_t* x, int64_t n, float scale) {
+  return sum_of_squares(x, n, scale, from_bfloat16);
+}
+
+LEAF_CLONES double sum_of_float16(const uint16_t* x, int64_t n, float scale) {
+  return sum_of_squares(x, n, scale, from_float16);
+}
+
+double scaled_sum(const void* row, DType dtype, int64_t width, float scale) {
+  if (dtype == DType::kFloat32) return sum_of_float32(static_cast<const float*>(row), width, scale);
+  const auto* bits = static_cast<const uint16_t*>(row);
+  return (dtype == DType::kBFloat16 ? sum_of_bfloat16 : sum_of_float16)(bits, width, scale);
 }
 
 LEAF_CLONES float largest_magnitude(const float* __restrict__ x, int64_t n) {
@@ -40,21 +72,15 @@ LEAF_CLONES float largest_magnitude(const float* __restrict__ x, int64_t n) {
   return largest;
 }
 
-// Calls visit(values, n) for each block of a row.
-template <class Visit>
-void for_blocks(const void* row, DType dtype, int64_t width, const Visit& visit) {
+float largest_of_row(const void* row, DType dtype, int64_t width) {
   alignas(64) float buffer[kBlock];
+  float largest = 0.0f;
   for (int64_t begin = 0; begin < width; begin += kBlock) {
     const int64_t n = std::min(kBlock, width - begin);
-    visit(load_floats(offset(row, begin, dtype), dtype, n, buffer), n);
+    const float* x = load_floats(offset(row, begin, dtype), dtype, n, buffer);
+    largest = std::max(largest, largest_magnitude(x, n));
   }
-}
-
-double scaled_sum(const void* row, DType dtype, int64_t width, float scale) {
-  WideLanes sum;
-  for_blocks(row, dtype, width,
-             [&](const float* x, int64_t n) { sum.add(sum_of_squares(x, n, scale)); });
-  return sum.total();
+  return largest;
 }
 
 float row_norm(const void* row, DType dtype, int64_t width) {
@@ -62,10 +88,7 @@ float row_norm(const void* row, DType dtype, int64_t width) {
   const bool in_range = sum >= kSmallestPlainSum && sum <= std::numeric_limits<double>::max();
   if (in_range || std::isnan(sum)) return static_cast<float>(std::sqrt(sum));
 
-  float largest = 0.0f;
-  for_blocks(row, dtype, width, [&](const float* x, int64_t n) {
-    largest = std::max(largest, largest_magnitude(x, n));
-  });
+  const float largest = largest_of_row(row, dtype, width);
   if (largest == 0.0f || std::isinf(largest)) return largest;
   // For a subnormal, 2^-exponent is itself out of range; 2^126 is enough.
   const int shift = std::clamp(-std::ilogb(largest), -126, 126);

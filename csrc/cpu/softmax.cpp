@@ -23,8 +23,16 @@ LEAF_CLONES float maximum(const float* __restrict__ y, int64_t n) {
   return low < high ? high : low;
 }
 
-LEAF_CLONES BlockStatistics exponentiate(const float* __restrict__ y, int64_t n, float temperature,
-                                         float* __restrict__ exps) {
+// What lies at `next`, where the following block is, is asked for during the arithmetic: all at
+// once it would fill the processor's queue of requests and stop it.
+struct Next {
+  const void* data;
+  int64_t element_size;
+};
+
+template <bool kMoment>
+LEAF_INLINE BlockStatistics exponentials(const float* __restrict__ y, int64_t n, float temperature,
+                                         Next next, float* __restrict__ exps) {
   const float max = maximum(y, n);
   const float base = max == -kInfinity ? 0.0f : max;
   const float scale = kLog2e / temperature;
@@ -32,16 +40,27 @@ LEAF_CLONES BlockStatistics exponentiate(const float* __restrict__ y, int64_t n,
   alignas(64) float sum[kChains] = {};
   alignas(64) float moment[kChains] = {};
   for_stretches(n, [&](int64_t begin, int64_t width) LEAF_INLINE_LAMBDA {
+    prefetch(next.data, begin * next.element_size, (begin + width) * next.element_size);
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       const float x = y[begin + i] - base;
       const float e = exp2_nonpositive(x, scale, lowest);
       exps[begin + i] = e;
       sum[i] += e;
-      moment[i] += e * (lowest > x ? lowest : x);  // 0, not NaN, for -inf
+      if constexpr (kMoment) moment[i] += e * (lowest > x ? lowest : x);  // 0, not NaN, for -inf
     }
   });
   return {max, fold(sum), fold(moment)};
+}
+
+LEAF_CLONES BlockStatistics exponentiate(const float* y, int64_t n, float temperature, Next next,
+                                         float* exps) {
+  return exponentials<false>(y, n, temperature, next, exps);
+}
+
+LEAF_CLONES BlockStatistics exponentiate_with_moment(const float* y, int64_t n, float temperature,
+                                                     Next next, float* exps) {
+  return exponentials<true>(y, n, temperature, next, exps);
 }
 
 // x and y may be the same.
@@ -83,16 +102,11 @@ const float* SoftmaxRow::load(int64_t row, int64_t block, float* buffer, float* 
 void SoftmaxRow::compute_block(int64_t row, int64_t block) {
   alignas(64) float buffer[kBlock];
   alignas(64) float slope[kBlock];
-  if (block + 1 < block_count(vocab_)) {
-    // The processor's own prefetching stops at the end of a page, which is about a block. Not a
-    // function: the compiler drops calls of one that does nothing else.
-    const auto* next = static_cast<const char*>(address(row, block + 1));
-    const int64_t bytes = block_size(block + 1) * size_of(logits_.dtype);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
-  }
+  const int64_t n = block_size(block);
   const float* y = load(row, block, buffer, slope);
-  statistics_[block] = exponentiate(y, block_size(block), static_cast<float>(temperature_),
-                                    exps_.data() + block * kBlock);
+  const Next next{address(row, block + 1), size_of(logits_.dtype)};
+  statistics_[block] = (with_entropy_ ? exponentiate_with_moment : exponentiate)(
+      y, n, static_cast<float>(temperature_), next, exps_.data() + block * kBlock);
 }
 
 void SoftmaxRow::merge() {

@@ -19,7 +19,7 @@
 
 namespace leaf::cpu {
 
-// With x = y - max over a block: the sums of exp(x / T) and of x exp(x / T).
+// With x = y - max over a block: the sums of exp(x / T) and, for the entropy, of x exp(x / T).
 struct BlockStatistics {
   float max;
   Lanes sum;
@@ -28,11 +28,11 @@ struct BlockStatistics {
 
 class SoftmaxRow {
  public:
-  // `exps` is filled where a second phase needs p.
-  SoftmaxRow(const Logits& logits, int64_t vocab, float temperature)
+  SoftmaxRow(const Logits& logits, int64_t vocab, float temperature, bool with_entropy)
       : logits_(logits),
         vocab_(vocab),
         temperature_(temperature),
+        with_entropy_(with_entropy),
         statistics_(block_count(vocab)),
         factor_(block_count(vocab)),
         exps_(vocab) {}
@@ -53,8 +53,8 @@ class SoftmaxRow {
   float factor(int64_t block) const { return factor_[block]; }
   double max() const { return max_; }
   double log_sum() const { return log_sum_; }  // log d
-  double entropy() const { return entropy_; }
-  int64_t argmax(int64_t row) const;  // of the logits as they came; the first of equals
+  double entropy() const { return entropy_; }  // where it was asked for
+  int64_t argmax(int64_t row) const;           // of the logits as they came; the first of equals
 
  private:
   const void* address(int64_t row, int64_t block) const;
@@ -62,6 +62,7 @@ class SoftmaxRow {
   Logits logits_;
   int64_t vocab_;
   double temperature_;
+  bool with_entropy_;
   std::vector<BlockStatistics> statistics_;  // [blocks]
   std::vector<float> factor_;                // [blocks]
   std::vector<float> exps_;                  // [vocab]

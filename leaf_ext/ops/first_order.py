@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leaf_ext.native import prefer_huge_pages
+
 # Elements that are scaled at once: large enough to share among threads, and reused memory.
 _BLOCK = 2**22
 
@@ -30,7 +32,7 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _scaled_in_blocks(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The same without a second float32 tensor of the whole size."""
-    result = torch.empty(grad.shape, dtype=dtype)
+    result = prefer_huge_pages(torch.empty(grad.shape, dtype=dtype))
     buffer = torch.empty(_BLOCK, dtype=torch.promote_types(grad.dtype, factor.dtype))
     parts = (torch.split(flat, _BLOCK) for flat in (grad.reshape(-1), result.view(-1)))
     for part, target in zip(*parts, strict=True):

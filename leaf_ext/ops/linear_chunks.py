@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leaf_ext.native import prefer_huge_pages
 from leaf_ext.schema import accumulated, hidden_grad_dtype
 
 _CHUNK_ELEMENTS = 2**26
@@ -31,7 +32,7 @@ class _Head:
         # float16 products overflow and lose small gradients; float32 copies of the head do not.
         dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
         weight = weight.to(dtype)
-        workspace = weight.new_empty(rows, weight.shape[0])
+        workspace = prefer_huge_pages(weight.new_empty(rows, weight.shape[0]))
         return _Head(weight, None if bias is None else bias.to(dtype), workspace)
 
     def rows_of(self, hidden: Tensor, index: Tensor) -> Tensor:
@@ -53,14 +54,15 @@ class _Gradients:
     bias: Tensor
     product: Tensor | None
 
-    def add(self, slope: Tensor, head: _Head, hidden: Tensor, index: Tensor) -> None:
-        """Adds one chunk: `slope` is the gradient of its logits."""
+    def add(self, slope: Tensor, head: _Head, hidden: Tensor, index: Tensor, first: bool) -> None:
+        """Adds one chunk: `slope` is the gradient of its logits. The first one fills the head's."""
         if self.hidden.dim() == 2:
             self.hidden.index_copy_(0, index, (slope @ head.weight).to(self.hidden.dtype))
         if self.product is not None:
-            self.head.add_(torch.mm(slope.T, hidden, out=self.product))
+            product = torch.mm(slope.T, hidden, out=self.product)
+            self.head.copy_(product) if first else self.head.add_(product)
         elif self.head.dim() == 2:
-            self.head.addmm_(slope.T, hidden)
+            self.head.addmm_(slope.T, hidden, beta=0 if first else 1)
         if self.bias.numel():
             self.bias.add_(slope.sum(0, dtype=self.bias.dtype))
 
@@ -101,14 +103,14 @@ def over(namespace: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, 
             grads = _gradients(
                 student_hidden, student, need_hidden_grad, need_head_grad, need_bias_grad
             )
-            for index in torch.split(live, size):
+            for number, index in enumerate(torch.split(live, size)):
                 hidden = student.rows_of(student_hidden, index)
                 z_s = student.logits(hidden)
                 z_t = teacher.logits(teacher.rows_of(teacher_hidden, index))
                 weight = row_weight.index_select(0, index)
                 if need_grad:
                     part, _, measures = ops.dual_kl_(z_s, z_t, weight, *scalars, True, need_rows)
-                    grads.add(z_s, student, hidden, index)
+                    grads.add(z_s, student, hidden, index, first=number == 0)
                 else:
                     part, _, _, measures = ops.dual_kl(z_s, z_t, weight, *scalars, False, need_rows)
                 loss += part
@@ -126,11 +128,14 @@ def _gradients(
     narrow = need_head and weight.dtype != wide
 
     def zeros(shape: torch.Size, needed: bool, dtype: torch.dtype) -> Tensor:
-        return hidden.new_zeros(shape, dtype=dtype) if needed else hidden.new_zeros(0, dtype=wide)
+        return hidden.new_zeros(shape if needed else 0, dtype=dtype if needed else wide)
+
+    def unwritten(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return prefer_huge_pages(hidden.new_empty(shape, dtype=dtype))
 
     return _Gradients(
         hidden=zeros(hidden.shape, need_hidden, hidden_grad_dtype(hidden.dtype)),
-        head=zeros(weight.shape, need_head, wide),
+        head=unwritten(weight.shape, wide) if need_head else hidden.new_zeros(0, dtype=wide),
         bias=zeros(weight.shape[:1], need_bias, wide),
-        product=torch.empty_like(weight) if narrow else None,
+        product=unwritten(weight.shape, weight.dtype) if narrow else None,
     )

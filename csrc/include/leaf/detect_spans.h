@@ -9,10 +9,11 @@ namespace leaf {
 enum DetectStatus : int64_t { kTeacherNotFinite = 1, kStudentNotFinite = 2 };
 
 struct DetectSpansParams {
-  const float* teacher;    // [tokens] norms
-  const float* student;    // [tokens] norms
-  const bool* domain;      // [tokens]
-  const bool* prunable;    // [tokens], or null: the whole domain
+  const float* teacher;  // [tokens] norms
+  const float* student;  // [tokens] norms
+  // Masks are bytes, 0 where false: loops over bool do not vectorize.
+  const uint8_t* domain;    // [tokens]
+  const uint8_t* prunable;  // [tokens], or null: the whole domain
   const int64_t* offsets;  // [sequences + 1], ascending: sequence b is [offsets[b], offsets[b + 1])
   int64_t tokens;
   int64_t sequences;
@@ -25,11 +26,11 @@ struct DetectSpansParams {
   int64_t join_gap;
   int64_t min_length;
 
-  int64_t* span;     // [sequences, max_spans, 2]
-  int64_t* count;    // [sequences]
-  float* score;      // [tokens]
-  bool* confounder;  // [tokens]
-  int64_t* status;   // [sequences]
+  int64_t* span;        // [sequences, max_spans, 2]
+  int64_t* count;       // [sequences]
+  float* score;         // [tokens]
+  uint8_t* confounder;  // [tokens] 0 or 1
+  int64_t* status;      // [sequences]
 };
 
 namespace cpu {
