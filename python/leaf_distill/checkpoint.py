@@ -6,15 +6,27 @@ transformers writes a checkpoint's files straight into place, one after the othe
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
+import os
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers.trainer_utils import sort_checkpoints
 
+from leaf_distill.store import StoreError
+
 logger = logging.getLogger(__name__)
+
+# The last one is how torch.save puts it, which hides the reason.
+_FULL = (
+    *(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+    "unexpected pos",
+)
 
 
 def checkpoint_fault(checkpoint: Path, *, world_size: int = 1) -> str | None:
@@ -44,7 +56,7 @@ def checkpoint_fault(checkpoint: Path, *, world_size: int = 1) -> str | None:
 def find_checkpoint(wanted: str | bool, directory: Path, *, world_size: int = 1) -> str | None:
     """The wanted checkpoint, or (True) the newest whole one of a directory, None if it has none.
 
-    Newer ones that are not whole are passed over, and the log says so.
+    False means none.
 
     Raises:
         ValueError: the checkpoint that was asked for by name is not whole.
@@ -56,13 +68,56 @@ def find_checkpoint(wanted: str | bool, directory: Path, *, world_size: int = 1)
                 "older one, or True for the newest whole one"
             )
         return wanted
+    checkpoint = newest_checkpoint(directory, world_size=world_size) if wanted else None
+    if checkpoint is not None:
+        logger.warning("going on from %s", checkpoint)
+    return checkpoint
+
+
+def newest_checkpoint(directory: Path, *, world_size: int = 1) -> str | None:
+    """The newest whole checkpoint of a directory; the log names newer ones that are not whole."""
     for checkpoint in reversed(sort_checkpoints(str(directory))):
         fault = checkpoint_fault(Path(checkpoint), world_size=world_size)
         if fault is None:
-            logger.warning("going on from %s", checkpoint)
             return checkpoint
         logger.warning("%s is not whole (%s): passed over", checkpoint, fault)
     return None
+
+
+def is_at_the_end(checkpoint: str) -> bool:
+    """Whether a whole checkpoint is of a run's last step, and holds plain weights."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_bytes())
+    last = bool(state["global_step"] >= state["max_steps"])
+    return last and any(Path(checkpoint).glob("*.safetensors"))
+
+
+@contextlib.contextmanager
+def stopped(directory: Path, *, world_size: int = 1) -> Iterator[None]:
+    """Around a training: say what an interrupted one goes on from, and name a full disk.
+
+    Raises:
+        StoreError: the disk is full.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        newest = newest_checkpoint(directory, world_size=world_size)
+        if newest is None:
+            logger.warning("interrupted before the first checkpoint: nothing to go on from yet")
+        else:
+            logger.warning("interrupted: the same command goes on from %s", newest)
+        raise
+    except Exception as error:
+        # Writers of weights wrap the system's error, or hide it behind one of their own.
+        seen: BaseException | None = error
+        while seen is not None and not any(reason in str(seen) for reason in _FULL):
+            seen = seen.__cause__ or seen.__context__
+        if seen is None:
+            raise
+        raise StoreError(
+            f"The disk is full: the student could not be saved in {directory}. What was done "
+            "stays: free some space and run the same command again."
+        ) from error
 
 
 def _whole(path: Path) -> bool:

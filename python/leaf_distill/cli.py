@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +141,11 @@ def _run_env() -> None:
     import torch
 
     import leaf_ext
+    from leaf_distill.config import package_versions
 
     print(f"python          {platform.python_version()} on {platform.platform()}")
-    for package in PACKAGES:
-        try:
-            print(f"{package:<15} {version(package)}")
-        except PackageNotFoundError:
-            print(f"{package:<15} not installed")
+    for package, number in package_versions(PACKAGES).items():
+        print(f"{package:<15} {number}")
     print(f"cpu             {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         print(f"gpu {index}           {torch.cuda.get_device_name(index)}")
@@ -268,7 +266,8 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
         if action.dest in hidden:
             action.help = argparse.SUPPRESS
     if hidden:
-        parser.description += "; every field of transformers.TrainingArguments is an option too"
+        more = "every field of transformers.TrainingArguments is an option too"
+        parser.description = f"{command.summary}; {more}"
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     config, rest = finder.parse_known_args(list(argv))

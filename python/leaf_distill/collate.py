@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from leaf_distill.render import Renderer, Rendering
-from leaf_distill.rows import Message, Rejection
+from leaf_distill.rows import Message, Rejection, _check_text, _read_layout, _Unusable
 from leaf_distill.sampler import FILLER
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ def prepare_examples(
     `prompt` and `completion` are a string or messages, the completion one assistant message;
     `branch` says "original" or "counterfactual" and may be missing (all originals); so may
     `row_id` (the row's position). A row that is longer than `max_length` tokens for either model,
-    or has no label, is left out whole and returned as a Rejection: nothing is ever cut.
+    is refused by a template, or has an empty prompt or completion, is left out whole and returned
+    as a Rejection: nothing is ever cut.
 
     Raises:
         ValueError: a column is missing or malformed, or the two models' templates give the row
@@ -69,28 +70,42 @@ def prepare_examples(
     """
     examples: list[Example] = []
     rejections: list[Rejection] = []
+    if teacher.fingerprint == student.fingerprint:
+        teacher = student  # the usual case: one rendering serves both
     for position, row in enumerate(rows):
-        row_id = int(row["row_id"]) if row.get("row_id") is not None else position
-        candidate_id = int(row["candidate_id"]) if row.get("candidate_id") is not None else -1
-        messages, completion = _conversation(row, position)
-        if not completion.strip():
-            rejections.append(Rejection(row_id, candidate_id, "distill", "empty_completion", ""))
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {position}: needs columns by name, came {row!r:.60}")
+        row_id = _integer(row, "row_id", position, position)
+        candidate_id = _integer(row, "candidate_id", position, -1)
+        counterfactual = _is_counterfactual(row, position)
+        try:
+            messages, completion = _conversation(row, position)
+            renderings = _render(messages, completion, student, teacher)
+            _check_length(renderings, max_length)
+        except _Unusable as problem:
+            left = Rejection(row_id, candidate_id, "distill", problem.reason, problem.detail)
+            rejections.append(left)
             continue
-        ours, theirs = student.render(messages, completion), teacher.render(messages, completion)
-        longest = max(len(ours.input_ids), len(theirs.input_ids))
-        if longest > max_length:
-            detail = f"{longest} tokens, max_length {max_length}"
-            rejections.append(Rejection(row_id, candidate_id, "distill", "too_long", detail))
-            continue
-        branch = row.get("branch") or "original"
-        if branch not in BRANCHES:
-            raise ValueError(
-                f"row {position}: branch: needs one of {', '.join(BRANCHES)}, came {branch!r}"
-            )
-        example = _example(row_id, branch == "counterfactual", ours, theirs)
+        example = _example(row_id, counterfactual, *renderings)
         _check_labels(example, position)
         examples.append(example)
     return examples, rejections
+
+
+def _integer(row: Mapping[str, Any], name: str, position: int, missing: int) -> int:
+    value = missing if row.get(name) is None else row[name]
+    if not isinstance(value, int | np.integer):
+        raise ValueError(f"row {position}: {name}: needs an integer, came {value!r}")
+    return int(value)
+
+
+def _is_counterfactual(row: Mapping[str, Any], position: int) -> bool:
+    branch = row.get("branch") or "original"
+    if branch not in BRANCHES:
+        raise ValueError(
+            f"row {position}: branch: needs one of {', '.join(BRANCHES)}, came {branch!r}"
+        )
+    return bool(branch == "counterfactual")
 
 
 def _conversation(row: Mapping[str, Any], position: int) -> tuple[tuple[Message, ...], str]:
@@ -101,19 +116,32 @@ def _conversation(row: Mapping[str, Any], position: int) -> tuple[tuple[Message,
                 f"row {position}: needs the column {column!r}, came {sorted(row)}; other layouts "
                 "are read by leaf_distill.rows.load_rows"
             )
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        messages: tuple[Message, ...] = (Message(role="user", content=prompt),)
-    else:
-        messages = tuple(Message(role=turn["role"], content=turn["content"]) for turn in prompt)
-    if isinstance(completion, str):
-        return messages, completion
-    if len(completion) != 1 or completion[0]["role"] != "assistant":
-        raise ValueError(
-            f"row {position}: completion: needs one assistant message, came "
-            f"{[turn['role'] for turn in completion]}"
-        )
-    return messages, completion[0]["content"]
+    try:
+        messages, completion = _read_layout(("prompt", "completion"), row)
+        _check_text([*(turn["content"] for turn in messages), completion])
+    except _Unusable as problem:
+        if problem.reason in ("empty_prompt", "no_user_turn"):
+            raise
+        raise ValueError(f"row {position}: {problem.detail}") from problem
+    if not completion.strip():
+        raise _Unusable("empty_completion", "the completion is empty.")
+    return messages, completion
+
+
+def _render(
+    messages: Sequence[Message], completion: str, student: Renderer, teacher: Renderer
+) -> tuple[Rendering, Rendering]:
+    try:
+        ours = student.render(messages, completion)
+        return ours, ours if teacher is student else teacher.render(messages, completion)
+    except ValueError as error:  # the template refuses the row's roles, or changes its text
+        raise _Unusable("not_renderable", str(error)) from error
+
+
+def _check_length(renderings: Iterable[Rendering], max_length: int) -> None:
+    longest = max(len(rendering.input_ids) for rendering in renderings)
+    if longest > max_length:
+        raise _Unusable("too_long", f"{longest} tokens, max_length {max_length}")
 
 
 def _example(row_id: int, counterfactual: bool, ours: Rendering, theirs: Rendering) -> Example:
@@ -167,7 +195,7 @@ class ExampleDataset(Dataset[Example]):
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = list(examples)
-        shortest = min(self.examples, key=lambda example: len(example.student_ids))
+        self.shortest = shortest = min(self.examples, key=lambda example: len(example.student_ids))
         self._filler = replace(
             shortest,
             counterfactual=False,
@@ -232,7 +260,8 @@ def prepare_dataset(
     examples, rejections = prepare_examples(rows, student, teacher, max_length=max_length)
     reasons = summarize(rejections)
     if not examples:
-        raise ValueError(f"{name}: no row is left to train on ({reasons or 'it is empty'})")
+        why = f"{reasons}; the first: {rejections[0].detail}" if rejections else "it is empty"
+        raise ValueError(f"{name}: no row is left to train on ({why})")
     if rejections:
         total = len(examples) + len(rejections)
         logger.warning("%s: %d of %d rows left out: %s", name, len(rejections), total, reasons)

@@ -11,36 +11,40 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
-from leaf_distill.checkpoint import find_checkpoint
+from leaf_distill.checkpoint import find_checkpoint, is_at_the_end, stopped
 from leaf_distill.collate import summarize
 from leaf_distill.distill_config import DistillArguments, LeafConfig
 from leaf_distill.model_card import model_card
 from leaf_distill.models import check_same_tokenizer, load_model, load_tokenizer, model_fingerprint
-from leaf_distill.pair import digest
-from leaf_distill.rows import load_rows
-from leaf_distill.store import claim_run_directory, write_bytes, write_json
+from leaf_distill.render import Renderer, template_differences
+from leaf_distill.rows import Rejection, load_rows
+from leaf_distill.store import claim_run_directory, content, digest, write_bytes, write_json
 from leaf_distill.trainer import LeafTrainer
 
 logger = logging.getLogger(__name__)
 
-# What changes the trained weights by more than rounding; the rest may differ when a run goes on.
-_IDENTITY = (
-    "originals_per_step",
-    "max_length",
-    "kd_weight",
-    "temperature",
-    "chat_template",
-    "system_prompt",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "num_train_epochs",
-    "max_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "seed",
+DistillRow = dict[str, Any]
+
+# Settings (or how their names begin) that change the trained weights by no more than rounding: they
+# may differ when a run goes on. All others may not.
+_INCIDENTAL = (
+    *("output_dir", "resume_from_checkpoint", "local_rank", "use_cpu", "backend", "do_", "eval_"),
+    *("per_device_", "gradient_accumulation_steps", "prediction_loss_only", "batch_eval_metrics"),
+    *("gradient_checkpointing", "activation_checkpointing", "torch_compile", "torch_empty_cache"),
+    *("logging_", "log_", "disable_tqdm", "report_to", "run_name", "project", "trackio_", "debug"),
+    *("save_", "enable_jit_checkpoint", "hub_", "push_to_hub", "include_", "skip_memory_metrics"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_"),
 )
+# What has no effect without sampling or without beams; transformers reads it from a generation
+# config and refuses to write it again.
+_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h"),
+    *("typical_p", "epsilon_cutoff", "eta_cutoff"),
+)
+_BEAMS = ("early_stopping", "length_penalty")
 
 
 @dataclass(frozen=True)
@@ -54,65 +58,151 @@ class DistillResult:
 def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
     """Train the student and save it in `config.output_dir` with tokenizer, card and metrics.
 
-    The same command goes on from the newest whole checkpoint in the directory; a finished run only
-    saves again. Weights train and are saved in float32 (bfloat16 autocast on a GPU that has it):
+    The same command goes on from the newest whole checkpoint in the directory
+    (`config.resume_from_checkpoint` names another one, or is "false"); of a finished run it returns
+    what is there. Weights train and are saved in float32 (bfloat16 autocast on a GPU that has it):
     steps of 1e-5 vanish in bfloat16 weights. The teacher is bfloat16 there, else float32.
 
     Raises:
-        ValueError: models or rows cannot be read, the tokenizers differ, no row is left, or the
-            directory belongs to other settings.
+        ValueError: models or rows cannot be read, the tokenizers differ, no row is left, settings
+            do not fit together, or the directory belongs to other settings.
         RuntimeError: the loss became NaN.
+        StoreError: the disk is full.
     """
-    tokenizer, teacher_tokenizer = (
-        load_tokenizer(name) for name in (arguments.student, arguments.teacher)
+    student, teacher = (load_tokenizer(name) for name in (arguments.student, arguments.teacher))
+    check_same_tokenizer(teacher, student)
+    _compare_templates(arguments, config, student, teacher)
+    rows, left = _read_rows(
+        arguments, arguments.dataset, arguments.dataset_split, arguments.max_rows
     )
-    check_same_tokenizer(teacher_tokenizer, tokenizer)
-    rows = _read_rows(arguments, arguments.dataset, arguments.dataset_split, arguments.max_rows)
     eval_rows = None
     if arguments.eval_dataset is not None:
-        eval_rows = _read_rows(arguments, arguments.eval_dataset, arguments.eval_split, None)
+        eval_rows, _ = _read_rows(arguments, arguments.eval_dataset, arguments.eval_split, None)
     output_dir = Path(str(config.output_dir))
-    if config.process_index == 0:
-        claim_run_directory(output_dir, _identity(arguments, config, rows))
-    wanted = config.resume_from_checkpoint or True
+    identity = _identity(arguments, config, rows, eval_rows)
+    asked = str(config.resume_from_checkpoint)  # text when it comes from the command line
+    wanted = {"none": True, "true": True, "false": False}.get(asked.lower(), asked)
+    if claimed := (output_dir / "run.json").exists():
+        claim_run_directory(output_dir, identity)
+        if wanted is True and (output_dir / "metrics.json").exists():
+            logger.warning("%s is finished: nothing is left to do", output_dir)
+            metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+            return DistillResult(output_dir, metrics)
     checkpoint = find_checkpoint(wanted, output_dir, world_size=config.world_size)
+    own = claimed and checkpoint and Path(checkpoint).resolve().parent == output_dir.resolve()
+    trained = checkpoint if own and is_at_the_end(str(checkpoint)) else None
 
+    trainer = _build(arguments, config, trained, rows, eval_rows, (student, teacher))
+    trainer.rejections[:0] = left
+    trainer.add_callback(_Claim(output_dir, identity))
+    with stopped(output_dir, world_size=config.world_size):
+        if trained is None:
+            measured = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        else:  # transformers would take one more step
+            trainer.state = TrainerState.load_from_json(f"{trained}/trainer_state.json")
+            measured = {}
+        evaluated = trainer.evaluate() if eval_rows is not None else {}
+        trainer.save_model()
+    metrics = _metrics(trainer, measured, evaluated)
+    if trainer.is_world_process_zero():
+        _describe(arguments, config, metrics)
+    return DistillResult(output_dir, metrics)
+
+
+def _build(
+    arguments: DistillArguments,
+    config: LeafConfig,
+    trained: str | None,
+    rows: list[DistillRow],
+    eval_rows: list[DistillRow] | None,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+) -> LeafTrainer:
+    """The trainer of the student, or of its finished weights."""
     teacher_dtype = arguments.teacher_dtype
     if teacher_dtype == "auto":
         teacher_dtype = "bfloat16" if config.bf16 else "float32"
     device = str(config.device)
-    trainer = LeafTrainer(
-        load_model(arguments.student, dtype="float32", device=device),
-        load_model(arguments.teacher, dtype=teacher_dtype, device=device),
-        config,
-        rows,
-        eval_rows,
-        tokenizer,
-        teacher_processing_class=teacher_tokenizer,
+    student = load_model(trained or arguments.student, dtype="float32", device=device)
+    if student.generation_config is not None:
+        _make_savable(student.generation_config)
+    teacher = load_model(arguments.teacher, dtype=teacher_dtype, device=device)
+    try:
+        return LeafTrainer(
+            student,
+            teacher,
+            config,
+            rows,
+            eval_rows,
+            tokenizers[0],
+            teacher_processing_class=tokenizers[1],
+        )
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        # The settings of transformers.Trainer are the user's too: a sentence, no traceback.
+        raise ValueError(str(error).strip()) from error
+
+
+def _make_savable(generation: Any) -> None:
+    """Take from a generation config what would stop its saving, and has no effect."""
+    idle = () if generation.do_sample else _SAMPLING
+    for name in idle if (generation.num_beams or 1) > 1 else (*idle, *_BEAMS):
+        setattr(generation, name, None)
+
+
+class _Claim(TrainerCallback):
+    """Claims the run directory when nothing can refuse the settings any more."""
+
+    def __init__(self, directory: Path, identity: dict[str, object]) -> None:
+        self.directory, self.identity = directory, identity
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            claim_run_directory(self.directory, self.identity)
+
+
+def _compare_templates(
+    arguments: DistillArguments,
+    config: LeafConfig,
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+) -> None:
+    """Log how the two models' prompts differ, and both from those that detection scored."""
+    settings = {"chat_template": config.chat_template, "system_prompt": config.system_prompt}
+    ours, theirs = (
+        Renderer(one, chat_template=config.chat_template, system_prompt=config.system_prompt)
+        for one in (student, teacher)
     )
-    trained = trainer.train(resume_from_checkpoint=checkpoint)
-    evaluated = trainer.evaluate() if eval_rows is not None else {}
-    trainer.save_model()
-    metrics = _metrics(trainer, trained.metrics, evaluated)
-    if trainer.is_world_process_zero():
-        write_json(output_dir / "metrics.json", metrics)
-        card = model_card(arguments, config, metrics)
-        write_bytes(output_dir / "README.md", card.encode())
-        print(f"The student is in {output_dir}; metrics.json and README.md there say how it went")
-    return DistillResult(output_dir, metrics)
+    for sentence in template_differences(theirs, ours):
+        logger.warning("%s", sentence)
+    funnel = Path(arguments.dataset).expanduser() / "funnel.json"
+    if funnel.is_file():
+        detected = json.loads(funnel.read_text(encoding="utf-8")).get("settings", {})
+        for name, value in settings.items():
+            if detected.get(name, value) != value:
+                logger.warning(
+                    "%s is %r, but `leaf detect` scored with %r", name, value, detected[name]
+                )
 
 
 def _identity(
-    arguments: DistillArguments, config: LeafConfig, rows: list[dict[str, Any]]
+    arguments: DistillArguments,
+    config: LeafConfig,
+    rows: list[DistillRow],
+    eval_rows: list[DistillRow] | None,
 ) -> dict[str, object]:
-    settings = {name: getattr(config, name) for name in _IDENTITY}
-    return {
+    """All that decides the weights and what is written about them."""
+    every: dict[str, object] = config.to_dict()  # type: ignore[no-untyped-call]
+    settings = {name: value for name, value in every.items() if not name.startswith(_INCIDENTAL)}
+    identity: dict[str, object] = {
         "command": "distill",
-        "student": model_fingerprint(arguments.student),
-        "teacher": model_fingerprint(arguments.teacher),
-        "rows": digest(rows),
-        **settings,
+        "student": content(arguments.student, model_fingerprint(arguments.student)),
+        "teacher": content(arguments.teacher, model_fingerprint(arguments.teacher)),
+        "teacher_dtype": arguments.teacher_dtype,
+        "dataset": content(arguments.dataset, digest(rows)),
+        **json.loads(json.dumps(settings, default=str)),
     }
+    if eval_rows is not None:
+        identity["eval_dataset"] = content(str(arguments.eval_dataset), digest(eval_rows))
+    return identity
 
 
 def _metrics(
@@ -134,12 +224,19 @@ def _metrics(
     }
 
 
+def _describe(arguments: DistillArguments, config: LeafConfig, metrics: dict[str, Any]) -> None:
+    directory = Path(str(config.output_dir))
+    write_bytes(directory / "README.md", model_card(arguments, config, metrics).encode())
+    write_json(directory / "metrics.json", metrics)  # last: it says that the run is finished
+    print(f"The student is in {directory}; metrics.json and README.md there say how it went")
+
+
 # ---- rows ----
 
 
 def _read_rows(
     arguments: DistillArguments, source: str, split: str, max_rows: int | None
-) -> list[dict[str, Any]]:
+) -> tuple[list[DistillRow], list[Rejection]]:
     """Rows of `leaf detect` with their branch, or any other rows, which are all originals."""
     path = Path(source).expanduser()
     if path.is_dir() and (path / "run.json").is_file():
@@ -153,27 +250,34 @@ def _read_rows(
     if rows is None:
         columns = arguments.columns if isinstance(arguments.columns, dict) else None
         plain, left = load_rows(source, split=split, columns=columns, max_rows=max_rows)
+        if not plain:
+            raise ValueError(f"dataset: no row of {source} can be used: {summarize(left)}")
         if left:
             reasons = summarize(left)
             logger.warning("dataset: %d rows of %s left out: %s", len(left), source, reasons)
         return [
             {"row_id": row.row_id, "prompt": list(row.messages), "completion": row.completion}
             for row in plain
-        ]
+        ], left
     if max_rows is None:
-        return rows
-    originals = [row["row_id"] for row in rows if row["branch"] != "counterfactual"]
+        return rows, []
+    ids = [row.get("row_id", position) for position, row in enumerate(rows)]
+    originals = [
+        row_id
+        for row_id, row in zip(ids, rows, strict=True)
+        if row.get("branch") != "counterfactual"
+    ]
     kept = set(originals[:max_rows])
-    return [row for row in rows if row["row_id"] in kept]
+    return [row for row_id, row in zip(ids, rows, strict=True) if row_id in kept], []
 
 
-def _branched_rows(path: Path) -> list[dict[str, Any]] | None:
+def _branched_rows(path: Path) -> list[DistillRow] | None:
     """The rows of a file in the layout of `dataset.parquet` or `dataset.jsonl`, else None."""
     try:
         if path.suffix == ".parquet":
             if "branch" not in pq.read_schema(path).names:
                 return None
-            table: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+            table: list[DistillRow] = pq.read_table(path).to_pylist()
             return table
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as file:

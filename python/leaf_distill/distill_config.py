@@ -8,11 +8,7 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
-from leaf_distill.config import GradeRule, check_choices, parse_columns
-
-
-def _help(description: str) -> dict[str, str]:
-    return {"help": description}
+from leaf_distill.config import GradeRule, about, check_choices, check_ranges, parse_columns
 
 
 @dataclass
@@ -28,56 +24,56 @@ class LeafConfig(TrainingArguments):
 
     originals_per_step: int = field(
         default=64,
-        metadata=_help(
+        metadata=about(
             "originals of one optimizer step over all ranks and accumulation steps; must be a "
             "multiple of per_device_train_batch_size times the ranks"
         ),
     )
     per_device_train_batch_size: int = field(
-        default=8, metadata=_help("originals of one forward pass on one device")
+        default=8, metadata=about("originals of one forward pass on one device")
     )
     max_length: int = field(
         default=4096,
-        metadata=_help("tokens of prompt and completion; longer rows are left out, and counted"),
+        metadata=about("tokens of prompt and completion; longer rows are left out, and counted"),
     )
     kd_weight: str = field(
         default="pool",
-        metadata=_help(
+        metadata=about(
             "weight of the originals' loss, the paper's lambda: a number from 0 to 1, or pool: "
             "every token counts the same"
         ),
     )
     temperature: float = field(
-        default=1.0, metadata=_help("softens both distributions; the loss has its square")
+        default=1.0, metadata=about("softens both distributions; the loss has its square")
     )
     chat_template: str = field(
-        default="auto", metadata=_help("auto: the tokenizer's, if it has one; none: plain text")
+        default="auto", metadata=about("auto: the tokenizer's, if it has one; none: plain text")
     )
     system_prompt: str | None = field(
-        default=None, metadata=_help("a system turn put before every row without one")
+        default=None, metadata=about("a system turn put before every row without one")
     )
     backend: str = field(
-        default="auto", metadata=_help("kernels of the loss: auto, reference, cpu, ...")
+        default="auto", metadata=about("kernels of the loss: auto, reference, cpu, ...")
     )
-    learning_rate: float = field(default=1e-5, metadata=_help("peak learning rate"))
-    lr_scheduler_type: str = field(default="cosine", metadata=_help("learning rate schedule"))
-    warmup_steps: float = field(default=5, metadata=_help("steps of linear warm-up"))
-    num_train_epochs: float = field(default=3.0, metadata=_help("passes over the originals"))
+    learning_rate: float = field(default=1e-5, metadata=about("peak learning rate"))
+    lr_scheduler_type: str = field(default="cosine", metadata=about("learning rate schedule"))
+    warmup_steps: float = field(default=5, metadata=about("steps of linear warm-up"))
+    num_train_epochs: float = field(default=3.0, metadata=about("passes over the originals"))
     bf16: bool | None = field(  # type: ignore[assignment]  # None: the device decides
         default=None,
-        metadata=_help("bfloat16 autocast; when not given: where the device has it"),
+        metadata=about("bfloat16 autocast; when not given: where the device has it"),
     )
-    logging_steps: float = field(default=10, metadata=_help("optimizer steps between two logs"))
-    logging_first_step: bool = field(default=True, metadata=_help("log the first step too"))
+    logging_steps: float = field(default=10, metadata=about("optimizer steps between two logs"))
+    logging_first_step: bool = field(default=True, metadata=about("log the first step too"))
     logging_nan_inf_filter: bool = field(
-        default=False, metadata=_help("hide NaN losses from the log (they stop LeafTrainer)")
+        default=False, metadata=about("hide NaN losses from the log (they stop LeafTrainer)")
     )
-    save_steps: float = field(default=100, metadata=_help("optimizer steps between checkpoints"))
+    save_steps: float = field(default=100, metadata=about("optimizer steps between checkpoints"))
     save_total_limit: int | None = field(
-        default=2, metadata=_help("how many checkpoints are kept, the newest ones")
+        default=2, metadata=about("how many checkpoints are kept, the newest ones")
     )
     remove_unused_columns: bool = field(
-        default=False, metadata=_help("must stay off: rows carry columns that no model takes")
+        default=False, metadata=about("must stay off: rows carry columns that no model takes")
     )
 
     def __post_init__(self) -> None:
@@ -88,7 +84,11 @@ class LeafConfig(TrainingArguments):
             on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.fp16
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported()
         given = self.gradient_accumulation_steps
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except (ValueError, RuntimeError, ImportError, OSError) as error:
+            # Raised here, a setting of the base class is told in a sentence like our own.
+            raise ValueError(str(error).strip()) from error
         # One process drives one GPU: nn.DataParallel would average the ranks' losses, and is slow.
         # Several GPUs are torchrun's or accelerate's business.
         self._n_gpu = min(self.n_gpu, 1)
@@ -123,7 +123,8 @@ def _check_objective(config: LeafConfig) -> None:
         raise ValueError(f"kd_weight: needs 'pool' or a number 0 to 1, came {config.kd_weight!r}")
     if not config.temperature > 0:
         raise ValueError(f"temperature: needs a number above 0, came {config.temperature}")
-    for name in ("originals_per_step", "per_device_train_batch_size", "max_length"):
+    batches = ("per_device_train_batch_size", "per_device_eval_batch_size")
+    for name in ("originals_per_step", *batches, "max_length"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: needs at least 1, came {getattr(config, name)}")
 
@@ -133,32 +134,32 @@ class DistillArguments:
     """What `leaf distill` trains, from whom, on which rows."""
 
     student: str = field(
-        default="", metadata=_help("the model to be trained: directory, hub name or .gguf file")
+        default="", metadata=about("the model to be trained: directory, hub name or .gguf file")
     )
     teacher: str = field(
-        default="", metadata=_help("the model to learn from: directory, hub name or .gguf file")
+        default="", metadata=about("the model to learn from: directory, hub name or .gguf file")
     )
     dataset: str = field(
         default="",
-        metadata=_help("a run directory of `leaf detect`, or rows as `leaf detect` takes them"),
+        metadata=about("a run directory of `leaf detect`, or rows as `leaf detect` takes them"),
     )
     eval_dataset: str | None = field(
-        default=None, metadata=_help("rows for the evaluation loss, in the same forms")
+        default=None, metadata=about("rows for the evaluation loss, in the same forms")
     )
-    dataset_split: str = field(default="train", metadata=_help("split of the dataset"))
-    eval_split: str = field(default="test", metadata=_help("split of the evaluation dataset"))
+    dataset_split: str = field(default="train", metadata=about("split of the dataset"))
+    eval_split: str = field(default="test", metadata=about("split of the evaluation dataset"))
     columns: dict[str, str] | str | None = field(
         default=None,
-        metadata=_help(
+        metadata=about(
             'names of other columns, as JSON: {"prompt": "question", "completion": "solution"}'
         ),
     )
     max_rows: int | None = field(
-        default=None, metadata=_help("take only so many originals from the start of the dataset")
+        default=None, metadata=about("take only so many originals from the start of the dataset")
     )
     teacher_dtype: str = field(
         default="auto",
-        metadata=_help("the teacher's weights: auto, float32, bfloat16 or float16"),
+        metadata=about("the teacher's weights: auto, float32, bfloat16 or float16"),
     )
 
     def __post_init__(self) -> None:
@@ -166,53 +167,55 @@ class DistillArguments:
         for name in ("student", "teacher", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: is needed, came empty; give --{name}")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows: needs at least 1, came {self.max_rows}")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Settings of `leaf evaluate`: a model's greedy answers, graded."""
 
-    model: str = field(default="", metadata=_help("directory, hub name or .gguf file"))
+    model: str = field(default="", metadata=about("directory, hub name or .gguf file"))
     dataset: str = field(
         default="",
-        metadata=_help("hub name, or a local .jsonl, .json, .parquet or dataset directory"),
+        metadata=about("hub name, or a local .jsonl, .json, .parquet or dataset directory"),
     )
     output_dir: str = field(
-        default="leaf-evaluation", metadata=_help("where answers go; the same command resumes")
+        default="leaf-evaluation", metadata=about("where answers go; the same command resumes")
     )
-    dataset_split: str = field(default="test", metadata=_help("split of the dataset"))
+    dataset_split: str = field(default="test", metadata=about("split of the dataset"))
     columns: dict[str, str] | str | None = field(
         default=None,
-        metadata=_help('names of other columns, as JSON: {"prompt": "question"}'),
+        metadata=about('names of other columns, as JSON: {"prompt": "question"}'),
     )
     max_rows: int | None = field(
-        default=None, metadata=_help("take only so many rows from the start of the dataset")
+        default=None, metadata=about("take only so many rows from the start of the dataset")
     )
     dtype: str = field(
-        default="auto", metadata=_help("the weights: auto, float32, bfloat16 or float16")
+        default="auto", metadata=about("the weights: auto, float32, bfloat16 or float16")
     )
     device: str = field(
-        default="auto", metadata=_help("where the model runs: auto, cpu, cuda, cuda:1, ...")
+        default="auto", metadata=about("where the model runs: auto, cpu, cuda, cuda:1, ...")
     )
     chat_template: str = field(
-        default="auto", metadata=_help("auto: the tokenizer's, if it has one; none: plain text")
+        default="auto", metadata=about("auto: the tokenizer's, if it has one; none: plain text")
     )
     system_prompt: str | None = field(
-        default=None, metadata=_help("a system turn put before every row without one")
+        default=None, metadata=about("a system turn put before every row without one")
     )
     max_length: int = field(
-        default=4096, metadata=_help("tokens of a prompt; longer ones count as not answered")
+        default=4096, metadata=about("tokens of a prompt; longer ones count as not answered")
     )
-    max_new_tokens: int = field(default=512, metadata=_help("length limit of an answer, in tokens"))
+    max_new_tokens: int = field(default=512, metadata=about("length limit of an answer, in tokens"))
     max_batch_tokens: int = field(
-        default=8192, metadata=_help("padded tokens of one batch, the memory's measure")
+        default=8192, metadata=about("padded tokens of one batch, the memory's measure")
     )
     grade: GradeRule = field(
         default="math",
-        metadata=_help("math: math-verify; number: the last number; exact: the stripped string"),
+        metadata=about("math: math-verify; number: the last number; exact: the stripped string"),
     )
     grade_timeout: float = field(
-        default=5.0, metadata=_help("seconds after which grading one answer is given up")
+        default=5.0, metadata=about("seconds after which grading one answer is given up")
     )
 
     def __post_init__(self) -> None:
@@ -221,6 +224,4 @@ class EvaluateConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name}: is needed, came empty; give --{name}")
         check_choices(self)
-        for name in ("max_length", "max_new_tokens", "max_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: needs at least 1, came {getattr(self, name)}")
+        check_ranges(self)

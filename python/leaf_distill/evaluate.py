@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,26 +16,30 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from leaf_distill.distill_config import EvaluateConfig
-from leaf_distill.grade import Grader
 from leaf_distill.models import load_model, load_tokenizer, model_fingerprint
-from leaf_distill.pair import digest, run_stage
 from leaf_distill.predict import generate, plan_batches
 from leaf_distill.render import Renderer
 from leaf_distill.rows import Row, load_rows
-from leaf_distill.store import Stage, claim_run_directory, write_json, write_table
+from leaf_distill.steps import grade_answers
+from leaf_distill.store import Stage, claim_run_directory, content, digest, write_json, write_table
+
+logger = logging.getLogger(__name__)
 
 _ANSWERS = pa.schema(
     [
         ("row_id", pa.int64()),
         ("answer", pa.string()),
-        ("finished", pa.bool_()),
         ("n_tokens", pa.int32()),
-        ("invalid", pa.bool_()),
+        ("failure", pa.string()),  # a verdict that needs no grader
     ]
 )
 
-VERDICTS = ("right", "wrong", "no_answer", "cut_off", "timeout", "not_finite", "too_long")
-"""The grader's verdicts; cut_off by the length limit; logits not_finite; a prompt too_long."""
+VERDICTS = (
+    *("right", "wrong", "no_answer", "timeout"),
+    *("cut_off", "not_finite", "too_long", "not_renderable"),
+)
+"""The grader's verdicts; cut_off by the length limit; logits not_finite; a prompt too_long, or
+not_renderable: refused by the chat template."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +80,10 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             f"dataset: no row of {config.dataset} can be used ({unreadable[0].detail})"
         )
     root = Path(config.output_dir)
-    fingerprint = model_fingerprint(config.model)
-    settings = {
-        "command": "evaluate",
-        "model": fingerprint,
-        "renderer": renderer.fingerprint,
-        "rows": digest([row.row_id, row.messages, row.answer, row.completion] for row in rows),
-        **{name: getattr(config, name) for name in ("dtype", "max_new_tokens", "max_length")},
-        **{name: getattr(config, name) for name in ("grade", "grade_timeout")},
-    }
-    claim_run_directory(root, settings)
-    stage = Stage(root / "stages", "answers", settings, _ANSWERS)
-    table = _answer(config, stage, rows, renderer)
-    graded = _grade(config, rows, table)
-    write_table(root / "answers.parquet", graded)
-    counts = Counter(graded["verdict"].to_pylist())
+    answers = _Answers(config, renderer, rows)
+    table = _grade(config, rows, *answers.get())
+    write_table(root / "answers.parquet", table)
+    counts = Counter(table["verdict"].to_pylist())
     result = EvaluateResult(
         accuracy=counts["right"] / len(rows),
         interval=wilson_interval(counts["right"], len(rows)),
@@ -101,62 +96,106 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     return result
 
 
-def _answer(
-    config: EvaluateConfig, stage: Stage, rows: Sequence[Row], renderer: Renderer
-) -> pa.Table:
-    by_id = {row.row_id: row for row in rows}
-    prompts = {row.row_id: renderer.prompt(row.messages).input_ids for row in rows}
-    loaded: list[PreTrainedModel] = []
+class _Answers:
+    """The model's answers to all rows: a Stage, which claims the run directory."""
 
-    def model() -> PreTrainedModel:
+    def __init__(self, config: EvaluateConfig, renderer: Renderer, rows: Sequence[Row]) -> None:
+        self.config = config
+        self.renderer = renderer
+        self.root = Path(config.output_dir)
+        self.prompts = _prompts(renderer, rows)
+        # What an answer depends on; how it is graded is no part of it.
+        self.settings: dict[str, object] = {
+            "model": model_fingerprint(config.model),
+            "rendering": renderer.fingerprint,
+            "rows": digest([row.row_id, row.messages] for row in rows),
+            **{name: getattr(config, name) for name in ("dtype", "max_new_tokens", "max_length")},
+        }
+        self._loaded: PreTrainedModel | None = None
+
+    def get(self) -> tuple[pa.Table, str]:
+        """Return the table of _ANSWERS and its fingerprint."""
+        stage = Stage(self.root / "stages", "answers", self.settings, _ANSWERS)
+        if not stage.finished:
+            self._model()  # before the claim: settings that cannot work must not own a directory
+        config = self.config
+        names = {
+            "model": config.model,
+            "rendering": f"chat_template {config.chat_template}, system_prompt "
+            f"{config.system_prompt}",
+            "rows": config.dataset,
+        }
+        identity = {key: content(name, str(self.settings[key])) for key, name in names.items()}
+        claim_run_directory(self.root, {"command": "evaluate", **self.settings, **identity})
+        ids = list(self.prompts)
+        lengths = [len(self.prompts[item]) + config.max_new_tokens for item in ids]
+        plan = plan_batches(lengths, max_tokens=config.max_batch_tokens)
+        batches = [[ids[i] for i in batch] for batch in plan]
+        table = stage.run(batches, self._compute, desc="answers")
+        self._loaded = None
+        return table, stage.fingerprint
+
+    def _model(self) -> PreTrainedModel:
         """Loaded at the first need: a finished stage needs none."""
-        if not loaded:
-            loaded.append(load_model(config.model, dtype=config.dtype, device=config.device))
-        return loaded[0]
+        if self._loaded is None:
+            config = self.config
+            self._loaded = load_model(config.model, dtype=config.dtype, device=config.device)
+        return self._loaded
 
-    def room(network: PreTrainedModel) -> int:
-        positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-        return min(config.max_length, positions - 1 if positions else config.max_length)
-
-    def compute(batch: Sequence[int]) -> Iterator[dict[str, object]]:
-        limit = room(model())
-        fitting = [item for item in batch if len(prompts[item]) <= limit]
-        texts = generate(
-            model(),
-            renderer.tokenizer,
-            [prompts[item] for item in fitting],
-            max_new_tokens=config.max_new_tokens,
+    def _compute(self, batch: Sequence[int]) -> Iterator[dict[str, object]]:
+        model = self._model()
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = min(self.config.max_length, positions - 1 if positions else sys.maxsize)
+        fitting = [item for item in batch if 0 < len(self.prompts[item]) <= limit]
+        answers = generate(
+            model,
+            self.renderer.tokenizer,
+            [self.prompts[item] for item in fitting],
+            end_ids=self.renderer.end_ids,
+            max_new_tokens=self.config.max_new_tokens,
         )
-        answers = dict(zip(fitting, texts, strict=True))
         for item in batch:
-            given = answers.get(item)
+            if item not in fitting:
+                failure = "too_long" if self.prompts[item] else "not_renderable"
+                yield {"row_id": item, "answer": None, "n_tokens": 0, "failure": failure}
+        for item, given in zip(fitting, answers, strict=True):
+            failed = "not_finite" if given.invalid else None if given.finished else "cut_off"
             yield {
                 "row_id": item,
-                "answer": None if given is None else given.text,
-                "finished": given is not None and given.finished,
-                "n_tokens": 0 if given is None else given.n_tokens,
-                "invalid": given is not None and given.invalid,
+                "answer": given.text,
+                "n_tokens": given.n_tokens,
+                "failure": failed,
             }
 
-    ids = list(by_id)
-    lengths = [len(prompts[item]) + config.max_new_tokens for item in ids]
-    plan = plan_batches(lengths, max_tokens=config.max_batch_tokens)
-    return run_stage(stage, [[ids[i] for i in batch] for batch in plan], compute, desc="answers")
+
+def _prompts(renderer: Renderer, rows: Sequence[Row]) -> dict[int, list[int]]:
+    """Each prompt's tokens, none where the template refuses it."""
+    prompts: dict[int, list[int]] = {}
+    refused: list[str] = []
+    for row in rows:
+        try:
+            prompts[row.row_id] = renderer.prompt(row.messages).input_ids
+        except ValueError as error:
+            prompts[row.row_id] = []
+            refused.append(f"row {row.row_id}: {error}")
+    if refused:
+        logger.warning("%d rows cannot be rendered, as %s", len(refused), refused[0])
+    return prompts
 
 
-def _grade(config: EvaluateConfig, rows: Sequence[Row], table: pa.Table) -> pa.Table:
+def _grade(config: EvaluateConfig, rows: Sequence[Row], table: pa.Table, upstream: str) -> pa.Table:
     """The answers in the rows' order, each with its gold answer and verdict."""
     given = {line["row_id"]: line for line in table.to_pylist()}
     golds = {row.row_id: row.completion if row.answer is None else row.answer for row in rows}
-    whole = [item for item in golds if given[item]["finished"]]
-    with Grader(config.grade, timeout_s=config.grade_timeout) as grader:
-        graded = grader.grade([(golds[item], given[item]["answer"]) for item in whole])
-    verdicts: dict[int, str] = dict(zip(whole, graded, strict=True))
-    for item, line in given.items():
-        if line["answer"] is None:
-            verdicts[item] = "too_long"
-        elif not line["finished"]:
-            verdicts[item] = "not_finite" if line["invalid"] else "cut_off"
+    verdicts = {item: line["failure"] for item, line in given.items()}
+    verdicts |= grade_answers(
+        Path(config.output_dir),
+        "grades",
+        upstream,
+        {item: (golds[item], given[item]["answer"]) for item in golds if not verdicts[item]},
+        rule=config.grade,
+        timeout_s=config.grade_timeout,
+    )
     return pa.table(
         {
             "row_id": pa.array(golds, pa.int64()),

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from leaf_distill.config import package_versions
 from leaf_distill.distill_config import DistillArguments, LeafConfig
-
-_PACKAGES = ("leaf-distill", "torch", "transformers", "datasets")
 
 _CITATION = """\
 ```bibtex
@@ -36,6 +34,7 @@ def model_card(arguments: DistillArguments, config: LeafConfig, metrics: Mapping
         f"({rows['label_tokens']} label tokens) of `{arguments.dataset}`; "
         f"left out: {left_out or 'none'}."
     )
+    versions = ", ".join(f"{name} {found}" for name, found in package_versions().items())
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(_metadata(arguments), sort_keys=False)}---",
@@ -46,7 +45,7 @@ def model_card(arguments: DistillArguments, config: LeafConfig, metrics: Mapping
             f"## Data\n\n{data}\n",
             f"## Settings\n\n{_settings(config)}\n",
             f"## Measured\n\n{_measured(metrics)}\n",
-            f"## Versions\n\n{_versions()}\n",
+            f"## Versions\n\n{versions}\n",
             f"## Citation\n\n{_CITATION}\n",
         ]
     )
@@ -105,16 +104,6 @@ def _measured(metrics: Mapping[str, Any]) -> str:
         for name, label in names.items()
     ]
     return _table(("", *(title for title, _ in columns)), lines)
-
-
-def _versions() -> str:
-    found = []
-    for package in _PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            continue
-    return ", ".join(found)
 
 
 def _table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:

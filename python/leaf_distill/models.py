@@ -18,7 +18,13 @@ from transformers import (
 )
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-WEIGHTS = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model", "*.gguf")
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "*.index.json"),
+    *("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "*.gguf"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja", "chat_template.json"),
+)
+"""What from_pretrained reads; other files beside it, such as metrics, decide nothing."""
 BLOCK = 1 << 20
 PROBE_TEXTS = (
     "Tom has 12 apples, buys 1,234 more and eats 0.5; how many are left?",
@@ -33,8 +39,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
     A GGUF file becomes a plain model (float32 for ``dtype="auto"``) that trains and saves like any
     other. Raises ValueError for a missing path, another kind of model, or missing weights.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    check_dtype(dtype)
     target = resolve_device(device)
     place, extra = _locate(name)
     if extra and dtype == "auto":
@@ -54,6 +59,12 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> PreTr
         )
     plain: Any = _plain(model) if extra else model
     return cast(PreTrainedModel, plain.to(target))
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError unless `load_model` knows the dtype."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -77,7 +88,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def model_fingerprint(name: str) -> str:
-    """Return the sha256 of a model's settings and weights.
+    """Return the sha256 of a model's settings, tokenizer and weights.
 
     Of a file above 64 MiB 64 evenly spaced MiB are read; training changes every weight. A hub name
     stands for itself and its commit.
@@ -91,7 +102,7 @@ def model_fingerprint(name: str) -> str:
         except (OSError, ValueError) as error:
             raise ValueError(_unreadable("model", name, error)) from error
         return hashlib.sha256(f"{name}@{commit}".encode()).hexdigest()
-    files = [path] if path.is_file() else {file for kind in WEIGHTS for file in path.glob(kind)}
+    files = [path] if path.is_file() else {file for kind in MODEL_FILES for file in path.glob(kind)}
     for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())

@@ -88,20 +88,30 @@ class Objective:
                 batch["teacher_predicts"],
                 lambda hidden, weight, bias: hidden,
             )
-        # One bad position makes the teacher's whole row worthless. The row is skipped: its tokens
-        # get weight 0, which keeps NaN out of the sums. They stay in the denominators, which were
-        # counted before any forward pass.
         live = torch.ones_like(batch["counterfactual"])
-        live[sequence[~teacher_hidden.isfinite().all(dim=-1)]] = False
-        weights = row_weights(
-            counterfactual,
-            live[sequence],
-            kd_weight=self.kd_weight,
-            n_kd=denominators[0],
-            n_cd=denominators[1],
-        )
-        loss, rows = self._loss(module, batch, teacher_hidden, weights)
-        sums, invalid = _sums(rows, weights, counterfactual, live, batch)
+        measured: list[DualKLRows] = []
+
+        def weights() -> Tensor:
+            n_kd, n_cd = denominators
+            return row_weights(
+                counterfactual, live[sequence], kd_weight=self.kd_weight, n_kd=n_kd, n_cd=n_cd
+            )
+
+        def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            loss, rows = self._loss((hidden, weight, bias), teacher_hidden, weights())
+            faulty = rows.teacher_entropy.isnan()
+            # One bad position makes the teacher's whole row worthless. The row is skipped: its
+            # tokens get weight 0, which keeps NaN out of the sums. They stay in the denominators,
+            # which were counted before any forward pass.
+            if faulty.any():
+                live[sequence[faulty]] = False
+                loss, rows = self._loss((hidden, weight, bias), teacher_hidden, weights())
+            measured.append(rows)
+            return loss
+
+        loss = self.student.run(module, batch["input_ids"], batch["attention_mask"], at, at_head)
+        rows = measured[0]
+        sums, invalid = _sums(rows, weights(), counterfactual, live, batch)
         row_id = batch["row_id"]
         if invalid:
             bad = sorted(set(row_id[sequence[rows.kl.isnan()]].tolist()))
@@ -125,33 +135,24 @@ class Objective:
         return float(mean * self.temperature**2)
 
     def _loss(
-        self, module: nn.Module, batch: dict[str, Tensor], teacher_hidden: Tensor, weights: Tensor
+        self, student: tuple[Tensor, Tensor, Tensor | None], teacher_hidden: Tensor, weights: Tensor
     ) -> tuple[Tensor, DualKLRows]:
+        hidden, weight, bias = student
         teacher_head = self.teacher.head
-        measured: list[DualKLRows] = []
-
-        def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            loss, rows = linear_dual_kl(
-                hidden,
-                weight,
-                teacher_hidden,
-                teacher_head.weight,
-                weights.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
-                student_bias=bias,
-                teacher_bias=teacher_head.bias,
-                temperature=self.temperature,
-                logit_scale=(self.student.scale, self.teacher.scale),
-                logit_softcap=(self.student.softcap, self.teacher.softcap),
-                return_rows=True,
-                backend=self.backend,
-            )
-            measured.append(rows)
-            return loss
-
-        loss = self.student.run(
-            module, batch["input_ids"], batch["attention_mask"], batch["predicts"], at_head
+        return linear_dual_kl(
+            hidden,
+            weight,
+            teacher_hidden,
+            teacher_head.weight,
+            weights.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
+            student_bias=bias,
+            teacher_bias=teacher_head.bias,
+            temperature=self.temperature,
+            logit_scale=(self.student.scale, self.teacher.scale),
+            logit_softcap=(self.student.softcap, self.teacher.softcap),
+            return_rows=True,
+            backend=self.backend,
         )
-        return loss, measured[0]
 
 
 def _sums(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -112,37 +110,6 @@ class Pair:
         return {
             role: len(side.renderer.prompt(messages).input_ids) for role, side in self.sides.items()
         }
-
-
-def run_stage(
-    stage: Stage,
-    plan: Sequence[Sequence[int]],
-    compute: Callable[[Sequence[int]], Iterable[dict[str, object]]],
-    *,
-    desc: str,
-) -> pa.Table:
-    """Run a stage by plan, or by the stored plan where the stage is already finished."""
-    if (stage.directory / "manifest.json").exists():
-        stored = _stored_plan(stage.directory / "plan.json")
-        plan = plan if stored is None else stored
-    return stage.run(plan, compute, desc=desc)
-
-
-def _stored_plan(path: Path) -> list[list[int]] | None:
-    try:
-        plan: list[list[int]] = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None  # the stage itself says what is wrong with it
-    return plan
-
-
-def digest(parts: Iterable[object]) -> str:
-    """Return a sha256 over values that JSON can express."""
-    state = hashlib.sha256()
-    for part in parts:
-        state.update(json.dumps(part, sort_keys=True).encode())
-        state.update(b"\n")
-    return state.hexdigest()
 
 
 def chunks(ids: Sequence[int], size: int = ROWS_A_BATCH) -> list[list[int]]:

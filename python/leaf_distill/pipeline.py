@@ -11,11 +11,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from leaf_distill.config import DetectConfig, parse_columns
+from leaf_distill.config import DetectConfig, package_versions, parse_columns
 from leaf_distill.counterfactual import cut
 from leaf_distill.funnel import ROW_STAGES, Funnel
 from leaf_distill.output import CandidateFate, write_dataset, write_samples
@@ -26,7 +25,6 @@ from leaf_distill.search import Saliencies, cut_messages, detect_spans, prune
 from leaf_distill.steps import Answered, Labelled, Prompt, answer, render_rows, score
 from leaf_distill.store import claim_run_directory, write_json, write_table
 
-PACKAGES: Final = ("leaf-distill", "torch", "transformers", "pyarrow")
 IDENTITY: Final = ("student", "teacher", "dataset", "dataset_split", "columns", "max_rows")
 """Settings that a run directory belongs to; with others it may be run again."""
 
@@ -49,8 +47,8 @@ def detect(config: DetectConfig) -> DetectResult:
     counterfactuals), samples.parquet (what was seen in each scored row), fates.parquet (where each
     row and candidate left, and why) and funnel.json. Another threshold, rule or strategy starts
     from the stored saliencies, and loads a model for validation only. A row without an answer is
-    graded against its completion. Raises ValueError for settings or inputs that cannot work,
-    StoreError for a run directory that is damaged or cannot be written.
+    graded against its completion. Raises ValueError for settings or inputs that cannot work or
+    leave no usable row, StoreError for a run directory that is damaged or cannot be written.
     """
     return _Run(config).run()
 
@@ -72,7 +70,9 @@ class _Run:
             )
             self.pair = Pair(config, self.root)
         # Only now: a directory that a misspelled name had claimed would refuse the right one.
-        claim_run_directory(self.root, {name: getattr(config, name) for name in IDENTITY})
+        self.free = claim_run_directory(
+            self.root, {name: getattr(config, name) for name in IDENTITY}
+        )
         self.rows = {row.row_id: row for row in rows}
         self.completions: dict[int, str] = {}
         self.answers: dict[str, dict[int, Answered]] = {role: {} for role in ROLES}
@@ -88,6 +88,8 @@ class _Run:
 
     def run(self) -> DetectResult:
         usable = self._label()
+        if not usable:
+            raise self._nothing_usable()
         marked = usable if self.config.select == "all" else self._mark(usable)
         with self._clock("saliency"):
             labelled = [
@@ -169,6 +171,16 @@ class _Run:
         row = self.rows[row_id]
         return row.completion if row.answer is None else row.answer
 
+    def _nothing_usable(self) -> ValueError:
+        fates = self._write_fates({})
+        if self.free:  # other columns, say, may be what the next run in it needs
+            (self.root / "run.json").unlink()
+        counts = ", ".join(f"{entry['count']} {entry['reason']}" for entry in self.funnel.reasons())
+        return ValueError(
+            f"dataset: no row of {self.config.dataset} is usable ({counts}); {fates} says of each "
+            "row why"
+        )
+
     def _mark(self, lengths: Mapping[int, Mapping[str, int]]) -> list[int]:
         """Return the rows that the student fails and the teacher solves.
 
@@ -189,7 +201,7 @@ class _Run:
             if verdict == "right":
                 marked.append(row_id)
             else:
-                stage = "mark" if verdict == "wrong" else "predict"
+                stage = "mark" if verdict in ("wrong", "no_answer") else "predict"
                 self._leave(row_id, stage, f"teacher_{verdict}")
         return marked
 
@@ -243,6 +255,23 @@ class _Run:
     def _finish(
         self, dataset: Path, samples: Path, fates: Mapping[int, Sequence[CandidateFate]]
     ) -> DetectResult:
+        table = self._write_fates(fates)
+        sides = self.pair.sides
+        notes = template_differences(sides["teacher"].renderer, sides["student"].renderer)
+        summary: dict[str, Any] = {
+            "stages": self.funnel.counts(),
+            "left": self.funnel.reasons(),
+            "settings": asdict(self.config),
+            "templates": notes,
+            "versions": package_versions(),
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+        write_json(self.root / "funnel.json", summary)
+        self.funnel.show(self.seconds, notes)
+        print(f"The dataset is {dataset}; samples, fates and funnel are in {self.root}")
+        return DetectResult(self.root, dataset, samples, table, summary)
+
+    def _write_fates(self, fates: Mapping[int, Sequence[CandidateFate]]) -> Path:
         gone = {item.row_id for item in self.funnel.left if item.candidate_id < 0}
         kept = [(row_id, -1) for row_id in self.rows if row_id not in gone]
         kept += [
@@ -251,22 +280,9 @@ class _Run:
             for fate in group
             if fate.reason is None
         ]
-        table = self.root / "fates.parquet"
-        write_table(table, self.funnel.fates(kept))
-        sides = self.pair.sides
-        notes = template_differences(sides["teacher"].renderer, sides["student"].renderer)
-        summary: dict[str, Any] = {
-            "stages": self.funnel.counts(),
-            "left": self.funnel.reasons(),
-            "settings": asdict(self.config),
-            "templates": notes,
-            "versions": _versions(),
-            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
-        }
-        write_json(self.root / "funnel.json", summary)
-        self.funnel.show(self.seconds, notes)
-        print(f"The dataset is {dataset}; samples, fates and funnel are in {self.root}")
-        return DetectResult(self.root, dataset, samples, table, summary)
+        path = self.root / "fates.parquet"
+        write_table(path, self.funnel.fates(kept))
+        return path
 
 
 def _stages(config: DetectConfig) -> tuple[str, ...]:
@@ -275,13 +291,3 @@ def _stages(config: DetectConfig) -> tuple[str, ...]:
     if config.validate == "none":
         skipped.add("validate")
     return tuple(stage for stage in ROW_STAGES if stage not in skipped)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -15,8 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from leaf_distill.render import Renderer
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -53,12 +51,13 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
+    end_ids: Sequence[int],
     max_new_tokens: int,
 ) -> list[Answer]:
     """Answer prompts (token ids) greedily, as one left-padded batch, in eval mode.
 
-    An answer ends at any end token of the model's generation config, the tokenizer or its chat
-    template. Prompts whose answer might outgrow the model's positions run one by one, with what
+    An answer ends at any of `end_ids` (the Renderer's that made the prompts) or of the model's own
+    end tokens. Prompts whose answer might outgrow the model's positions run one by one, with what
     room there is. Raises ValueError for an empty prompt or one that leaves no room.
     """
     if max_new_tokens < 1:
@@ -74,7 +73,7 @@ def generate(
     whole = [i for i, room in enumerate(rooms) if room == max_new_tokens]
     groups = [whole] if whole else []
     groups += [[i] for i, room in enumerate(rooms) if room < max_new_tokens]
-    ends = _end_ids(model, tokenizer)
+    ends = sorted({*end_ids, *_own_end_ids(model)})
     answers: dict[int, Answer] = {}
     was_training, settings = model.training, model.generation_config
     model.train(False)
@@ -158,10 +157,10 @@ def _answer(
     return Answer(str(text), stop is not None and not invalid, len(own), invalid)
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer, whoever names it."""
+def _own_end_ids(model: PreTrainedModel) -> list[int]:
+    """The end tokens that the model's configuration names."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     if configured is None:
         configured = getattr(model.config, "eos_token_id", None)
     named = configured if isinstance(configured, list) else [configured]
-    return sorted({*(end for end in named if end is not None), *Renderer(tokenizer).end_ids})
+    return [end for end in named if end is not None]

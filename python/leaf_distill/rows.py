@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -97,15 +96,6 @@ def load_rows(
         else:
             rows.append(Row(row_id, messages, completion, answer))
     return rows, rejections
-
-
-def fingerprint_rows(rows: Iterable[Row]) -> str:
-    """Return the sha256 of the rows' full content, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(asdict(row), sort_keys=True, ensure_ascii=True).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
 
 
 def _read(source: str, split: str, max_rows: int | None) -> tuple[list[dict[str, Any]], list[str]]:
@@ -269,9 +259,8 @@ def _messages(column: str, value: object, *, role: str | None = None) -> list[Me
         raise _Unusable("not_text", f"{column} is {type(value).__name__}, not text or messages.")
     messages: list[Message] = []
     for turn in value:
-        kind, content = (
-            (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else 2 * (None,)
-        )
+        turn = turn if isinstance(turn, dict) else {}
+        kind, content = turn.get("role"), turn.get("content")
         if not isinstance(kind, str) or not isinstance(content, str):
             raise _Unusable("not_text", f"{column} holds a message without a text role or content.")
         messages.append({"role": kind, "content": content})

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from leaf_distill.counterfactual import Candidate, candidates
-from leaf_distill.pair import ROLES, Pair, chunks, run_stage
+from leaf_distill.pair import ROLES, Pair, chunks
 from leaf_distill.rows import Message, Rejection, Row
 from leaf_distill.spans import Detection, PromptSaliency, SpanSettings, detect_rows
 
@@ -88,7 +88,7 @@ def detect_spans(
         DETECTIONS,
         {**vars(settings), **{role: side.fingerprint for role, side in saliencies.items()}},
     )
-    table = run_stage(stage, chunks(sorted(where["teacher"])), compute, desc="detect")
+    table = stage.run(chunks(sorted(where["teacher"])), compute, desc="detect")
     left = [
         Rejection(line["row_id"], -1, "detect", line["reason"], line["detail"])
         for line in table.select(["row_id", "reason", "detail"]).to_pylist()
@@ -186,7 +186,7 @@ def prune(
             "max_length": pair.max_length,
         },
     )
-    table = run_stage(stage, chunks(list(where)), compute, desc="prune")
+    table = stage.run(chunks(list(where)), compute, desc="prune")
     lines = table.sort_by([("row_id", "ascending"), ("candidate_id", "ascending")]).to_pylist()
     left = [
         Rejection(line["row_id"], line["candidate_id"], "prune", line["reason"], line["detail"])

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from leaf_distill.config import GradeRule
 from leaf_distill.grade import Grader
-from leaf_distill.pair import ROLES, Pair, chunks, digest, run_stage
+from leaf_distill.pair import ROLES, Pair, chunks
 from leaf_distill.predict import generate, plan_batches
 from leaf_distill.rows import Message, Rejection, Row
 from leaf_distill.saliency import saliency
+from leaf_distill.store import Stage, digest
 
 LENGTHS = pa.schema(
     [
@@ -89,8 +93,7 @@ def render_rows(
             **{role: side.rendering for role, side in pair.sides.items()},
         },
     )
-    table = run_stage(
-        stage,
+    table = stage.run(
         chunks([row.row_id for row in rows]),
         lambda batch: (_measure(pair, by_id[item], completions.get(item)) for item in batch),
         desc="render",
@@ -150,7 +153,11 @@ def answer(pair: Pair, role: str, prompts: Sequence[Prompt]) -> dict[int, Answer
     def compute(batch: Sequence[int]) -> Iterator[dict[str, object]]:
         ids = [side.renderer.prompt(by_id[item].messages).input_ids for item in batch]
         texts = generate(
-            pair.model(role), side.tokenizer, ids, max_new_tokens=config.max_new_tokens
+            pair.model(role),
+            side.tokenizer,
+            ids,
+            end_ids=side.renderer.end_ids,
+            max_new_tokens=config.max_new_tokens,
         )
         for item, text in zip(batch, texts, strict=True):
             yield {
@@ -161,45 +168,59 @@ def answer(pair: Pair, role: str, prompts: Sequence[Prompt]) -> dict[int, Answer
                 "invalid": text.invalid,
             }
 
-    table = run_stage(
-        stage,
+    table = stage.run(
         [[prompts[index].id for index in batch] for batch in plan],
         compute,
         desc=f"{role} answers",
     )
-    return _grade(pair, role, stage.fingerprint, table, by_id)
-
-
-def _grade(
-    pair: Pair, role: str, upstream: str, answers: pa.Table, prompts: Mapping[int, Prompt]
-) -> dict[int, Answered]:
-    config = pair.config
-    answered: dict[int, Answered] = {}
-    open_texts: dict[int, str] = {}
-    for line in answers.to_pylist():
-        if line["invalid"] or not line["finished"]:
-            verdict = "not_finite" if line["invalid"] else "cut_off"
-            answered[line["id"]] = Answered(line["text"], verdict)
-        else:
-            open_texts[line["id"]] = line["text"]
-    golds = {item: prompts[item].gold for item in sorted(open_texts)}
-    settings = {"rule": config.grade, "timeout": config.grade_timeout}
-    stage = pair.stage(
+    answered = {line["id"]: _ungraded(line) for line in table.to_pylist()}
+    verdicts = grade_answers(
+        pair.root,
         f"grade-{role}",
-        VERDICTS,
-        {"answers": upstream, "golds": digest(golds.items()), **settings},
+        stage.fingerprint,
+        {
+            item: (by_id[item].gold, given.text)
+            for item, given in answered.items()
+            if not given.verdict
+        },
+        rule=config.grade,
+        timeout_s=config.grade_timeout,
     )
-    with Grader(config.grade, timeout_s=config.grade_timeout) as grader:
+    graded = {item: Answered(answered[item].text, verdict) for item, verdict in verdicts.items()}
+    return answered | graded
+
+
+def _ungraded(line: Mapping[str, Any]) -> Answered:
+    verdict = "not_finite" if line["invalid"] else "" if line["finished"] else "cut_off"
+    return Answered(line["text"], verdict)
+
+
+def grade_answers(
+    root: Path,
+    name: str,
+    upstream: str,
+    pairs: Mapping[int, tuple[str, str]],
+    *,
+    rule: GradeRule,
+    timeout_s: float,
+) -> dict[int, str]:
+    """Return the verdicts of (gold, answer) pairs by id, as a stage of the run directory.
+
+    upstream: the fingerprint of the stage that the answers are from.
+    """
+    ids = sorted(pairs)
+    golds = digest([item, pairs[item][0]] for item in ids)
+    settings = {"answers": upstream, "golds": golds, "rule": rule, "timeout": timeout_s}
+    stage = Stage(root / "stages", name, settings, VERDICTS)
+    with Grader(rule, timeout_s=timeout_s) as grader:
 
         def compute(batch: Sequence[int]) -> Iterator[dict[str, object]]:
-            verdicts = grader.grade([(golds[item], open_texts[item]) for item in batch])
+            verdicts = grader.grade([pairs[item] for item in batch])
             for item, verdict in zip(batch, verdicts, strict=True):
                 yield {"id": item, "verdict": verdict}
 
-        table = run_stage(stage, chunks(list(golds)), compute, desc=f"{role} grades")
-    for line in table.to_pylist():
-        answered[line["id"]] = Answered(open_texts[line["id"]], line["verdict"])
-    return answered
+        table = stage.run(chunks(ids), compute, desc=name)
+    return dict(zip(table["id"].to_pylist(), table["verdict"].to_pylist(), strict=True))
 
 
 def score(pair: Pair, role: str, rows: Sequence[Labelled]) -> tuple[pa.Table, str]:
@@ -234,4 +255,4 @@ def score(pair: Pair, role: str, rows: Sequence[Labelled]) -> tuple[pa.Table, st
             }
 
     ids = [[rows[index].row.row_id for index in batch] for batch in plan]
-    return run_stage(stage, ids, compute, desc=f"{role} saliency"), stage.fingerprint
+    return stage.run(ids, compute, desc=f"{role} saliency"), stage.fingerprint

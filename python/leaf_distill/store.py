@@ -1,8 +1,8 @@
 """The run directory: each stage is a folder of Parquet parts that survives being killed.
 
 A part is written whole beside its place, flushed to the disk and renamed, so that it is either
-there and right or not there. The batch plan is fixed before the first pass; a run that goes on
-where another stopped therefore makes the same parts, byte for byte.
+there and right or not there. Which items belong to which part is fixed before the first pass; a run
+that goes on where another stopped, with the same batches, makes the same parts, byte for byte.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tqdm import tqdm
 MAX_PARTS = 64  # a kill costs at most about this fraction of a stage
 
 Batch = Sequence[int]
+Part = list[list[int]]  # its batches
 Compute = Callable[[Batch], Iterable[dict[str, object]]]
 
 
@@ -41,60 +42,60 @@ class Stage:
         self.settings = dict(settings)
         self.schema = schema
         fields = [[field.name, str(field.type), field.nullable] for field in schema]
-        self.fingerprint = _digest([name, self.settings, fields])
+        self.fingerprint = digest([name, self.settings, fields])
         self.directory = Path(root) / name / self.fingerprint[:12]
 
-    def run(self, plan: Sequence[Batch], compute: Compute, *, desc: str) -> pa.Table:
-        """Compute what is missing of the plan's batches and return the table, in the plan's order.
+    @property
+    def finished(self) -> bool:
+        """Whether the stage was once run to its end."""
+        return (self.directory / "manifest.json").exists()
 
-        ``compute`` takes a batch (numbers of the caller's own) and yields its rows, of the schema's
-        columns. Raises StoreError for a full disk, a corrupt part, another plan, or another process
-        at work here; what is done stays, and the same call goes on from there.
+    def run(self, plan: Sequence[Batch], compute: Compute, *, desc: str) -> pa.Table:
+        """Compute what is missing of the plan's batches and return the table, part by part.
+
+        ``compute`` takes a batch (distinct numbers of the caller's own) and yields its rows, of the
+        schema's columns. The same items may come in other batches than before (smaller ones, after
+        an out-of-memory error): finished parts stay, the others follow the new batches. Raises
+        StoreError for a full disk, a corrupt part, a plan of other items, or another process at
+        work here; what is done stays, and the same call goes on from there.
         """
-        batches = [[int(item) for item in batch] for batch in plan]
         with _locked(self.directory):
-            self._fix_plan(batches)
-            parts = _split(batches)
+            parts = self._fix_plan([[int(item) for item in batch] for batch in plan])
             known = self._manifest_parts()
             done = {i for i in range(len(parts)) if self._part(i).exists()}
-            total = sum(map(len, batches))
+            total = sum(len(batch) for part in parts for batch in part)
             start = sum(len(batch) for i in done for batch in parts[i])
-            tables: list[pa.Table] = []
-            digests: list[str] = []
+            read: list[tuple[pa.Table, str]] = []
             with tqdm(total=total, initial=start, desc=desc, unit="row", disable=None) as bar:
                 for i, part in enumerate(parts):
                     if i not in done:
                         self._compute(self._part(i), part, compute, bar)
                     # What was just written is read back too: one path, one truth.
-                    table, digest = self._read(self._part(i), known.get(i) if i in done else None)
-                    tables.append(table)
-                    digests.append(digest)
-            self._finish(batches, digests, tables)
-        return pa.concat_tables([self.schema.empty_table(), *tables])
-
-    def table(self) -> pa.Table:
-        """Return the finished stage's table; StoreError if it is not finished or damaged."""
-        known = self._manifest_parts()
-        if not (self.directory / "manifest.json").exists():
-            raise StoreError(
-                f"The stage {self.name!r} in {self.directory} is not finished: run the same "
-                "command again, it goes on where it stopped."
-            )
-        tables = [self._read(self._part(i), known[i])[0] for i in sorted(known)]
-        return pa.concat_tables([self.schema.empty_table(), *tables])
+                    read.append(self._read(self._part(i), known.get(i) if i in done else None))
+            self._finish(parts, read)
+        return pa.concat_tables([self.schema.empty_table(), *(table for table, _ in read)])
 
     def _part(self, index: int) -> Path:
         return self.directory / f"part-{index:05d}.parquet"
 
-    def _fix_plan(self, batches: list[list[int]]) -> None:
+    def _fix_plan(self, batches: list[list[int]]) -> list[Part]:
+        """Return the parts: those of the stored plan, where there is one."""
         path = self.directory / "plan.json"
+        cure = f"delete {self.directory} and run the same command again"
         if not path.exists():
-            write_json(path, batches)
-        elif _read_json(path) != batches:
-            raise StoreError(
-                f"{path} holds another batch plan than this run's, although their settings are the "
-                f"same: delete {self.directory} and run the same command again."
-            )
+            if any(self.directory.glob("part-*")):
+                raise StoreError(f"{path}, which says what the parts hold, is missing: {cure}.")
+            write_json(path, _split(batches))
+        stored: list[Part] = _read_json(path, cure)
+        if _items(stored) != _items([batches]):
+            raise StoreError(f"{path} has other items than this run's, of like settings: {cure}.")
+        parts = [
+            part if self._part(i).exists() else _rebatched(part, batches)
+            for i, part in enumerate(stored)
+        ]
+        if parts != stored:
+            write_json(path, parts)
+        return parts
 
     def _compute(
         self, path: Path, batches: Sequence[Batch], compute: Compute, bar: tqdm[None]
@@ -115,39 +116,34 @@ class Stage:
     def _read(self, path: Path, expected: str | None) -> tuple[pa.Table, str]:
         try:
             data = path.read_bytes()
-            digest = hashlib.sha256(data).hexdigest()
-            if expected in (None, digest):
+            found = hashlib.sha256(data).hexdigest()
+            if expected in (None, found):
                 reader = pa.BufferReader(data)
                 table = pq.read_table(reader, page_checksum_verification=True)
                 if table.schema.equals(self.schema):
-                    return table, digest
+                    return table, found
         except (pa.ArrowException, OSError):
             pass  # said below, with what to do
-        state = "is missing" if not path.exists() else "is corrupt"
-        cure = "run" if not path.exists() else "delete it and run"
         raise StoreError(
-            f"The part {path} {state}: {cure} the same command again; only that part is recomputed."
+            f"The part {path} is corrupt: delete it and run the same command again; only that part "
+            "is recomputed."
         )
 
     def _manifest_parts(self) -> dict[int, str]:
         path = self.directory / "manifest.json"
-        if not path.exists():
-            return {}
-        parts = _read_json(path)["parts"]
+        parts = _read_json(path)["parts"] if path.exists() else []
         return {index: part["sha256"] for index, part in enumerate(parts)}
 
-    def _finish(
-        self, batches: list[list[int]], digests: list[str], tables: Sequence[pa.Table]
-    ) -> None:
+    def _finish(self, parts: Sequence[Part], read: Sequence[tuple[pa.Table, str]]) -> None:
         manifest = {
             "stage": self.name,
             "fingerprint": self.fingerprint,
             "settings": self.settings,
-            "plan_sha256": _digest(batches),
-            "rows": sum(table.num_rows for table in tables),
+            "plan_sha256": digest(parts),
+            "rows": sum(table.num_rows for table, _ in read),
             "parts": [
-                {"file": self._part(i).name, "rows": table.num_rows, "sha256": digest}
-                for i, (digest, table) in enumerate(zip(digests, tables, strict=True))
+                {"file": self._part(i).name, "rows": table.num_rows, "sha256": sha256}
+                for i, (table, sha256) in enumerate(read)
             ],
         }
         path = self.directory / "manifest.json"
@@ -155,30 +151,48 @@ class Stage:
             write_json(path, manifest)
 
 
-def claim_run_directory(root: Path, identity: dict[str, object]) -> None:
+def content(name: str, fingerprint: str) -> dict[str, str]:
+    """Return an identity's value for what a name stands for: its content counts, not the name."""
+    return {"name": name, "digest": fingerprint}
+
+
+def claim_run_directory(root: Path, identity: Mapping[str, object]) -> bool:
     """Make ``root`` the run directory of these settings, or check that it is already theirs.
 
-    Raises ValueError naming each setting that differs, with its old and new value.
+    Returns whether it was free until now. Raises ValueError naming each setting that differs, with
+    its old and new value, or whose ``content`` changed.
     """
     path = Path(root) / "run.json"
-    identity = json.loads(json.dumps(identity))
+    new = json.loads(json.dumps(identity))
     if Path(root).exists() and not Path(root).is_dir():
         raise ValueError(f"output_dir {str(root)!r} is a file; give a directory.")
     if not path.exists():
-        _make(Path(root))
-        write_json(path, identity)
-        return
+        make_directory(Path(root))
+        write_json(path, new)
+        return True
     old = _read_json(path)
-    changes = [
-        f"{key} was {old.get(key)!r} and is now {identity.get(key)!r}"
-        for key in sorted({*old, *identity})
-        if old.get(key) != identity.get(key)
-    ]
-    if changes:
+    changes = [_change(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
+    if any(changes):
+        listed = "; ".join(filter(None, changes))
         raise ValueError(
-            f"The run directory {root} belongs to other settings: {'; '.join(changes)}. Give "
-            "another output_dir, or the old settings to go on."
+            f"The run directory {root} belongs to other settings: {listed}. Give another "
+            "output_dir, or the old settings to go on."
         )
+    return False
+
+
+def _change(key: str, old: Any, new: Any) -> str:
+    """Return what is different, "" if nothing is."""
+    names = [
+        one["name"] if isinstance(one, dict) and "digest" in one else None for one in (old, new)
+    ]
+    if None in names:
+        return "" if old == new else f"{key} was {old!r} and is now {new!r}"
+    if old["digest"] == new["digest"]:
+        return ""
+    if names[0] == names[1]:
+        return f"the content of {key} {names[0]!r} changed"
+    return f"{key} was {names[0]!r} and is now {names[1]!r}"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -214,26 +228,42 @@ def write_table(path: Path, table: pa.Table) -> None:
     write_bytes(path, sink.getvalue().to_pybytes())
 
 
-def _split(batches: Sequence[Batch]) -> list[Sequence[Batch]]:
+def digest(parts: Iterable[object]) -> str:
+    """Return a sha256 over values that JSON can express."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(json.dumps(part, sort_keys=True).encode())
+        state.update(b"\n")
+    return state.hexdigest()
+
+
+def _split(batches: list[list[int]]) -> list[Part]:
     size = max(1, -(-len(batches) // MAX_PARTS))
     return [batches[i : i + size] for i in range(0, len(batches), size)]
 
 
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _items(parts: Iterable[Part]) -> list[int]:
+    return sorted(item for part in parts for batch in part for item in batch)
 
 
-def _read_json(path: Path) -> Any:
+def _rebatched(part: Part, batches: Sequence[Batch]) -> Part:
+    """Return the part's items in the given batches, as far as these hold them."""
+    own = set(_items([part]))
+    kept = ([item for item in batch if item in own] for batch in batches)
+    return [batch for batch in kept if batch]
+
+
+def _read_json(path: Path, cure: str = "delete it and run the same command again") -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise StoreError(f"{path} is corrupt: delete it and run the same command again.") from error
+        raise StoreError(f"{path} is corrupt: {cure}.") from error
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Hold the directory for this process; the lock goes with the process, however it ends."""
-    _make(directory)
+    make_directory(directory)
     handle = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -247,7 +277,8 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _make(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
+    """Make a directory and those above it; StoreError if that fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -38,7 +38,8 @@ class LeafTrainer(Trainer):
             neither optimized nor saved.
         args: the settings.
         train_dataset: rows in the layout of `dataset.parquet`, or prompt/completion rows (all
-            originals). Rows longer than `args.max_length` are left out: see `rejections`.
+            originals). Rows over `args.max_length`, or refused by a template, are left out: see
+            `rejections`.
         eval_dataset: rows, or a dict of them, for the evaluation loss.
         processing_class: the student's tokenizer.
         teacher_processing_class: the teacher's, where it has another chat template.
@@ -112,11 +113,9 @@ class LeafTrainer(Trainer):
     def _prepare_eval(
         self, dataset: Rows | Mapping[str, Rows] | None
     ) -> ExampleDataset | dict[str, ExampleDataset] | None:
-        if dataset is None:
-            return None
         if isinstance(dataset, Mapping):
             return {name: self._prepare(rows, name)[0] for name, rows in dataset.items()}
-        return self._prepare(dataset, "eval_dataset")[0]
+        return None if dataset is None else self._prepare(dataset, "eval_dataset")[0]
 
     def get_train_dataloader(self) -> DataLoader[Example]:
         """This rank's batches; accelerate must not shard them again, the sampler knows its rank."""
@@ -195,11 +194,10 @@ class LeafTrainer(Trainer):
         if self.train_dataset is None:
             return
         collate: Any = self.data_collator  # the Trainer's own takes dicts only
-        batch = self._prepare_inputs(collate([self.train_dataset[0]]))
+        batch = self._prepare_inputs(collate([self.train_dataset.shortest]))  # logits in full
+        keys = ("input_ids", "attention_mask", "predicts")
         for path, prefix in ((self._objective.student, ""), (self._objective.teacher, "teacher_")):
-            path.check(
-                *(batch[prefix + key] for key in ("input_ids", "attention_mask", "predicts"))
-            )
+            path.check(*(batch[prefix + key] for key in keys))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device

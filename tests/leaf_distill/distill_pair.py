@@ -1,4 +1,4 @@
-"""A tiny pair, its tokenizer and rows for the tests of stage 2; run as a script, one training.
+"""A tiny pair, its rows and measures for the tests of stage 2; run as a script, one training.
 
 As a script (`torchrun distill_pair.py SETTINGS.json`) it trains as the settings say and writes, on
 rank 0, the student's weights and the log, so that runs with several processes can be compared.
@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from leaf_distill.collate import prepare_examples
 from leaf_distill.distill_config import LeafConfig
+from leaf_distill.render import Renderer
 from leaf_distill.trainer import LeafTrainer
 
 # Each training collects garbage, which takes a second over all that transformers has imported.
@@ -115,6 +118,50 @@ def make_trainer(output_dir: Path | str, rows: Any = None, **settings: Any) -> L
         rows,
         make_tokenizer(),
     )
+
+
+def losses(trainer: LeafTrainer) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        difference = float((tensor - theirs[name]).abs().max())
+        assert difference <= tolerance, f"{name} differs by {difference}"
+
+
+def plain_measures(student: Any, teacher: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means per label token from the models' own logits, row by row, in float64."""
+    renderer = Renderer(make_tokenizer())
+    examples, _ = prepare_examples(rows, renderer, renderer, max_length=4096)
+    sums: dict[str, float] = {}
+    for example in examples:
+        ids, at = torch.tensor(example.student_ids[None]).long(), example.student_predicts
+        with torch.no_grad():
+            log_s, log_t = (
+                model(input_ids=ids).logits[0, at, : len(WORDS)].double().log_softmax(-1)
+                for model in (student, teacher)
+            )
+        branch = "cd" if example.counterfactual else "kd"
+        same = (log_s.argmax(-1) == log_t.argmax(-1)).double()
+        for name, value in {
+            f"{branch}_loss": (log_t.exp() * (log_t - log_s)).sum(),
+            f"{branch}_tokens": at.sum(),
+            "student_entropy": -(log_s.exp() * log_s).sum(),
+            "teacher_entropy": -(log_t.exp() * log_t).sum(),
+            "agreement": same.sum(),
+        }.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    n_kd, n_cd = sums.pop("kd_tokens"), sums.pop("cd_tokens")
+    tokens = {"kd_loss": n_kd, "cd_loss": n_cd}
+    means = {name: value / tokens.get(name, n_kd + n_cd) for name, value in sums.items()}
+    means["pool"] = n_kd / (n_kd + n_cd)
+    return means
 
 
 def main(settings_file: Path) -> None:

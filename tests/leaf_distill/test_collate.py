@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from distill_pair import TEMPLATE, WORDS, make_rows, make_tokenizer
 
 from leaf_distill.collate import Collator, ExampleDataset, prepare_examples
-from leaf_distill.render import Renderer
+from leaf_distill.render import Renderer, Rendering
+from leaf_distill.rows import Message
 from leaf_distill.sampler import FILLER, StepSampler
 
 
@@ -60,6 +62,55 @@ def test_a_long_or_empty_row_is_left_out_whole_and_counted() -> None:
     assert "7 tokens" in rejections[0].detail
 
 
+def test_an_empty_prompt_or_no_question_is_left_out_and_counted() -> None:
+    reply = {"role": "assistant", "content": "w1"}
+    rows = [
+        {"prompt": " ", "completion": "w2"},
+        {"prompt": [reply], "completion": "w2", "candidate_id": 4},
+        {"prompt": "w1", "completion": "w2"},
+    ]
+    examples, rejections = prepare(rows)
+    assert [example.row_id for example in examples] == [2]
+    assert [(r.row_id, r.candidate_id, r.reason) for r in rejections] == [
+        (0, -1, "empty_prompt"),
+        (1, 4, "no_user_turn"),
+    ]
+
+
+def test_a_row_that_a_template_refuses_is_left_out_and_counted() -> None:
+    refuse = "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    strict = TEMPLATE.replace("%}<{{", f"%}}{refuse}<{{{{", 1)
+    system = {"role": "system", "content": "w3"}
+    user = {"role": "user", "content": "w1"}
+    rows = [
+        {"row_id": 4, "prompt": [system, user], "completion": "w2"},
+        {"row_id": 5, "prompt": [user], "completion": "w2"},
+    ]
+    for templates in ((strict, TEMPLATE), (TEMPLATE, strict), (strict, strict)):
+        examples, (left,) = prepare_examples(rows, *map(renderer, templates), max_length=100)
+        assert [example.row_id for example in examples] == [5]
+        assert (left.row_id, left.stage, left.reason) == (4, "distill", "not_renderable")
+        assert "no system role" in left.detail
+
+
+class _Counting(Renderer):
+    count = 0
+
+    def render(self, messages: Sequence[Message], completion: str) -> Rendering:
+        type(self).count += 1
+        return super().render(messages, completion)
+
+
+@pytest.mark.parametrize(("template", "count"), [(TEMPLATE, 5), ("w39 " + TEMPLATE, 10)])
+def test_equal_renderers_render_once(
+    monkeypatch: pytest.MonkeyPatch, template: str, count: int
+) -> None:
+    monkeypatch.setattr(_Counting, "count", 0)
+    renderers = [_Counting(make_tokenizer(one)) for one in (TEMPLATE, template)]
+    examples, _ = prepare_examples(make_rows(4, 1), *renderers, max_length=100)
+    assert len(examples) == 5 and _Counting.count == count
+
+
 def test_different_templates_may_frame_the_same_labels() -> None:
     longer = TEMPLATE.replace("<{{ m.role }}>", "w39 <{{ m.role }}>", 1)
     rows = [{"prompt": "w1", "completion": "w2 w3"}]
@@ -83,12 +134,27 @@ def test_different_labels_are_refused_with_the_row() -> None:
     [
         ({"prompt": None}, "row 0: needs the column 'prompt'"),
         ({"branch": "both"}, "row 0: branch: needs one of original, counterfactual, came 'both'"),
-        ({"completion": [{"role": "user", "content": "w"}]}, "needs one assistant message"),
+        ({"completion": [{"role": "user", "content": "w"}]}, "row 0: completion must be text or"),
+        ({"completion": []}, "row 0: completion must be text or one assistant message"),
+        ({"completion": [{"content": "w"}]}, "row 0: completion holds a message without a text"),
+        ({"prompt": [{"content": "w1"}]}, "row 0: prompt holds a message without a text role"),
+        ({"prompt": [{"role": "user", "content": None}]}, "row 0: prompt holds a message without"),
+        ({"prompt": ["w1"]}, "row 0: prompt holds a message without"),
+        ({"prompt": 5}, "row 0: prompt is int, not text or messages"),
+        ({"prompt": "w1 \ud800"}, "row 0: text is not valid Unicode"),
+        ({"row_id": "first"}, "row 0: row_id: needs an integer, came 'first'"),
+        ({"candidate_id": 1.5}, "row 0: candidate_id: needs an integer, came 1.5"),
     ],
 )
 def test_a_malformed_row_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepare([{"prompt": "w1", "completion": "w2", **change}])
+
+
+def test_a_row_without_columns_is_named() -> None:
+    rows: list[Any] = [{"prompt": "w1", "completion": "w2"}, ["w1", "w2"]]
+    with pytest.raises(ValueError, match="row 1: needs columns by name"):
+        prepare(rows)
 
 
 def test_batches_are_padded_right_and_keep_the_labels_in_order() -> None:

@@ -128,7 +128,15 @@ def test_settings_are_checked(saved):
 def test_model_fingerprint_follows_weights_and_settings(saved, make_model):
     first = model_fingerprint(str(saved))
     os.utime(saved / "model.safetensors", (1, 1))
-    (saved / "README.md").write_text("notes")
+    # What `leaf distill` and a Trainer leave beside the weights.
+    for name in (
+        "README.md",
+        "metrics.json",
+        "run.json",
+        "trainer_state.json",
+        "training_args.bin",
+    ):
+        (saved / name).write_text("{}")
     assert model_fingerprint(str(saved)) == first
     make_model(seed=1).save_pretrained(saved)
     second = model_fingerprint(str(saved))
@@ -136,6 +144,21 @@ def test_model_fingerprint_follows_weights_and_settings(saved, make_model):
     model.generation_config.eos_token_id = 7
     model.save_pretrained(saved)
     assert len({first, second, model_fingerprint(str(saved))}) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"),
+        *("tokenizer_config.json", "chat_template.jinja", "model.safetensors.index.json"),
+        *("pytorch_model-00001-of-00002.bin", "adapter_config.json", "adapter_model.safetensors"),
+    ],
+)
+def test_model_fingerprint_covers_what_decides_a_model(saved, name):
+    first = model_fingerprint(str(saved))
+    with (saved / name).open("ab") as file:
+        file.write(b" ")
+    assert model_fingerprint(str(saved)) != first
 
 
 def test_large_files_are_sampled_from_end_to_end(tmp_path):

@@ -5,102 +5,18 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import weakref
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import detect_pair
-import pyarrow.parquet as pq
 import pytest
 import torch
+from detect_run import CONFOUNDED, ROWS, check_sums, counts, reasons, run, table
 from transformers import AutoModelForCausalLM
 
 from leaf_distill import pair as pair_module
-from leaf_distill import steps
-from leaf_distill.config import DetectConfig
-from leaf_distill.pipeline import DetectResult, detect
-from leaf_distill.store import StoreError
-
-ROWS = detect_pair.make_rows()
-CONFOUNDED = [detect_pair.misled(row) for row in ROWS]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return detect_pair.save_pair(tmp_path_factory.mktemp("pair"))
-
-
-def settings(
-    pair: dict[str, str], root: Path, rows: list[dict[str, Any]] = ROWS, **changes: Any
-) -> dict[str, Any]:
-    root.mkdir(parents=True, exist_ok=True)
-    common = {"grade": "exact", "max_new_tokens": 4, "max_batch_tokens": 150, "threshold": 0.15}
-    dataset = detect_pair.write_rows(root / "rows.jsonl", rows)
-    return {**pair, **common, "dataset": dataset, "output_dir": str(root / "run"), **changes}
-
-
-def run(*args: Any, **changes: Any) -> DetectResult:
-    return detect(DetectConfig(**settings(*args, **changes)))
-
-
-@pytest.fixture(scope="module")
-def finished(pair: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> DetectResult:
-    return run(pair, tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture
-def copied(finished: DetectResult, tmp_path: Path) -> Path:
-    """A finished run in a directory of its own, with the rows beside it."""
-    root = tmp_path / "copy"
-    shutil.copytree(finished.run_directory.parent, root)
-    identity = json.loads((root / "run/run.json").read_text())
-    identity["dataset"] = str(root / "rows.jsonl")
-    (root / "run/run.json").write_text(json.dumps(identity))
-    return root
-
-
-def table(path: Path) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    return lines
-
-
-def counts(result: DetectResult) -> list[int]:
-    return [entry["rows"] for entry in result.funnel["stages"]]
-
-
-def reasons(result: DetectResult, unit: str = "rows") -> dict[str, int]:
-    return {
-        entry["reason"]: entry["count"] for entry in result.funnel["left"] if entry["unit"] == unit
-    }
-
-
-def check_sums(result: DetectResult, total: int) -> None:
-    """Rows in = rows at the end + rows left, and everyone's fate is in the table once."""
-    stages = result.funnel["stages"]
-    rows = [entry["rows"] for entry in stages if entry["unit"] == "rows"]
-    cuts = [entry["rows"] for entry in stages if entry["unit"] == "candidates"]
-    assert rows[0] == total == rows[-1] + sum(reasons(result).values())
-    assert cuts[0] == cuts[1] + sum(reasons(result, "candidates").values())
-    fates = table(result.fates)
-    keys = [(line["row_id"], line["candidate_id"]) for line in fates]
-    assert len(set(keys)) == len(keys)
-    assert sum(key[1] < 0 for key in keys) == total and len(keys) == total + cuts[0]
-    kept = Counter(line["candidate_id"] >= 0 for line in fates if line["reason"] == "kept")
-    assert (kept[False], kept[True]) == (rows[-1], cuts[1])
-    branches = Counter(line["branch"] for line in table(result.dataset))
-    assert branches == Counter({"original": rows[1], "counterfactual": cuts[1]}) + Counter()
-
-
-def content(root: Path) -> dict[str, bytes]:
-    """All that must be the same in two runs: not the seconds, nor the name of the directory."""
-    own = {"funnel.json", "run.json"}
-    files = (path for path in (root / "run").rglob("*") if path.is_file() and path.name not in own)
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+from leaf_distill.pipeline import DetectResult
 
 
 def test_finds_cuts_and_validates(finished: DetectResult) -> None:
@@ -177,95 +93,6 @@ def test_answers_cut_off_by_the_length_limit(pair: dict[str, str], tmp_path: Pat
     assert reasons(result) == {"student_cut_off": len(ROWS)}
     check_sums(result, len(ROWS))
     assert table(result.samples) == []
-
-
-def test_other_settings_start_from_the_stored_norms(
-    pair: dict[str, str], copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: Any, **options: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(pair_module, "load_model", refuse)
-    spans = {}
-    for name, changes in {
-        "wide": {"threshold": 0.6},
-        "quantile": {"rule": "quantile", "threshold": 0.3},
-        "collective": {"strategy": "collective", "threshold": 0.6},
-        "control": {"strategy": "random_spans", "max_batch_tokens": 9999},
-    }.items():
-        result = run(pair, copied, validate="none", **changes)
-        check_sums(result, len(ROWS))
-        spans[name] = [sample["spans"] for sample in table(result.samples)]
-        cuts = [line for line in table(result.dataset) if line["branch"] == "counterfactual"]
-        assert {line["strategy"] for line in cuts} == {changes.get("strategy", "span")}
-        if name == "collective":
-            assert len(cuts) == len(spans[name]) and spans[name] == spans["wide"]
-    total = {name: sum(map(len, rows)) for name, rows in spans.items()}
-    assert total["wide"] > total["control"]
-    assert spans["quantile"] != spans["control"]
-
-
-def test_the_same_command_again_computes_nothing(
-    pair: dict[str, str], copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = content(copied)
-    monkeypatch.setattr(pair_module, "load_model", None)
-    run(pair, copied)
-    assert content(copied) == before
-
-
-@pytest.mark.parametrize(("function", "call"), [("generate", 2), ("generate", 9), ("saliency", 3)])
-def test_interrupted_and_resumed_ends_with_the_same_bytes(
-    pair: dict[str, str],
-    finished: DetectResult,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    function: str,
-    call: int,
-) -> None:
-    original, calls = getattr(steps, function), 0
-
-    def interrupted(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KeyboardInterrupt
-        return original(*args, **options)
-
-    monkeypatch.setattr(steps, function, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(pair, tmp_path)
-    monkeypatch.undo()
-    assert not (tmp_path / "run/dataset.parquet").exists()
-    run(pair, tmp_path)
-    assert content(tmp_path) == content(finished.run_directory.parent)
-
-
-def test_killed_and_resumed_ends_with_the_same_bytes(
-    pair: dict[str, str], finished: DetectResult, tmp_path: Path
-) -> None:
-    file = tmp_path / "settings.json"
-    file.write_text(json.dumps(settings(pair, tmp_path)))
-    process = subprocess.Popen([sys.executable, detect_pair.__file__, str(file)])
-    while process.poll() is None:
-        if list(tmp_path.glob("run/stages/predict-teacher/*/part-*.parquet")):
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL
-    run(pair, tmp_path)
-    assert content(tmp_path) == content(finished.run_directory.parent)
-
-
-def test_a_corrupt_part_is_named_and_recomputed(pair: dict[str, str], copied: Path) -> None:
-    before = content(copied)
-    (part, *_) = copied.glob("run/stages/saliency-teacher/*/part-00000.parquet")
-    part.write_bytes(part.read_bytes()[:-20] + b"\0" * 20)
-    with pytest.raises(StoreError, match=str(part)):
-        run(pair, copied)
-    part.unlink()
-    run(pair, copied)
-    assert content(copied) == before
 
 
 def test_never_two_models_in_memory(
@@ -383,10 +210,45 @@ def test_rows_leave_with_their_last_candidate(pair: dict[str, str], copied: Path
     assert reasons(result, "candidates") == {"empty_after_cut": len(ROWS)}
 
 
-def test_other_gold_answers_are_graded_anew(pair: dict[str, str], copied: Path) -> None:
-    first = CONFOUNDED.index(True)
-    (sample, *_) = table(copied / "run/samples.parquet")
-    rows = [dict(row) for row in ROWS]
-    rows[first]["answer"] = sample["student_answer"]
-    result = run(pair, copied, rows)
-    assert reasons(result)["student_right"] == CONFOUNDED.count(False) + 1
+def test_no_usable_row_is_an_error_with_its_reasons(pair: dict[str, str], tmp_path: Path) -> None:
+    rows = [*ROWS[:2], {**ROWS[2], "completion": ""}]
+    with pytest.raises(
+        ValueError,
+        match=r"no row of .*rows.jsonl is usable \(1 empty_completion, 2 prompt_too_long\); .*/fa",
+    ):
+        run(pair, tmp_path, rows, max_length=5)
+    fates = {line["row_id"]: line["reason"] for line in table(tmp_path / "run/fates.parquet")}
+    assert fates == {0: "prompt_too_long", 1: "prompt_too_long", 2: "empty_completion"}
+    assert not (tmp_path / "run/dataset.parquet").exists()
+    columns = {"prompt": "prompt", "completion": "answer"}  # also settings that make it another run
+    assert counts(run(pair, tmp_path, rows, columns=columns))[1] == 3
+
+
+def test_no_usable_row_leaves_a_finished_run_alone(pair: dict[str, str], copied: Path) -> None:
+    with pytest.raises(ValueError, match="no row of"):
+        run(pair, copied, max_length=5)
+    with pytest.raises(ValueError, match="max_rows was None and is now 3"):
+        run(pair, copied, max_rows=3)
+
+
+def test_a_teacher_without_an_answer_has_answered(pair: dict[str, str], tmp_path: Path) -> None:
+    mute = str(shutil.copytree(pair["teacher"], tmp_path / "mute"))
+    model = AutoModelForCausalLM.from_pretrained(mute)
+    digits = [detect_pair.WORDS.index(word) for word in detect_pair.DIGITS]
+    model.generation_config.eos_token_id = [1, *digits]  # its first word is the end
+    model.save_pretrained(mute)
+    result = run(pair | {"teacher": mute}, tmp_path)
+    check_sums(result, len(ROWS))
+    assert reasons(result)["teacher_no_answer"] == sum(CONFOUNDED)
+    assert {entry["stage"] for entry in result.funnel["left"]} == {"mark"}
+    assert counts(result)[2] == len(ROWS)  # answered
+
+
+def test_plain_text_does_without_a_template_that_fails(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    names = {role: str(shutil.copytree(path, tmp_path / role)) for role, path in pair.items()}
+    for path in names.values():
+        (Path(path) / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    result = run(names, tmp_path, select="all", chat_template="none")
+    check_sums(result, len(ROWS))

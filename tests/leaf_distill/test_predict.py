@@ -7,9 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leaf_distill.predict import Answer, generate, plan_batches
+from leaf_distill import predict
+from leaf_distill.predict import Answer, plan_batches
+from leaf_distill.render import Renderer
 
 PROMPTS = [[11, 12, 13, 14, 15, 16, 17], [20], [31, 32, 33], [11, 12, 13, 14]]
+
+
+def generate(model, tokenizer, prompts, *, max_new_tokens):
+    ends = Renderer(tokenizer).end_ids
+    return predict.generate(model, tokenizer, prompts, end_ids=ends, max_new_tokens=max_new_tokens)
 
 
 def one_by_one(model, prompt, count, **options):
@@ -173,7 +180,6 @@ def test_plan_holds_every_row_once_and_the_limit(lengths, limit):
 @pytest.mark.slow
 def test_smollm2_answers(smollm2_path):
     from leaf_distill.models import load_model, load_tokenizer
-    from leaf_distill.render import Renderer
 
     model, tokenizer = load_model(smollm2_path), load_tokenizer(smollm2_path)
     renderer = Renderer(tokenizer)

@@ -17,6 +17,7 @@ from leaf_distill.output import SAMPLES
 from leaf_distill.report import write_report
 from leaf_distill.report.data import choose
 from leaf_distill.report.heat import LEVELS
+from leaf_distill.store import StoreError
 
 REPLIES = [f"{model}_{part}" for model in ("teacher", "student") for part in ("answer", "verdict")]
 FUNNEL: dict[str, Any] = {
@@ -340,3 +341,11 @@ def test_what_is_not_a_run_directory_is_said(tmp_path: Path) -> None:
     (directory / "funnel.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"funnel\.json is not valid JSON"):
         write_report(directory)
+
+
+def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    directory = run_directory(tmp_path / "run", [row(0, "one")])
+    with pytest.raises(StoreError, match=r"funnel\.json.* could not be written: .*done stays"):
+        write_report(directory, output=directory / "funnel.json" / "report.html")
+    with pytest.raises(StoreError, match="could not be written"):
+        write_report(directory, output=tmp_path)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from leaf_distill.rows import Row, fingerprint_rows, load_rows
+from leaf_distill.rows import Row, load_rows
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
 REPLY = {"role": "assistant", "content": "4"}
@@ -172,11 +172,3 @@ def test_unreachable_hub_dataset_is_one_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"'nobody/nothing' \(split 'train'\) is neither a file"):
         load_rows("nobody/nothing")
-
-
-def test_fingerprint_follows_content_and_order():
-    rows = [Row(0, (USER,), "4", None), Row(1, (USER,), "4", "4")]
-    changed = [rows[0], Row(1, (USER,), "4", "5")]
-    prints = [fingerprint_rows(rows), fingerprint_rows(rows[::-1]), fingerprint_rows(changed)]
-    assert len(set(prints)) == 3
-    assert fingerprint_rows(iter(rows)) == prints[0]

@@ -18,6 +18,7 @@ from leaf_distill.store import (
     Stage,
     StoreError,
     claim_run_directory,
+    content,
     write_bytes,
     write_json,
 )
@@ -57,13 +58,12 @@ def test_table_is_in_the_plans_order_and_typed(tmp_path):
     table = stage(tmp_path).run(PLAN, rows_of, desc="score")
     assert table.schema == SCHEMA
     assert table["row_id"].to_pylist() == [3, 1, 0, 2, 5, 4, 6, 7]
-    assert stage(tmp_path).table() == table
     assert stage(tmp_path).run(PLAN, never, desc="score") == table
 
 
 def test_empty_plan(tmp_path):
-    assert stage(tmp_path).run([], never, desc="score").num_rows == 0
-    assert stage(tmp_path).table().schema == SCHEMA
+    table = stage(tmp_path).run([], never, desc="score")
+    assert (table.num_rows, table.schema) == (0, SCHEMA)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,7 @@ def test_error_in_a_batch_keeps_what_is_done(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         stage(tmp_path).run(PLAN, compute, desc="score")
-    with pytest.raises(
-        StoreError, match=r"'saliency' .* is not finished: run the same command again"
-    ):
-        stage(tmp_path).table()
+    assert not stage(tmp_path).finished
     calls = []
     stage(tmp_path).run(PLAN, counting(calls), desc="score")
     assert calls == PLAN[2:]
@@ -112,9 +109,19 @@ def test_many_batches_make_few_parts(tmp_path):
     assert len(list(stage(tmp_path).directory.glob("part-*"))) == 43
 
 
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("damage", ["value", "footer", "cut", "empty", "other"])
-def test_corrupt_part_is_named_and_recomputed_when_deleted(tmp_path, finished, damage):
+# Of an unfinished stage no sha256 is known yet, and a Parquet footer has no checksum of its own.
+@pytest.mark.parametrize(
+    ("damage", "finished"),
+    [
+        ("footer", True),
+        *(
+            (damage, done)
+            for damage in ("value", "cut", "empty", "other")
+            for done in (True, False)
+        ),
+    ],
+)
+def test_corrupt_part_is_named_and_recomputed_when_deleted(tmp_path, damage, finished):
     whole = stage(tmp_path).run(PLAN, rows_of, desc="score")
     before = contents(tmp_path)
     directory = stage(tmp_path).directory
@@ -123,8 +130,6 @@ def test_corrupt_part_is_named_and_recomputed_when_deleted(tmp_path, finished, d
     if damage == "value":
         data[data.index(b"row ")] ^= 1  # a text that still reads as text
     if damage == "footer":
-        if not finished:  # the format has no checksum there, and nothing of value
-            return
         data[data.index(b"parquet-cpp")] ^= 1
     part.write_bytes({"cut": data[:-9], "empty": b"", "other": b"x" * 99}.get(damage, bytes(data)))
     if not finished:
@@ -132,9 +137,6 @@ def test_corrupt_part_is_named_and_recomputed_when_deleted(tmp_path, finished, d
     words = f"{part} is corrupt: delete it and run the same command again; only that part is"
     with pytest.raises(StoreError, match=words):
         stage(tmp_path).run(PLAN, never, desc="score")
-    if finished:
-        with pytest.raises(StoreError, match=words):
-            stage(tmp_path).table()
     part.unlink()
     calls = []
     assert stage(tmp_path).run(PLAN, counting(calls), desc="score") == whole
@@ -142,21 +144,25 @@ def test_corrupt_part_is_named_and_recomputed_when_deleted(tmp_path, finished, d
     assert contents(tmp_path) == before
 
 
-def test_missing_part_is_said(tmp_path):
+def test_corrupt_manifest_is_named(tmp_path):
     stage(tmp_path).run(PLAN, rows_of, desc="score")
-    (stage(tmp_path).directory / "part-00002.parquet").unlink()
-    with pytest.raises(StoreError, match=r"part-00002.parquet is missing: run the same command"):
-        stage(tmp_path).table()
-
-
-@pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
-def test_corrupt_json_is_named(tmp_path, name):
-    stage(tmp_path).run(PLAN, rows_of, desc="score")
-    (stage(tmp_path).directory / name).write_text("{")
-    with pytest.raises(StoreError, match=f"{name} is corrupt: delete it"):
+    manifest = stage(tmp_path).directory / "manifest.json"
+    manifest.write_text("{")
+    with pytest.raises(StoreError, match=r"manifest.json is corrupt: delete it and run the same"):
         stage(tmp_path).run(PLAN, never, desc="score")
-    (stage(tmp_path).directory / name).unlink()
+    manifest.unlink()
     assert stage(tmp_path).run(PLAN, never, desc="score").num_rows == 8
+
+
+def test_parts_without_their_plan_are_refused(tmp_path):
+    stage(tmp_path).run(PLAN, rows_of, desc="score")
+    directory = stage(tmp_path).directory
+    (directory / "plan.json").write_text("{")
+    with pytest.raises(StoreError, match=f"plan.json is corrupt: delete {directory} and run"):
+        stage(tmp_path).run(PLAN, never, desc="score")
+    (directory / "plan.json").unlink()
+    with pytest.raises(StoreError, match=f"plan.json, .* is missing: delete {directory} and run"):
+        stage(tmp_path).run(PLAN[::-1], never, desc="score")
 
 
 def test_file_size_limit_is_a_full_disk(tmp_path):
@@ -205,10 +211,34 @@ def test_two_processes_do_not_mix(tmp_path):
     stage(tmp_path).run(PLAN[:1], compute, desc="score")
 
 
-def test_another_plan_is_refused(tmp_path):
+def test_smaller_batches_keep_the_finished_parts(tmp_path):
+    """As after an out-of-memory error in the third batch."""
+    plan = [list(range(8)), list(range(8, 16)), list(range(16, 24)), [24]]
+    small = [list(range(start, min(start + 3, 25))) for start in range(0, 25, 3)]
+
+    def compute(batch):
+        if batch == plan[2]:
+            raise MemoryError
+        return rows_of(batch)
+
+    with pytest.raises(MemoryError):
+        stage(tmp_path).run(plan, compute, desc="score")
+    before = contents(stage(tmp_path).directory)
+    calls = []
+    table = stage(tmp_path).run(small, counting(calls), desc="score")
+    assert calls == [[16, 17], [18, 19, 20], [21, 22, 23], [24]]
+    assert table["row_id"].to_pylist() == list(range(25))
+    after = contents(stage(tmp_path).directory)
+    assert all(after[name] == data for name, data in before.items() if name != "plan.json")
+    for batches in (plan, small):  # once finished, in whatever batches
+        assert stage(tmp_path).run(batches, never, desc="score") == table
+
+
+def test_a_plan_of_other_items_is_refused(tmp_path):
     stage(tmp_path).run(PLAN, rows_of, desc="score")
-    with pytest.raises(StoreError, match="another batch plan"):
-        stage(tmp_path).run(PLAN[:2], rows_of, desc="score")
+    for plan in (PLAN[:2], [*PLAN, [8]], [*PLAN, [7]]):
+        with pytest.raises(StoreError, match="other items than this run's"):
+            stage(tmp_path).run(plan, rows_of, desc="score")
 
 
 def test_fingerprint_follows_name_settings_and_schema(tmp_path):
@@ -247,6 +277,20 @@ def test_run_directory_of_others_is_refused(tmp_path):
     (root / "run.json").write_text("[")
     with pytest.raises(StoreError, match=r"run\.json is corrupt"):
         claim_run_directory(root, {})
+
+
+def test_what_a_name_stands_for_counts_and_the_name_is_said(tmp_path):
+    root = tmp_path / "run"
+    assert claim_run_directory(root, {"model": content("tiny", "ab"), "rows": content("x", "1")})
+    same = {"model": content("moved", "ab"), "rows": content("x", "1")}
+    assert not claim_run_directory(root, same)
+    with pytest.raises(
+        ValueError,
+        match=r"model was 'tiny' and is now 'big'; the content of rows 'x' changed\. Give",
+    ):
+        claim_run_directory(root, {"model": content("big", "cd"), "rows": content("x", "2")})
+    with pytest.raises(ValueError, match=r"rows was .* and is now None"):
+        claim_run_directory(root, {"model": content("tiny", "ab")})
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path):

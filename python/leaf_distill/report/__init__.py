@@ -8,6 +8,7 @@ from pathlib import Path
 from leaf_distill.report.data import read_run
 from leaf_distill.report.page import render_page
 from leaf_distill.report.results import read_results
+from leaf_distill.store import make_directory, write_bytes
 
 __all__ = ["write_report"]
 
@@ -27,11 +28,11 @@ def write_report(
     default `report.html` there. The same run gives the same bytes.
 
     Raises FileNotFoundError where the directory is not a run directory, ValueError where a file in
-    it cannot be read or a row is not there.
+    it cannot be read or a row is not there, StoreError where the page cannot be written.
     """
     directory = Path(run_directory)
     run = read_run(directory, samples=samples, row_ids=row_ids)
     path = directory / "report.html" if output is None else Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(render_page(run, read_results(directory)).encode())
+    make_directory(path.parent)
+    write_bytes(path, render_page(run, read_results(directory)).encode())
     return path
