@@ -34,7 +34,8 @@ def _scaled_in_blocks(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tenso
     """The same without a second float32 tensor of the whole size."""
     result = prefer_huge_pages(torch.empty(grad.shape, dtype=dtype))
     buffer = torch.empty(_BLOCK, dtype=torch.promote_types(grad.dtype, factor.dtype))
-    parts = zip(grad.reshape(-1).split(_BLOCK), result.view(-1).split(_BLOCK), strict=True)
+    flat = grad.reshape(-1), result.view(-1)
+    parts = zip(*(torch.split(tensor, _BLOCK) for tensor in flat), strict=True)
     for part, target in parts:
         target.copy_(torch.mul(part, factor, out=buffer[: part.numel()]))
     return result
