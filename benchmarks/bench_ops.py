@@ -103,20 +103,25 @@ def bench_grad_norm(
 def bench_detect_spans(
     benchmark: Any, case: cases.SpansCase, variant: str, copy_bandwidth: float, tiny: bool
 ) -> None:
-    """Eager and compiled stop at the scores: PyTorch has no op that makes spans of them."""
+    """Eager makes the spans by cumulative sums; compiled stops at the scores."""
     case = replace(case, batch=2, length=32) if tiny else case
     given = inputs.spans_inputs(case)
     tensors = (given.teacher, given.student, given.domain)
     run = {
         "cpu": lambda: on_backend(leaf_ext.detect_spans, "cpu"),
         "reference": lambda: on_backend(leaf_ext.detect_spans, "reference"),
-        "eager": lambda: eager.eager_scores,
+        "eager": lambda: eager.eager_spans,
         "compiled": lambda: compiled(eager.eager_scores, tiny),
     }[variant]()
     wide = (given.teacher.double(), given.student.double(), given.domain)
     truth = leaf_ext.detect_spans(*wide, backend="reference").score
     result = run(*tensors)
-    score = result.score if isinstance(result, leaf_ext.Spans) else result
+    if isinstance(result, tuple):
+        score, *spans = result
+        expected = leaf_ext.detect_spans(*tensors, backend="reference")
+        assert all(map(torch.equal, spans, (expected.span, expected.count)))
+    else:
+        score = result.score if isinstance(result, leaf_ext.Spans) else result
     refuse_unless(relative(score[given.domain], truth[given.domain]), 1e-5, "score")
     sizes = {"tokens": given.domain.numel(), "B": case.batch, "T": case.length}
     job = Job("detect_spans", str(case), case.dtype, variant, sizes, lambda: tensors, run)
@@ -153,8 +158,17 @@ def exact_kl(case: cases.KLCase) -> tuple[inputs.KLInputs, float, Tensor]:
     return given, total, first
 
 
-@pytest.mark.parametrize("variant", ["cpu", "cpu inplace", "reference", "eager", "compiled"])
-@pytest.mark.parametrize("case", cases.BENCH_KL_CASES, ids=str)
+_KL_VARIANTS = ("cpu", "cpu inplace", "reference", "eager", "compiled")
+
+
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [
+        *((case, variant) for case in cases.BENCH_KL_CASES for variant in _KL_VARIANTS),
+        (cases.BENCH_HALF_CASE, "cpu inplace"),
+    ],
+    ids=str,
+)
 def bench_dual_kl(
     benchmark: Any, case: cases.KLCase, variant: str, copy_bandwidth: float, tiny: bool
 ) -> None:

@@ -2,8 +2,8 @@
 
     python csrc/test_build.py build/v3 -DLEAF_ISA=x86-64-v3 -- tests/test_ops.py
 
-Configures and compiles into the folder, puts a copy of the Python package beside the module and runs
-pytest there. With LEAF_SANITIZE=ON the sanitizers' runtime is preloaded, as Python itself lacks it.
+Configures and compiles into the folder, puts a copy of the Python package beside the module, runs
+pytest there. With LEAF_SANITIZE=ON the runtime of the sanitizers is preloaded: Python lacks it.
 """
 
 from __future__ import annotations
@@ -48,9 +48,12 @@ def main(arguments: list[str]) -> int:
     (folder, *options), tests = arguments[:split], arguments[split + 1 :]
     packages = build(Path(folder), options)
     run = environment(packages, options)
+    # Python looks in the current folder first, which therefore must not be the root.
     where = "import leaf_ext; print(leaf_ext.__file__, leaf_ext.build_info())"
-    subprocess.run([sys.executable, "-c", where], env=run, check=True)
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], env=run).returncode
+    subprocess.run([sys.executable, "-c", where], env=run, cwd=packages, check=True)
+    paths = [str(ROOT / test) if (ROOT / test).exists() else test for test in tests]
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), *paths]
+    return subprocess.run(command, env=run, cwd=packages).returncode
 
 
 if __name__ == "__main__":
