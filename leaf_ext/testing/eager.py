@@ -35,10 +35,12 @@ def eager_kl_rows(
     return functional.kl_div(log_p[0], log_p[1], log_target=True, reduction="none").sum(-1)
 
 
-def eager_dual_kl(
-    student: Tensor, teacher: Tensor, row_weight: Tensor, temperature: float = 1.0
-) -> Tensor:
-    return temperature**2 * (row_weight * eager_kl_rows(student, teacher, temperature)).sum()
+def eager_dual_kl(student: Tensor, teacher: Tensor, row_weight: Tensor) -> Tensor:
+    """The shortest way to write it, and the fastest."""
+    log_s = functional.log_softmax(student, -1, dtype=torch.float32)
+    log_t = functional.log_softmax(teacher, -1, dtype=torch.float32)
+    kl = functional.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
+    return (row_weight * kl).sum()
 
 
 def eager_linear_dual_kl(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from leaf_distill.render import Renderer, Rendering
-from leaf_distill.rows import Message, Rejection, _check_text, _read_layout, _Unusable
+from leaf_distill.rows import Message, Rejection, UnusableRow, check_text, read_layout
 from leaf_distill.sampler import FILLER
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def prepare_examples(
             messages, completion = _conversation(row, position)
             renderings = _render(messages, completion, student, teacher)
             _check_length(renderings, max_length)
-        except _Unusable as problem:
+        except UnusableRow as problem:
             left = Rejection(row_id, candidate_id, "distill", problem.reason, problem.detail)
             rejections.append(left)
             continue
@@ -117,14 +117,14 @@ def _conversation(row: Mapping[str, Any], position: int) -> tuple[tuple[Message,
                 "are read by leaf_distill.rows.load_rows"
             )
     try:
-        messages, completion = _read_layout(("prompt", "completion"), row)
-        _check_text([*(turn["content"] for turn in messages), completion])
-    except _Unusable as problem:
+        messages, completion = read_layout(("prompt", "completion"), row)
+        check_text([*(turn["content"] for turn in messages), completion])
+    except UnusableRow as problem:
         if problem.reason in ("empty_prompt", "no_user_turn"):
             raise
         raise ValueError(f"row {position}: {problem.detail}") from problem
     if not completion.strip():
-        raise _Unusable("empty_completion", "the completion is empty.")
+        raise UnusableRow("empty_completion", "the completion is empty.")
     return messages, completion
 
 
@@ -135,13 +135,13 @@ def _render(
         ours = student.render(messages, completion)
         return ours, ours if teacher is student else teacher.render(messages, completion)
     except ValueError as error:  # the template refuses the row's roles, or changes its text
-        raise _Unusable("not_renderable", str(error)) from error
+        raise UnusableRow("not_renderable", str(error)) from error
 
 
 def _check_length(renderings: Iterable[Rendering], max_length: int) -> None:
     longest = max(len(rendering.input_ids) for rendering in renderings)
     if longest > max_length:
-        raise _Unusable("too_long", f"{longest} tokens, max_length {max_length}")
+        raise UnusableRow("too_long", f"{longest} tokens, max_length {max_length}")
 
 
 def _example(row_id: int, counterfactual: bool, ours: Rendering, theirs: Rendering) -> Example:

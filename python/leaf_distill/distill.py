@@ -9,23 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from leaf_distill.checkpoint import find_checkpoint, is_at_the_end, stopped
 from leaf_distill.collate import summarize
 from leaf_distill.distill_config import DistillArguments, LeafConfig
+from leaf_distill.distill_rows import DistillRow, read_distill_rows
 from leaf_distill.model_card import model_card
 from leaf_distill.models import check_same_tokenizer, load_model, load_tokenizer, model_fingerprint
 from leaf_distill.render import Renderer, template_differences
-from leaf_distill.rows import Rejection, load_rows
 from leaf_distill.store import claim_run_directory, content, digest, write_bytes, write_json
 from leaf_distill.trainer import LeafTrainer
 
 logger = logging.getLogger(__name__)
-
-DistillRow = dict[str, Any]
 
 # Settings (or how their names begin) that change the trained weights by no more than rounding: they
 # may differ when a run goes on. All others may not.
@@ -72,12 +68,14 @@ def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
     student, teacher = (load_tokenizer(name) for name in (arguments.student, arguments.teacher))
     check_same_tokenizer(teacher, student)
     _compare_templates(arguments, config, student, teacher)
-    rows, left = _read_rows(
+    rows, left = read_distill_rows(
         arguments, arguments.dataset, arguments.dataset_split, arguments.max_rows
     )
     eval_rows = None
     if arguments.eval_dataset is not None:
-        eval_rows, _ = _read_rows(arguments, arguments.eval_dataset, arguments.eval_split, None)
+        eval_rows, _ = read_distill_rows(
+            arguments, arguments.eval_dataset, arguments.eval_split, None
+        )
     output_dir = Path(str(config.output_dir))
     identity = _identity(arguments, config, rows, eval_rows)
     asked = str(config.resume_from_checkpoint)  # text when it comes from the command line
@@ -94,7 +92,13 @@ def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
 
     trainer = _build(arguments, config, trained, rows, eval_rows, (student, teacher))
     trainer.rejections[:0] = left
-    trainer.add_callback(_Claim(output_dir, identity))
+    if not any(row.get("branch") == "counterfactual" for row in rows):
+        logger.warning(
+            "%s has no counterfactuals, so this is plain distillation; LeaF's needs the run "
+            "directory of `leaf detect`",
+            arguments.dataset,
+        )
+    trainer.add_callback(_Watch(output_dir, identity))
     with stopped(output_dir, world_size=config.world_size):
         if trained is None:
             measured = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -148,8 +152,8 @@ def _make_savable(generation: Any) -> None:
         setattr(generation, name, None)
 
 
-class _Claim(TrainerCallback):
-    """Claims the run directory when nothing can refuse the settings any more."""
+class _Watch(TrainerCallback):
+    """Claims the directory once nothing can refuse the settings any more; logs the last step."""
 
     def __init__(self, directory: Path, identity: dict[str, object]) -> None:
         self.directory, self.identity = directory, identity
@@ -157,6 +161,15 @@ class _Claim(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             claim_run_directory(self.directory, self.identity)
+        if state.max_steps <= args.get_warmup_steps(state.max_steps):
+            logger.warning(
+                "the run has %d steps in all, and the warm-up never ends: lower originals_per_step "
+                "or warmup_steps, or raise num_train_epochs",
+                state.max_steps,
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
 
 
 def _compare_templates(
@@ -229,61 +242,3 @@ def _describe(arguments: DistillArguments, config: LeafConfig, metrics: dict[str
     write_bytes(directory / "README.md", model_card(arguments, config, metrics).encode())
     write_json(directory / "metrics.json", metrics)  # last: it says that the run is finished
     print(f"The student is in {directory}; metrics.json and README.md there say how it went")
-
-
-# ---- rows ----
-
-
-def _read_rows(
-    arguments: DistillArguments, source: str, split: str, max_rows: int | None
-) -> tuple[list[DistillRow], list[Rejection]]:
-    """Rows of `leaf detect` with their branch, or any other rows, which are all originals."""
-    path = Path(source).expanduser()
-    if path.is_dir() and (path / "run.json").is_file():
-        path = path / "dataset.parquet"
-        if not path.is_file():
-            raise ValueError(
-                f"dataset: {source} is a run of `leaf detect` that is not finished; run the same "
-                "command again, it goes on where it stopped"
-            )
-    rows = _branched_rows(path) if path.is_file() else None
-    if rows is None:
-        columns = arguments.columns if isinstance(arguments.columns, dict) else None
-        plain, left = load_rows(source, split=split, columns=columns, max_rows=max_rows)
-        if not plain:
-            raise ValueError(f"dataset: no row of {source} can be used: {summarize(left)}")
-        if left:
-            reasons = summarize(left)
-            logger.warning("dataset: %d rows of %s left out: %s", len(left), source, reasons)
-        return [
-            {"row_id": row.row_id, "prompt": list(row.messages), "completion": row.completion}
-            for row in plain
-        ], left
-    if max_rows is None:
-        return rows, []
-    ids = [row.get("row_id", position) for position, row in enumerate(rows)]
-    originals = [
-        row_id
-        for row_id, row in zip(ids, rows, strict=True)
-        if row.get("branch") != "counterfactual"
-    ]
-    kept = set(originals[:max_rows])
-    return [row for row_id, row in zip(ids, rows, strict=True) if row_id in kept], []
-
-
-def _branched_rows(path: Path) -> list[DistillRow] | None:
-    """The rows of a file in the layout of `dataset.parquet` or `dataset.jsonl`, else None."""
-    try:
-        if path.suffix == ".parquet":
-            if "branch" not in pq.read_schema(path).names:
-                return None
-            table: list[DistillRow] = pq.read_table(path).to_pylist()
-            return table
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
-                if '"branch"' in file.readline():
-                    file.seek(0)
-                    return [json.loads(line) for line in file if line.strip()]
-    except (pa.ArrowException, ValueError) as error:
-        raise ValueError(f"dataset: {path} cannot be read: {error}") from error
-    return None

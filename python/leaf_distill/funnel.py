@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pyarrow as pa
 from rich.console import Console
@@ -131,3 +133,13 @@ def _shown_at(reason: Mapping[str, object]) -> str:
     if reason["unit"] == "candidates":
         return KEPT
     return ROW_STAGES[str(reason["stage"])] or str(ROW_STAGES["render"])
+
+
+def replaced(path: Path, settings: Mapping[str, object]) -> str | None:
+    """Say with which other settings the results beside this funnel.json were made, if any."""
+    if not path.is_file():
+        return None
+    old = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    new = json.loads(json.dumps(settings))
+    others = [f"{name} {old[name]!r}" for name in new if name in old and old[name] != new[name]]
+    return f"This replaces the results of {', '.join(others)}" if others else None

@@ -34,14 +34,18 @@ def model_card(arguments: DistillArguments, config: LeafConfig, metrics: Mapping
         f"({rows['label_tokens']} label tokens) of `{arguments.dataset}`; "
         f"left out: {left_out or 'none'}."
     )
+    method = (
+        "with [LeaF](https://arxiv.org/abs/2506.07851) (Learning to Focus): on prompts and on the "
+        "same prompts with their confounding tokens cut out"
+        if rows["counterfactuals"]
+        else "by plain distillation: there were no counterfactual prompts"
+    )
     versions = ", ".join(f"{name} {found}" for name, found in package_versions().items())
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(_metadata(arguments), sort_keys=False)}---",
             f"\n# {Path(str(config.output_dir)).name}\n",
-            f"`{arguments.student}`, distilled from `{arguments.teacher}` with "
-            "[LeaF](https://arxiv.org/abs/2506.07851) (Learning to Focus): on prompts and on the "
-            "same prompts with their confounding tokens cut out.\n",
+            f"`{arguments.student}`, distilled from `{arguments.teacher}` {method}.\n",
             f"## Data\n\n{data}\n",
             f"## Settings\n\n{_settings(config)}\n",
             f"## Measured\n\n{_measured(metrics)}\n",
@@ -69,7 +73,11 @@ def _settings(config: LeafConfig) -> str:
     weight = config.kd_weight
     entries = {
         "originals per step": config.originals_per_step,
-        "epochs": config.num_train_epochs,
+        **(
+            {"optimizer steps": config.max_steps}
+            if config.max_steps > 0
+            else {"epochs": config.num_train_epochs}
+        ),
         "learning rate": f"{config.learning_rate:g}, {_value(config.lr_scheduler_type)}, "
         f"{config.warmup_steps:g} warm-up steps",
         "optimizer": _value(config.optim),
@@ -87,7 +95,7 @@ def _measured(metrics: Mapping[str, Any]) -> str:
     logs = [log for log in metrics["log"] if "loss" in log]
     columns: list[tuple[str, Mapping[str, float]]] = []
     if logs:
-        columns += [(f"step {log['step']}", log) for log in (logs[0], logs[-1])]
+        columns += [(f"step {log['step']}", log) for log in (logs[0], *logs[1:][-1:])]
     if metrics["eval"]:
         scored = {name.removeprefix("eval_"): value for name, value in metrics["eval"].items()}
         columns.append(("evaluation", scored))

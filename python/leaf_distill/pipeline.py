@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from leaf_distill.config import DetectConfig, package_versions, parse_columns
 from leaf_distill.counterfactual import cut
-from leaf_distill.funnel import ROW_STAGES, Funnel
+from leaf_distill.funnel import ROW_STAGES, Funnel, replaced
 from leaf_distill.output import CandidateFate, write_dataset, write_samples
 from leaf_distill.pair import ROLES, Pair
 from leaf_distill.render import template_differences
@@ -266,8 +266,12 @@ class _Run:
             "versions": package_versions(),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
+        earlier = replaced(self.root / "funnel.json", summary["settings"])
         write_json(self.root / "funnel.json", summary)
         self.funnel.show(self.seconds, notes)
+        if earlier:
+            page = "; `leaf report` writes the page anew"
+            print(f"{earlier}{page if (self.root / 'report.html').exists() else ''}")
         print(f"The dataset is {dataset}; samples, fates and funnel are in {self.root}")
         return DetectResult(self.root, dataset, samples, table, summary)
 

@@ -46,7 +46,7 @@ class Rejection:
     detail: str
 
 
-class _Unusable(Exception):
+class UnusableRow(Exception):
     """A row that cannot be used: its reason code and a sentence."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -88,10 +88,10 @@ def load_rows(
         fields = {field: record.get(column) for field, column in mapping.items()}
         try:
             answer = _answer(fields.get("answer"))
-            messages, completion = _read_layout(layout, fields)
+            messages, completion = read_layout(layout, fields)
             _check_completion(completion, answer, need_completion)
-            _check_text([*(m["content"] for m in messages), completion, answer or ""])
-        except _Unusable as problem:
+            check_text([*(m["content"] for m in messages), completion, answer or ""])
+        except UnusableRow as problem:
             rejections.append(Rejection(row_id, -1, "rows", problem.reason, problem.detail))
         else:
             rows.append(Row(row_id, messages, completion, answer))
@@ -222,13 +222,15 @@ def _layout(
         if layout[0] in mapping:
             return layout
     wanted = ", or ".join("/".join(layout) for layout in LAYOUTS)
+    second = "completion" if need_completion else "answer"
+    also = "" if need_completion else " (`answer` may stand for the second)"
     raise ValueError(
-        f"The dataset {source!r} has the columns {list(names)}, but LeaF needs {wanted}; map "
-        f'yours with columns, as in columns=\'{{"prompt": "question", "completion": "solution"}}\'.'
+        f"The dataset {source!r} has the columns {list(names)}, but LeaF needs {wanted}{also}; map "
+        f'yours with --columns \'{{"prompt": "question", "{second}": "solution"}}\'.'
     )
 
 
-def _read_layout(
+def read_layout(
     layout: tuple[str, ...], fields: Mapping[str, Any]
 ) -> tuple[tuple[Message, ...], str]:
     if layout == ("messages",):
@@ -245,7 +247,7 @@ def _read_layout(
     turns = _messages(layout[0], prompt, role="user")
     replies = _messages(layout[1], completion, role="assistant")
     if len(replies) != 1 or replies[0]["role"] != "assistant":
-        raise _Unusable("bad_completion", f"{layout[1]} must be text or one assistant message.")
+        raise UnusableRow("bad_completion", f"{layout[1]} must be text or one assistant message.")
     return _checked(turns), replies[0]["content"]
 
 
@@ -256,22 +258,23 @@ def _messages(column: str, value: object, *, role: str | None = None) -> list[Me
     if isinstance(value, str) and role:
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
-        raise _Unusable("not_text", f"{column} is {type(value).__name__}, not text or messages.")
+        raise UnusableRow("not_text", f"{column} is {type(value).__name__}, not text or messages.")
     messages: list[Message] = []
     for turn in value:
         turn = turn if isinstance(turn, dict) else {}
         kind, content = turn.get("role"), turn.get("content")
         if not isinstance(kind, str) or not isinstance(content, str):
-            raise _Unusable("not_text", f"{column} holds a message without a text role or content.")
+            detail = f"{column} holds a message without a text role or content."
+            raise UnusableRow("not_text", detail)
         messages.append({"role": kind, "content": content})
     return messages
 
 
 def _checked(messages: Sequence[Message]) -> tuple[Message, ...]:
     if not messages or messages[-1]["role"] != "user":
-        raise _Unusable("no_user_turn", "the turn before the completion is not the user's.")
+        raise UnusableRow("no_user_turn", "the turn before the completion is not the user's.")
     if not messages[-1]["content"].strip():
-        raise _Unusable("empty_prompt", "the user's turn is empty.")
+        raise UnusableRow("empty_prompt", "the user's turn is empty.")
     return tuple(messages)
 
 
@@ -279,7 +282,7 @@ def _check_completion(completion: str, answer: str | None, needed: bool) -> None
     if completion.strip() or (answer is not None and not needed):
         return
     also = "" if needed else ", and there is no answer to grade against"
-    raise _Unusable("empty_completion", f"the completion is empty{also}.")
+    raise UnusableRow("empty_completion", f"the completion is empty{also}.")
 
 
 def _answer(value: object) -> str | None:
@@ -288,14 +291,14 @@ def _answer(value: object) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of integers with a missing one is read as floats
     if not isinstance(value, (str, int, float)):
-        raise _Unusable("bad_answer", f"answer is {type(value).__name__}, not text or a number.")
+        raise UnusableRow("bad_answer", f"answer is {type(value).__name__}, not text or a number.")
     return str(value).strip() or None
 
 
-def _check_text(texts: Iterable[str]) -> None:
+def check_text(texts: Iterable[str]) -> None:
     """Half of a surrogate pair (a broken JSON escape) can neither be tokenized nor stored."""
     for text in texts:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise _Unusable("bad_unicode", f"text is not valid Unicode: {error}") from error
+            raise UnusableRow("bad_unicode", f"text is not valid Unicode: {error}") from error

@@ -74,7 +74,9 @@ def test_a_run_of_detect_becomes_a_checkpoint(
         assert words in card
 
 
-def test_other_rows_are_all_originals(tmp_path: Path, pair: dict[str, str]) -> None:
+def test_other_rows_are_all_originals(
+    tmp_path: Path, pair: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "rows.jsonl"
     lines = [{"question": "w1 w2", "reply": f"w{i}"} for i in range(6)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -88,6 +90,23 @@ def test_other_rows_are_all_originals(tmp_path: Path, pair: dict[str, str]) -> N
     metrics = distill(arguments, config).metrics
     assert metrics["rows"]["originals"] == 5 and metrics["rows"]["counterfactuals"] == 0
     assert metrics["log"][0]["steps_without_cf"] == 1
+    assert "so this is plain distillation" in caplog.text
+    assert "by plain distillation" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("warmup_steps", [5, 2])
+def test_a_warm_up_that_never_ends_is_said_and_the_last_step_is_logged(
+    warmup_steps: int, tmp_path: Path, pair: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(8, 4)))
+    config = make_config(
+        tmp_path / "out", max_steps=3, warmup_steps=warmup_steps, logging_steps=100
+    )
+    metrics = distill(arguments, config).metrics
+    assert ("the warm-up never ends" in caplog.text) is (warmup_steps == 5)
+    assert [log["step"] for log in metrics["log"] if "loss" in log][-1] == 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| optimizer steps | 3 |" in card and "epochs" not in card
 
 
 def test_max_rows_counts_originals_and_keeps_their_counterfactuals(

@@ -123,11 +123,15 @@ def test_select_all_asks_nobody(pair: dict[str, str], tmp_path: Path) -> None:
     assert all(c["kept"] and c["teacher_answer"] is None for s in samples for c in s["candidates"])
 
 
-def test_validation_by_the_teacher_keeps_more(pair: dict[str, str], copied: Path) -> None:
+def test_validation_by_the_teacher_keeps_more(
+    pair: dict[str, str], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes = {"threshold": 0.6}
     both = run(pair, copied, **changes)
     check_sums(both, len(ROWS))
+    capsys.readouterr()
     teacher = run(pair, copied, validate="teacher", **changes)
+    assert "This replaces the results of validate 'both'" in capsys.readouterr().out
     check_sums(teacher, len(ROWS))
     assert counts(both)[-1] < counts(teacher)[-1]
     assert "student_wrong" not in reasons(teacher, "candidates")
