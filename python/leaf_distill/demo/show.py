@@ -11,6 +11,9 @@ from rich.table import Table
 from leaf_distill.demo.measure import Arm, Detection, Pruning
 
 EVIDENCE = (
+    "In short: without any training, {right:.0%} of LeaF's cuts make the student right, and "
+    "{random:.0%} of random ones; whether training on them beats plain distillation is more than "
+    "one small demo can tell.\n\n"
     "What these numbers say: on {scored} prompts whose misleading sentences were planted, the "
     "first table shows how far each score finds them, the second what cutting does to a student "
     "whose weights have not changed. What they do not say: that LeaF beats plain distillation. "
@@ -43,8 +46,16 @@ def tiny(
     sizes = held_out.values()
     noise = 2 * math.sqrt(2 * 0.25 / min(sizes))
     console.print()
+    leaf, control = (row.cuts_right / row.cuts if row.cuts else math.nan for row in pruning)
     console.print(
-        EVIDENCE.format(scored=scored, smallest=min(sizes), largest=max(sizes), noise=noise)
+        EVIDENCE.format(
+            right=leaf,
+            random=control,
+            scored=scored,
+            smallest=min(sizes),
+            largest=max(sizes),
+            noise=noise,
+        )
     )
 
 
