@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton asks for this when it is
+# imported, so it is said before anything imports leaf_ext; on a GPU they run on the GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
 # A pure-Python build (LEAF_BUILD_EXT=0) has no backend "cpu"; every other one must pass its tests.
 PURE_PYTHON = os.environ.get("LEAF_TEST_PURE_PYTHON") == "1"
-BACKENDS = ("reference",) if PURE_PYTHON else ("reference", "cpu")
+BACKENDS = (
+    "reference",
+    *(() if PURE_PYTHON else ("cpu",)),
+    *(("triton",) if sys.platform == "linux" else ()),  # there is no Triton elsewhere
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before "-m" looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes the interpreter long is slow; a case's `slow_to_interpret` is the rule."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        interpreted = INTERPRETED and params.get("backend") == "triton"
+        if interpreted and "case" in params and params["case"].slow_to_interpret:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

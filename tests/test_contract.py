@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import leaf_ext
 from leaf_ext import reference
 from leaf_ext.ops import linear_chunks
-from leaf_ext.schema import NAMESPACES, OPS, REFERENCE
+from leaf_ext.schema import NAMESPACES, OPS, REFERENCE, TRITON
 
-Namespaces = pytest.mark.parametrize("namespace", [REFERENCE, "leaf_ext"])
+Namespaces = pytest.mark.parametrize("namespace", NAMESPACES)
 SCALARS = (1.5, 0.9, 1.1, 20.0, 0.0)
 
 
@@ -84,7 +85,7 @@ def called_ops(run: Callable[[], object]) -> set[str]:
 
 
 def test_each_backend_runs_its_own_namespace(backend: str) -> None:
-    namespace = {"reference": REFERENCE, "cpu": "leaf_ext"}[backend]
+    namespace = {"reference": REFERENCE, "cpu": "leaf_ext", "triton": TRITON}[backend]
     tensors = linear_tensors()
 
     def run() -> None:
@@ -113,8 +114,24 @@ def test_float64_runs_in_the_reference_only() -> None:
 def test_a_backend_that_is_not_there_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"grad_norm: backend='cpu' is not available: .*meta"):
         leaf_ext.grad_norm(torch.empty(3, 4, device="meta"), backend="cpu")
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, got 'gpu'"):
+    with pytest.raises(
+        RuntimeError, match=r"backend='triton' is not available: .*got meta tensors"
+    ):
+        leaf_ext.grad_norm(torch.empty(3, 4, device="meta"), backend="triton")
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, reference, cpu, triton, got 'gpu'"
+    ):
         leaf_ext.grad_norm(torch.ones(3, 4), backend="gpu")  # type: ignore[arg-type]
+
+
+def test_triton_on_a_cpu_asks_for_its_interpreter() -> None:
+    code = "import torch, leaf_ext; leaf_ext.grad_norm(torch.ones(3, 4), backend='triton')"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert "RuntimeError: grad_norm: backend='triton' is not available" in run.stderr
+    assert "TRITON_INTERPRET=1" in run.stderr
 
 
 def test_build_info_names_the_backend() -> None:

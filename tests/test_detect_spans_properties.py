@@ -127,7 +127,7 @@ def detect(sequences: list[list[Token]], options: Options, backend: str) -> leaf
         min_length=options.min_length,
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         max_seqlen=max(lengths, default=0),
-        backend="reference" if backend == "reference" else "cpu",
+        backend=backend,
     )
 
 
