@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from quick_interpreter import quicken_the_interpreter
 
 # Without a GPU the Triton kernels run in Triton's interpreter. Triton asks for this when it is
 # imported, so it is said before anything imports leaf_ext; on a GPU they run on the GPU.
@@ -23,14 +24,19 @@ BACKENDS = (
     *(("triton",) if sys.platform == "linux" else ()),  # there is no Triton elsewhere
 )
 
+if INTERPRETED and "triton" in BACKENDS:
+    quicken_the_interpreter()
+
 
 @pytest.hookimpl(tryfirst=True)  # before "-m" looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes the interpreter long is slow; a case's `slow_to_interpret` is the rule."""
+    """What takes the interpreter long is slow: a case that says so, and hundreds of examples."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         interpreted = INTERPRETED and params.get("backend") == "triton"
-        if interpreted and "case" in params and params["case"].slow_to_interpret:
+        examples = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+        long = examples or getattr(params.get("case"), "slow_to_interpret", False)
+        if interpreted and long:
             item.add_marker(pytest.mark.slow)
 
 
@@ -42,6 +48,12 @@ def seeded() -> None:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the Triton kernels run."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
 
 
 @pytest.fixture

@@ -135,6 +135,8 @@ NORM_CASES = [
 SPANS_CASES = [
     SpansCase("padded"),
     SpansCase("long", batch=2, length=1500),
+    SpansCase("two_blocks", 2, 6001, join_gap=1, min_length=2, in_domain=0.99),
+    SpansCase("two_blocks_quantile", lengths=(20_001, 0, 4096), rule="quantile"),
     SpansCase("quantile", rule="quantile", threshold=0.2),
     SpansCase("quantile_capped", rule="quantile", threshold=0.9, cap=0.4),
     SpansCase("quantile_first", rule="quantile", threshold=0.0),

@@ -152,7 +152,7 @@ def spans_kernel(
         prefix = tl.full([], 0, tl.int32)
         bins = tl.arange(0, 256)
         for digit_of in tl.static_range(4):
-            shift: tl.constexpr = 24 - 8 * digit_of
+            shift = 24 - 8 * digit_of
             histogram = tl.full([256], 0, tl.int32)
             for start in range(0, size, BLOCK):
                 positions = start + lanes
