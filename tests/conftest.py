@@ -16,6 +16,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+from leaf_ext.schema import NAMESPACES, TRITON  # noqa: E402
+
 # A pure-Python build (LEAF_BUILD_EXT=0) has no backend "cpu"; every other one must pass its tests.
 PURE_PYTHON = os.environ.get("LEAF_TEST_PURE_PYTHON") == "1"
 BACKENDS = (
@@ -45,15 +47,26 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def device() -> torch.device:
     """Where the Triton kernels run."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+    """Tensors that the test makes lie where the backend runs."""
+    torch.set_default_device(device if request.param == "triton" else "cpu")
+    yield str(request.param)
+    torch.set_default_device(None)
+
+
+@pytest.fixture(params=NAMESPACES)
+def namespace(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+    """The same by the namespace of the ops."""
+    torch.set_default_device(device if request.param == TRITON else "cpu")
+    yield str(request.param)
+    torch.set_default_device(None)
 
 
 @pytest.fixture
