@@ -46,6 +46,23 @@ def test_every_kernel_compiles_without_spills(arguments: list[str], tmp_path: Pa
         assert kernel["shared"] <= 48 * 1024, kernel
 
 
+def test_triton_on_a_cpu_asks_for_its_interpreter() -> None:
+    code = "import torch, leaf_ext; leaf_ext.grad_norm(torch.ones(3, 4), backend='triton')"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert "RuntimeError: grad_norm: backend='triton' is not available" in run.stderr
+    assert "TRITON_INTERPRET=1" in run.stderr
+
+
+def test_triton_runs_on_no_other_device() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"backend='triton' is not available: .*got meta tensors"
+    ):
+        leaf_ext.grad_norm(torch.empty(3, 4, device="meta"), backend="triton")
+
+
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that every loop of the kernels turns, and every carry is used, on small inputs."""
