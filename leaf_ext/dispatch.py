@@ -8,16 +8,17 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from leaf_ext import native
+from leaf_ext import native, triton
 from leaf_ext import reference as reference  # implements the namespace leaf_ext_reference
-from leaf_ext.schema import REFERENCE
+from leaf_ext.schema import REFERENCE, TRITON
 
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "cpu", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-_NAMESPACE = {"reference": REFERENCE, "cpu": "leaf_ext"}
+_NAMESPACE = {"reference": REFERENCE, "cpu": "leaf_ext", "triton": TRITON}
 # The order of preference of "auto" on each kind of device; elsewhere the reference runs.
-_PREFERENCE = {"cpu": ("cpu",)}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}
+_FLOAT64 = "float64 exists only in backend='reference'"
 _log = logging.getLogger("leaf_ext")
 _said: set[str] = set()
 
@@ -26,11 +27,11 @@ def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     """Why a backend cannot run on this device and dtype, or None."""
     if backend == "reference":
         return None
-    if device.type != "cpu":
+    if backend == "cpu" and device.type != "cpu":
         return f"it runs on CPU tensors, got {device}"
     if dtype == torch.float64:
-        return "float64 exists only in backend='reference'"
-    reason: str | None = native.ERROR
+        return _FLOAT64
+    reason: str | None = native.ERROR if backend == "cpu" else triton.missing(device.type)
     return reason
 
 
@@ -54,7 +55,7 @@ def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> 
         reason = missing(candidate, device, dtype)
         if reason is None:
             return _NAMESPACE[candidate]
-        if reason == native.ERROR:
+        if reason != _FLOAT64:
             _say_once(f"running the slower reference instead of {candidate!r}: {reason}")
     return REFERENCE
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-NAMESPACES = ("leaf_ext", "leaf_ext_reference")
+NAMESPACES = ("leaf_ext", "leaf_ext_reference", "leaf_ext_triton")
 REFERENCE = "leaf_ext_reference"
+TRITON = "leaf_ext_triton"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REFERENCE_DTYPES = (*DTYPES, torch.float64)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+
+# Triton's interpreter takes up to a second for so many elements or tokens: a case with more of them
+# is slow there (and only there).
+_INTERPRETED_ELEMENTS = 2**16
+_INTERPRETED_TOKENS = 2**9
 
 _SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 DTYPES = tuple(_SHORT)
@@ -24,6 +30,10 @@ class NormCase:
 
     def __str__(self) -> str:
         return f"{self.name}-{_SHORT[self.dtype]}"
+
+    @property
+    def slow_to_interpret(self) -> bool:
+        return math.prod(self.shape) > _INTERPRETED_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,10 @@ class SpansCase:
     def __str__(self) -> str:
         return f"{self.name}-{_SHORT[self.dtype]}"
 
+    @property
+    def slow_to_interpret(self) -> bool:
+        return (sum(self.lengths) or self.batch * self.length) > _INTERPRETED_TOKENS
+
 
 @dataclass(frozen=True)
 class KLCase:
@@ -73,6 +87,11 @@ class KLCase:
     def __str__(self) -> str:
         return f"{self.name}-{_SHORT[self.dtype]}"
 
+    @property
+    def slow_to_interpret(self) -> bool:
+        vocabulary = max(self.student_vocabulary, self.teacher_vocabulary)
+        return self.rows * vocabulary > _INTERPRETED_ELEMENTS
+
 
 @dataclass(frozen=True)
 class LinearCase:
@@ -88,6 +107,10 @@ class LinearCase:
 
     def __str__(self) -> str:
         return f"{self.name}-{_SHORT[self.logits.dtype]}"
+
+    @property
+    def slow_to_interpret(self) -> bool:
+        return self.logits.slow_to_interpret
 
 
 def _each_dtype(case: KLCase) -> list[KLCase]:
@@ -112,6 +135,8 @@ NORM_CASES = [
 SPANS_CASES = [
     SpansCase("padded"),
     SpansCase("long", batch=2, length=1500),
+    SpansCase("two_blocks", 2, 6001, join_gap=1, min_length=2, in_domain=0.99),
+    SpansCase("two_blocks_quantile", lengths=(20_001, 0, 4096), rule="quantile"),
     SpansCase("quantile", rule="quantile", threshold=0.2),
     SpansCase("quantile_capped", rule="quantile", threshold=0.9, cap=0.4),
     SpansCase("quantile_first", rule="quantile", threshold=0.0),
@@ -133,8 +158,9 @@ SPANS_CASES = [
     SpansCase("one_token", length=1, in_domain=1.0),
     SpansCase("no_tokens", length=0),
     SpansCase("no_sequences", batch=0),
-    *(SpansCase("gradients", hidden=(40, 24), dtype=dtype) for dtype in DTYPES),
-    SpansCase("gradients_packed", hidden=(40, 24), dtype=torch.bfloat16, lengths=(17, 50)),
+    *(SpansCase("gradients", 2, 24, hidden=(40, 24), dtype=dtype) for dtype in DTYPES),
+    SpansCase("gradients_packed", hidden=(40, 24), dtype=torch.bfloat16, lengths=(7, 20)),
+    SpansCase("gradients_wide", 1, 8, hidden=(4097, 2049), dtype=torch.bfloat16),
 ]
 
 KL_CASES = [
@@ -147,6 +173,7 @@ KL_CASES = [
     KLCase("v_two", 5, 2, 3),
     KLCase("v17", 9, 17, 23, torch.bfloat16, temperature=2.0),
     KLCase("no_rows", 0, 100, 100),
+    KLCase("three_blocks", 2, 9000, 9011, live=1.0),
     KLCase("one_row", 1, 4099, 4099, live=1.0),
     *_each_dtype(KLCase("all_dropped", 6, 300, 300, live=0.0)),
     *_each_dtype(KLCase("std_30", 16, 2000, 2000, std=30.0)),

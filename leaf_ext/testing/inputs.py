@@ -40,7 +40,16 @@ class SpansInputs:
 
 
 def generator(case: object) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+    return torch.Generator("cpu").manual_seed(zlib.crc32(str(case).encode()))
+
+
+def normal(seed: torch.Generator, *shape: int) -> Tensor:
+    """The same numbers on every device: drawn on the CPU, moved to the default device."""
+    return torch.randn(shape, generator=seed, device="cpu").to(torch.get_default_device())
+
+
+def uniform(seed: torch.Generator, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=seed, device="cpu").to(torch.get_default_device())
 
 
 def strided(tensor: Tensor) -> Tensor:
@@ -52,15 +61,15 @@ def strided(tensor: Tensor) -> Tensor:
 
 
 def norm_inputs(case: NormCase) -> Tensor:
-    grad = torch.randn(case.shape, generator=generator(case)) * case.magnitude
+    grad = normal(generator(case), *case.shape) * case.magnitude
     grad = grad.to(case.dtype)
     return strided(grad) if case.strided else grad
 
 
 def row_weight(rows: int, live: float, seed: torch.Generator) -> Tensor:
     """Weights of about 1/rows, 0 on the share of rows that are not live."""
-    weight = torch.rand(rows, generator=seed).add(0.5).div(max(1, rows))
-    return weight * (torch.rand(rows, generator=seed) < live)
+    weight = uniform(seed, rows).add(0.5).div(max(1, rows))
+    return weight * (uniform(seed, rows) < live)
 
 
 def kl_inputs(case: KLCase) -> KLInputs:
@@ -68,15 +77,15 @@ def kl_inputs(case: KLCase) -> KLInputs:
     seed = generator(case)
     if case.slow:
         return _large_kl_inputs(case, seed)
-    teacher = torch.randn(case.rows, case.teacher_vocabulary, generator=seed) * case.std
-    student = torch.randn(case.rows, case.student_vocabulary, generator=seed) * case.std
+    teacher = normal(seed, case.rows, case.teacher_vocabulary) * case.std
+    student = normal(seed, case.rows, case.student_vocabulary) * case.std
     if case.noise is not None:
         student = teacher + student / case.std * case.noise
     if case.minus_infinity:
         # Where the student has no probability the teacher has none, so that the KL is finite.
         common = min(case.teacher_vocabulary, case.student_vocabulary)
-        absent = torch.rand(case.rows, common, generator=seed) < case.minus_infinity
-        both = torch.rand(case.rows, common, generator=seed) < 0.5
+        absent = uniform(seed, case.rows, common) < case.minus_infinity
+        both = uniform(seed, case.rows, common) < 0.5
         teacher[:, :common].masked_fill_(absent, float("-inf"))
         student[:, :common].masked_fill_(absent & both, float("-inf"))
     weight = row_weight(case.rows, case.live, seed)
@@ -91,8 +100,8 @@ def kl_inputs(case: KLCase) -> KLInputs:
 def _large_kl_inputs(case: KLCase, seed: torch.Generator) -> KLInputs:
     """More than 2^31 student logits with only the last rows live; one teacher row for all."""
     student = torch.empty(case.rows, case.student_vocabulary, dtype=case.dtype)
-    student[-3:] = (torch.randn(3, student.shape[1], generator=seed) * case.std).to(case.dtype)
-    teacher = torch.randn(1, case.teacher_vocabulary, generator=seed) * case.std
+    student[-3:] = (normal(seed, 3, student.shape[1]) * case.std).to(case.dtype)
+    teacher = normal(seed, 1, case.teacher_vocabulary) * case.std
     weight = torch.zeros(case.rows)
     weight[-3:] = 1 / 3
     return KLInputs(student, teacher.to(case.dtype).expand(case.rows, -1), weight)
@@ -103,9 +112,9 @@ def linear_inputs(case: LinearCase) -> LinearInputs:
     seed, kl = generator(case), case.logits
 
     def model(width: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        hidden = torch.randn(kl.rows, width, generator=seed)
-        head = torch.randn(vocabulary, width, generator=seed) * (kl.std / width**0.5)
-        bias = torch.randn(vocabulary, generator=seed) if case.bias else None
+        hidden = normal(seed, kl.rows, width)
+        head = normal(seed, vocabulary, width) * (kl.std / width**0.5)
+        bias = normal(seed, vocabulary) if case.bias else None
         return hidden.to(kl.dtype), head.to(kl.dtype), None if bias is None else bias.to(kl.dtype)
 
     student_hidden, student_head, student_bias = model(case.student_hidden, kl.student_vocabulary)
@@ -135,13 +144,13 @@ def spans_inputs(case: SpansCase) -> SpansInputs:
 
     def saliency(width: int | None) -> Tensor:
         if width is None:
-            return torch.rand(shape, generator=seed).square()
-        return (torch.randn(*shape, width, generator=seed) * 1e-3).to(case.dtype)
+            return uniform(seed, *shape).square()
+        return (normal(seed, *shape, width) * 1e-3).to(case.dtype)
 
     widths = case.hidden or (None, None)
     teacher, student = saliency(widths[0]), saliency(widths[1])
-    domain = torch.rand(shape, generator=seed) < case.in_domain
-    prunable = torch.rand(shape, generator=seed) < 0.6 if case.prunable else None
+    domain = uniform(seed, *shape) < case.in_domain
+    prunable = uniform(seed, *shape) < 0.6 if case.prunable else None
     if case.kind == "constant":
         teacher, student = torch.full_like(teacher, 0.3), torch.full_like(student, 0.7)
     elif case.kind == "identical":

@@ -1,0 +1,313 @@
+"""loss = T^2 sum_i w_i KL(p_t, p_s) over the common vocabulary, and its gradient.
+
+One program a row, in two passes over blocks of its logits: of both models the maximum m of the
+scaled, capped logits y and the sum d = sum_v exp((y - m) / T), then, with p = exp((y - m) / T) / d,
+the terms of loss and gradient,
+
+    l    = log p_t - log p_s = ((y_t - m_t) - (y_s - m_s)) / T + log d_s - log d_t
+    KL   = sum_v p_s - p_t + p_t l
+    grad = w T (p_s - p_t) dy_s/dz_s
+
+Where l is small, p_s - p_t = p_t (phi - l) and the term of the sum is p_t phi, with
+phi = exp(-l) - 1 + l >= 0 by its series, so that nothing cancels. The maxima are subtracted first,
+so that an offset between the two models costs no digits. The second pass goes backwards: what the
+first one read last is what the cache still holds.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leaf_ext.triton.launch import check, check_adjacent, on_device_of, options
+from leaf_ext.triton.narrow import narrow
+from leaf_ext.triton.softmax import LOWEST, capped, first_of_largest, fold, online
+
+_BLOCK = 4096
+_WARPS = 8
+_SUM_BLOCK = 1024
+_SUM_WARPS = 4
+
+
+@triton.jit
+def _zero(row, begin, end, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    for start in range(begin, end, BLOCK):
+        columns = start + lanes
+        zeros = tl.full([BLOCK], 0.0, tl.float32).to(row.dtype.element_ty)
+        tl.store(row + columns, zeros, mask=columns < end)
+
+
+@triton.jit
+def _difference_and_term(p_s, p_t, log_ratio):
+    """p_s - p_t, and p_s - p_t + p_t l. Where p_t is 0, l must only not be NaN or close to 0."""
+    ratio = tl.where(p_t == 0.0, 1.0, log_ratio)
+    series = -1.0 / 5040 * ratio + 1.0 / 720
+    series = series * ratio - 1.0 / 120
+    series = series * ratio + 1.0 / 24
+    series = series * ratio - 1.0 / 6
+    series = series * ratio + 1.0 / 2
+    phi = series * ratio * ratio
+    near = tl.abs(ratio) < 0.5
+    difference = tl.where(near, p_t * (phi - ratio), p_s - p_t)
+    return difference, tl.where(near, p_t * phi, difference + p_t * ratio)
+
+
+@triton.jit
+def _entropy_terms(p, log_p, inside):
+    return tl.where(inside & (p != 0.0), -p * log_p, 0.0)  # NaN != 0: it stays
+
+
+@triton.jit
+def rows_kernel(
+    student,
+    teacher,
+    row_weight,
+    grad,
+    grad_scale,
+    kl,
+    measures,
+    student_stride,
+    teacher_stride,
+    grad_stride,
+    rows,
+    student_vocabulary,
+    vocabulary,
+    temperature,
+    inv_temperature,
+    student_scale,
+    teacher_scale,
+    student_softcap,
+    teacher_softcap,
+    NEED_GRAD: tl.constexpr,
+    NEED_ROWS: tl.constexpr,
+    STUDENT_CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    grad += row * grad_stride
+    measures += row
+    weight = tl.load(row_weight + row)
+    if weight == 0.0:
+        tl.store(kl + row, 0.0)
+        if NEED_ROWS:
+            for i in tl.static_range(4):
+                tl.store(measures + i * rows, 0.0)
+        if NEED_GRAD:
+            _zero(grad, 0, student_vocabulary, BLOCK)
+        return
+
+    lanes = tl.arange(0, BLOCK)
+    max_s = tl.full([BLOCK], LOWEST, tl.float32)
+    max_t = tl.full([BLOCK], LOWEST, tl.float32)
+    sum_s = tl.full([BLOCK], 0.0, tl.float32)
+    sum_t = tl.full([BLOCK], 0.0, tl.float32)
+    if NEED_ROWS:
+        best_s = tl.full([BLOCK], float("-inf"), tl.float32)
+        best_t = tl.full([BLOCK], float("-inf"), tl.float32)
+        top_s = lanes
+        top_t = lanes
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + lanes
+        inside = columns < vocabulary
+        z_s = tl.load(student + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        z_t = tl.load(teacher + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        y_s, _slope = capped(z_s, student_scale, student_softcap, STUDENT_CAPPED)
+        y_t, _slope = capped(z_t, teacher_scale, teacher_softcap, TEACHER_CAPPED)
+        y_s = tl.where(inside, y_s, float("-inf"))
+        max_s, sum_s = online(max_s, sum_s, y_s, inv_temperature)
+        y_t = tl.where(inside, y_t, float("-inf"))
+        max_t, sum_t = online(max_t, sum_t, y_t, inv_temperature)
+        if NEED_ROWS:
+            top_s = tl.where(z_s > best_s, columns, top_s)
+            top_t = tl.where(z_t > best_t, columns, top_t)
+            best_s = tl.maximum(best_s, z_s)
+            best_t = tl.maximum(best_t, z_t)
+    max_s, sum_s = fold(max_s, sum_s, inv_temperature)
+    max_t, sum_t = fold(max_t, sum_t, inv_temperature)
+    # A row without a distribution has the sum 0 or NaN, and NaN in all that follows.
+    inv_s = 1.0 / sum_s
+    inv_t = 1.0 / sum_t
+    log_s = tl.log(sum_s)
+    log_t = tl.log(sum_t)
+    if NEED_ROWS:
+        index_s = first_of_largest(best_s, top_s, vocabulary)
+        index_t = first_of_largest(best_t, top_t, vocabulary)
+        agreement = tl.where(index_s == index_t, 1.0, 0.0)
+
+    factor = weight * temperature * student_scale
+    if NEED_GRAD and grad.dtype.element_ty == tl.float16:
+        factor *= tl.load(grad_scale)
+    kl_terms = tl.full([BLOCK], 0.0, tl.float32)
+    entropy_s = tl.full([BLOCK], 0.0, tl.float32)
+    entropy_t = tl.full([BLOCK], 0.0, tl.float32)
+    blocks = (vocabulary + BLOCK - 1) // BLOCK
+    for block in range(blocks):
+        columns = (blocks - 1 - block) * BLOCK + lanes
+        inside = columns < vocabulary
+        z_s = tl.load(student + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(
+            tl.float32
+        )
+        z_t = tl.load(teacher + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(
+            tl.float32
+        )
+        y_s, slope = capped(z_s, student_scale, student_softcap, STUDENT_CAPPED)
+        y_t, _slope = capped(z_t, teacher_scale, teacher_softcap, TEACHER_CAPPED)
+        below_s = y_s - max_s
+        below_t = y_t - max_t
+        p_s = tl.exp(below_s * inv_temperature) * inv_s
+        p_t = tl.exp(below_t * inv_temperature) * inv_t
+        log_ratio = (below_t - below_s) * inv_temperature + (log_s - log_t)
+        difference, term = _difference_and_term(p_s, p_t, log_ratio)
+        kl_terms += tl.where(inside, term, 0.0)
+        if NEED_GRAD:
+            value = narrow(factor * difference * slope, grad.dtype.element_ty)
+            tl.store(grad + columns, value, mask=inside, eviction_policy="evict_first")
+        if NEED_ROWS:
+            entropy_s += _entropy_terms(p_s, below_s * inv_temperature - log_s, inside)
+            entropy_t += _entropy_terms(p_t, below_t * inv_temperature - log_t, inside)
+    divergence = tl.sum(kl_terms)
+    tl.store(kl + row, divergence)
+    if NEED_GRAD:
+        _zero(grad, vocabulary, student_vocabulary, BLOCK)
+    if NEED_ROWS:
+        tl.store(measures, divergence)
+        tl.store(measures + rows, tl.sum(entropy_s))
+        tl.store(measures + 2 * rows, tl.sum(entropy_t))
+        known = divergence == divergence
+        tl.store(measures + 3 * rows, tl.where(known, agreement, float("nan")))
+
+
+@triton.jit
+def loss_kernel(row_weight, kl, loss, rows, temperature: tl.float64, BLOCK: tl.constexpr):
+    """temperature^2 * sum_i row_weight_i * kl_i in float64, in a fixed order."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.full([BLOCK], 0.0, tl.float64)
+    for start in range(0, rows, BLOCK):
+        index = (start + lanes).to(tl.int64)
+        inside = index < rows
+        weight = tl.load(row_weight + index, mask=inside, other=0.0).to(tl.float64)
+        term = weight * tl.load(kl + index, mask=inside, other=0.0).to(tl.float64)
+        total += tl.where(weight != 0.0, term, 0.0)
+    tl.store(loss, (tl.sum(total) * temperature * temperature).to(tl.float32))
+
+
+@triton.jit
+def scale_kernel(row_weight, grad_scale, rows, bound, BLOCK: tl.constexpr):
+    """The power of two that brings the bound of a float16 gradient into (2^14, 2^15]."""
+    lanes = tl.arange(0, BLOCK)
+    largest = tl.full([BLOCK], 0.0, tl.float32)
+    for start in range(0, rows, BLOCK):
+        index = (start + lanes).to(tl.int64)
+        weight = tl.load(row_weight + index, mask=index < rows, other=0.0)
+        largest = tl.maximum(largest, tl.abs(weight))
+    most = tl.max(largest) * bound
+    bits = most.to(tl.int32, bitcast=True)
+    ceiling = (bits >> 23) - 127 + tl.where((bits & 0x7FFFFF) != 0, 1, 0)  # of log2(most)
+    exponent = tl.minimum(tl.maximum(15 - ceiling, -126), 126)
+    scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    tl.store(grad_scale, tl.where((most > 0.0) & (most < float("inf")), scale, 1.0))
+
+
+def dual_kl(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor,
+    temperature: float,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float,
+    teacher_softcap: float,
+    need_grad: bool,
+    need_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op with a gradient of its own memory."""
+    size = student.shape if need_grad else (0,)
+    grad = torch.empty(size, dtype=student.dtype, device=student.device)
+    scalars = (temperature, student_scale, teacher_scale, student_softcap, teacher_softcap)
+    target = grad if need_grad else None
+    loss, scale, rows = _run("dual_kl", student, teacher, row_weight, target, scalars, need_rows)
+    return loss, grad, scale, rows
+
+
+def dual_kl_(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor,
+    temperature: float,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float,
+    teacher_softcap: float,
+    need_grad: bool,
+    need_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same; the gradient overwrites the student's logits."""
+    separate = student.shape[0] <= 1 or student.stride(0) >= student.shape[1]
+    check(separate, f"dual_kl_: rows of student must not overlap, got strides {student.stride()}")
+    scalars = (temperature, student_scale, teacher_scale, student_softcap, teacher_softcap)
+    target = student if need_grad else None
+    return _run("dual_kl_", student, teacher, row_weight, target, scalars, need_rows)
+
+
+def _run(
+    op: str,
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor,
+    grad: Tensor | None,
+    scalars: tuple[float, float, float, float, float],
+    need_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, grad_scale, rows; the gradient is written to `grad`."""
+    _check(op, student, teacher, row_weight)
+    temperature, student_scale, teacher_scale, student_softcap, teacher_softcap = scalars
+    rows, vocabulary = student.shape[0], min(student.shape[1], teacher.shape[1])
+    wide = {"dtype": torch.float32, "device": student.device}
+    loss, kl = torch.empty((), **wide), torch.empty(rows, **wide)
+    grad_scale = torch.ones((), **wide)
+    measures = torch.empty((4, rows if need_rows else 0), **wide)
+    target = student if grad is None else grad  # not written to without NEED_GRAD
+    with on_device_of(student):
+        if grad is not None and grad.dtype == torch.float16:
+            bound = temperature * student_scale
+            scale_kernel[(1,)](
+                row_weight, grad_scale, rows, bound, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)
+            )
+        if rows:
+            rows_kernel[(rows,)](
+                student, teacher, row_weight, target, grad_scale, kl, measures,
+                student.stride(0), teacher.stride(0), target.stride(0),
+                rows, student.shape[1], vocabulary,
+                temperature, 1.0 / temperature, student_scale, teacher_scale,
+                student_softcap, teacher_softcap,
+                NEED_GRAD=grad is not None, NEED_ROWS=need_rows,
+                STUDENT_CAPPED=student_softcap != 0, TEACHER_CAPPED=teacher_softcap != 0,
+                BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), **options(_WARPS),
+            )  # fmt: skip
+        loss_kernel[(1,)](
+            row_weight, kl, loss, rows, temperature, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)
+        )
+    return loss, grad_scale, measures
+
+
+def _check(op: str, student: Tensor, teacher: Tensor, row_weight: Tensor) -> None:
+    for name, logits in (("student", student), ("teacher", teacher)):
+        shape = tuple(logits.shape)
+        check(
+            logits.dim() == 2 and shape[1] >= 1 and shape[0] == student.shape[0],
+            f"{op}: {name} must be [N, V] with V >= 1 and the student's N, got shape {shape}",
+        )
+        check_adjacent(op, name, logits)
+    check(
+        row_weight.dtype == torch.float32
+        and row_weight.shape == student.shape[:1]
+        and row_weight.is_contiguous(),
+        f"{op}: row_weight must be contiguous float32 [N], got {row_weight.dtype} "
+        f"{tuple(row_weight.shape)}",
+    )

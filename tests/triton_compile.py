@@ -1,0 +1,129 @@
+"""Compiles the Triton kernels for a GPU that need not be there, and prints what each one uses.
+
+    TRITON_INTERPRET=0 python tests/triton_compile.py 90 [--all] [--ones]
+
+--all: every dtype and flag instead of the largest variant. --ones: every integer argument is 1,
+which Triton makes a constant of.
+
+Run by `test_triton.py` in a process of its own, as triton interprets or compiles, never both. One
+line of JSON a kernel: registers a thread, bytes spilled (stack and local memory), shared bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from leaf_ext.triton import detect_spans, dual_kl, grad_norm
+from leaf_ext.triton.launch import options
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+DTYPES = ("fp32", "fp16", "bf16")
+
+
+class Variant(NamedTuple):
+    """A kernel; the types of those arguments that are no 32-bit integer; its constants."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+
+
+def _named(type_: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), type_)
+
+
+def norm_variants(dtypes: tuple[str, ...]) -> Iterator[Variant]:
+    block, warps = {"BLOCK": grad_norm._BLOCK}, grad_norm._WARPS
+    for dtype in dtypes:
+        one = _named(f"*{dtype}", "grad") | _named("*fp32", "norm")
+        pair = _named(f"*{dtype}", "teacher student")
+        pair |= _named("*fp32", "teacher_norm student_norm")
+        yield Variant(grad_norm.norm_kernel, one, block, warps)
+        yield Variant(grad_norm.norm_pair_kernel, pair, block, warps)
+
+
+def kl_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[Variant]:
+    names = ("NEED_GRAD", "NEED_ROWS", "STUDENT_CAPPED", "TEACHER_CAPPED")
+    scalars = "temperature inv_temperature student_scale teacher_scale student_softcap"
+    for dtype, *chosen in itertools.product(dtypes, *[flags] * len(names)):
+        types = _named(f"*{dtype}", "student teacher grad")
+        types |= _named("*fp32", "row_weight grad_scale kl measures")
+        types |= _named("fp32", scalars + " teacher_softcap")
+        constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": dual_kl._BLOCK}
+        yield Variant(dual_kl.rows_kernel, types, constants, dual_kl._WARPS)
+    block, warps = {"BLOCK": dual_kl._SUM_BLOCK}, dual_kl._SUM_WARPS
+    sums = _named("*fp32", "row_weight kl loss") | {"temperature": "fp64"}
+    yield Variant(dual_kl.loss_kernel, sums, block, warps)
+    scale = _named("*fp32", "row_weight grad_scale") | {"bound": "fp32"}
+    yield Variant(dual_kl.scale_kernel, scale, block, warps)
+
+
+def spans_variants(flags: tuple[bool, ...]) -> Iterator[Variant]:
+    types = _named("*fp32", "teacher student score") | _named("*u8", "domain prunable")
+    types |= _named("*i64", "borders span count status") | {"confounder": "*i8", "share": "fp64"}
+    types |= _named("fp32", "threshold cap teacher_max")
+    names = ("PACKED", "PRUNABLE", "QUANTILE")
+    for chosen in itertools.product(*[flags] * len(names)):
+        constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": detect_spans._BLOCK}
+        yield Variant(detect_spans.spans_kernel, types, constants, detect_spans._WARPS)
+
+
+def compiled(variant: Variant, architecture: int) -> dict[str, Any]:
+    kernel, types, constants, warps = variant
+    names = kernel.arg_names
+    assert set(types) | set(constants) <= set(names), (set(types) | set(constants)) - set(names)
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    pointers = [i for i, n in enumerate(names) if signature[n].startswith("*")]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+    )
+    target = GPUTarget("cuda", architecture, 32)
+    binary = triton.compile(source, target=target, options=options(warps))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return {
+        "kernel": kernel.__name__,
+        "types": sorted(set(types.values())),
+        "constants": constants,
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"],
+        "shared": binary.metadata.shared,
+    }
+
+
+def with_ones(variant: Variant) -> Variant:
+    integers = set(variant.kernel.arg_names) - set(variant.types) - set(variant.constants)
+    return variant._replace(constants=variant.constants | dict.fromkeys(integers, 1))
+
+
+def main() -> None:
+    architecture, everything = int(sys.argv[1]), "--all" in sys.argv
+    dtypes, flags = (DTYPES, (False, True)) if everything else (("bf16",), (True,))
+    for variants in (norm_variants(dtypes), kl_variants(dtypes, flags), spans_variants(flags)):
+        for variant in variants:
+            chosen = with_ones(variant) if "--ones" in sys.argv else variant
+            print(json.dumps(compiled(chosen, architecture)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
