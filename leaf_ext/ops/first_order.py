@@ -22,10 +22,11 @@ def refuse_second_order(op: str) -> None:
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor in float32, rounded once to `dtype`; `grad` itself stays as it is."""
-    if type(grad) is Tensor and grad.device.type == "cpu" and grad.numel() > _BLOCK:
+    large = type(grad) is Tensor and grad.numel() > _BLOCK
+    if grad.device.type == "cpu" and large and grad.dtype != dtype:
         return _scaled_in_blocks(grad, factor, dtype)
     if grad.device.type == "cpu":
-        # On a CPU torch multiplies a 16-bit tensor by a 0-dim float32 one in float32.
+        # On a CPU torch multiplies a 16-bit tensor by a 0-dim float32 one in float32: one pass.
         return (grad * factor).to(dtype)
     return (grad.to(factor.dtype) * factor).to(dtype)
 
