@@ -1,7 +1,8 @@
 """Builds leaf_ext._C: drives CMake and ninja. Sources and compiler flags stand in CMakeLists.txt.
 
 Environment: LEAF_BUILD_EXT=0 builds a pure-Python wheel (the reference backend only);
-LEAF_BUILD_CUDA is auto, 0 or 1; MAX_JOBS limits the parallel compilations.
+LEAF_BUILD_CUDA is auto, 0 or 1; LEAF_CUDA_ARCHS lists compute capabilities ("80;90;100"); MAX_JOBS
+limits the parallel compilations.
 """
 
 from __future__ import annotations
@@ -47,12 +48,15 @@ class CMakeBuild(build_ext):
         # One folder per Python and torch, kept between builds: only what changed is compiled.
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch{torch_version()}"
         cmake = program("cmake")
+        archs = ";".join(os.environ.get("LEAF_CUDA_ARCHS", "").replace(";", " ").split())
         configure = [
             *(cmake, "-S", ROOT, "-B", folder, "-G", "Ninja"),
             f"-DPython_EXECUTABLE={sys.executable}",
             # An isolated build leaves a cached path of a ninja that is gone.
             f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
             f"-DLEAF_CUDA={os.environ.get('LEAF_BUILD_CUDA', 'auto')}",
+            # Without the variable the default, not what an earlier build was told.
+            f"-DLEAF_CUDA_ARCHS={archs}" if archs else "-ULEAF_CUDA_ARCHS",
         ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         self.run_tool(configure)

@@ -12,12 +12,13 @@ from leaf_ext import native, triton
 from leaf_ext import reference as reference  # implements the namespace leaf_ext_reference
 from leaf_ext.schema import REFERENCE, TRITON
 
-Backend = Literal["auto", "reference", "cpu", "triton"]
+Backend = Literal["auto", "reference", "cpu", "cuda", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-_NAMESPACE = {"reference": REFERENCE, "cpu": "leaf_ext", "triton": TRITON}
+# The compiled kernels of all devices share a namespace: torch picks by the tensors.
+_NAMESPACE = {"reference": REFERENCE, "cpu": "leaf_ext", "cuda": "leaf_ext", "triton": TRITON}
 # The order of preference of "auto" on each kind of device; elsewhere the reference runs.
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _FLOAT64 = "float64 exists only in backend='reference'"
 _log = logging.getLogger("leaf_ext")
 _said: set[str] = set()
@@ -27,12 +28,13 @@ def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     """Why a backend cannot run on this device and dtype, or None."""
     if backend == "reference":
         return None
-    if backend == "cpu" and device.type != "cpu":
-        return f"it runs on CPU tensors, got {device}"
+    if backend in ("cpu", "cuda") and device.type != backend:
+        return f"it runs on {backend.upper()} tensors, got {device}"
     if dtype == torch.float64:
         return _FLOAT64
-    reason: str | None = native.ERROR if backend == "cpu" else triton.missing(device.type)
-    return reason
+    if backend == "triton":
+        return triton.missing(device.type)
+    return native.missing(backend, device)
 
 
 def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> str:
@@ -56,7 +58,7 @@ def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> 
         if reason is None:
             return _NAMESPACE[candidate]
         if reason != _FLOAT64:
-            _say_once(f"running the slower reference instead of {candidate!r}: {reason}")
+            _say_once(f"{candidate!r} is not available, a slower backend runs instead: {reason}")
     return REFERENCE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import TypedDict
 
@@ -16,6 +17,7 @@ class BuildInfo(TypedDict):
     compiler: str
     backends: tuple[str, ...]
     architectures: tuple[str, ...]
+    cuda_architectures: tuple[str, ...]
     instruction_set: str
 
 
@@ -48,6 +50,41 @@ def prefer_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 # ERROR: why the compiled kernels are not available; None where they are.
 _INFO, ERROR = _load()
+
+
+def missing(backend: str, device: torch.device) -> str | None:
+    """Why the compiled kernels of a backend cannot run on a device of its kind, or None."""
+    if _INFO is None:
+        return ERROR
+    if backend == "cuda":
+        return _missing_on_gpu(device.index if device.index is not None else -1)
+    return None
+
+
+@functools.cache
+def _missing_on_gpu(index: int) -> str | None:
+    assert _INFO is not None
+    if "cuda" not in _INFO["backends"]:
+        return (
+            "this build has no CUDA kernels; `LEAF_BUILD_CUDA=1 pip install --no-build-isolation "
+            ".` builds them (it needs nvcc, and a CUDA build of torch)"
+        )
+    if torch.version.hip is not None:
+        return "it runs on GPUs by NVIDIA"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    major, minor = torch.cuda.get_device_capability(None if index < 0 else index)
+    built = [int(architecture) for architecture in _INFO["cuda_architectures"]]  # CMake checks them
+    # Machine code runs on its own generation from its minor version on, and PTX, of the newest one,
+    # on all that come later.
+    ours = 10 * major + minor
+    runs = any(b // 10 == major and b <= ours for b in built) or ours >= max(built)
+    if runs:
+        return None
+    return (
+        f"it was built for compute capabilities {', '.join(_INFO['cuda_architectures'])}, and this "
+        f"GPU has {ours} (LEAF_CUDA_ARCHS={ours} builds for it; 80 is the least)"
+    )
 
 
 def build_info() -> BuildInfo:

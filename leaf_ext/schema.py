@@ -35,6 +35,16 @@ def hidden_grad_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def gradient_rows(logits: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Where `dual_kl_` leaves the gradient of `logits` [N, V]: in their memory.
+
+    As rows of `dtype`, no wider than the logits', each of which starts where theirs does.
+    """
+    if dtype is None or dtype == logits.dtype:
+        return logits
+    return logits.view(dtype)[:, : logits.shape[1]]
+
+
 @dataclass(frozen=True)
 class Budget:
     """How far a result may lie from the float64 reference.
@@ -97,6 +107,10 @@ def _linear_dual_kl_bytes(s: Sizes) -> int:
     return (2 * student + teacher) * s["itemsize"]
 
 
+def _scale_bytes(s: Sizes) -> int:
+    return 2 * s["N"] * s["V_s"] * s["itemsize"]
+
+
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
@@ -117,7 +131,7 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "dual_kl_",
-            f"Tensor(a!) student, {_LOGITS}",
+            f"Tensor(a!) student, {_LOGITS}, ScalarType? grad_dtype=None",
             "(Tensor loss, Tensor grad_scale, Tensor rows)",
             _dual_kl_bytes,
         ),
@@ -130,6 +144,9 @@ OPS: dict[str, Op] = {
             "(Tensor loss, Tensor hidden_grad, Tensor head_grad, Tensor bias_grad, Tensor rows)",
             _linear_dual_kl_bytes,
         ),
+        # What the backwards of the losses do: multiply by the gradient of the loss, on the device.
+        Op("scaled", "Tensor grad, Tensor factor, ScalarType dtype", "Tensor", _scale_bytes),
+        Op("scale_", "Tensor(a!) grad, Tensor factor", "()", _scale_bytes),
     )
 }
 

@@ -7,45 +7,32 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from backends import BACKENDS, EMULATED, INTERPRETED, device_of  # before anything of leaf_ext
 from quick_interpreter import quicken_the_interpreter
 
-# Without a GPU the Triton kernels run in Triton's interpreter. Triton asks for this when it is
-# imported, so it is said before anything imports leaf_ext; on a GPU they run on the GPU.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from leaf_ext import dispatch
-from leaf_ext.triton import INTERPRETED
-
-
-def device_of(backend: str) -> torch.device:
-    """Where a backend runs in the tests."""
-    return torch.device("cuda" if backend == "triton" and not INTERPRETED else "cpu")
-
-
-# Every backend that runs on this machine. That "cpu" is among them is a test of its own, and what
-# compiles the Triton kernels fails without Triton.
-BACKENDS = tuple(
-    name
-    for name in dispatch.BACKENDS
-    if name != "auto" and dispatch.missing(name, device_of(name), torch.float32) is None
-)
 
 if INTERPRETED and "triton" in BACKENDS:
     quicken_the_interpreter()
 
 
+def left_to_gpus(name: str) -> bool:
+    """More than 2^31 logits, which would take the interpreter and the emulation hours."""
+    slow = (["triton"] if INTERPRETED else []) + (["cpu"] if EMULATED else [])
+    return any(f"{backend}-above_2_31" in name for backend in slow)
+
+
 @pytest.hookimpl(tryfirst=True)  # before "-m" looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes the interpreter long is slow: a case that says so, and hundreds of examples.
-
-    The case with more than 2^31 logits would take it hours, and is left to GPUs.
+    """What takes the interpreter or the emulation long is slow: a case that says so, and hundreds
+    of examples.
     """
-    if INTERPRETED:
-        items[:] = [item for item in items if "triton-above_2_31" not in item.name]
+    if INTERPRETED or EMULATED:
+        items[:] = [item for item in items if not left_to_gpus(item.name)]
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        interpreted = INTERPRETED and params.get("backend") == "triton"
+        backend = params.get("backend")
+        interpreted = (INTERPRETED and backend == "triton") or (EMULATED and backend == "cpu")
         examples = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
         long = examples or getattr(params.get("case"), "slow_to_interpret", False)
         if interpreted and long:
@@ -69,6 +56,22 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_default_device(device_of(request.param))
     yield str(request.param)
     torch.set_default_device(None)
+    if device_of(request.param).type == "cuda":
+        wait_for_the_gpu()
+
+
+def wait_for_the_gpu() -> None:
+    """So that a kernel's fault is one of the test that launched it.
+
+    After a fault no CUDA call of the process succeeds any more. pytest-xdist starts another process
+    for the tests to come; elsewhere they fail too.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
 
 
 @pytest.fixture
@@ -82,7 +85,8 @@ def poisoned_memory() -> Iterator[None]:
     """Memory that an op allocates and forgets to write holds NaN (or the largest integer)."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    # On a GPU torch's own products and sums count as not deterministic, and would raise.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -70,7 +70,11 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "spans_student_scalar": (lambda: spans(student=torch.tensor(1.0)), "student must have"),
     "spans_teacher_4d": (lambda: spans(teacher=ONES(3, 20, 2, 2)), "teacher must have 2 or 3"),
     "spans_norm_half": (lambda: spans(teacher=ONES(3, 20).half()), "float32 norms"),
-    "spans_gradient_float64": (lambda: spans(teacher=ONES(3, 20, 4).double()), "teacher must be"),
+    "spans_one_gradient": (lambda: spans(teacher=ONES(3, 20, 4)), "norms or gradients as teacher"),
+    "spans_gradient_float64": (
+        lambda: spans(teacher=ONES(3, 20, 4).double(), student=ONES(3, 20, 4)),
+        "teacher must be",
+    ),
     "spans_prunable_dtype": (lambda: spans(prunable=ONES(3, 20)), "prunable must be bool"),
     "spans_prunable_shape": (lambda: spans(prunable=ONES(3, 19).bool()), "prunable must have"),
     "spans_length": (lambda: spans(max_seqlen=21), "max_seqlen must be T = 20"),
@@ -90,7 +94,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "packed_too_long": (lambda: spans(packed=True, max_seqlen=19), "by at most max_seqlen = 19"),
     "packed_dtype": (
         lambda: spans(packed=True, cu_seqlens=torch.tensor([0.0, 60.0])),
-        "cu_seqlens must be int64 or int32",
+        "cu_seqlens must be int64",
     ),
     "packed_scalar": (
         lambda: spans(packed=True, cu_seqlens=torch.tensor(60)),

@@ -51,7 +51,14 @@ def test_the_default_cap_of_a_quantile_is_a_half(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "rows"), [(151936, 441), (1, 4096), (2**14, 4096), (2**15, 2048), (2**30, 32)]
+    ("vocabulary", "on_cpu", "on_gpu"),
+    [
+        *((151936, 416, 1536), (128256, 512, 2048)),
+        *((1, 4096, 4096), (2**14, 4096, 4096), (2**15, 2048, 4096), (2**30, 32, 32)),
+    ],
 )
-def test_the_default_chunk_holds_two_to_the_26_logits(vocabulary: int, rows: int) -> None:
-    assert default_chunk_size(vocabulary) == rows
+def test_the_default_chunk_holds_two_to_the_26_logits_or_28(
+    vocabulary: int, on_cpu: int, on_gpu: int
+) -> None:
+    assert default_chunk_size(vocabulary, torch.device("cpu")) == on_cpu
+    assert default_chunk_size(vocabulary, torch.device("cuda")) == on_gpu

@@ -82,7 +82,7 @@ def test_a_benchmark_imports_no_test(path: Path) -> None:
     assert not any(module.split(".")[0] == "tests" for module in imported_modules(path))
 
 
-@pytest.mark.parametrize("folder", ["cpu", "include"])
+@pytest.mark.parametrize("folder", ["cpu", "cuda", "include"])
 def test_kernels_include_no_torch_header(folder: str) -> None:
     sources = [p for p in (ROOT / "csrc" / folder).rglob("*") if p.is_file()]
     assert sources

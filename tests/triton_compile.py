@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from leaf_ext.triton import detect_spans, dual_kl, grad_norm
+from leaf_ext.triton import detect_spans, dual_kl, grad_norm, scale
 from leaf_ext.triton.launch import options
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -58,17 +58,30 @@ def norm_variants(dtypes: tuple[str, ...]) -> Iterator[Variant]:
 def kl_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[Variant]:
     names = ("NEED_GRAD", "NEED_ROWS", "STUDENT_CAPPED", "TEACHER_CAPPED")
     scalars = "temperature inv_temperature student_scale teacher_scale student_softcap"
-    for dtype, *chosen in itertools.product(dtypes, *[flags] * len(names)):
-        types = _named(f"*{dtype}", "student teacher grad")
+    # The gradient in the logits' dtype, or in a narrower one in the memory of float32 logits.
+    pairs = [(dtype, dtype) for dtype in dtypes]
+    pairs += [("fp32", dtype) for dtype in dtypes if dtype != "fp32"]
+    for (dtype, grad), *chosen in itertools.product(pairs, *[flags] * len(names)):
+        types = _named(f"*{dtype}", "student teacher") | _named(f"*{grad}", "grad")
         types |= _named("*fp32", "row_weight grad_scale kl measures")
         types |= _named("fp32", scalars + " teacher_softcap")
         constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": dual_kl._BLOCK}
+        constants["NARROWED"] = grad != dtype
         yield Variant(dual_kl.rows_kernel, types, constants, dual_kl._WARPS)
     block, warps = {"BLOCK": dual_kl._SUM_BLOCK}, dual_kl._SUM_WARPS
     sums = _named("*fp32", "row_weight kl loss") | {"temperature": "fp64"}
     yield Variant(dual_kl.loss_kernel, sums, block, warps)
     scale = _named("*fp32", "row_weight grad_scale") | {"bound": "fp32"}
     yield Variant(dual_kl.scale_kernel, scale, block, warps)
+
+
+def scale_variants(dtypes: tuple[str, ...]) -> Iterator[Variant]:
+    for source, target in itertools.product(dtypes, dtypes):
+        types = _named(f"*{source}", "source") | _named(f"*{target}", "target")
+        types |= _named("*fp32", "factor")
+        for inplace in {False, source == target}:
+            constants = {"INPLACE": inplace, "BLOCK": scale._BLOCK}
+            yield Variant(scale.multiply_kernel, types, constants, scale._WARPS)
 
 
 def spans_variants(flags: tuple[bool, ...]) -> Iterator[Variant]:
@@ -119,7 +132,12 @@ def with_ones(variant: Variant) -> Variant:
 def main() -> None:
     architecture, everything = int(sys.argv[1]), "--all" in sys.argv
     dtypes, flags = (DTYPES, (False, True)) if everything else (("bf16",), (True,))
-    for variants in (norm_variants(dtypes), kl_variants(dtypes, flags), spans_variants(flags)):
+    for variants in (
+        norm_variants(dtypes),
+        kl_variants(dtypes, flags),
+        scale_variants(dtypes),
+        spans_variants(flags),
+    ):
         for variant in variants:
             chosen = with_ones(variant) if "--ones" in sys.argv else variant
             print(json.dumps(compiled(chosen, architecture)), flush=True)

@@ -11,9 +11,9 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "leaf/dtype.h"
-#include "leaf/threads.h"
 
 namespace leaf::bindings {
 
@@ -29,8 +29,8 @@ void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string dtype_name(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return "float32";
     case ScalarType::Half:
@@ -46,9 +46,10 @@ inline std::string dtype_name(const Tensor& tensor) {
     case ScalarType::Int:
       return "int32";
     default:
-      return "scalar type " + std::to_string(static_cast<int>(tensor.scalar_type()));
+      return "scalar type " + std::to_string(static_cast<int>(dtype));
   }
 }
+inline std::string dtype_name(const Tensor& tensor) { return dtype_name(tensor.scalar_type()); }
 
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;
@@ -58,9 +59,16 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
+// Kernels of one device read the memory of that device only.
+inline void check_device(const char* op, const char* name, const Tensor& tensor,
+                         const Tensor& first) {
+  const bool same = tensor.is_cpu() == first.is_cpu() && tensor.is_cuda() == first.is_cuda() &&
+                    tensor.get_device_index() == first.get_device_index();
+  check(same, op, ": ", name, " must be on the device of the other tensors");
+}
+
 // The dtype of a tensor that a kernel may read as float values.
 inline DType float_dtype(const char* op, const char* name, const Tensor& tensor) {
-  check(tensor.is_cpu(), op, ": ", name, " must be on the CPU, as the chosen kernel is");
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -77,28 +85,22 @@ inline DType float_dtype(const char* op, const char* name, const Tensor& tensor)
 
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
                         const char* needed) {
-  check(tensor.is_cpu(), op, ": ", name, " must be on the CPU, as the chosen kernel is");
   check(tensor.scalar_type() == dtype, op, ": ", name, " must be ", needed, ", got ",
         dtype_name(tensor));
 }
 
 template <class T>
 T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
+  if constexpr (std::is_const_v<T>) {
+    return static_cast<T*>(tensor.const_data_ptr());
+  } else {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+  }
 }
 
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape,
                          ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
-}
-
-// The threads of torch: torch.set_num_threads governs them.
-inline Threads torch_threads() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()),
-          [](int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-            torch::stable::parallel_for(
-                0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
-          }};
 }
 
 }  // namespace leaf::bindings

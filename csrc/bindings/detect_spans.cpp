@@ -2,10 +2,11 @@
 
 #include <optional>
 #include <tuple>
-#include <vector>
+#include <utility>
 
 #include "check.h"
 #include "grad_norm.h"
+#include "run.h"
 
 namespace leaf::bindings {
 namespace {
@@ -20,45 +21,55 @@ bool same_shape(const Tensor& tensor, const Tensor& domain) {
   return true;
 }
 
-// Norms [tokens], from norms as they are or from gradients, whose last dimension is reduced.
-Tensor norms(const char* name, const Tensor& tensor, const Tensor& domain) {
+bool is_gradient(const char* name, const Tensor& tensor, const Tensor& domain) {
+  check_device(kOp, name, tensor, domain);
   check(same_shape(tensor, domain), kOp, ": ", name,
         " must have the shape of domain, with one more dimension for gradients: ", shape_of(domain),
         ", got ", shape_of(tensor));
-  if (tensor.dim() == domain.dim() + 1) return grad_norm_of_rows(rows_of(kOp, name, tensor));
+  if (tensor.dim() == domain.dim() + 1) return true;
   check(tensor.dim() == domain.dim(), kOp, ": ", name, " must have ", domain.dim(), " or ",
         domain.dim() + 1, " dimensions, got ", tensor.dim());
   check_dtype(kOp, name, tensor, ScalarType::Float, "float32 norms");
-  return torch::stable::contiguous(tensor);
+  return false;
 }
 
-std::vector<int64_t> batch_offsets(const Tensor& domain, int64_t max_seqlen) {
+// [tokens] of teacher and student, from norms as they are or from gradients.
+std::pair<Tensor, Tensor> norms_of(const Tensor& teacher, const Tensor& student,
+                                   const Tensor& domain) {
+  const bool gradients = is_gradient("teacher", teacher, domain);
+  check(is_gradient("student", student, domain) == gradients, kOp,
+        ": student must hold norms or gradients as teacher does, got ", shape_of(student));
+  if (!gradients) {
+    return {torch::stable::contiguous(teacher), torch::stable::contiguous(student)};
+  }
+  return grad_norms_of_rows(rows_of(kOp, "teacher", teacher), rows_of(kOp, "student", student));
+}
+
+void check_padded(const Tensor& domain, int64_t max_seqlen) {
   check(domain.dim() == 2, kOp, ": domain must be [B, T] without cu_seqlens, got ",
         shape_of(domain));
   check(max_seqlen == domain.size(1), kOp, ": max_seqlen must be T = ", domain.size(1),
         " without cu_seqlens, got ", max_seqlen);
-  std::vector<int64_t> offsets(domain.size(0) + 1);
-  for (size_t i = 0; i < offsets.size(); ++i) offsets[i] = static_cast<int64_t>(i) * max_seqlen;
-  return offsets;
 }
 
-std::vector<int64_t> packed_offsets(const Tensor& cu_seqlens, const Tensor& domain,
-                                    int64_t max_seqlen) {
-  const bool wide = cu_seqlens.scalar_type() == ScalarType::Long;
-  if (!wide) check_dtype(kOp, "cu_seqlens", cu_seqlens, ScalarType::Int, "int64 or int32");
+// The borders as int64, contiguous.
+Tensor packed_borders(const Tensor& cu_seqlens, const Tensor& domain) {
   check(domain.dim() == 1, kOp, ": domain must be [N] with cu_seqlens, got ", shape_of(domain));
-  check(cu_seqlens.is_cpu() && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, kOp,
-        ": cu_seqlens must be [B + 1] on the CPU, got ", shape_of(cu_seqlens));
-  const Tensor values = torch::stable::contiguous(cu_seqlens);
-  std::vector<int64_t> offsets(values.size(0));
-  for (size_t i = 0; i < offsets.size(); ++i) {
-    offsets[i] = wide ? data<int64_t>(values)[i] : data<int32_t>(values)[i];
-    const int64_t length = i == 0 ? 0 : offsets[i] - offsets[i - 1];
-    check(offsets[i] >= 0 && offsets[i] <= domain.size(0) && length >= 0 && length <= max_seqlen,
-          kOp, ": cu_seqlens must ascend within [0, N = ", domain.size(0),
-          "] by at most max_seqlen = ", max_seqlen, ", got ", offsets[i], " at index ", i);
+  check_device(kOp, "cu_seqlens", cu_seqlens, domain);
+  check_dtype(kOp, "cu_seqlens", cu_seqlens, ScalarType::Long, "int64");
+  check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, kOp, ": cu_seqlens must be [B + 1], got ",
+        shape_of(cu_seqlens));
+  return torch::stable::contiguous(cu_seqlens);
+}
+
+// On a CPU a wrong border is an error; on a GPU the kernel keeps within the tensors instead.
+void check_borders(const int64_t* borders, int64_t sequences, int64_t tokens, int64_t max_seqlen) {
+  for (int64_t i = 0; i <= sequences; ++i) {
+    const int64_t length = i == 0 ? 0 : borders[i] - borders[i - 1];
+    check(borders[i] >= 0 && borders[i] <= tokens && length >= 0 && length <= max_seqlen, kOp,
+          ": cu_seqlens must ascend within [0, N = ", tokens,
+          "] by at most max_seqlen = ", max_seqlen, ", got ", borders[i], " at index ", i);
   }
-  return offsets;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect_spans(
@@ -66,13 +77,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect_spans(
     bool quantile, double cap, double teacher_max, int64_t join_gap, int64_t min_length,
     std::optional<Tensor> cu_seqlens, int64_t max_seqlen) {
   check_dtype(kOp, "domain", domain, ScalarType::Bool, "bool");
-  const std::vector<int64_t> offsets = cu_seqlens ? packed_offsets(*cu_seqlens, domain, max_seqlen)
-                                                  : batch_offsets(domain, max_seqlen);
-  const Tensor teacher_norms = norms("teacher", teacher, domain);
-  const Tensor student_norms = norms("student", student, domain);
+  std::optional<Tensor> borders;
+  if (cu_seqlens) {
+    borders = packed_borders(*cu_seqlens, domain);
+  } else {
+    check_padded(domain, max_seqlen);
+  }
+  const auto [teacher_norms, student_norms] = norms_of(teacher, student, domain);
   const Tensor inside = torch::stable::contiguous(domain);
   std::optional<Tensor> cuttable;
   if (prunable) {
+    check_device(kOp, "prunable", *prunable, domain);
     check_dtype(kOp, "prunable", *prunable, ScalarType::Bool, "bool");
     check(prunable->dim() == domain.dim() && same_shape(*prunable, domain), kOp,
           ": prunable must have the shape of domain, ", shape_of(domain), ", got ",
@@ -80,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect_spans(
     cuttable = torch::stable::contiguous(*prunable);
   }
 
-  const auto sequences = static_cast<int64_t>(offsets.size()) - 1;
+  const int64_t sequences = borders ? borders->size(0) - 1 : domain.size(0);
   const int64_t max_spans = (max_seqlen + 1) / 2;
   Tensor span = new_tensor(domain, {sequences, max_spans, 2}, ScalarType::Long);
   Tensor count = new_tensor(domain, {sequences}, ScalarType::Long);
@@ -89,13 +104,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect_spans(
   Tensor status = new_tensor(domain, {sequences}, ScalarType::Long);
 
   DetectSpansParams params{};
-  params.teacher = data<float>(teacher_norms);
-  params.student = data<float>(student_norms);
-  params.domain = data<uint8_t>(inside);
-  params.prunable = cuttable ? data<uint8_t>(*cuttable) : nullptr;
-  params.offsets = offsets.data();
+  params.teacher = data<const float>(teacher_norms);
+  params.student = data<const float>(student_norms);
+  params.domain = data<const uint8_t>(inside);
+  params.prunable = cuttable ? data<const uint8_t>(*cuttable) : nullptr;
+  params.offsets = borders ? data<const int64_t>(*borders) : nullptr;
   params.tokens = domain.numel();
   params.sequences = sequences;
+  params.max_length = max_seqlen;
   params.max_spans = max_spans;
   params.threshold = threshold;
   params.quantile = quantile;
@@ -108,13 +124,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect_spans(
   params.score = data<float>(score);
   params.confounder = data<uint8_t>(confounder);
   params.status = data<int64_t>(status);
-  cpu::detect_spans(params, torch_threads());
+  run(
+      kOp, domain,
+      [&](const Threads& threads) {
+        if (borders) check_borders(params.offsets, sequences, params.tokens, max_seqlen);
+        cpu::detect_spans(params, threads);
+      },
+      [&](auto stream) { return cuda::detect_spans(params, stream); });
   return {span, count, score, confounder, status};
 }
 
 }  // namespace
 }  // namespace leaf::bindings
 
-STABLE_TORCH_LIBRARY_IMPL(leaf_ext, CPU, m) {
-  m.impl("detect_spans", TORCH_BOX(&leaf::bindings::detect_spans));
-}
+LEAF_IMPLEMENT(m, { m.impl("detect_spans", TORCH_BOX(&leaf::bindings::detect_spans)); })

@@ -1,9 +1,11 @@
 #include "leaf/dual_kl.h"
 
+#include <optional>
 #include <tuple>
 
 #include "check.h"
 #include "pages.h"
+#include "run.h"
 
 namespace leaf::bindings {
 namespace {
@@ -15,7 +17,9 @@ Logits logits_view(const char* op, const char* name, const Tensor& tensor, doubl
         " must be [N, V] with V >= 1, got ", shape_of(tensor));
   check(tensor.stride(1) == 1 || tensor.size(1) == 1, op, ": ", name,
         " must have a contiguous last dimension, got stride ", tensor.stride(1));
-  return {tensor.mutable_data_ptr(), dtype,
+  check(tensor.size(1) <= INT32_MAX - 64, op, ": ", name, " must have V below 2^31, got ",
+        tensor.size(1));
+  return {tensor.const_data_ptr(),   dtype,
           tensor.stride(0),          tensor.size(1),
           static_cast<float>(scale), static_cast<float>(softcap)};
 }
@@ -29,26 +33,34 @@ DualKLParams input_params(const char* op, const Tensor& student, const Tensor& t
   params.rows = student.size(0);
   check(teacher.size(0) == params.rows, op, ": teacher must have the student's ", params.rows,
         " rows, got ", teacher.size(0));
+  check_device(op, "teacher", teacher, student);
+  check_device(op, "row_weight", row_weight, student);
   check_dtype(op, "row_weight", row_weight, ScalarType::Float, "float32");
   check(row_weight.dim() == 1 && row_weight.size(0) == params.rows, op,
         ": row_weight must be [N] with N = ", params.rows, ", got ", shape_of(row_weight));
   check(row_weight.is_contiguous(), op, ": row_weight must be contiguous, got stride ",
         row_weight.stride(0));
   check(temperature > 0.0, op, ": temperature must be positive, got ", temperature);
-  params.row_weight = data<float>(row_weight);
+  params.row_weight = data<const float>(row_weight);
   params.temperature = static_cast<float>(temperature);
   return params;
 }
 
 // Allocates loss, grad_scale and rows, and runs.
-std::tuple<Tensor, Tensor, Tensor> run(DualKLParams& params, const Tensor& like, bool need_rows) {
+std::tuple<Tensor, Tensor, Tensor> run_op(const char* op, DualKLParams& params, const Tensor& like,
+                                          bool need_rows) {
   Tensor loss = new_tensor(like, {}, ScalarType::Float);
   Tensor grad_scale = new_tensor(like, {}, ScalarType::Float);
   Tensor rows = new_tensor(like, {4, need_rows ? params.rows : 0}, ScalarType::Float);
   params.loss = data<float>(loss);
   params.grad_scale = data<float>(grad_scale);
   params.row_results = need_rows ? data<float>(rows) : nullptr;
-  cpu::dual_kl(params, torch_threads());
+  run(
+      op, like, [&](const Threads& threads) { cpu::dual_kl(params, threads); },
+      [&](auto stream) {
+        const Tensor scratch = new_tensor(like, {cuda::dual_kl_scratch(params)}, ScalarType::Float);
+        return cuda::dual_kl(params, data<float>(scratch), stream);
+      });
   return {loss, grad_scale, rows};
 }
 
@@ -64,18 +76,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_kl(Tensor student, Tensor teache
                           : torch::stable::new_empty(student, {0});
   if (need_grad) {
     params.grad = grad.mutable_data_ptr();
+    params.grad_dtype = params.student.dtype;
     params.grad_row_stride = student.size(1);
-    prefer_huge_pages(params.grad, static_cast<size_t>(grad.numel() * grad.element_size()));
+    if (student.is_cpu()) {
+      prefer_huge_pages(params.grad, static_cast<size_t>(grad.numel() * grad.element_size()));
+    }
   }
-  auto [loss, grad_scale, rows] = run(params, student, need_rows);
+  auto [loss, grad_scale, rows] = run_op("dual_kl", params, student, need_rows);
   return {loss, grad, grad_scale, rows};
+}
+
+// Of a gradient in the student's memory, whose rows start where the student's do.
+DType gradient_dtype(const Tensor& student, DType own, std::optional<ScalarType> wanted) {
+  if (!wanted || *wanted == student.scalar_type()) return own;
+  const bool narrower =
+      own == DType::kFloat32 && (*wanted == ScalarType::Half || *wanted == ScalarType::BFloat16);
+  check(narrower && on_gpu(student),
+        "dual_kl_: grad_dtype must be the student's dtype, or for a "
+        "float32 student on a GPU float16 or bfloat16, got ",
+        dtype_name(*wanted));
+  return *wanted == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
 std::tuple<Tensor, Tensor, Tensor> dual_kl_inplace(Tensor student, Tensor teacher,
                                                    Tensor row_weight, double temperature,
                                                    double student_scale, double teacher_scale,
                                                    double student_softcap, double teacher_softcap,
-                                                   bool need_grad, bool need_rows) {
+                                                   bool need_grad, bool need_rows,
+                                                   std::optional<ScalarType> grad_dtype) {
   DualKLParams params =
       input_params("dual_kl_", student, teacher, row_weight, temperature, student_scale,
                    teacher_scale, student_softcap, teacher_softcap);
@@ -84,15 +112,17 @@ std::tuple<Tensor, Tensor, Tensor> dual_kl_inplace(Tensor student, Tensor teache
         " for V = ", student.size(1));
   if (need_grad) {
     params.grad = student.mutable_data_ptr();
-    params.grad_row_stride = student.stride(0);
+    params.grad_dtype = gradient_dtype(student, params.student.dtype, grad_dtype);
+    params.grad_row_stride =
+        student.stride(0) * size_of(params.student.dtype) / size_of(params.grad_dtype);
   }
-  return run(params, student, need_rows);
+  return run_op("dual_kl_", params, student, need_rows);
 }
 
 }  // namespace
 }  // namespace leaf::bindings
 
-STABLE_TORCH_LIBRARY_IMPL(leaf_ext, CPU, m) {
+LEAF_IMPLEMENT(m, {
   m.impl("dual_kl", TORCH_BOX(&leaf::bindings::dual_kl));
   m.impl("dual_kl_", TORCH_BOX(&leaf::bindings::dual_kl_inplace));
-}
+})

@@ -1,5 +1,7 @@
 #include "grad_norm.h"
 
+#include "run.h"
+
 namespace leaf::bindings {
 namespace {
 
@@ -45,14 +47,41 @@ Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
   return {owner, view};
 }
 
+namespace {
+
+GradNormParams params_of(const Rows& rows, const Tensor& norm) {
+  return {rows.view, data<float>(norm)};
+}
+
+Tensor new_norm(const Rows& rows) {
+  return new_tensor(rows.owner, {rows.view.rows}, ScalarType::Float);
+}
+
+}  // namespace
+
 Tensor grad_norm_of_rows(const Rows& rows) {
-  Tensor norm = new_tensor(rows.owner, {rows.view.rows}, ScalarType::Float);
-  cpu::grad_norm({rows.view, data<float>(norm)}, torch_threads());
+  const Tensor norm = new_norm(rows);
+  const GradNormParams params = params_of(rows, norm);
+  run(
+      "grad_norm", rows.owner, [&](const Threads& threads) { cpu::grad_norm(params, threads); },
+      [&](auto stream) { return cuda::grad_norm(params, nullptr, stream); });
   return norm;
+}
+
+std::pair<Tensor, Tensor> grad_norms_of_rows(const Rows& first, const Rows& second) {
+  const std::pair<Tensor, Tensor> norms{new_norm(first), new_norm(second)};
+  const GradNormParams one = params_of(first, norms.first);
+  const GradNormParams other = params_of(second, norms.second);
+  run(
+      "detect_spans", first.owner,
+      [&](const Threads& threads) {
+        cpu::grad_norm(one, threads);
+        cpu::grad_norm(other, threads);
+      },
+      [&](auto stream) { return cuda::grad_norm(one, &other, stream); });
+  return norms;
 }
 
 }  // namespace leaf::bindings
 
-STABLE_TORCH_LIBRARY_IMPL(leaf_ext, CPU, m) {
-  m.impl("grad_norm", TORCH_BOX(&leaf::bindings::grad_norm));
-}
+LEAF_IMPLEMENT(m, { m.impl("grad_norm", TORCH_BOX(&leaf::bindings::grad_norm)); })

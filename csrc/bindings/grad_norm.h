@@ -1,5 +1,7 @@
 #pragma once
 
+#include <utility>
+
 #include "check.h"
 #include "leaf/grad_norm.h"
 
@@ -16,5 +18,8 @@ Rows rows_of(const char* op, const char* name, const Tensor& tensor);
 
 // [rows] float32
 Tensor grad_norm_of_rows(const Rows& rows);
+
+// Both models', on a GPU in one launch.
+std::pair<Tensor, Tensor> grad_norms_of_rows(const Rows& first, const Rows& second);
 
 }  // namespace leaf::bindings

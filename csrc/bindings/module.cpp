@@ -19,8 +19,12 @@ PYBIND11_MODULE(_C, module) {
         info["version"] = LEAF_VERSION;
         info["torch"] = LEAF_TORCH_VERSION;  // that it was built with
         info["compiler"] = LEAF_COMPILER;
-        info["backends"] = py::make_tuple("cpu");
-        info["architectures"] = py::tuple(py::str(LEAF_ARCHITECTURES).attr("split")(" "));
+        const auto words = [](const char* text) {
+          return py::tuple(py::str(text).attr("split")());
+        };
+        info["backends"] = words(LEAF_BACKENDS);
+        info["architectures"] = words(LEAF_ARCHITECTURES);
+        info["cuda_architectures"] = words(LEAF_CUDA_ARCHITECTURES);
         info["instruction_set"] = leaf::cpu::instruction_set();
         return info;
       },

@@ -125,8 +125,8 @@ class Sequence {
   Sequence(const DetectSpansParams& params, int64_t index)
       : p_(params),
         index_(index),
-        begin_(params.offsets[index]),
-        n_(params.offsets[index + 1] - params.offsets[index]),
+        begin_(params.border(index)),
+        n_(params.border(index + 1) - begin_),
         domain_(params.domain + begin_),
         score_(params.score + begin_),
         confounder_(params.confounder + begin_) {}
@@ -217,8 +217,8 @@ class Sequence {
 
 void detect_spans(const DetectSpansParams& params, const Threads& threads) {
   // Tokens before the first and after the last sequence belong to none.
-  const int64_t first = params.sequences > 0 ? params.offsets[0] : 0;
-  const int64_t last = params.sequences > 0 ? params.offsets[params.sequences] : 0;
+  const int64_t first = params.sequences > 0 ? params.border(0) : 0;
+  const int64_t last = params.sequences > 0 ? params.border(params.sequences) : 0;
   std::fill(params.score, params.score + first, kNaN);
   std::fill(params.score + last, params.score + params.tokens, kNaN);
   std::fill(params.confounder, params.confounder + first, 0);

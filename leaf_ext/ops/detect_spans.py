@@ -82,7 +82,7 @@ def detect_spans(
         cu_seqlens: [B + 1] int32 or int64, borders of the packed sequences; needs `max_seqlen`, an
             integer of at least the longest sequence, which stands for T. Its values are checked on
             a CPU.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
     Returns:
         `Spans`; nothing waits for the device until `tolist()`. Not differentiable.
     Raises:

@@ -86,7 +86,7 @@ def dual_kl(
             afterwards; the backward scales it in place, so a second backward raises. Inside
             torch.compile the backward scales into new memory, and a second one is right.
         return_rows: adds a `DualKLRows` from the same pass.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
     Returns:
         The loss, [] float32, in nats; with `return_rows` a pair (loss, rows). First-order
         differentiable with respect to `student_logits`; nothing flows to the teacher.

@@ -17,7 +17,7 @@ def grad_norm(grad: Tensor, *, backend: Backend = "auto") -> Tensor:
 
     Args:
         grad: [*, H], float32, float16 or bfloat16 (float64 with backend="reference").
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
     Returns:
         [*] float32 (float64 for float64), in the gradient's unit (nats per unit of embedding).
         Right for entries from 1e-30 to 1e30; NaN gives NaN, inf gives inf. Not differentiable.

@@ -77,9 +77,10 @@ def linear_dual_kl(
         loss = dual_kl(z_s, z_t, row_weight)
 
     The gradients are made in the forward and only multiplied in the backward. Rows of weight 0 are
-    dropped before the first product (one host synchronization). Logits have the inputs' dtype
-    (float32 for float16 inputs, through a float32 copy of the head): a CPU's library gives no wider
-    product; backend="reference" multiplies in float32 throughout. The head's gradient accumulates
+    dropped before the first product (one host synchronization). On a GPU logits come out of the
+    product in float32. A CPU's library gives no wider product, so there they have the inputs' dtype
+    (float32 for float16 inputs, through a float32 copy of the head). backend="reference" multiplies
+    in float32 throughout. The head's gradient accumulates
     over chunks in float32. A frozen head costs no product, and without gradients only the loss is
     computed. Beyond a few numbers a row, only the gradient of the hidden states grows with N:
     memory holds it once until the backward (in float32 for float16 inputs) and during the backward
@@ -92,9 +93,10 @@ def linear_dual_kl(
         teacher_hidden, teacher_head: [N, H_t], [V_t, H_t] of one dtype.
         row_weight: [N] float32, see `row_weights`.
         student_bias, teacher_bias: [V_s], [V_t], of their head's dtype.
-        chunk_size: an upper bound; the default holds two chunks of logits in 2^27 elements (256 MiB
-            in bfloat16), 32 to 4096 rows: enough for the products to run at full speed and for the
-            head's gradient, read and written once a chunk, to be a small part of the traffic.
+        chunk_size: an upper bound; by default a chunk of one model's logits has 2^26 elements (128
+            MiB in bfloat16), on a GPU 2^28 (1 GiB in float32), and 32 to 4096 rows: enough for the
+            products to run at full speed and for the head's gradient, read and written once a
+            chunk, to be a small part of the traffic.
         temperature, logit_scale, logit_softcap, return_rows, backend: as in `dual_kl`.
     Returns:
         The loss, [] float32, in nats; with `return_rows` a pair (loss, rows).
@@ -109,7 +111,8 @@ def linear_dual_kl(
     _check_model("teacher", teacher, student[0], backend)
     checks.require_row_weight(_OP, row_weight, student[0].shape[0], student[0])
     if chunk_size is None:
-        chunk_size = linear_chunks.default_chunk_size(max(student[1].shape[0], teacher[1].shape[0]))
+        vocabulary = max(student[1].shape[0], teacher[1].shape[0])
+        chunk_size = linear_chunks.default_chunk_size(vocabulary, student[0].device)
     chunk_size = checks.require_integer(_OP, "chunk_size", chunk_size, 1)
     need = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad

@@ -10,6 +10,7 @@ from leaf_ext.reference.detect_spans import detect_spans
 from leaf_ext.reference.dual_kl import dual_kl, dual_kl_
 from leaf_ext.reference.grad_norm import grad_norm
 from leaf_ext.reference.linear_dual_kl import linear_dual_kl
+from leaf_ext.reference.scale import scale_, scaled
 from leaf_ext.schema import LIBRARIES, REFERENCE
 
 for _name, _function in {
@@ -18,7 +19,17 @@ for _name, _function in {
     "dual_kl": dual_kl,
     "dual_kl_": dual_kl_,
     "linear_dual_kl": linear_dual_kl,
+    "scaled": scaled,
+    "scale_": scale_,
 }.items():
     LIBRARIES[REFERENCE].impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
-__all__ = ["detect_spans", "dual_kl", "dual_kl_", "grad_norm", "linear_dual_kl"]
+__all__ = [
+    "detect_spans",
+    "dual_kl",
+    "dual_kl_",
+    "grad_norm",
+    "linear_dual_kl",
+    "scale_",
+    "scaled",
+]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from leaf_ext.reference.widen import widen
+from leaf_ext.schema import gradient_rows
 
 # Below this distance of two log-probabilities the series form is the accurate one.
 _CLOSE = 0.5
@@ -72,32 +73,12 @@ def dual_kl(
     p = softmax of the tempered logits over the common vocabulary (LeaF, arXiv:2506.07851, the
     objective of section 3; the weights hold lambda and both denominators).
     """
-    rows, vocabulary = student.shape[0], min(student.shape[1], teacher.shape[1])
-    live = row_weight.nonzero().squeeze(1)
-    # Indexing first: a dropped row may hold anything, NaN included, and is never read.
-    raw_s, raw_t = student[live, :vocabulary], teacher[live, :vocabulary]
-    x_s = temper(raw_s, student_scale, student_softcap, temperature)
-    x_t = temper(raw_t, teacher_scale, teacher_softcap, temperature)
-    weight = row_weight[live]
-    kl = kl_rows(x_s, x_t)
-    loss = temperature**2 * (weight * kl).sum()
-
-    grad_scale = torch.ones_like(loss)
-    grad = student.new_empty(0)
-    if need_grad:
-        bound = temperature * student_scale
-        grad_scale = float16_scale(weight, bound) if student.dtype == torch.float16 else grad_scale
-        slope = bound * (weight * grad_scale)[:, None] * (x_s.softmax(-1) - x_t.softmax(-1))
-        if student_softcap:
-            slope = slope * (1 - torch.tanh(widen(raw_s) * student_scale / student_softcap) ** 2)
-        grad = torch.zeros_like(student, memory_format=torch.contiguous_format)
-        grad[live, :vocabulary] = slope.to(student.dtype)
-    metrics = loss.new_zeros(4, rows if need_rows else 0)
-    if need_rows:
-        metrics[:, live] = torch.stack(
-            (kl, entropy(x_s), entropy(x_t), agreement(raw_s, raw_t, kl))
-        )
-    return DualKL(loss, grad, grad_scale, metrics)
+    student_options = (student_scale, student_softcap, temperature)
+    teacher_options = (teacher_scale, teacher_softcap, temperature)
+    dtype = student.dtype if need_grad else None
+    return _dual_kl(
+        student, teacher, row_weight, student_options, teacher_options, dtype, need_rows
+    )
 
 
 def dual_kl_(
@@ -111,23 +92,55 @@ def dual_kl_(
     teacher_softcap: float,
     need_grad: bool,
     need_rows: bool,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same; the gradient overwrites the student's logits."""
-    result = dual_kl(
-        student,
-        teacher,
-        row_weight,
-        temperature,
-        student_scale,
-        teacher_scale,
-        student_softcap,
-        teacher_softcap,
-        need_grad,
-        need_rows,
+    """The same; the gradient overwrites the student's logits (see `gradient_rows`)."""
+    student_options = (student_scale, student_softcap, temperature)
+    teacher_options = (teacher_scale, teacher_softcap, temperature)
+    dtype = (grad_dtype or student.dtype) if need_grad else None
+    result = _dual_kl(
+        student, teacher, row_weight, student_options, teacher_options, dtype, need_rows
     )
     if need_grad:
-        student.copy_(result.grad)
+        gradient_rows(student, grad_dtype).copy_(result.grad)
     return result.loss, result.grad_scale, result.rows
+
+
+def _dual_kl(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor,
+    student_options: tuple[float, float, float],
+    teacher_options: tuple[float, float, float],
+    grad_dtype: torch.dtype | None,
+    need_rows: bool,
+) -> DualKL:
+    rows, vocabulary = student.shape[0], min(student.shape[1], teacher.shape[1])
+    live = row_weight.nonzero().squeeze(1)
+    # Indexing first: a dropped row may hold anything, NaN included, and is never read.
+    raw_s, raw_t = student[live, :vocabulary], teacher[live, :vocabulary]
+    x_s, x_t = temper(raw_s, *student_options), temper(raw_t, *teacher_options)
+    weight = row_weight[live]
+    kl = kl_rows(x_s, x_t)
+    scale, softcap, temperature = student_options
+    loss = temperature**2 * (weight * kl).sum()
+
+    grad_scale = torch.ones_like(loss)
+    grad = student.new_empty(0)
+    if grad_dtype is not None:
+        bound = temperature * scale
+        grad_scale = float16_scale(weight, bound) if grad_dtype == torch.float16 else grad_scale
+        slope = bound * (weight * grad_scale)[:, None] * (x_s.softmax(-1) - x_t.softmax(-1))
+        if softcap:
+            slope = slope * (1 - torch.tanh(widen(raw_s) * scale / softcap) ** 2)
+        grad = student.new_zeros(student.shape, dtype=grad_dtype)
+        grad[live, :vocabulary] = slope.to(grad_dtype)
+    metrics = loss.new_zeros(4, rows if need_rows else 0)
+    if need_rows:
+        metrics[:, live] = torch.stack(
+            (kl, entropy(x_s), entropy(x_t), agreement(raw_s, raw_t, kl))
+        )
+    return DualKL(loss, grad, grad_scale, metrics)
 
 
 def float16_scale(weight: Tensor, bound: float) -> Tensor:

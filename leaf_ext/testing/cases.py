@@ -221,11 +221,50 @@ BENCH_KL_CASES = [
 ]
 # Against the same with all rows: what dropped rows save.
 BENCH_HALF_CASE = KLCase("4096x49152_half", 4096, 49152, 49152, torch.bfloat16, live=0.5)
-BENCH_LINEAR_CASES = [
-    LinearCase(
-        "512x576x49152",
-        KLCase("", 512, 49152, 49152, torch.bfloat16, live=1.0),
-        student_hidden=576,
-        teacher_hidden=576,
-    )
+
+
+def _bench_linear_case(rows: int, student: int, teacher: int, vocabulary: int) -> LinearCase:
+    logits = KLCase("", rows, vocabulary, vocabulary, torch.bfloat16, live=1.0)
+    return LinearCase(f"{rows}x{student}_{teacher}x{vocabulary}", logits, student, teacher)
+
+
+BENCH_LINEAR_CASES = [_bench_linear_case(512, 576, 576, 49152)]
+# Too large for all but ours, eager torch and the bare products.
+BENCH_LARGE_LINEAR_CASES = [_bench_linear_case(512, 2048, 4096, 128256)]
+# With the first of them: memory does not grow with the rows.
+BENCH_LONG_LINEAR_CASES = [_bench_linear_case(8192, 576, 576, 49152)]
+
+# What `make gpu` times, the most important first. The names of cases are what its table of targets
+# asks for. Every row is live: no peer can drop one.
+_GPU_VOCABULARIES = (128256, 32000, 151936, 50257, 262144)
+_GPU_SHAPES = [(rows, vocabulary) for rows in (8192, 1024) for vocabulary in _GPU_VOCABULARIES]
+
+
+def _gpu_kl_case(rows: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> KLCase:
+    return KLCase(f"{rows}x{vocabulary}", rows, vocabulary, vocabulary, dtype, live=1.0)
+
+
+def _gpu_linear_case(rows: int, student_hidden: int, teacher_hidden: int) -> LinearCase:
+    name, logits = f"{rows}x128256_{student_hidden}_{teacher_hidden}", _gpu_kl_case(rows, 128256)
+    return LinearCase(name, logits, student_hidden, teacher_hidden)
+
+
+GPU_KL_CASES = [_gpu_kl_case(8192, vocabulary) for vocabulary in _GPU_VOCABULARIES]
+GPU_OTHER_KL_CASES = [
+    case
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for case in (_gpu_kl_case(*shape, dtype) for shape in _GPU_SHAPES)
+    if case not in GPU_KL_CASES
+]
+GPU_LINEAR_CASES = [_gpu_linear_case(8192, *h) for h in ((2048, 4096), (2048, 8192), (4096, 4096))]
+# With the first of those: memory does not grow with the rows.
+GPU_LONG_LINEAR_CASES = [_gpu_linear_case(rows, 2048, 4096) for rows in (32768, 2048)]
+GPU_NORM_CASES = [
+    NormCase(f"8x4096x{width}", (8, 4096, width), torch.bfloat16, magnitude=1e-3)
+    for width in (8192, 2048)
+]
+GPU_SPANS_CASES = [
+    SpansCase("64x4096", batch=64, length=4096),
+    SpansCase("8x131072", batch=8, length=131072),
+    SpansCase("8x4096_8192_2048", 8, 4096, hidden=(8192, 2048), dtype=torch.bfloat16),
 ]

@@ -74,7 +74,7 @@ def eager_spans(
     confounder = domain & (score <= threshold)
     edge = functional.pad(confounder, (1, 1)).to(torch.int8).diff(dim=1)
     batch, length = domain.shape
-    span = torch.full((batch, (length + 1) // 2, 2), -1)
+    span = domain.new_full((batch, (length + 1) // 2, 2), -1, dtype=torch.int64)
     for side, step in enumerate((1, -1)):  # starts, stops
         found = edge == step
         rank = found.cumsum(1) - 1

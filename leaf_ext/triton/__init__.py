@@ -48,5 +48,7 @@ for _op, _module in {
     "detect_spans": "detect_spans",
     "dual_kl": "dual_kl",
     "dual_kl_": "dual_kl",
+    "scaled": "scale",
+    "scale_": "scale",
 }.items():
     LIBRARIES[TRITON].impl(_op, _lazily(_module, _op), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

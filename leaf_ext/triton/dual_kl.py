@@ -11,7 +11,9 @@ the terms of loss and gradient,
 Where l is small, p_s - p_t = p_t (phi - l) and the term of the sum is p_t phi, with
 phi = exp(-l) - 1 + l >= 0 by its series, so that nothing cancels. The maxima are subtracted first,
 so that an offset between the two models costs no digits. The second pass goes backwards: what the
-first one read last is what the cache still holds.
+first one read last is what the cache still holds. Only where the gradient lies, narrower, in the
+student's memory it goes forwards, with a barrier between reading and writing a block: what a block
+overwrites was read in this block or before.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leaf_ext.schema import gradient_rows
 from leaf_ext.triton.launch import check, check_adjacent, on_device_of, options
 from leaf_ext.triton.narrow import narrow
 from leaf_ext.triton.softmax import LOWEST, capped, first_of_largest, fold, online
@@ -85,6 +88,7 @@ def rows_kernel(
     NEED_ROWS: tl.constexpr,
     STUDENT_CAPPED: tl.constexpr,
     TEACHER_CAPPED: tl.constexpr,
+    NARROWED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -148,7 +152,8 @@ def rows_kernel(
     entropy_t = tl.full([BLOCK], 0.0, tl.float32)
     blocks = (vocabulary + BLOCK - 1) // BLOCK
     for block in range(blocks):
-        columns = (blocks - 1 - block) * BLOCK + lanes
+        first = block if NARROWED else blocks - 1 - block
+        columns = first * BLOCK + lanes
         inside = columns < vocabulary
         z_s = tl.load(student + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(
             tl.float32
@@ -165,6 +170,8 @@ def rows_kernel(
         log_ratio = (below_t - below_s) * inv_temperature + (log_s - log_t)
         difference, term = _difference_and_term(p_s, p_t, log_ratio)
         kl_terms += tl.where(inside, term, 0.0)
+        if NARROWED:
+            tl.debug_barrier()
         if NEED_GRAD:
             value = narrow(factor * difference * slope, grad.dtype.element_ty)
             tl.store(grad + columns, value, mask=inside, eviction_policy="evict_first")
@@ -246,12 +253,15 @@ def dual_kl_(
     teacher_softcap: float,
     need_grad: bool,
     need_rows: bool,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same; the gradient overwrites the student's logits."""
+    """The same; the gradient overwrites the student's logits (see `gradient_rows`)."""
     separate = student.shape[0] <= 1 or student.stride(0) >= student.shape[1]
     check(separate, f"dual_kl_: rows of student must not overlap, got strides {student.stride()}")
     scalars = (temperature, student_scale, teacher_scale, student_softcap, teacher_softcap)
-    target = student if need_grad else None
+    narrower = grad_dtype in (None, student.dtype) or student.dtype == torch.float32
+    check(narrower, f"dual_kl_: grad_dtype must be no wider than the student's, got {grad_dtype}")
+    target = gradient_rows(student, grad_dtype) if need_grad else None
     return _run("dual_kl_", student, teacher, row_weight, target, scalars, need_rows)
 
 
@@ -288,6 +298,7 @@ def _run(
                 student_softcap, teacher_softcap,
                 NEED_GRAD=grad is not None, NEED_ROWS=need_rows,
                 STUDENT_CAPPED=student_softcap != 0, TEACHER_CAPPED=teacher_softcap != 0,
+                NARROWED=target.dtype != student.dtype,
                 BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), **options(_WARPS),
             )  # fmt: skip
         loss_kernel[(1,)](

@@ -14,10 +14,17 @@ struct DetectSpansParams {
   // Masks are bytes, 0 where false: loops over bool do not vectorize.
   const uint8_t* domain;    // [tokens]
   const uint8_t* prunable;  // [tokens], or null: the whole domain
-  const int64_t* offsets;  // [sequences + 1], ascending: sequence b is [offsets[b], offsets[b + 1])
+  // [sequences + 1], ascending: sequence b is [offsets[b], offsets[b + 1]); or null, where it is
+  // [b * max_length, (b + 1) * max_length). On a GPU they lie there, and nobody has checked them.
+  const int64_t* offsets;
   int64_t tokens;
   int64_t sequences;
-  int64_t max_spans;  // ceil(longest sequence / 2)
+  int64_t max_length;  // of a sequence
+  int64_t max_spans;   // ceil(max_length / 2)
+
+  int64_t border(int64_t sequence) const {
+    return offsets == nullptr ? sequence * max_length : offsets[sequence];
+  }
 
   double threshold;
   bool quantile;
@@ -36,5 +43,9 @@ struct DetectSpansParams {
 namespace cpu {
 void detect_spans(const DetectSpansParams& params, const Threads& threads);
 }  // namespace cpu
+
+namespace cuda {
+int detect_spans(const DetectSpansParams& params, void* stream);
+}  // namespace cuda
 
 }  // namespace leaf

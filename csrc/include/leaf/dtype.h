@@ -2,11 +2,18 @@
 
 #include <cstdint>
 
+// Also for kernels, where nvcc compiles.
+#ifdef __CUDACC__
+#define LEAF_HOST_DEVICE __host__ __device__
+#else
+#define LEAF_HOST_DEVICE
+#endif
+
 namespace leaf {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+LEAF_HOST_DEVICE constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // The address of element `index` of an array whose element type is known only at run time.
 inline const void* offset(const void* base, int64_t index, DType dtype) {

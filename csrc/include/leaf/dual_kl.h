@@ -25,8 +25,10 @@ struct DualKLParams {
   int64_t rows;
   float temperature;
 
-  void*
-      grad;  // [rows, student.vocab] in the student's dtype, may be the student itself; null: none
+  // [rows, student.vocab]; null: none. May be the memory of the student, also as rows of a narrower
+  // dtype, each of which starts where the student's does (on a GPU).
+  void* grad;
+  DType grad_dtype;  // on a CPU the student's
   int64_t grad_row_stride;
   float* loss;         // []
   float* grad_scale;   // []
@@ -36,5 +38,11 @@ struct DualKLParams {
 namespace cpu {
 void dual_kl(const DualKLParams& params, const Threads& threads);
 }  // namespace cpu
+
+namespace cuda {
+// A launcher needs so many floats of scratch memory on the device.
+int64_t dual_kl_scratch(const DualKLParams& params);
+int dual_kl(const DualKLParams& params, float* scratch, void* stream);
+}  // namespace cuda
 
 }  // namespace leaf

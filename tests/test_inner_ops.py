@@ -1,0 +1,114 @@
+"""What the losses are made of and no public function shows: narrow gradients, scaling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from backends import BACKENDS
+from test_ops import test_linear_dual_kl as check_linear_dual_kl
+from torch import Tensor
+
+import leaf_ext
+from leaf_ext.ops import linear_chunks
+from leaf_ext.schema import DTYPES, gradient_rows
+from leaf_ext.testing import cases, inputs
+
+SCALARS = (1.5, 1.0, 0.5, 0.0, 20.0)
+NARROW = (torch.float16, torch.bfloat16)
+
+
+def logits(rows: int, student: int, teacher: int) -> tuple[Tensor, Tensor, Tensor]:
+    """float32, the student in rows that lie apart; one row in three is dropped and holds NaN."""
+    weight = (torch.arange(rows) % 3 != 1).float() / max(1, rows)
+    z_s, z_t = torch.randn(rows, student) * 4, torch.randn(rows, teacher) * 4
+    z_s[weight == 0] = float("nan")
+    return inputs.strided(z_s), z_t, weight
+
+
+def narrows(backend: str) -> bool:
+    """The CPU's kernels share a row's blocks among threads, which narrowing in place forbids."""
+    return backend != "cpu" or "cpu" not in leaf_ext.build_info()["backends"]
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (3, 9, 7), (5, 300, 340), (2, 4103, 4099), (0, 8, 8)])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_a_narrow_gradient_is_the_wide_one_rounded(
+    backend: str, namespace: str, sizes: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    ops: Any = getattr(torch.ops, namespace)
+    student, teacher, weight = logits(*sizes)
+    loss, wide, _, rows = ops.dual_kl(student, teacher, weight, *SCALARS, True, True)
+    if not narrows(backend):
+        with pytest.raises(RuntimeError, match="dual_kl_: grad_dtype must be the student's"):
+            ops.dual_kl_(student, teacher, weight, *SCALARS, True, True, dtype)
+        return
+    found, scale, measures = ops.dual_kl_(student, teacher, weight, *SCALARS, True, True, dtype)
+    gradient = gradient_rows(student, dtype)
+    assert gradient.dtype == dtype and gradient.shape == wide.shape
+    assert gradient.data_ptr() == student.data_ptr()
+    assert torch.equal(gradient, (wide * scale).to(dtype))
+    assert torch.equal(found, loss) and torch.equal(measures, rows)
+    assert (scale == 1) == (dtype != torch.float16 or sizes[0] == 0)
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+@pytest.mark.parametrize("width", [0, 1, 7, 8, 1000, 8193])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scaling_rounds_once(namespace: str, dtype: torch.dtype, width: int, factor: float) -> None:
+    ops: Any = getattr(torch.ops, namespace)
+    by = torch.tensor(factor)
+    grad = inputs.strided(torch.randn(3, width).to(dtype))
+    kept = grad.clone()
+    for result_dtype in DTYPES:
+        result = ops.scaled(grad, by, result_dtype)
+        assert result.is_contiguous() and torch.equal(grad, kept)
+        assert torch.equal(result, (kept.float() * factor).to(result_dtype))
+    ops.scale_(grad, by)
+    assert torch.equal(grad, (kept.float() * factor).to(dtype))
+    between = grad.as_strided((2, 11), (width + 11, 1), grad.storage_offset() + width)
+    assert between.isnan().all()
+
+
+def test_scaling_of_any_number_of_dimensions(namespace: str) -> None:
+    ops: Any = getattr(torch.ops, namespace)
+    for shape in ((), (5,), (2, 3, 4), (0, 4)):
+        grad = torch.randn(shape)
+        assert torch.equal(ops.scaled(grad, torch.tensor(0.5), torch.float32), grad / 2)
+
+
+@pytest.fixture
+def products_into_float32(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Gives a CPU what a GPU's library has: products of narrow factors in float32."""
+    made: list[torch.Size] = []
+
+    def of(function: Any) -> Any:
+        def product(*tensors: Tensor, out: Tensor, out_dtype: Any = None) -> Tensor:
+            *first, a, b = tensors
+            assert a.dtype == b.dtype
+            if out_dtype is None:
+                return function(*tensors, out=out)
+            assert out_dtype == out.dtype == torch.float32 and a.dtype in NARROW
+            made.append(out.shape)
+            return function(*first, a.float(), b.float(), out=out)
+
+        return product
+
+    monkeypatch.setattr(torch, "mm", of(torch.mm))
+    monkeypatch.setattr(torch, "addmm", of(torch.addmm))
+    monkeypatch.setattr(
+        linear_chunks, "_multiplies_to_float32", lambda device, dtype: dtype in NARROW
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in cases.LINEAR_CASES if case.logits.dtype in NARROW], ids=str
+)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference" and narrows(b)])
+def test_linear_dual_kl_with_products_into_float32(
+    case: cases.LinearCase, backend: str, products_into_float32: list[torch.Size]
+) -> None:
+    check_linear_dual_kl(case, backend)
+    assert bool(products_into_float32) == (case.logits.live > 0 and case.logits.rows > 0)
