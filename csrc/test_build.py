@@ -40,6 +40,7 @@ def environment(packages: Path, options: list[str]) -> dict[str, str]:
             for name in ("libasan.so", "libubsan.so", "libstdc++.so")
         ]
         variables["LD_PRELOAD"] = " ".join(libraries)
+        variables.setdefault("ASAN_OPTIONS", "detect_leaks=0")  # Python's own
     return variables
 
 

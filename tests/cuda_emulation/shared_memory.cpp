@@ -1,0 +1,156 @@
+#include "shared_memory.h"
+
+#include <link.h>
+
+#include <cstdint>
+#include <cstdlib>
+
+// AddressSanitizer's, where the program has it.
+extern "C" {
+__attribute__((weak)) void __asan_poison_memory_region(const volatile void* begin, size_t size);
+__attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* begin, size_t size);
+}
+
+// The kernels' one dynamic symbol (csrc/cuda/device.cuh).
+namespace leaf::cuda {
+alignas(128) thread_local unsigned char leaf_dynamic_shared[leaf::emulation::kSharedCapacity];
+}
+
+namespace leaf::emulation {
+namespace {
+
+struct Stretch {
+  unsigned char* begin;
+  size_t size;
+};
+
+// All thread_local variables of the program or library that this code is part of, as this CPU
+// thread has them. Those that are not a kernel's are put back when the launch ends.
+Stretch thread_local_variables() {
+  Stretch found{};
+  const auto visit = [](dl_phdr_info* info, size_t, void* result) {
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+      const ElfW(Phdr) & part = info->dlpi_phdr[i];
+      if (part.p_type != PT_TLS) continue;
+      auto* begin = static_cast<unsigned char*>(info->dlpi_tls_data);
+      const unsigned char* wanted = leaf::cuda::leaf_dynamic_shared;
+      if (begin <= wanted && wanted < begin + part.p_memsz) {
+        *static_cast<Stretch*>(result) = {begin, part.p_memsz};
+        return 1;
+      }
+    }
+    return 0;
+  };
+  dl_iterate_phdr(visit, &found);
+  return found;
+}
+
+// Not by memcpy and memset, which sanitizers watch.
+void copy_bytes(unsigned char* to, const unsigned char* from, size_t size) {
+  asm volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(size) : : "memory");
+}
+void fill_bytes(unsigned char* begin, size_t size) {
+  asm volatile("rep stosb" : "+D"(begin), "+c"(size) : "a"(0xff) : "memory");
+}
+
+void poison(unsigned char* begin, size_t size) {
+  if (__asan_poison_memory_region != nullptr) __asan_poison_memory_region(begin, size);
+}
+void unpoison(unsigned char* begin, size_t size) {
+  if (__asan_unpoison_memory_region != nullptr) __asan_unpoison_memory_region(begin, size);
+}
+
+}  // namespace
+
+SharedMemory::SharedMemory(unsigned blocks, size_t dynamic_bytes) {
+  const Stretch stretch = thread_local_variables();
+  home_ = stretch.begin;
+  size_ = stretch.size;
+  dynamic_begin_ = static_cast<size_t>(leaf::cuda::leaf_dynamic_shared - home_);
+  dynamic_end_ = dynamic_begin_ + dynamic_bytes;
+  caller_.resize(size_);
+  copy(caller_.data(), home_);
+  // A block that is a cluster by itself never has to give up its place.
+  const size_t room = (size_ + 127) / 128 * 128;
+  if (blocks > 1) {
+    for (unsigned i = 0; i < blocks; ++i) {
+      copies_.push_back({static_cast<unsigned char*>(std::aligned_alloc(128, room)), false, false});
+    }
+  }
+  poison(home_ + dynamic_end_, kSharedCapacity - dynamic_bytes);
+}
+
+SharedMemory::~SharedMemory() {
+  unpoison(home_ + dynamic_end_, dynamic_begin_ + kSharedCapacity - dynamic_end_);
+  copy(home_, caller_.data());
+  for (const Copy& copy : copies_) std::free(copy.begin);
+}
+
+void SharedMemory::start_cluster() {
+  for (Copy& copy : copies_) {
+    copy.started = copy.ended = false;
+    poison(copy.begin, size_);
+  }
+  at_home_ = kNobody;
+}
+
+void SharedMemory::enter(unsigned rank) {
+  if (rank == at_home_) return;
+  if (at_home_ != kNobody && !copies_[at_home_].ended) {
+    unsigned char* begin = copies_[at_home_].begin;
+    copy(begin, home_);
+    unpoison(begin, dynamic_end_);
+    const size_t after = dynamic_begin_ + kSharedCapacity;
+    unpoison(begin + after, size_ - after);
+  }
+  if (copies_.empty() || !copies_[rank].started) {
+    fill_bytes(home_, dynamic_end_);
+    const size_t after = dynamic_begin_ + kSharedCapacity;
+    fill_bytes(home_ + after, size_ - after);
+  } else {
+    copy(home_, copies_[rank].begin);
+  }
+  if (!copies_.empty()) copies_[rank].started = true;
+  at_home_ = rank;
+}
+
+void SharedMemory::end_block() {
+  if (copies_.empty()) return;
+  copies_[at_home_].ended = true;
+  poison(copies_[at_home_].begin, size_);
+}
+
+void SharedMemory::copy(unsigned char* to, const unsigned char* from) const {
+  const size_t after = dynamic_begin_ + kSharedCapacity;
+  copy_bytes(to, from, dynamic_end_);
+  copy_bytes(to + after, from + after, size_ - after);
+}
+
+bool SharedMemory::is_home(const void* address) const {
+  const auto* byte = static_cast<const unsigned char*>(address);
+  return byte >= home_ && byte < home_ + size_;
+}
+
+void* SharedMemory::in_block(const void* address, unsigned rank) const {
+  if (!is_home(address)) return nullptr;
+  auto* byte = static_cast<unsigned char*>(const_cast<void*>(address));
+  return rank == at_home_ ? byte : copies_[rank].begin + (byte - home_);
+}
+
+const void* SharedMemory::canonical(const void* address, bool* dead) const {
+  *dead = false;
+  if (is_home(address)) return copies_.empty() ? address : in_copy(address);
+  const auto* byte = static_cast<const unsigned char*>(address);
+  for (const Copy& copy : copies_) {
+    if (byte < copy.begin || byte >= copy.begin + size_) continue;
+    *dead = !copy.started || copy.ended;
+    return address;
+  }
+  return nullptr;
+}
+
+const void* SharedMemory::in_copy(const void* address) const {
+  return copies_[at_home_].begin + (static_cast<const unsigned char*>(address) - home_);
+}
+
+}  // namespace leaf::emulation
