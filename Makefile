@@ -3,8 +3,12 @@
 #   make demo        the whole method on a tiny embedded pair: detect, cut, distil, report
 #   make test        the fast tests                    make test-slow   the rest, real models included
 #   make bench       kernels against eager and compiled PyTorch; the table is printed and written
-#   make vectorized  proof from the compiler's report (GCC) that the kernels' loops are vector code
+#   make gpu         on a machine with a GPU: build, tests, compute-sanitizer, benchmarks, in 10 minutes
+#   make vectorized  proof from the compiler's report (GCC) that the kernels' loops are vector code;
+#                    make aarch64: the same, cross-compiled
+#   make registers   what each CUDA kernel takes of a GPU (needs nvcc); spilled registers are an error
 #   make isa         the op tests on builds for one instruction set each
+#   make emulate     the op tests on the CUDA kernels, executed on the CPU, with the same sanitizers
 #   make sanitize    the op tests with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make lint        ruff, mypy, clang-format          make format      mend what the linters can mend
 
@@ -21,7 +25,7 @@ export OMP_WAIT_POLICY ?= passive
 BUILT := $(VENV)/.built
 DEV   := $(VENV)/.dev
 
-.PHONY: demo test test-slow bench vectorized isa sanitize lint format clean
+.PHONY: demo test test-slow bench gpu vectorized aarch64 registers isa sanitize emulate lint format clean
 
 demo: $(BUILT)
 	leaf demo --output_dir outputs/demo
@@ -36,11 +40,25 @@ bench: $(DEV)
 	pytest benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	python benchmarks/report.py build/benchmark.json
 
-vectorized: $(DEV)
-	rm -rf build/vectorized  # GCC appends to its reports
-	cmake -S . -B build/vectorized -G Ninja -DPython_EXECUTABLE="$$(which python)" -DLEAF_VEC_REPORT=ON
-	cmake --build build/vectorized --target leaf_cpu
-	python csrc/check_vectorized.py build/vectorized
+# A Python that has all that it takes is used as it is: no index is asked.
+GPU_OUT ?= build/gpu
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py --ready || $(MAKE) $(DEV) || true
+	$(PYTHON) benchmarks/gpu.py --output $(GPU_OUT) $(GPU_ARGS)
+
+# aarch64: with a cross compiler (Debian: g++-aarch64-linux-gnu), compiled and checked, not run.
+CROSS_aarch64 := -DLEAF_CUDA=0 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+
+vectorized aarch64: $(DEV)
+	rm -rf build/$@  # GCC appends to its reports
+	cmake -S . -B build/$@ -G Ninja -DPython_EXECUTABLE="$$(which python)" -DLEAF_VEC_REPORT=ON $(CROSS_$@)
+	cmake --build build/$@ --target leaf_cpu
+	python csrc/check_vectorized.py build/$@
+
+registers: $(DEV)
+	python csrc/check_registers.py
 
 # Each build has its own copy of the Python files, so that the one of .venv stays as it is.
 OP_TESTS := tests/test_ops.py tests/test_contract.py tests/test_detect_spans_properties.py
@@ -52,25 +70,39 @@ isa: $(DEV)
 	done
 
 sanitize: $(DEV)
-	ASAN_OPTIONS=detect_leaks=0 \
-	  python csrc/test_build.py build/sanitize -DLEAF_SANITIZE=ON -- $(OP_TESTS)
+	python csrc/test_build.py build/sanitize -DLEAF_SANITIZE=ON -- $(OP_TESTS)
+
+# In this build the backend "cpu" is the CUDA kernels: on a device with clusters; on one where rows of
+# these sizes need them; on one without them.
+EMULATED := python csrc/test_build.py build/emulate -DLEAF_EMULATE_CUDA=ON -DLEAF_SANITIZE=ON --
+
+emulate: $(DEV)
+	$(EMULATED) $(OP_TESTS) tests/test_inner_ops.py tests/test_autograd.py tests/test_hard_values.py -k cpu
+	LEAF_EMULATION_SHARED=5000 LEAF_EMULATION_ORDER=random $(EMULATED) tests/test_ops.py -k 'cpu and kl'
+	LEAF_EMULATION_CAPABILITY=8.0 $(EMULATED) tests/test_ops.py -k 'cpu and kl'
 
 lint: $(DEV)
 	ruff format --check .
 	ruff check .
 	mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs clang-format --dry-run --Werror
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format --dry-run --Werror
 
 format: $(DEV)
 	ruff format .
 	ruff check --fix .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs clang-format -i
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info leaf_ext/*.so
 
+# Where PYTHON has torch, its packages are seen, also where it is of a virtual environment itself.
+SITE  = import sysconfig; print(sysconfig.get_path("purelib"))
+TORCH_SITE = import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))
+
 $(VENV)/.python:
-	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch; print("--system-site-packages")' 2>/dev/null) $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	found=$$($(PYTHON) -c '$(TORCH_SITE)' 2>/dev/null) && \
+	  echo "$$found" > "$$($(VENV)/bin/python -c '$(SITE)')/torch_of_python.pth" || true
 	touch $@
 
 $(VENV)/.deps: $(VENV)/.python pyproject.toml

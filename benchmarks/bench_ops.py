@@ -13,6 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from checked import (
+    backward,
+    compiled,
+    exact_kl,
+    exact_linear,
+    on_backend,
+    refuse_unless,
+    relative,
+    worst_relative,
+)
 from memory import peak_extra_mib
 from torch import Tensor
 
@@ -55,23 +65,6 @@ def measure(benchmark: Any, job: Job, copy_bandwidth: float, tiny: bool) -> None
         setup=lambda: (job.prepare(), {}),
         rounds=1 if tiny else max(2, min(ROUNDS, int(SECONDS / seconds))),
     )
-
-
-def compiled(function: Callable[..., Any], tiny: bool) -> Callable[..., Any]:
-    torch.compiler.reset()
-    return torch.compile(function, backend="aot_eager" if tiny else "inductor")
-
-
-def on_backend(function: Callable[..., Any], backend: str, **options: Any) -> Callable[..., Any]:
-    return lambda *arguments: function(*arguments, backend=backend, **options)
-
-
-def relative(result: Tensor, truth: Tensor) -> float:
-    return float((result.double() - truth.double()).norm() / truth.double().norm())
-
-
-def refuse_unless(close: float, bound: float, what: str) -> None:
-    assert close <= bound, f"{what} is off by {close:.2g} (bound {bound:.2g}): no speed for it"
 
 
 @pytest.mark.parametrize("variant", ["cpu", "reference", "eager", "compiled"])
@@ -128,33 +121,11 @@ def bench_detect_spans(
     measure(benchmark, job, copy_bandwidth, tiny)
 
 
-def backward(loss: Callable[..., Tensor], trained: int) -> Callable[..., Tensor]:
-    """Forward and backward, with the first `trained` arguments as leaves."""
-
-    def step(*tensors: Tensor) -> Tensor:
-        for tensor in tensors[:trained]:
-            tensor.grad = None
-        value = loss(*tensors)
-        value.backward()
-        return value.detach()
-
-    return step
-
-
 @lru_cache(maxsize=1)
-def exact_kl(case: cases.KLCase) -> tuple[inputs.KLInputs, float, Tensor]:
-    """Inputs, the loss in float64, and the gradient of all rows; a few rows at a time."""
-    given, total, gradients = inputs.kl_inputs(case), 0.0, []
-    for start in range(0, case.rows, 16):
-        rows = slice(start, start + 16)
-        student = given.student[rows].double().requires_grad_()
-        weight = given.row_weight[rows].double()
-        loss = leaf_ext.dual_kl(student, given.teacher[rows].double(), weight, backend="reference")
-        total += float(loss.detach())
-        loss.backward()
-        assert student.grad is not None
-        gradients.append(student.grad.to(given.student.dtype))
-    return given, total, torch.cat(gradients)
+def kl_truth(case: cases.KLCase) -> tuple[inputs.KLInputs, float, Tensor]:
+    """Inputs, the loss in float64, and the gradient of all rows."""
+    given = inputs.kl_inputs(case)
+    return given, *exact_kl(given.student, given.teacher, given.row_weight, at_once=16)
 
 
 _KL_VARIANTS = ("cpu", "cpu inplace", "reference", "eager", "compiled")
@@ -173,7 +144,7 @@ def bench_dual_kl(
 ) -> None:
     if tiny:
         case = replace(case, rows=4, student_vocabulary=64, teacher_vocabulary=64)
-    given, total, exact = exact_kl(case)
+    given, total, exact = kl_truth(case)
     loss = {
         "cpu": lambda: on_backend(leaf_ext.dual_kl, "cpu"),
         "cpu inplace": lambda: on_backend(leaf_ext.dual_kl, "cpu", inplace_grad=True),
@@ -191,10 +162,8 @@ def bench_dual_kl(
     refuse_unless(abs(value - total) / abs(total), 1e-5, "loss")
     grad = arguments[0].grad
     assert grad is not None
-    # By blocks of rows: the whole of it in float64 would take gigabytes.
     bound = max(1e-5, torch.finfo(case.dtype).eps)
-    for ours, theirs in zip(grad.split(64), exact.split(64), strict=True):
-        refuse_unless(relative(ours, theirs), bound, "gradient")
+    refuse_unless(worst_relative(grad, exact, rows=64), bound, "gradient")
     del arguments, grad
     sizes = {
         "N": case.rows,
@@ -206,8 +175,44 @@ def bench_dual_kl(
     measure(benchmark, job, copy_bandwidth, tiny)
 
 
-@pytest.mark.parametrize("variant", ["cpu", "reference", "eager", "compiled"])
-@pytest.mark.parametrize("case", cases.BENCH_LINEAR_CASES, ids=str)
+def bare_products(*tensors: Tensor) -> Callable[..., Tensor]:
+    """The four products that the mathematics needs, each of all rows at once, and nothing else."""
+    hidden, head, teacher_hidden, teacher_head, _ = tensors
+    student, teacher = (head.new_empty(hidden.shape[0], head.shape[0]) for _ in range(2))
+    hidden_grad, head_grad = torch.empty_like(hidden), torch.empty_like(head)
+
+    def step(*_: Tensor) -> Tensor:
+        torch.mm(hidden, head.T, out=student)
+        torch.mm(teacher_hidden, teacher_head.T, out=teacher)
+        torch.mm(student, head, out=hidden_grad)
+        return torch.mm(student.T, hidden, out=head_grad)
+
+    return step
+
+
+_LINEAR_VARIANTS = (
+    *("cpu", "cpu frozen head", "reference", "eager"),
+    *("eager frozen head", "compiled", "bare products"),
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [
+        *((case, variant) for case in cases.BENCH_LINEAR_CASES for variant in _LINEAR_VARIANTS),
+        *(
+            (case, variant)
+            for case in cases.BENCH_LARGE_LINEAR_CASES
+            for variant in ("cpu", "eager", "bare products")
+        ),
+        *(
+            (case, variant)
+            for case in cases.BENCH_LONG_LINEAR_CASES
+            for variant in ("cpu", "cpu frozen head")
+        ),
+    ],
+    ids=str,
+)
 def bench_linear_dual_kl(
     benchmark: Any, case: cases.LinearCase, variant: str, copy_bandwidth: float, tiny: bool
 ) -> None:
@@ -222,28 +227,6 @@ def bench_linear_dual_kl(
         given.teacher_head,
         given.row_weight,
     )
-    loss = {
-        "cpu": lambda: on_backend(leaf_ext.linear_dual_kl, "cpu"),
-        "reference": lambda: on_backend(leaf_ext.linear_dual_kl, "reference"),
-        "eager": lambda: eager.eager_linear_dual_kl,
-        "compiled": lambda: compiled(eager.eager_linear_dual_kl, tiny),
-    }[variant]()
-    step = backward(loss, 2)
-
-    def prepare() -> tuple[Tensor, ...]:
-        return (*(t.clone().requires_grad_() for t in tensors[:2]), *tensors[2:])
-
-    arguments = prepare()
-    value = float(step(*arguments))
-    exact = tuple(t.double() for t in tensors)
-    exact = (*(t.requires_grad_() for t in exact[:2]), *exact[2:])
-    truth = float(backward(on_backend(leaf_ext.linear_dual_kl, "reference"), 2)(*exact))
-    refuse_unless(abs(value - truth) / abs(truth), 1e-3, "loss")
-    for ours, theirs in zip(arguments[:2], exact[:2], strict=True):
-        assert ours.grad is not None and theirs.grad is not None
-        # bfloat16 logits: their rounding, up to 2^-8 of a logit of 10, is the library's.
-        refuse_unless(relative(ours.grad, theirs.grad), 0.03, "gradient")
-    del arguments, exact
     sizes = {
         "N": case.logits.rows,
         "V_s": case.logits.student_vocabulary,
@@ -252,5 +235,31 @@ def bench_linear_dual_kl(
         "H_t": case.teacher_hidden,
         "itemsize": given.student_head.element_size(),
     }
-    job = Job("linear_dual_kl", str(case), case.logits.dtype, variant, sizes, prepare, step)
-    measure(benchmark, job, copy_bandwidth, tiny)
+    kind, _, how = variant.partition(" ")
+    job = Job("linear_dual_kl", str(case), case.logits.dtype, variant, sizes, tuple, tuple)
+    if kind == "bare":
+        job = replace(job, step=bare_products(*tensors))
+        measure(benchmark, job, copy_bandwidth, tiny)
+        return
+    loss = {
+        "cpu": lambda: on_backend(leaf_ext.linear_dual_kl, "cpu"),
+        "reference": lambda: on_backend(leaf_ext.linear_dual_kl, "reference"),
+        "eager": lambda: eager.eager_linear_dual_kl,
+        "compiled": lambda: compiled(eager.eager_linear_dual_kl, tiny),
+    }[kind]()
+    trained = 1 if how else 2
+    step = backward(loss, trained)
+
+    def prepare() -> tuple[Tensor, ...]:
+        return (*(t.clone().requires_grad_() for t in tensors[:trained]), *tensors[trained:])
+
+    arguments = prepare()
+    value = float(step(*arguments))
+    truth, exact = exact_linear(tensors, at_once=64)
+    refuse_unless(abs(value - truth) / abs(truth), 1e-3, "loss")
+    for ours, theirs in zip(arguments[:trained], exact, strict=False):
+        assert ours.grad is not None
+        # bfloat16 logits: their rounding, up to 2^-8 of a logit of 10, is the library's.
+        refuse_unless(relative(ours.grad, theirs), 0.03, "gradient")
+    del arguments, exact
+    measure(benchmark, replace(job, prepare=prepare, step=step), copy_bandwidth, tiny)

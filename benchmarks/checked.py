@@ -1,0 +1,94 @@
+"""What is timed, and the float64 truth that a result is compared with before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import leaf_ext
+
+
+def on_backend(function: Callable[..., Any], backend: str, **options: Any) -> Callable[..., Any]:
+    return lambda *arguments: function(*arguments, backend=backend, **options)
+
+
+def compiled(function: Callable[..., Any], tiny: bool) -> Callable[..., Any]:
+    """For the shapes of the first call: what was compiled before is forgotten."""
+    torch.compiler.reset()
+    return torch.compile(function, backend="aot_eager" if tiny else "inductor", dynamic=False)
+
+
+def backward(loss: Callable[..., Tensor], trained: int) -> Callable[..., Tensor]:
+    """Forward and backward, with the first `trained` arguments as leaves."""
+
+    def step(*tensors: Tensor) -> Tensor:
+        for tensor in tensors[:trained]:
+            tensor.grad = None
+        value = loss(*tensors)
+        value.backward()
+        return value.detach()
+
+    return step
+
+
+def relative(result: Tensor, truth: Tensor) -> float:
+    return float((result.double() - truth.double()).norm() / truth.double().norm())
+
+
+def worst_relative(result: Tensor, truth: Tensor, rows: int, scale: float = 1.0) -> float:
+    """The largest of blocks of rows: the whole of it in float64 would take gigabytes.
+
+    `scale` is that of the result: 1/N where the truth is a sum and the result a mean.
+    """
+    blocks = zip(result.split(rows), truth.split(rows), strict=True)
+    found = [relative(ours.double() / scale, theirs) for ours, theirs in blocks]
+    return next((error for error in found if error != error), max(found))  # a NaN is the worst
+
+
+class WrongResult(AssertionError):
+    """What is wrong gets no speed."""
+
+
+def refuse_unless(close: float, bound: float, what: str) -> None:
+    if not close <= bound:  # a NaN is not close either
+        raise WrongResult(f"{what} is off by {close:.2g} (bound {bound:.2g}): no speed for it")
+
+
+def _blocks(rows: int, at_once: int) -> Iterator[slice]:
+    return (slice(start, start + at_once) for start in range(0, rows, at_once))
+
+
+def exact_kl(
+    student: Tensor, teacher: Tensor, weight: Tensor, at_once: int
+) -> tuple[float, Tensor]:
+    """The loss in float64, and the gradient of all rows, rounded to float32 only."""
+    total, gradient = 0.0, torch.empty_like(student, dtype=torch.float32)
+    for rows in _blocks(student.shape[0], at_once):
+        leaf = student[rows].double().requires_grad_()
+        exact = teacher[rows].double(), weight[rows].double()
+        loss = leaf_ext.dual_kl(leaf, *exact, backend="reference")
+        loss.backward()
+        total += float(loss.detach())
+        assert leaf.grad is not None
+        gradient[rows] = leaf.grad
+    return total, gradient
+
+
+def exact_linear(tensors: Sequence[Tensor], at_once: int) -> tuple[float, list[Tensor]]:
+    """Loss and gradients (hidden states, head) of `linear_dual_kl`'s five tensors, in float64."""
+    student_hidden, student_head, teacher_hidden, teacher_head, weight = tensors
+    head, frozen = student_head.double().requires_grad_(), teacher_head.double()
+    total, gradient = 0.0, torch.empty_like(student_hidden, dtype=torch.float64)
+    for rows in _blocks(student_hidden.shape[0], at_once):
+        leaf = student_hidden[rows].double().requires_grad_()
+        others = teacher_hidden[rows].double(), frozen, weight[rows].double()
+        loss = leaf_ext.linear_dual_kl(leaf, head, *others, backend="reference")
+        loss.backward()
+        total += float(loss.detach())
+        assert leaf.grad is not None
+        gradient[rows] = leaf.grad
+    assert head.grad is not None
+    return total, [gradient, head.grad]
