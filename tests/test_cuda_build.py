@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# A build of torch for CUDA 13; it is large.
-PACKAGES = ("torch==2.14.1", "numpy", "setuptools>=77", "wheel", "cmake", "ninja")
+# Builds of torch for CUDA 13, the oldest that leaf_ext supports and a newer one; they are large.
+TORCH = ("2.11.0", "2.14.1")
+PACKAGES = ("numpy", "setuptools>=77", "wheel", "cmake", "ninja")
 
 CHECK = """
 import json, torch, leaf_ext
@@ -26,7 +27,8 @@ print(json.dumps([leaf_ext.build_info(), norm.tolist(), reason, torch.cuda.is_av
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_the_cuda_build_is_imported_without_a_driver(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torch", TORCH)
+def test_the_cuda_build_is_imported_without_a_driver(torch: str, tmp_path: Path) -> None:
     python = tmp_path / "venv" / "bin" / "python"
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "outputs", "*.so", "__pycache__")
@@ -45,7 +47,7 @@ def test_the_cuda_build_is_imported_without_a_driver(tmp_path: Path) -> None:
         return done.stdout
 
     run(sys.executable, "-m", "venv", tmp_path / "venv")
-    run(python, "-m", "pip", "install", "-q", *PACKAGES)
+    run(python, "-m", "pip", "install", "-q", f"torch=={torch}", *PACKAGES)
     run(python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", source)
     info, norm, reason, has_gpu = json.loads(run(python, "-c", CHECK))
     assert info["backends"] == ["cpu", "cuda"] and info["cuda_architectures"] == ["90"]
