@@ -44,6 +44,10 @@ bench: $(DEV)
 GPU_OUT ?= build/gpu
 
 gpu:
+ifeq ($(findstring --tiny,$(GPU_ARGS)),)
+	@command -v nvidia-smi >/dev/null || test -e /dev/nvidiactl || \
+	  { echo "make gpu: there is no GPU here; make gpu GPU_ARGS=--tiny rehearses without one"; exit 1; }
+endif
 	$(PYTHON) benchmarks/gpu.py --ready || $(MAKE) $(DEV) || true
 	$(PYTHON) benchmarks/gpu.py --output $(GPU_OUT) $(GPU_ARGS)
 

@@ -33,8 +33,8 @@ def torch_version() -> str:
 
 
 def program(name: str) -> str:
-    """The path of a build tool: from PATH, or beside the interpreter that runs this."""
-    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    """The path of a build tool: beside the interpreter that runs this, or from PATH."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         raise SystemExit(f"leaf_ext: building needs {name}; run: pip install cmake ninja")
     return found
@@ -72,9 +72,9 @@ class CMakeBuild(build_ext):
             subprocess.run(command, check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                "leaf_ext: the compiled kernels could not be built; the first error above says why "
-                "(they need a C++20 compiler, such as g++ 12 or newer). LEAF_BUILD_EXT=0 installs "
-                "without them, much slower."
+                "leaf_ext: the compiled kernels could not be built; the first 'CMake Error' or "
+                "'error:' above says why (they need a C++20 compiler, such as g++ 12 or newer). "
+                "LEAF_BUILD_EXT=0 installs without them, much slower."
             ) from error
 
 

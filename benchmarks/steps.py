@@ -124,7 +124,9 @@ def judged_by_sanitizer(command: Command) -> Outcome:
 
 
 def summary(outcomes: Sequence[Outcome], options: str) -> str:
-    lines = ["# make gpu", "", f"options: `{options}`", "", "| step | outcome | s | note |"]
+    rehearsal = " (a rehearsal on a CPU, with tiny inputs: no figure is of a GPU)"
+    title = "# make gpu" + (rehearsal if "--tiny" in options else "")
+    lines = [title, "", f"options: `{options}`", "", "| step | outcome | s | note |"]
     lines += ["|---|---|---:|---|"]
     for outcome in outcomes:
         note = outcome.note.replace("|", "/")

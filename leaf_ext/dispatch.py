@@ -28,13 +28,9 @@ def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     """Why a backend cannot run on this device and dtype, or None."""
     if backend == "reference":
         return None
-    if backend in ("cpu", "cuda") and device.type != backend:
-        return f"it runs on {backend.upper()} tensors, got {device}"
-    if dtype == torch.float64:
-        return _FLOAT64
-    if backend == "triton":
-        return triton.missing(device.type)
-    return native.missing(backend, device)
+    elsewhere = backend == "triton"
+    reason = triton.missing(device.type) if elsewhere else native.missing(backend, device)
+    return _FLOAT64 if reason is None and dtype == torch.float64 else reason
 
 
 def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> str:

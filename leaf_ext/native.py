@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from pathlib import Path
 from typing import TypedDict
 
 import torch  # first: it loads the libraries that the compiled module is linked to
@@ -29,7 +30,9 @@ def _load() -> tuple[BuildInfo, None] | tuple[None, str]:
         if error.name != "leaf_ext._C":
             raise
         return None, (
-            "the compiled module was not built; `pip install --no-build-isolation .` builds it"
+            f"there is no compiled module in {Path(__file__).parent}; `pip install "
+            "--no-build-isolation .` builds it (with `-e` also for a Python that is started in the "
+            "sources)"
         )
     except ImportError as error:
         return None, f"the compiled module could not be loaded: {error}"
@@ -53,9 +56,16 @@ _INFO, ERROR = _load()
 
 
 def missing(backend: str, device: torch.device) -> str | None:
-    """Why the compiled kernels of a backend cannot run on a device of its kind, or None."""
+    """Why the compiled kernels of a backend cannot run on a device, or None."""
     if _INFO is None:
         return ERROR
+    if backend == "cuda" and "cuda" not in _INFO["backends"]:
+        return (
+            "this build has no CUDA kernels; `LEAF_BUILD_CUDA=1 pip install --no-build-isolation "
+            ".` builds them (it needs nvcc, and a CUDA build of torch)"
+        )
+    if device.type != backend:
+        return f"it runs on {backend.upper()} tensors, got {device}"
     if backend == "cuda":
         return _missing_on_gpu(device.index if device.index is not None else -1)
     return None
@@ -64,26 +74,27 @@ def missing(backend: str, device: torch.device) -> str | None:
 @functools.cache
 def _missing_on_gpu(index: int) -> str | None:
     assert _INFO is not None
-    if "cuda" not in _INFO["backends"]:
-        return (
-            "this build has no CUDA kernels; `LEAF_BUILD_CUDA=1 pip install --no-build-isolation "
-            ".` builds them (it needs nvcc, and a CUDA build of torch)"
-        )
     if torch.version.hip is not None:
         return "it runs on GPUs by NVIDIA"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     major, minor = torch.cuda.get_device_capability(None if index < 0 else index)
-    built = [int(architecture) for architecture in _INFO["cuda_architectures"]]  # CMake checks them
-    # Machine code runs on its own generation from its minor version on, and PTX, of the newest one,
-    # on all that come later.
-    ours = 10 * major + minor
-    runs = any(b // 10 == major and b <= ours for b in built) or ours >= max(built)
-    if runs:
+    return lacks_architecture(_INFO["cuda_architectures"], 10 * major + minor)
+
+
+def lacks_architecture(built: tuple[str, ...], capability: int) -> str | None:
+    """Why a GPU of this compute capability (90 for 9.0) cannot run such a build, or None.
+
+    Machine code runs on its own generation from its minor version on, and PTX, which is there for
+    the newest architecture, on all that come later.
+    """
+    numbers = [int(architecture) for architecture in built]
+    native = any(n // 10 == capability // 10 and n <= capability for n in numbers)
+    if native or capability >= max(numbers):
         return None
     return (
-        f"it was built for compute capabilities {', '.join(_INFO['cuda_architectures'])}, and this "
-        f"GPU has {ours} (LEAF_CUDA_ARCHS={ours} builds for it; 80 is the least)"
+        f"it was built for compute capabilities {', '.join(built)}, and this GPU has {capability} "
+        f"(LEAF_CUDA_ARCHS={capability} builds for it; 80 is the least)"
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import leaf_ext
-from leaf_ext import dispatch, reference
+from leaf_ext import dispatch, native, reference
 from leaf_ext.ops import linear_chunks
 from leaf_ext.schema import NAMESPACES, OPS
 from leaf_ext.testing.inputs import strided
@@ -117,8 +117,22 @@ def test_a_backend_that_is_not_there_says_why() -> None:
         ValueError, match="backend must be one of auto, reference, cpu, cuda, triton, got 'gpu'"
     ):
         leaf_ext.grad_norm(torch.ones(3, 4), backend="gpu")  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match=r"backend='cuda' is not available: .*got cpu"):
+    with pytest.raises(RuntimeError, match=r"backend='cuda' is not available: (this|it runs)"):
         leaf_ext.grad_norm(torch.ones(3, 4), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        *(("80", 80, True), ("80", 86, True), ("86", 80, False), ("80", 75, False)),
+        *(("80 90 100", 89, True), ("80 90 100", 103, True), ("80 90 100", 120, True)),
+        *(("80", 90, True), ("90", 80, False), ("100", 90, False)),
+    ],
+)
+def test_which_gpu_a_build_runs_on(built: str, capability: int, runs: bool) -> None:
+    reason = native.lacks_architecture(tuple(built.split()), capability)
+    assert (reason is None) == runs
+    assert runs or f"this GPU has {capability}" in str(reason)
 
 
 def test_auto_says_once_that_it_runs_the_reference(

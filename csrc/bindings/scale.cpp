@@ -14,6 +14,8 @@ void check_factor(const char* op, const Tensor& factor, const Tensor& grad) {
 }
 
 void run_op(const char* op, const ScaleParams& params, const Tensor& grad) {
+  check(params.width <= INT32_MAX - 64, op, ": grad must have a last dimension below 2^31, got ",
+        params.width);
   run(
       op, grad, [&](const Threads& threads) { cpu::scale(params, threads); },
       [&](auto stream) { return cuda::scale(params, stream); });

@@ -30,12 +30,13 @@ namespace leaf::cuda {
 namespace {
 
 constexpr int kMaxCluster = 16;      // from compute capability 9.0 on
-constexpr int kPortableCluster = 8;  // as many blocks run together on each of these GPUs
+constexpr int kPortableCluster = 8;  // each of these GPUs can run so many blocks as a cluster
 constexpr int kHeldThreads = 256;
 constexpr int kStreamedThreads = 512;
 constexpr int kRowWarps = kStreamedThreads / kWarp;  // at most
 constexpr int kFinishThreads = 1024;
-// Blocks that share a multiprocessor, so that one computes while another one waits for memory.
+// Blocks that share a multiprocessor, so that one computes while another one waits for memory. With
+// measures the registers suffice for two.
 constexpr int kBlocksPerMultiprocessor = 3;
 
 // What is summed over a row once its softmax is known.
@@ -162,7 +163,7 @@ class Row {
   __device__ Sums terms(const Part<kMeasures>& row, float factor) {
     const Known known{row.student.max,          row.teacher.max,         1.0f / row.student.total,
                       1.0f / row.teacher.total, logf(row.student.total), logf(row.teacher.total)};
-    // The common case is not asked for its type group by group.
+    // The same row as grad_ where its dtype is known when this is compiled.
     const bool own_type = !std::is_same_v<E, AnyElement> && p_.grad_dtype == p_.student.dtype;
     const RowOf<E> own(grad_.data, p_.student.dtype, 0, 0, grouping_.pad);
     Sums sums;
@@ -202,8 +203,8 @@ class Row {
     if (p_.grad == nullptr) return;
     const int size = kHeld ? cluster_size() : 1;
     const int rank = kHeld ? cluster_rank() : 0;
-    const int64_t bytes = (p_.student.vocab - grouping_.vocab) * size_of(p_.grad_dtype);
-    zero_bytes(grad_.at(grouping_.vocab), bytes, rank * blockDim.x + threadIdx.x,
+    const int64_t bytes = (p_.student.vocab - grouping_.width) * size_of(p_.grad_dtype);
+    zero_bytes(grad_.at(grouping_.width), bytes, rank * blockDim.x + threadIdx.x,
                size * blockDim.x);
   }
 
@@ -296,7 +297,9 @@ class Row {
   static __device__ __forceinline__ float difference_and_term(float p_s, float p_t, float log_ratio,
                                                               float* term) {
     const float l = p_t == 0.0f ? 1.0f : log_ratio;  // only not NaN, as where both are -inf
-    // Without the series' next term, l^5 / 5040, of which a Chebyshev polynomial takes the rest.
+    // exp(-l) - 1 + l = l^2 (1/2 - l/6 + l^2/24 - l^3/120 + l^4/720 - l^5/5040 ...), to a relative
+    // 8e-7 for |l| < 0.5. The last term is spread over l^3 and l as Chebyshev's T5 does it, with
+    // x^5 = (20 x^3 - 5 x) / 16 + T5 / 16 for x = 2 l.
     float series = fmaf(1.0f / 720, l, -1.0f / 120 - 0.3125f / 5040);
     series = fmaf(series, l, 1.0f / 24);
     series = fmaf(series, l, -1.0f / 6 + 0.01953125f / 5040);
@@ -322,11 +325,13 @@ class Row {
   int end_;
 };
 
-// All blocks of a cluster learn what all of them know, merged in the order of their ranks.
+// All blocks of a cluster learn what all of them know, merged in the order of their ranks. The
+// first wait belongs to cluster_announce in rows_kernel: shared memory of a block must not be
+// written to before the block runs.
 template <class Shared, class Part, class Merge>
 __device__ __forceinline__ Part exchange(Shared& shared, const Part& mine, const Merge& merge) {
   const int size = cluster_size();
-  cluster_wait();  // the other blocks run; see cluster_announce in rows_kernel
+  cluster_wait();
   if (static_cast<int>(threadIdx.x) < size) {
     *in_block(&shared.blocks[cluster_rank()], static_cast<int>(threadIdx.x)) = mine;
   }
@@ -507,7 +512,10 @@ cudaError_t launch_rows(const DualKLParams& params, const Plan& plan, float* sum
 
 template <class E, bool kMeasures>
 Plan plan_for(const DualKLParams& params) {
-  const bool clusters = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  // Of the code that runs: a newer GPU may run what was compiled for an older one.
+  cudaFuncAttributes compiled{};
+  const cudaError_t error = cudaFuncGetAttributes(&compiled, rows_kernel<E, true, kMeasures>);
+  const bool clusters = reported(error) == cudaSuccess && compiled.ptxVersion >= 90;
   const Plan plan = make_plan<kMeasures>(params, clusters ? kMaxCluster : 1);
   if (plan.cluster <= kPortableCluster) return plan;
   const bool runs = permit<E, true, kMeasures>(plan) == cudaSuccess &&
@@ -550,7 +558,5 @@ int dual_kl(const DualKLParams& params, float* scratch, void* stream) {
   return params.row_results != nullptr ? run<true>(params, scratch, stream)
                                        : run<false>(params, scratch, stream);
 }
-
-const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace leaf::cuda

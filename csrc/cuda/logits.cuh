@@ -90,13 +90,13 @@ __device__ __forceinline__ void pack(const Group& group, uint4* words) {
 
 // Where the groups of a row lie, for both models and the gradient alike.
 struct Grouping {
-  int vocab;
+  int width;  // elements of the row
   int pad;
 
-  __device__ int count() const { return (vocab + pad + kGroup - 1) / kGroup; }
+  __device__ int count() const { return (width + pad + kGroup - 1) / kGroup; }
   __device__ int first(int group) const { return group * kGroup - pad; }
   __device__ bool has(int element) const {
-    return static_cast<unsigned>(element) < static_cast<unsigned>(vocab);
+    return static_cast<unsigned>(element) < static_cast<unsigned>(width);
   }
   __device__ bool whole(int group) const {
     return has(first(group)) && has(first(group) + kGroup - 1);

@@ -81,8 +81,10 @@ class _Head:
     def of(weight: Tensor, bias: Tensor | None, products: _Products, rows: int) -> _Head:
         weight = weight.to(products.dtype)
         width = weight.shape[0]
-        # Rows at multiples of 16 bytes: a library's fast products need them, and so do our kernels.
-        workspace = weight.new_empty(rows, -(-width // 8) * 8, dtype=products.logits)
+        # A GPU's fast products, and our kernels there, need rows at multiples of 16 bytes. A CPU's
+        # library reads beyond the end of such rows, where there may be a NaN.
+        apart = -(-width // 8) * 8 if products.to_float32 else width
+        workspace = weight.new_empty(rows, apart, dtype=products.logits)
         bias = None if bias is None else bias.to(products.logits)
         return _Head(weight, bias, products, prefer_huge_pages(workspace)[:, :width])
 

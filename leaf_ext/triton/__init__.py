@@ -22,10 +22,8 @@ _DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 def missing(device: str) -> str | None:
     """Why the kernels cannot run on this type of device, or None."""
-    if not _INSTALLED:
-        return "triton is not installed (`pip install triton`)"
     if device in _DEVICES:
-        return None
+        return None if _INSTALLED else "triton is not installed (`pip install triton`)"
     if device == "cpu":
         return (
             "it runs on a GPU; on CPU tensors only in Triton's interpreter (for tests: set "

@@ -262,6 +262,18 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+// What a kernel was compiled for is here what the device is.
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  int major = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  attributes->ptxVersion = 10 * major;
+  return error;
+}
+
 namespace leaf::emulation {
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t active_clusters(int* count, const void* kernel, const cudaLaunchConfig_t& config);
