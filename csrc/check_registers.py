@@ -31,7 +31,7 @@ ENTRY = re.compile(
 
 def report(source: Path, architecture: str) -> str:
     """What nvcc says when it compiles a source. A warning is an error."""
-    command = ["nvcc", f"-arch=sm_{architecture}", "-std=c++20", f"-I{CSRC / 'include'}"]
+    command = ["nvcc", f"-arch=sm_{architecture}", "-std=c++17", f"-I{CSRC / 'include'}"]
     command += ["--Werror=all-warnings", "-Xptxas=-v", "-cubin", "-o", "/dev/null", str(source)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:

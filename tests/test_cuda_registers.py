@@ -14,15 +14,12 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.parametrize(
-    "architecture",
-    ["90", *(pytest.param(other, marks=pytest.mark.slow) for other in ("80", "100"))],
-)
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
 def test_no_kernel_spills(architecture: str) -> None:
     command = [sys.executable, CSRC / "check_registers.py", "--json", architecture]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
-    sources = {source.name for source in (CSRC / "cuda").glob("*.cu")}
+    sources = {s.name for s in (CSRC / "cuda").glob("*.cu") if "__global__" in s.read_text()}
     assert {kernel["source"] for kernel in kernels} == sources
     assert all(kernel["spilled"] == 0 < kernel["registers"] for kernel in kernels)
