@@ -17,7 +17,7 @@ struct ScaleParams {
   DType to_dtype;
   int64_t to_row_stride;
   int64_t rows;
-  int64_t width;  // below 2^31 - 64
+  int64_t width;        // below 2^31 - 64
   const float* factor;  // []
 };
 
