@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(kHeld ? kHeldThreads : kStreamedThreads,
   if (threadIdx.x != 0) return;
   store_sums<kMeasures>(sums, scratch, params.rows, index, rank);
   if constexpr (kMeasures) {
-    const bool agree = part.student_top.index == part.teacher_top.index;
+    const bool agree = part.student_top.place() == part.teacher_top.place();
     if (rank == 0) params.row_results[3 * params.rows + index] = agree ? 1.0f : 0.0f;
   }
 }

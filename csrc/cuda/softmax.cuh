@@ -99,6 +99,9 @@ struct Largest {
     const bool mine = value > other.value || (value == other.value && index < other.index);
     return mine ? *this : other;
   }
+
+  // Where all are -inf, the first one.
+  __device__ __forceinline__ int place() const { return value == -INFINITY ? 0 : index; }
 };
 
 }  // namespace leaf::cuda

@@ -191,6 +191,8 @@ KL_CASES = [
     KLCase("near", 16, 3000, 3000, noise=1.4e-3),
     KLCase("near_bf16", 16, 3000, 3000, torch.bfloat16, noise=2e-2),
     *_each_dtype(KLCase("minus_infinity", 8, 600, 610, minus_infinity=0.3)),
+    # A softcap makes numbers of them: all of a row may be -inf.
+    *_each_dtype(KLCase("capped_infinity", 17, 2, 1, minus_infinity=0.3, logit_softcap=30.0)),
     *_each_dtype(KLCase("strided", 8, 513, 517, strided=True)),
     KLCase("above_2_31", 65_600, 32_768, 32_768, torch.bfloat16, live=1.0, slow=True),
 ]
