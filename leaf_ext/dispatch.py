@@ -19,7 +19,6 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 _NAMESPACE = {"reference": REFERENCE, "cpu": "leaf_ext", "cuda": "leaf_ext", "triton": TRITON}
 # The order of preference of "auto" on each kind of device; elsewhere the reference runs.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-_FLOAT64 = "float64 exists only in backend='reference'"
 _log = logging.getLogger("leaf_ext")
 _said: set[str] = set()
 
@@ -30,7 +29,9 @@ def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return None
     elsewhere = backend == "triton"
     reason = triton.missing(device.type) if elsewhere else native.missing(backend, device)
-    return _FLOAT64 if reason is None and dtype == torch.float64 else reason
+    if reason is None and dtype == torch.float64:
+        return "float64 exists only in backend='reference'"
+    return reason
 
 
 def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> str:
@@ -47,14 +48,15 @@ def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> 
         if reason is not None:
             raise RuntimeError(f"{op}: backend={backend!r} is not available: {reason}")
         return _NAMESPACE[backend]
+    if dtype == torch.float64:
+        return REFERENCE
     if device.type not in _PREFERENCE:
         _say_once(f"running the slower reference: no other backend runs on {device.type!r}")
     for candidate in _PREFERENCE.get(device.type, ()):
         reason = missing(candidate, device, dtype)
         if reason is None:
             return _NAMESPACE[candidate]
-        if reason != _FLOAT64:
-            _say_once(f"{candidate!r} is not available, a slower backend runs instead: {reason}")
+        _say_once(f"{candidate!r} is not available, a slower backend runs instead: {reason}")
     return REFERENCE
 
 

@@ -22,8 +22,6 @@
 namespace leaf::cpu {
 namespace {
 
-// Below this range of the gap, rounding decides which token is lowest: no evidence, so no span.
-constexpr float kSmallestGapRange = 1e-6f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 

@@ -46,11 +46,8 @@ struct Sums {
   float teacher_entropy = 0.0f;
 };
 
-template <bool kMeasures>
-constexpr int kSums = kMeasures ? 3 : 1;
-
 struct Scratch {
-  float* sums;  // [kSums, rows, cluster]
+  float* sums;  // [3 with measures, else 1, rows, cluster]
   int cluster;
 };
 

@@ -6,6 +6,9 @@
 
 namespace leaf {
 
+// Below this range of the gap, rounding decides which token is lowest: no evidence, so no span.
+constexpr float kSmallestGapRange = 1e-6f;
+
 enum DetectStatus : int64_t { kTeacherNotFinite = 1, kStudentNotFinite = 2 };
 
 struct DetectSpansParams {
