@@ -139,8 +139,8 @@ OPS: dict[str, Op] = {
             "linear_dual_kl",
             "Tensor student_hidden, Tensor student_head, Tensor teacher_hidden, "
             "Tensor teacher_head, Tensor row_weight, Tensor? student_bias, Tensor? teacher_bias, "
-            f"{_LOGIT_SCALARS}, bool need_hidden_grad, bool need_head_grad, bool need_bias_grad, "
-            "bool need_rows, int chunk_size",
+            f"{_LOGIT_SCALARS}, bool need_hidden_grad, ScalarType? head_grad_dtype, "
+            "bool need_bias_grad, bool need_rows, int chunk_size",
             "(Tensor loss, Tensor hidden_grad, Tensor head_grad, Tensor bias_grad, Tensor rows)",
             _linear_dual_kl_bytes,
         ),

@@ -53,11 +53,11 @@ def test_the_default_cap_of_a_quantile_is_a_half(backend: str) -> None:
 @pytest.mark.parametrize(
     ("vocabulary", "on_cpu", "on_gpu"),
     [
-        *((151936, 416, 1536), (128256, 512, 2048)),
-        *((1, 4096, 4096), (2**14, 4096, 4096), (2**15, 2048, 4096), (2**30, 32, 32)),
+        *((151936, 512, 1536), (128256, 512, 2048)),
+        *((1, 4096, 4096), (2**12, 4096, 4096), (2**14, 1024, 4096), (2**30, 512, 32)),
     ],
 )
-def test_the_default_chunk_holds_two_to_the_26_logits_or_28(
+def test_the_default_chunk_is_512_rows_or_2_to_the_28_logits(
     vocabulary: int, on_cpu: int, on_gpu: int
 ) -> None:
     assert default_chunk_size(vocabulary, torch.device("cpu")) == on_cpu

@@ -59,11 +59,12 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "dual_kl_": lambda: (*kl_tensors(), *SCALARS, True, True),
     "linear_dual_kl": lambda: (
-        *linear_tensors(), None, None, *SCALARS, False, False, False, True, 2,
+        *linear_tensors(), None, None, *SCALARS, False, None, False, True, 2,
     ),
     "linear_dual_kl-autograd": lambda: (
         *(t.requires_grad_() for t in linear_tensors()[:2]), *linear_tensors()[2:],
-        torch.randn(9, requires_grad=True), torch.randn(11), *SCALARS, True, True, True, True, 3,
+        torch.randn(9, requires_grad=True), torch.randn(11), *SCALARS, True, torch.float32, True,
+        True, 3,
     ),
 }  # fmt: skip
 
@@ -312,7 +313,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_of_the_linear_loss_does_not_grow_with_the_logits(run: Callable[..., Any]) -> None:
     rows, vocabulary, width, chunk_size = 400, 1000, 4, 10
     tensors = [torch.randn(n, width) for n in (rows, vocabulary, rows, vocabulary)]
-    options = (1.0, 1.0, 1.0, 0.0, 0.0, True, True, False, True, chunk_size)
+    options = (1.0, 1.0, 1.0, 0.0, 0.0, True, torch.float32, False, True, chunk_size)
     with LargestTensor() as largest:
         run(*tensors, torch.ones(rows), None, None, *options)
     assert largest.elements <= max(chunk_size * vocabulary, rows * width, vocabulary * width)

@@ -12,15 +12,32 @@ from torch import Tensor
 from leaf_ext.native import prefer_huge_pages
 from leaf_ext.schema import accumulated, gradient_rows, hidden_grad_dtype
 
-# Of one chunk of logits. The products of a GPU need more rows to run at full speed.
-_CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
+# Rows of the head whose gradient is added to at once, where it cannot be while it is multiplied.
+_SLAB = 8192
 
 
 def default_chunk_size(vocabulary: int, device: torch.device) -> int:
-    """Rows whose logits fill 2^26 elements, on a GPU 2^28: 32 to 4096, whole tiles of a product."""
-    rows = _CHUNK_ELEMENTS.get(device.type, 2**26) // max(1, vocabulary)
+    """Rows of a chunk, 32 to 4096: on a CPU two pieces; on a GPU whole tiles, 2^28 logits."""
+    if device.type == "cpu":
+        return min(4096, 2 * _piece_size(vocabulary))
+    rows = 2**28 // max(1, vocabulary)
     step = 256 if rows >= 1024 else 32
     return max(32, min(4096, rows // step * step))
+
+
+def _piece_size(vocabulary: int) -> int:
+    """Rows for which a CPU's library makes the gradient of hidden states fastest."""
+    return max(256, min(4096, 2**23 // max(1, vocabulary) // 32 * 32))
+
+
+def head_grad_dtype(hidden: Tensor, chunk_size: int) -> torch.dtype:
+    """The dtype in which the gradient of a head is kept for the backward.
+
+    The sum of several chunks is float32. The product of a single one comes in the factors' dtype
+    from a CPU's library, and is kept as it comes.
+    """
+    alone = hidden.shape[0] <= chunk_size and hidden.device.type == "cpu"
+    return hidden.dtype if alone and hidden.dtype == torch.bfloat16 else accumulated(hidden.dtype)
 
 
 @functools.cache
@@ -42,6 +59,7 @@ def _multiplies_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
 class _Products:
     """How matrices are multiplied on a device: into float32 where it can."""
 
+    device: str
     dtype: torch.dtype  # of the factors
     logits: torch.dtype
     to_float32: bool
@@ -49,10 +67,16 @@ class _Products:
     @staticmethod
     def of(hidden: Tensor) -> _Products:
         if _multiplies_to_float32(hidden.device, hidden.dtype):
-            return _Products(hidden.dtype, torch.float32, True)
+            return _Products(hidden.device.type, hidden.dtype, torch.float32, True)
         # float16 products overflow and lose small gradients; of float32 copies they do not.
         dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        return _Products(dtype, dtype, False)
+        return _Products(hidden.device.type, dtype, dtype, False)
+
+    def piece_size(self, vocabulary: int, chunk_size: int) -> int:
+        """Rows of the teacher's logits, and of the products for the gradient of hidden states."""
+        if self.device != "cpu" or self.to_float32:
+            return chunk_size
+        return min(chunk_size, _piece_size(vocabulary))
 
     def into(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """out = a @ b"""
@@ -106,29 +130,36 @@ class _Gradients:
     hidden: Tensor
     head: Tensor
     bias: Tensor
-    product: Tensor | None  # of one chunk, where it cannot be added to the head's at once
+    product: Tensor | None  # of a slab, where it cannot be added to the head's at once
 
-    def add(
-        self, slope: Tensor, scale: Tensor, head: _Head, hidden: Tensor, index: Tensor, first: bool
-    ) -> None:
-        """Adds a chunk: `slope` is the gradient of its logits, in float16 multiplied by `scale`.
-
-        The first chunk fills the head's gradient.
-        """
-        products = head.products
+    def add_rows(self, slope: Tensor, scale: Tensor, head: _Head, index: Tensor) -> None:
+        """`slope` is the gradient of the logits of these rows, in float16 times `scale`."""
         unscaled = self._unscaled(slope.dtype, scale)
         if self.hidden.dim() == 2:
-            part = slope.new_empty(hidden.shape, dtype=self.hidden.dtype)
-            self.hidden.index_copy_(0, index, unscaled(products.into(part, slope, head.weight)))
-        if self.product is not None:
-            product = unscaled(products.into(self.product, slope.T, hidden))
-            self.head.copy_(product) if first else self.head.add_(product)
-        elif self.head.dim() == 2 and first:
-            products.into(self.head, slope.T, hidden)
-        elif self.head.dim() == 2:
-            products.add_into(self.head, slope.T, hidden)
+            shape = (index.numel(), self.hidden.shape[1])
+            part = slope.new_empty(shape, dtype=self.hidden.dtype)
+            part = head.products.into(part, slope, head.weight)
+            self.hidden.index_copy_(0, index, unscaled(part))
         if self.bias.numel():
             self.bias.add_(unscaled(slope.sum(0, dtype=self.bias.dtype)))
+
+    def add_chunk(
+        self, slope: Tensor, scale: Tensor, head: _Head, hidden: Tensor, first: bool
+    ) -> None:
+        """The part of the head's gradient; the first chunk fills it."""
+        products = head.products
+        if self.head.dim() != 2:
+            return
+        if self.product is None:
+            add = products.into if first else products.add_into
+            add(self.head, slope.T, hidden)
+            return
+        unscaled = self._unscaled(slope.dtype, scale)
+        for begin in range(0, self.head.shape[0], _SLAB):
+            slab = self.head[begin : begin + _SLAB]
+            columns = slope[:, begin : begin + _SLAB]
+            part = unscaled(products.into(self.product[: slab.shape[0]], columns.T, hidden))
+            slab.copy_(part) if first else slab.add_(part)
 
     @staticmethod
     def _unscaled(dtype: torch.dtype, scale: Tensor) -> Callable[[Tensor], Tensor]:
@@ -152,55 +183,69 @@ def over(namespace: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, 
         student_softcap: float,
         teacher_softcap: float,
         need_hidden_grad: bool,
-        need_head_grad: bool,
+        head_grad_dtype: torch.dtype | None,
         need_bias_grad: bool,
         need_rows: bool,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         ops = getattr(torch.ops, namespace)
         scalars = (temperature, student_scale, teacher_scale, student_softcap, teacher_softcap)
-        need_grad = need_hidden_grad or need_head_grad or need_bias_grad
+        need_head = head_grad_dtype is not None
+        need_grad = need_hidden_grad or need_head or need_bias_grad
         live = row_weight.nonzero().squeeze(1)
-        size = max(1, min(chunk_size, live.numel()))
+        products = _Products.of(student_hidden)
+        vocabulary = max(student_head.shape[0], teacher_head.shape[0])
+        size, piece = (
+            max(1, min(rows, live.numel()))
+            for rows in (chunk_size, products.piece_size(vocabulary, chunk_size))
+        )
         wide = accumulated(student_hidden.dtype)
         loss = row_weight.new_zeros((), dtype=wide)
+        scale = torch.ones_like(loss)
         rows = loss.new_zeros(4, row_weight.shape[0] if need_rows else 0)
         with torch.autocast(student_hidden.device.type, enabled=False):
-            student = _Head.of(student_head, student_bias, _Products.of(student_hidden), size)
-            teacher = _Head.of(teacher_head, teacher_bias, _Products.of(teacher_hidden), size)
+            student = _Head.of(student_head, student_bias, products, size)
+            teacher = _Head.of(teacher_head, teacher_bias, _Products.of(teacher_hidden), piece)
             grads = _gradients(
-                student_hidden, student, need_hidden_grad, need_head_grad, need_bias_grad
+                student_hidden, student, need_hidden_grad, head_grad_dtype, need_bias_grad
             )
-            for number, index in enumerate(torch.split(live, size)):
-                hidden = student.rows_of(student_hidden, index)
-                z_s = student.logits(hidden)
-                z_t = teacher.logits(teacher.rows_of(teacher_hidden, index))
-                weight = row_weight.index_select(0, index)
-                if need_grad:
-                    dtype = student.weight.dtype
-                    part, scale, measures = ops.dual_kl_(
-                        z_s, z_t, weight, *scalars, True, need_rows, dtype
-                    )
-                    slope = gradient_rows(z_s, dtype)
-                    grads.add(slope, scale, student, hidden, index, first=number == 0)
-                else:
-                    part, _, _, measures = ops.dual_kl(z_s, z_t, weight, *scalars, False, need_rows)
-                loss += part
-                if need_rows:
-                    rows.index_copy_(1, index, measures)
+            dtype = student.weight.dtype
+            for number, chunk in enumerate(torch.split(live, size)):
+                hidden = student.rows_of(student_hidden, chunk)
+                logits = student.logits(hidden)
+                for begin in range(0, chunk.numel(), piece):
+                    index, z_s = chunk[begin : begin + piece], logits[begin : begin + piece]
+                    z_t = teacher.logits(teacher.rows_of(teacher_hidden, index))
+                    weight = row_weight.index_select(0, index)
+                    options = (z_s, z_t, weight, *scalars, need_grad, need_rows)
+                    if need_grad:
+                        part, scale, measures = ops.dual_kl_(*options, dtype)
+                        grads.add_rows(gradient_rows(z_s, dtype), scale, student, index)
+                    else:
+                        part, _, _, measures = ops.dual_kl(*options)
+                    loss += part
+                    if need_rows:
+                        rows.index_copy_(1, index, measures)
+                if need_head:
+                    slope = gradient_rows(logits, dtype)
+                    grads.add_chunk(slope, scale, student, hidden, first=number == 0)
         return loss, grads.hidden, grads.head, grads.bias, rows
 
     return linear_dual_kl
 
 
 def _gradients(
-    hidden: Tensor, head: _Head, need_hidden: bool, need_head: bool, need_bias: bool
+    hidden: Tensor,
+    head: _Head,
+    need_hidden: bool,
+    head_dtype: torch.dtype | None,
+    need_bias: bool,
 ) -> _Gradients:
     wide, weight = accumulated(hidden.dtype), head.weight
     # Of float16 factors each chunk has its own scale; other narrow factors are multiplied into
     # float32 only where the library can.
     to_float32 = head.products.to_float32
-    apart = weight.dtype == torch.float16 if to_float32 else weight.dtype != wide
+    apart = weight.dtype == torch.float16 if to_float32 else weight.dtype != head_dtype
 
     def zeros(shape: torch.Size, needed: bool, dtype: torch.dtype) -> Tensor:
         return hidden.new_zeros(shape if needed else 0, dtype=dtype if needed else wide)
@@ -208,11 +253,12 @@ def _gradients(
     def unwritten(shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return prefer_huge_pages(hidden.new_empty(shape, dtype=dtype))
 
+    slab = torch.Size((min(_SLAB, weight.shape[0]), weight.shape[1]))
     return _Gradients(
         hidden=zeros(hidden.shape, need_hidden, hidden_grad_dtype(hidden.dtype)),
-        head=unwritten(weight.shape, wide) if need_head else hidden.new_zeros(0, dtype=wide),
+        head=unwritten(weight.shape, head_dtype) if head_dtype else hidden.new_zeros(0, dtype=wide),
         bias=zeros(weight.shape[:1], need_bias, wide),
-        product=unwritten(weight.shape, wide if to_float32 else weight.dtype)
-        if need_head and apart
+        product=unwritten(slab, wide if to_float32 else weight.dtype)
+        if head_dtype and apart
         else None,
     )

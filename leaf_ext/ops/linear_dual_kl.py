@@ -80,11 +80,10 @@ def linear_dual_kl(
     dropped before the first product (one host synchronization). On a GPU logits come out of the
     product in float32. A CPU's library gives no wider product, so there they have the inputs' dtype
     (float32 for float16 inputs, through a float32 copy of the head). backend="reference" multiplies
-    in float32 throughout. The head's gradient accumulates
-    over chunks in float32. A frozen head costs no product, and without gradients only the loss is
-    computed. Beyond a few numbers a row, only the gradient of the hidden states grows with N:
-    memory holds it once until the backward (in float32 for float16 inputs) and during the backward
-    a second time, as it is returned.
+    in float32 throughout. The head's gradient accumulates over chunks in float32. A frozen head
+    costs no product, and without gradients only the loss is computed. Beyond a few numbers a row,
+    only the gradient of the hidden states grows with N: memory holds it once, and the backward
+    returns it (for float16 inputs, whose gradient is kept in float32, a copy).
 
     Args:
         student_hidden, student_head: [N, H_s], [V_s, H_s] of one dtype: float32, float16 or
@@ -93,10 +92,10 @@ def linear_dual_kl(
         teacher_hidden, teacher_head: [N, H_t], [V_t, H_t] of one dtype.
         row_weight: [N] float32, see `row_weights`.
         student_bias, teacher_bias: [V_s], [V_t], of their head's dtype.
-        chunk_size: an upper bound; by default a chunk of one model's logits has 2^26 elements (128
-            MiB in bfloat16), on a GPU 2^28 (1 GiB in float32), and 32 to 4096 rows: enough for the
-            products to run at full speed and for the head's gradient, read and written once a
-            chunk, to be a small part of the traffic.
+        chunk_size: an upper bound. By default on a CPU 512 rows, more of vocabularies below 2^14;
+            on a GPU 32 to 4096 rows, for 2^28 logits of one model (1 GiB in float32). The head's
+            gradient is read and written once a chunk; of a single chunk on a CPU it never leaves
+            the head's dtype.
         temperature, logit_scale, logit_softcap, return_rows, backend: as in `dual_kl`.
     Returns:
         The loss, [] float32, in nats; with `return_rows` a pair (loss, rows).
@@ -114,10 +113,10 @@ def linear_dual_kl(
         vocabulary = max(student[1].shape[0], teacher[1].shape[0])
         chunk_size = linear_chunks.default_chunk_size(vocabulary, student[0].device)
     chunk_size = checks.require_integer(_OP, "chunk_size", chunk_size, 1)
-    need = [
+    need_hidden, need_head, need_bias = (
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in student
-    ]
+    )
     run = implementation(_OP, student[0].device, backend, student[0].dtype)
     loss, _, _, _, rows = run(
         student[0],
@@ -128,7 +127,9 @@ def linear_dual_kl(
         student[2],
         None if teacher[2] is None else teacher[2].detach(),
         *options.scalars,
-        *need,
+        need_hidden,
+        linear_chunks.head_grad_dtype(student[0], chunk_size) if need_head else None,
+        need_bias,
         return_rows,
         chunk_size,
     )
@@ -214,7 +215,7 @@ def _fake(
     student_softcap: float,
     teacher_softcap: float,
     need_hidden_grad: bool,
-    need_head_grad: bool,
+    head_grad_dtype: torch.dtype | None,
     need_bias_grad: bool,
     need_rows: bool,
     chunk_size: int,
@@ -226,7 +227,7 @@ def _fake(
     return (
         new((), dtype=dtype),
         new(hidden_shape, dtype=hidden_dtype if need_hidden_grad else dtype),
-        new(student_head.shape if need_head_grad else (0,), dtype=dtype),
+        new(student_head.shape if head_grad_dtype else (0,), dtype=head_grad_dtype or dtype),
         new((student_head.shape[0] if need_bias_grad else 0,), dtype=dtype),
         new((4, student_hidden.shape[0] if need_rows else 0), dtype=dtype),
     )

@@ -24,7 +24,7 @@ def linear_dual_kl(
     student_softcap: float,
     teacher_softcap: float,
     need_hidden_grad: bool,
-    need_head_grad: bool,
+    head_grad_dtype: torch.dtype | None,
     need_bias_grad: bool,
     need_rows: bool,
     chunk_size: int,
@@ -38,14 +38,14 @@ def linear_dual_kl(
     """
     live = row_weight.nonzero().squeeze(1)
     head, teacher_weight = widen(student_head), widen(teacher_head)
-    need_grad = need_hidden_grad or need_head_grad or need_bias_grad
+    need_grad = need_hidden_grad or head_grad_dtype is not None or need_bias_grad
     loss = head.new_zeros(())
     rows = head.new_zeros(4, row_weight.shape[0] if need_rows else 0)
     hidden_grad, head_grad, bias_grad = (head.new_zeros(0) for _ in range(3))
     if need_hidden_grad:
         dtype = hidden_grad_dtype(student_hidden.dtype)
         hidden_grad = student_hidden.new_zeros(student_hidden.shape, dtype=dtype)
-    if need_head_grad:
+    if head_grad_dtype is not None:
         head_grad = head.new_zeros(head.shape)
     if need_bias_grad:
         bias_grad = head.new_zeros(head.shape[0])
@@ -69,10 +69,12 @@ def linear_dual_kl(
                 rows[:, index] = measures
             if need_hidden_grad:
                 hidden_grad[index] = (slope @ head).to(hidden_grad.dtype)
-            if need_head_grad:
+            if head_grad_dtype is not None:
                 head_grad += slope.T @ hidden
             if need_bias_grad:
                 bias_grad += slope.sum(0)
+    if head_grad_dtype is not None:
+        head_grad = head_grad.to(head_grad_dtype)
     return loss, hidden_grad, head_grad, bias_grad, rows
 
 
