@@ -9,9 +9,9 @@
 // phi = exp(-l) - 1 + l >= 0 by its series, so that nothing cancels and an error of d enters
 // squared. The maxima are subtracted first, so that an offset between the two models costs nothing.
 //
-// Two phases, each over blocks that fit the first-level cache: the softmax of both models, then the
-// terms of loss and gradient. Between them the row pair stays in the second-level cache. Blocks are
-// merged in their order, whoever computed them, so that results do not depend on the threads.
+// Two phases, each block by block: the softmax of both models, then the terms of loss and gradient.
+// Between them the row pair stays in the second-level cache. Blocks are merged in their order,
+// whoever computed them, so that results do not depend on the threads.
 
 #include "leaf/dual_kl.h"
 
@@ -21,8 +21,10 @@
 #include <vector>
 
 #include "convert.h"
+#include "pairs.h"
 #include "simd.h"
 #include "softmax.h"
+#include "subnormals.h"
 
 namespace leaf::cpu {
 namespace {
@@ -36,7 +38,7 @@ struct TermScalars {
 
 // One model's block: p = exps * factor.
 struct Side {
-  const float* y;
+  const void* y;
   const float* exps;
   float factor;
 };
@@ -59,26 +61,45 @@ LEAF_INLINE float difference_and_term(float ps, float pt, float log_ratio, float
 }
 
 // Writes grad_scale * (p_s - p_t), which may overwrite student.y, and returns the sum of the terms.
-LEAF_CLONES Lanes terms(const Side student, const Side teacher, int64_t n, const TermScalars row,
-                        float* grad) {
+template <class Element>
+LEAF_INLINE Lanes terms(const Side& student, const Side& teacher, int64_t n, const TermScalars& row,
+                        Element* grad) {
+  const Element* ys = static_cast<const Element*>(student.y);
+  const Element* yt = static_cast<const Element*>(teacher.y);
   alignas(64) float sum[kChains] = {};
-  for_stretches(n, [&](int64_t begin, int64_t width) LEAF_INLINE_LAMBDA {
-    const float* ys = student.y + begin;
-    const float* yt = teacher.y + begin;
-    const float* es = student.exps + begin;
-    const float* et = teacher.exps + begin;
+  const auto add = [&](float s, float t, int64_t at, int64_t chain) LEAF_INLINE_LAMBDA {
+    const float apart = (t - row.max_t) - (s - row.max_s);
+    const float log_ratio = apart * row.inv_temperature + row.log_ratio;
+    float term;
+    const float difference = difference_and_term(
+        student.exps[at] * student.factor, teacher.exps[at] * teacher.factor, log_ratio, &term);
+    sum[chain] += term;
+    return row.grad_scale * difference;
+  };
+  int64_t begin = 0;
+  for (; begin + kChains <= n; begin += kChains) {
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const float apart = (yt[i] - row.max_t) - (ys[i] - row.max_s);
-      const float log_ratio = apart * row.inv_temperature + row.log_ratio;
-      float term;
-      grad[begin + i] =
-          row.grad_scale *
-          difference_and_term(es[i] * student.factor, et[i] * teacher.factor, log_ratio, &term);
-      sum[i] += term;
+    for (int64_t i = 0; i < kPairs; ++i) {
+      const float first = add(load_first(ys + begin, i), load_first(yt + begin, i), begin + i, i);
+      const float second = add(load_second(ys + begin, i), load_second(yt + begin, i),
+                               begin + kPairs + i, kPairs + i);
+      store_pair(first, second, grad + begin, i);
     }
-  });
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n - begin; ++i) {
+    store(add(load(ys + begin + i), load(yt + begin + i), begin + i, i), grad + begin + i);
+  }
   return fold(sum);
+}
+
+LEAF_CLONES Lanes wide_terms(const Side student, const Side teacher, int64_t n,
+                             const TermScalars row, void* grad) {
+  return terms(student, teacher, n, row, static_cast<float*>(grad));
+}
+LEAF_CLONES Lanes narrow_terms(const Side student, const Side teacher, int64_t n,
+                               const TermScalars row, void* grad) {
+  return terms(student, teacher, n, row, static_cast<BFloat16*>(grad));
 }
 
 LEAF_CLONES void multiply(float* __restrict__ x, const float* __restrict__ factor, int64_t n) {
@@ -110,10 +131,11 @@ class RowKernel {
       : params_(params),
         kl_(kl),
         blocks_(SoftmaxRow::block_count(common_vocab(params))),
-        student_(params.student, common_vocab(params), params.temperature,
-                 params.row_results != nullptr),
-        teacher_(params.teacher, common_vocab(params), params.temperature,
-                 params.row_results != nullptr),
+        narrow_(SoftmaxRow::is_narrow(params.student) && SoftmaxRow::is_narrow(params.teacher)),
+        scratch_(thread_scratch(2 * SoftmaxRow::scratch_size(common_vocab(params)))),
+        student_(softmax_row(params.student, scratch_)),
+        teacher_(
+            softmax_row(params.teacher, scratch_ + SoftmaxRow::scratch_size(common_vocab(params)))),
         terms_(blocks_) {}
 
   // `for_blocks(n, body)` calls body(begin, end) on ranges that cover [0, n): here or on threads.
@@ -148,22 +170,30 @@ class RowKernel {
   }
 
  private:
+  SoftmaxRow softmax_row(const Logits& logits, float* scratch) const {
+    return {
+        logits, common_vocab(params_), params_.temperature, params_.row_results != nullptr, narrow_,
+        scratch};
+  }
+
   Lanes block_terms(int64_t row, int64_t block, const TermScalars& scalars) {
-    alignas(64) float student_y[kBlock];
-    alignas(64) float teacher_y[kBlock];
-    alignas(64) float slope[kBlock];
-    alignas(64) float grad[kBlock];
+    alignas(64) float student_y[kRowBlock];
+    alignas(64) float teacher_y[kRowBlock];
+    alignas(64) float slope[kRowBlock];
+    alignas(64) float grad[kRowBlock];
     const int64_t n = student_.block_size(block);
-    const float* yt = teacher_.load(row, block, teacher_y, slope);
-    const float* ys = student_.load(row, block, student_y, slope);  // its slope is the one needed
+    const Side teacher{teacher_.load(row, block, teacher_y, slope), teacher_.exps(block),
+                       teacher_.factor(block)};
+    const Side student{student_.load(row, block, student_y, slope),  // its slope is the one needed
+                       student_.exps(block), student_.factor(block)};
     const DType dtype = params_.student.dtype;
     void* target =
         params_.grad == nullptr
             ? grad
-            : offset(params_.grad, row * params_.grad_row_stride + block * kBlock, dtype);
+            : offset(params_.grad, row * params_.grad_row_stride + block * kRowBlock, dtype);
+    if (narrow_) return narrow_terms(student, teacher, n, scalars, target);
     float* values = dtype == DType::kFloat32 ? static_cast<float*>(target) : grad;
-    const Lanes sum = terms({ys, student_.exps(block), student_.factor(block)},
-                            {yt, teacher_.exps(block), teacher_.factor(block)}, n, scalars, values);
+    const Lanes sum = wide_terms(student, teacher, n, scalars, values);
     if (params_.grad == nullptr) return sum;
     if (params_.student.softcap != 0.0f) multiply(values, slope, n);
     if (values != target) store_floats(values, n, dtype, target);
@@ -181,6 +211,8 @@ class RowKernel {
   const DualKLParams& params_;
   double* kl_;
   int64_t blocks_;
+  bool narrow_;  // both models' logits are used as they lie, in bfloat16
+  float* scratch_;
   SoftmaxRow student_;
   SoftmaxRow teacher_;
   std::vector<Lanes> terms_;
@@ -220,19 +252,24 @@ void dual_kl(const DualKLParams& params, const Threads& threads) {
   // each row that is left over are shared. Both ways do the same arithmetic in the same order.
   const auto rows = static_cast<int64_t>(live.size());
   const int64_t blocks = SoftmaxRow::block_count(common_vocab(params));
-  constexpr int64_t kBlocksPerThread = 8;  // less is not worth waking one
-  const bool share = blocks >= 2 * kBlocksPerThread;
+  constexpr int64_t kWorthwhile = 2 * kRowBlock;  // elements; less is not worth waking a thread
+  const bool share = blocks * kRowBlock >= 2 * kWorthwhile;
   const int64_t whole = share ? rows - rows % threads.count : rows;
-  const int64_t grain = std::max<int64_t>(1, kBlocksPerThread / blocks);
+  const int64_t grain = std::max<int64_t>(1, kWorthwhile / common_vocab(params));
   threads.for_ranges(whole, grain, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
     RowKernel kernel(params, kl.data());
     const auto here = [](int64_t n, const auto& body) { body(0, n); };
     for (int64_t i = begin; i < end; ++i) kernel.run(live[i], here);
   });
   if (whole < rows) {
+    const FlushSubnormals flush;
     RowKernel kernel(params, kl.data());
     const auto on_threads = [&](int64_t n, const auto& body) {
-      threads.for_ranges(n, kBlocksPerThread, body);
+      threads.for_ranges(n, kWorthwhile / kRowBlock, [&](int64_t begin, int64_t end) {
+        const FlushSubnormals flush_here;
+        body(begin, end);
+      });
     };
     for (int64_t i = whole; i < rows; ++i) kernel.run(live[i], on_threads);
   }

@@ -127,11 +127,14 @@ LEAF_INLINE float from_bfloat16(uint16_t bits) {
   return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
-LEAF_INLINE uint16_t to_bfloat16(float value) {
+// The upper half is the bfloat16: to nearest, ties to even; NaN stays NaN.
+LEAF_INLINE uint32_t bfloat16_bits(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return value == value ? rounded : 0x7fc00000u;
+}
+LEAF_INLINE uint16_t to_bfloat16(float value) {
+  return static_cast<uint16_t>(bfloat16_bits(value) >> 16);
 }
 
 // Integer arithmetic instead of the conversion instructions, which the baseline does not have.

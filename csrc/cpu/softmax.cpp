@@ -2,6 +2,8 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <new>
 
 #include "convert.h"
 
@@ -10,18 +12,36 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// NaN does not show in it. Two chains, so that comparisons do not wait for each other.
-LEAF_CLONES float maximum(const float* __restrict__ y, int64_t n) {
-  const int64_t half = n / 2;
-  float low = y[n - 1] > -kInfinity ? y[n - 1] : -kInfinity;
-  float high = low;
-#pragma omp simd reduction(max : low, high)
-  for (int64_t i = 0; i < half; ++i) {
-    low = low < y[i] ? y[i] : low;
-    high = high < y[half + i] ? y[half + i] : high;
+// NaN does not show in it. Chains, so that comparisons do not wait for each other.
+template <class Element>
+LEAF_INLINE float largest(const Element* __restrict__ y, int64_t n) {
+  alignas(64) float max[kChains];
+  std::fill(max, max + kChains, -kInfinity);
+  int64_t begin = 0;
+  for (; begin + kChains <= n; begin += kChains) {
+    const Element* stretch = y + begin;
+#pragma omp simd
+    for (int64_t i = 0; i < kPairs; ++i) {
+      const float low = max[i];
+      const float high = max[kPairs + i];
+      const float first = load_first(stretch, i);
+      const float second = load_second(stretch, i);
+      max[i] = low < first ? first : low;
+      max[kPairs + i] = high < second ? second : high;
+    }
   }
-  return low < high ? high : low;
+#pragma omp simd
+  for (int64_t i = 0; i < n - begin; ++i) {
+    const float value = load(y + begin + i);
+    max[i] = max[i] < value ? value : max[i];
+  }
+  float result = -kInfinity;
+#pragma omp simd reduction(max : result)
+  for (int64_t i = 0; i < kChains; ++i) result = result < max[i] ? max[i] : result;
+  return result;
 }
+
+LEAF_CLONES float maximum(const float* y, int64_t n) { return largest(y, n); }
 
 // What lies at `next`, where the following block is, is asked for during the arithmetic: all at
 // once it would fill the processor's queue of requests and stop it.
@@ -30,37 +50,54 @@ struct Next {
   int64_t element_size;
 };
 
-template <bool kMoment>
-LEAF_INLINE BlockStatistics exponentials(const float* __restrict__ y, int64_t n, float temperature,
-                                         Next next, float* __restrict__ exps) {
-  const float max = maximum(y, n);
+template <bool kMoment, class Element>
+LEAF_INLINE BlockStatistics exponentials(const Element* __restrict__ y, int64_t n,
+                                         float temperature, Next next, float* __restrict__ exps) {
+  const float max = largest(y, n);
   const float base = max == -kInfinity ? 0.0f : max;
   const float scale = kLog2e / temperature;
   const float lowest = -127.0f / scale;
   alignas(64) float sum[kChains] = {};
   alignas(64) float moment[kChains] = {};
-  for_stretches(n, [&](int64_t begin, int64_t width) LEAF_INLINE_LAMBDA {
-    prefetch(next.data, begin * next.element_size, (begin + width) * next.element_size);
+  const auto add = [&](float value, float* exp, int64_t chain) LEAF_INLINE_LAMBDA {
+    const float x = value - base;
+    const float e = exp2_nonpositive(x, scale, lowest);
+    *exp = e;
+    sum[chain] += e;
+    if constexpr (kMoment) moment[chain] += e * (lowest > x ? lowest : x);  // 0, not NaN, for -inf
+  };
+  int64_t begin = 0;
+  for (; begin + kChains <= n; begin += kChains) {
+    prefetch(next.data, begin * next.element_size, (begin + kChains) * next.element_size);
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const float x = y[begin + i] - base;
-      const float e = exp2_nonpositive(x, scale, lowest);
-      exps[begin + i] = e;
-      sum[i] += e;
-      if constexpr (kMoment) moment[i] += e * (lowest > x ? lowest : x);  // 0, not NaN, for -inf
+    for (int64_t i = 0; i < kPairs; ++i) {
+      add(load_first(y + begin, i), exps + begin + i, i);
+      add(load_second(y + begin, i), exps + begin + kPairs + i, kPairs + i);
     }
-  });
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n - begin; ++i) add(load(y + begin + i), exps + begin + i, i);
   return {max, fold(sum), fold(moment)};
 }
 
-LEAF_CLONES BlockStatistics exponentiate(const float* y, int64_t n, float temperature, Next next,
-                                         float* exps) {
-  return exponentials<false>(y, n, temperature, next, exps);
-}
+using Exponentiate = BlockStatistics(const void* y, int64_t n, float temperature, Next next,
+                                     float* exps);
 
-LEAF_CLONES BlockStatistics exponentiate_with_moment(const float* y, int64_t n, float temperature,
-                                                     Next next, float* exps) {
-  return exponentials<true>(y, n, temperature, next, exps);
+LEAF_CLONES BlockStatistics wide(const void* y, int64_t n, float temperature, Next next,
+                                 float* exps) {
+  return exponentials<false>(static_cast<const float*>(y), n, temperature, next, exps);
+}
+LEAF_CLONES BlockStatistics narrow(const void* y, int64_t n, float temperature, Next next,
+                                   float* exps) {
+  return exponentials<false>(static_cast<const BFloat16*>(y), n, temperature, next, exps);
+}
+LEAF_CLONES BlockStatistics wide_with_moment(const void* y, int64_t n, float temperature, Next next,
+                                             float* exps) {
+  return exponentials<true>(static_cast<const float*>(y), n, temperature, next, exps);
+}
+LEAF_CLONES BlockStatistics narrow_with_moment(const void* y, int64_t n, float temperature,
+                                               Next next, float* exps) {
+  return exponentials<true>(static_cast<const BFloat16*>(y), n, temperature, next, exps);
 }
 
 // x and y may be the same.
@@ -83,11 +120,29 @@ LEAF_CLONES void cap_logits(const float* z, int64_t n, float scale, float cap, f
 
 }  // namespace
 
-const void* SoftmaxRow::address(int64_t row, int64_t block) const {
-  return offset(logits_.data, row * logits_.row_stride + block * kBlock, logits_.dtype);
+float* thread_scratch(int64_t n) {
+  constexpr std::align_val_t kAlign{64};
+  struct Delete {
+    void operator()(float* memory) const { ::operator delete(memory, kAlign); }
+  };
+  thread_local std::unique_ptr<float, Delete> memory;
+  thread_local int64_t size = 0;
+  if (n > size) {
+    memory.reset();
+    size = 0;
+    memory.reset(
+        static_cast<float*>(::operator new(static_cast<size_t>(n) * sizeof(float), kAlign)));
+    size = n;
+  }
+  return memory.get();
 }
 
-const float* SoftmaxRow::load(int64_t row, int64_t block, float* buffer, float* slope) const {
+const void* SoftmaxRow::address(int64_t row, int64_t block) const {
+  return offset(logits_.data, row * logits_.row_stride + block * kRowBlock, logits_.dtype);
+}
+
+const void* SoftmaxRow::load(int64_t row, int64_t block, float* buffer, float* slope) const {
+  if (narrow_) return address(row, block);
   const int64_t n = block_size(block);
   const float* z = load_floats(address(row, block), logits_.dtype, n, buffer);
   if (logits_.softcap != 0.0f) {
@@ -100,13 +155,14 @@ const float* SoftmaxRow::load(int64_t row, int64_t block, float* buffer, float* 
 }
 
 void SoftmaxRow::compute_block(int64_t row, int64_t block) {
-  alignas(64) float buffer[kBlock];
-  alignas(64) float slope[kBlock];
-  const int64_t n = block_size(block);
-  const float* y = load(row, block, buffer, slope);
+  alignas(64) float buffer[kRowBlock];
+  alignas(64) float slope[kRowBlock];
+  const void* y = load(row, block, buffer, slope);
   const Next next{address(row, block + 1), size_of(logits_.dtype)};
-  statistics_[block] = (with_entropy_ ? exponentiate_with_moment : exponentiate)(
-      y, n, static_cast<float>(temperature_), next, exps_.data() + block * kBlock);
+  Exponentiate* const exponentiate = narrow_ ? (with_entropy_ ? narrow_with_moment : narrow)
+                                             : (with_entropy_ ? wide_with_moment : wide);
+  statistics_[block] = exponentiate(y, block_size(block), static_cast<float>(temperature_), next,
+                                    exps_ + block * kRowBlock);
 }
 
 void SoftmaxRow::merge() {
@@ -139,8 +195,8 @@ int64_t SoftmaxRow::argmax(int64_t row) const {
   const bool distinct = logits_.softcap == 0.0f && logits_.scale == 1.0f;
   const int64_t first = distinct ? max_block_ : 0;
   const int64_t last = distinct ? max_block_ : block_count(vocab_) - 1;
-  alignas(64) float buffer[kBlock];
-  int64_t argmax = first * kBlock;
+  alignas(64) float buffer[kRowBlock];
+  int64_t argmax = first * kRowBlock;
   float max = -kInfinity;
   for (int64_t block = first; block <= last; ++block) {
     const int64_t n = block_size(block);
@@ -148,7 +204,7 @@ int64_t SoftmaxRow::argmax(int64_t row) const {
     const float block_max = maximum(z, n);
     if (block_max <= max) continue;
     max = block_max;
-    argmax = block * kBlock + (std::find(z, z + n, max) - z);
+    argmax = block * kRowBlock + (std::find(z, z + n, max) - z);
   }
   return argmax;
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-// The softmax of one row of one model's logits, in blocks of kBlock.
+// The softmax of one row of one model's logits, in blocks of kRowBlock.
 //
 // With y the scaled, capped logit, over the first `vocab` elements and with temperature T:
 //
@@ -15,9 +15,17 @@
 #include <vector>
 
 #include "leaf/dual_kl.h"
+#include "pairs.h"
 #include "simd.h"
 
 namespace leaf::cpu {
+
+// Long enough that what a block costs beside its elements is little.
+constexpr int64_t kRowBlock = 4096;
+
+// Aligned memory for n floats that the calling thread keeps from call to call: mapping fresh pages
+// would take as long as some rows. What it held before is lost when more is asked for.
+float* thread_scratch(int64_t n);
 
 // With x = y - max over a block: the sums of exp(x / T) and, for the entropy, of x exp(x / T).
 struct BlockStatistics {
@@ -28,28 +36,39 @@ struct BlockStatistics {
 
 class SoftmaxRow {
  public:
-  SoftmaxRow(const Logits& logits, int64_t vocab, float temperature, bool with_entropy)
+  // `narrow`: logits of bfloat16 that need no arithmetic (see is_narrow) are used as they lie.
+  // `scratch`: memory for scratch_size(vocab) floats.
+  SoftmaxRow(const Logits& logits, int64_t vocab, float temperature, bool with_entropy, bool narrow,
+             float* scratch)
       : logits_(logits),
         vocab_(vocab),
         temperature_(temperature),
         with_entropy_(with_entropy),
+        narrow_(narrow),
         statistics_(block_count(vocab)),
         factor_(block_count(vocab)),
-        exps_(vocab) {}
+        exps_(scratch) {}
 
-  static int64_t block_count(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
-  int64_t block_size(int64_t block) const { return std::min(kBlock, vocab_ - block * kBlock); }
+  static bool is_narrow(const Logits& logits) {
+    return logits.dtype == DType::kBFloat16 && logits.softcap == 0.0f && logits.scale == 1.0f;
+  }
+  static int64_t block_count(int64_t vocab) { return (vocab + kRowBlock - 1) / kRowBlock; }
+  static int64_t scratch_size(int64_t vocab) { return block_count(vocab) * kRowBlock; }
+  int64_t block_size(int64_t block) const {
+    return std::min(kRowBlock, vocab_ - block * kRowBlock);
+  }
 
-  // y of one block, in `buffer` or where the logits lie; slope = dy/d(scale z), only with a
-  // softcap.
-  const float* load(int64_t row, int64_t block, float* buffer, float* slope) const;
+  // y of one block, in `buffer` or where the logits lie, float32 unless `narrow`; slope =
+  // dy/d(scale z), only with a softcap.
+  const void* load(int64_t row, int64_t block, float* buffer, float* slope) const;
 
   // First phase: blocks in any order, by any thread; then merge, which keeps to their order.
   void compute_block(int64_t row, int64_t block);
   void merge();
 
-  // Of the merged row. p of element i of a block is exps(block)[i] * factor(block).
-  const float* exps(int64_t block) const { return exps_.data() + block * kBlock; }
+  // Of the merged row. p of a block is exps * factor; exps has the elements of a stretch in the
+  // order first of each pair, second of each pair.
+  const float* exps(int64_t block) const { return exps_ + block * kRowBlock; }
   float factor(int64_t block) const { return factor_[block]; }
   double max() const { return max_; }
   double log_sum() const { return log_sum_; }  // log d
@@ -63,9 +82,10 @@ class SoftmaxRow {
   int64_t vocab_;
   double temperature_;
   bool with_entropy_;
+  bool narrow_;
   std::vector<BlockStatistics> statistics_;  // [blocks]
   std::vector<float> factor_;                // [blocks]
-  std::vector<float> exps_;                  // [vocab]
+  float* exps_;                              // [scratch_size(vocab)]
   int64_t max_block_ = 0;
   double max_ = 0.0;
   double log_sum_ = 0.0;
