@@ -2,7 +2,8 @@
 
     python benchmarks/report.py build/benchmark.json [--output FILE]
 
-The table is printed and written to benchmarks/results/<processor>.md.
+The table is printed and written to benchmarks/results/<processor>.md. What was written by hand
+below it, from the first heading "## " on, stays.
 """
 
 from __future__ import annotations
@@ -15,21 +16,28 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+BASELINES = ("eager", "compiled", "bare products")
 COLUMNS = (
-    "op", "case", "variant", "best ms", "median ms", "GB/s", "of copy", "peak extra MiB", "x eager",
+    "op", "case", "variant", "best ms", "median ms", "GB/s", "of copy", "peak extra MiB",
+    *(f"x {baseline}" for baseline in BASELINES),
 )  # fmt: skip
 
 
 def rows(benchmarks: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-    eager = {
-        (b["extra_info"]["op"], b["extra_info"]["case"]): b["stats"]["min"]
-        for b in benchmarks
-        if b["extra_info"]["variant"] == "eager"
-    }
+    best = {}
+    for benchmark in benchmarks:
+        info = benchmark["extra_info"]
+        best[info["op"], info["case"], info["variant"]] = benchmark["stats"]["min"]
+
+    def ratio(info: dict[str, Any], baseline: str) -> str:
+        """How many times faster than the baseline, of the same kind if there is one."""
+        own, same = (info["op"], info["case"]), info["variant"].partition(" ")[2]
+        time = best.get((*own, f"{baseline} {same}"), best.get((*own, baseline)))
+        return "-" if time is None else f"{time / best[(*own, info['variant'])]:.2f}"
+
     for benchmark in benchmarks:
         info, stats = benchmark["extra_info"], benchmark["stats"]
         bandwidth = info["bytes"] / stats["min"] / 1e9
-        baseline = eager.get((info["op"], info["case"]))
         peak = info["peak_extra_mib"]
         yield (
             info["op"],
@@ -40,7 +48,7 @@ def rows(benchmarks: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
             f"{bandwidth:.1f}",
             f"{bandwidth / info['copy_gbps']:.0%}",
             "-" if peak is None else f"{peak:.0f}",
-            "-" if baseline is None else f"{baseline / stats['min']:.2f}",
+            *(ratio(info, baseline) for baseline in BASELINES),
         )
 
 
@@ -64,14 +72,21 @@ def table(data: dict[str, Any]) -> str:
         "it was timed.",
         "GB/s counts the bytes that must move (each input read once, each result written once), at "
         "the best time; `of copy` is its share of the copy bandwidth. Peak extra memory: how far "
-        "the process's resident memory rose during one call. `x eager`: eager PyTorch's best time "
-        "divided by this one.",
+        "the process's resident memory rose during one call. `x eager`, `x compiled`: the best "
+        "time of eager and of compiled PyTorch divided by this one, with a frozen head if it has "
+        "one; `x bare products`: that of the four matrix products alone.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|---|---|" + "---:|" * (len(COLUMNS) - 3),
     ]
     lines += ["| " + " | ".join(row) + " |" for row in rows(benchmarks)]
     return "\n".join(lines) + "\n"
+
+
+def notes(output: Path) -> str:
+    """What stands below the table of an earlier run."""
+    _, heading, text = (output.read_text() if output.exists() else "").partition("\n## ")
+    return heading + text
 
 
 def file_name(data: dict[str, Any]) -> str:
@@ -92,7 +107,7 @@ def main() -> None:
     text = table(data)
     print(text, end="")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text)
+    output.write_text(text + notes(output))
 
 
 if __name__ == "__main__":

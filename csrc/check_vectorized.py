@@ -6,6 +6,8 @@
 
 Reads GCC's own reports, <build>/<source>.vec. `make vectorized` does all of it. The widths in these
 reports are those of a loop's narrowest type, so they say nothing; "couldn't vectorize loop" does.
+GCC names a loop by its first statement: that should be one of the loop's own, not of an inlined
+function, and of a loop around it another one.
 """
 
 from __future__ import annotations

@@ -39,6 +39,10 @@ def test_every_benchmark_runs_and_is_reported(tmp_path: Path) -> None:
         found = {line.split(" | ")[2] for line in lines if line.startswith(f"| {op} ")}
         assert len(found) == variants, (op, found)
     assert run.stdout == table.read_text()
+    note = "\n## Notes\n\nwritten by hand\n"
+    table.write_text("an older table\n" + note)
+    subprocess.run(report, cwd=ROOT, check=True, capture_output=True)
+    assert table.read_text() == run.stdout + note
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton elsewhere")

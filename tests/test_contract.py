@@ -389,3 +389,39 @@ def test_detection_is_not_differentiable(backend: str) -> None:
     assert not leaf_ext.grad_norm(grad, backend=backend).requires_grad
     domain = torch.ones(2, 5, dtype=torch.bool)
     assert not leaf_ext.detect_spans(grad, grad, domain, backend=backend).score.requires_grad
+
+
+def test_kernels_leave_subnormal_numbers_to_others(backend: str) -> None:
+    """They flush their own; in torch's threads these live on."""
+    logits = torch.randn(3, 40000)
+    leaf_ext.dual_kl(logits, logits.flip(1), torch.ones(3), backend=backend)
+    tiny = torch.full((2**18,), 1e-39)
+    assert bool((tiny * 0.5 > 0).all())
+
+
+def test_calls_of_other_sizes_between_change_nothing(backend: str) -> None:
+    inputs = {width: torch.randn(2, 5, width) for width in (9000, 7, 4097)}
+    losses: dict[int, list[float]] = {width: [] for width in inputs}
+    for _ in range(2):
+        for width, (student, teacher) in inputs.items():
+            loss = leaf_ext.dual_kl(student, teacher, torch.ones(5), backend=backend)
+            losses[width].append(float(loss))
+    assert all(first == second for first, second in losses.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_dropped_rows_than_a_cache_holds(dtype: torch.dtype) -> None:
+    rows, width = 2**25 // 8001 // dtype.itemsize + 2, 8001  # 32 MiB
+    memory = torch.full((rows * (width + 3) + 1,), float("nan")).to(dtype)
+    student = memory[1:].view(rows, width + 3)[:, :width]
+    student[5] = torch.randn(width)
+    weight = torch.zeros(rows)
+    weight[5] = 1.0
+    given = student[5:6].clone().requires_grad_()
+    teacher = torch.zeros(rows, width, dtype=dtype)
+    leaf_ext.dual_kl(given, teacher[:1], torch.ones(1)).backward()
+    result = student.detach().requires_grad_()
+    leaf_ext.dual_kl(result, teacher, weight, inplace_grad=True)
+    assert torch.equal(student[5:6], given.grad)
+    assert int(student.count_nonzero()) == int(given.grad.count_nonzero())
+    assert bool(memory[1:].view(rows, width + 3)[:, width:].isnan().all()) and memory[0].isnan()

@@ -25,6 +25,7 @@
 #include "simd.h"
 #include "softmax.h"
 #include "subnormals.h"
+#include "zero.h"
 
 namespace leaf::cpu {
 namespace {
@@ -80,9 +81,10 @@ LEAF_INLINE Lanes terms(const Side& student, const Side& teacher, int64_t n, con
   for (; begin + kChains <= n; begin += kChains) {
 #pragma omp simd
     for (int64_t i = 0; i < kPairs; ++i) {
+      const int64_t j = kPairs + i;
       const float first = add(load_first(ys + begin, i), load_first(yt + begin, i), begin + i, i);
-      const float second = add(load_second(ys + begin, i), load_second(yt + begin, i),
-                               begin + kPairs + i, kPairs + i);
+      const float second =
+          add(load_second(ys + begin, i), load_second(yt + begin, i), begin + j, j);
       store_pair(first, second, grad + begin, i);
     }
   }
@@ -116,12 +118,16 @@ float gradient_bound(const DualKLParams& params, int64_t row) {
   return params.row_weight[row] * params.temperature * params.student.scale;
 }
 
-// Zeroes a row's gradient from element `begin` on.
-void zero_gradient(const DualKLParams& params, int64_t row, int64_t begin) {
-  if (params.grad == nullptr) return;
-  const DType dtype = params.student.dtype;
-  std::memset(offset(params.grad, row * params.grad_row_stride + begin, dtype), 0,
-              static_cast<size_t>((params.student.vocab - begin) * size_of(dtype)));
+// Zeroes the gradient of a row that is not read.
+void skip_row(const DualKLParams& params, int64_t row, bool uncached) {
+  if (params.grad != nullptr) {
+    const DType dtype = params.student.dtype;
+    void* grad = offset(params.grad, row * params.grad_row_stride, dtype);
+    const auto bytes = static_cast<size_t>(params.student.vocab * size_of(dtype));
+    uncached ? zero_uncached(grad, bytes) : (void)std::memset(grad, 0, bytes);
+  }
+  if (params.row_results == nullptr) return;
+  for (int64_t i = 0; i < 4; ++i) params.row_results[i * params.rows + row] = 0.0f;
 }
 
 // Computes rows one after another; the buffers are reused.
@@ -165,7 +171,7 @@ class RowKernel {
     WideLanes sum;
     for (const Lanes& block : terms_) sum.add(block);
     kl_[row] = sum.total();
-    zero_gradient(params_, row, common_vocab(params_));
+    zero_beyond_teacher(row);
     if (params_.row_results != nullptr) write_results(row, agree ? 1.0f : 0.0f);
   }
 
@@ -200,6 +206,15 @@ class RowKernel {
     return sum;
   }
 
+  // Beyond the common vocabulary.
+  void zero_beyond_teacher(int64_t row) {
+    const int64_t begin = common_vocab(params_);
+    if (params_.grad == nullptr || begin == params_.student.vocab) return;
+    const DType dtype = params_.student.dtype;
+    std::memset(offset(params_.grad, row * params_.grad_row_stride + begin, dtype), 0,
+                static_cast<size_t>((params_.student.vocab - begin) * size_of(dtype)));
+  }
+
   void write_results(int64_t row, float agreement) {
     float* result = params_.row_results + row;
     result[0] = static_cast<float>(kl_[row]);
@@ -217,12 +232,6 @@ class RowKernel {
   SoftmaxRow teacher_;
   std::vector<Lanes> terms_;
 };
-
-void skip_row(const DualKLParams& params, int64_t row) {
-  zero_gradient(params, row, 0);
-  if (params.row_results == nullptr) return;
-  for (int64_t i = 0; i < 4; ++i) params.row_results[i * params.rows + row] = 0.0f;
-}
 
 // The power of two that brings the largest possible entry of a float16 gradient, |p_s - p_t| being
 // at most 1, into (2^14, 2^15]: below its overflow, and as far from its underflow as can be.
@@ -273,8 +282,11 @@ void dual_kl(const DualKLParams& params, const Threads& threads) {
     };
     for (int64_t i = whole; i < rows; ++i) kernel.run(live[i], on_threads);
   }
-  threads.for_ranges(static_cast<int64_t>(dropped.size()), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) skip_row(params, dropped[i]);
+  const auto skipped = static_cast<int64_t>(dropped.size());
+  constexpr int64_t kCache = int64_t{1} << 25;  // bytes; what is larger will not be found in one
+  const bool uncached = skipped * params.student.vocab * size_of(params.student.dtype) >= kCache;
+  threads.for_ranges(skipped, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) skip_row(params, dropped[i], uncached);
   });
 
   double loss = 0.0;

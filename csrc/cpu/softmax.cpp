@@ -22,12 +22,11 @@ LEAF_INLINE float largest(const Element* __restrict__ y, int64_t n) {
     const Element* stretch = y + begin;
 #pragma omp simd
     for (int64_t i = 0; i < kPairs; ++i) {
-      const float low = max[i];
-      const float high = max[kPairs + i];
+      const int64_t j = kPairs + i;
       const float first = load_first(stretch, i);
       const float second = load_second(stretch, i);
-      max[i] = low < first ? first : low;
-      max[kPairs + i] = high < second ? second : high;
+      max[i] = max[i] < first ? first : max[i];
+      max[j] = max[j] < second ? second : max[j];
     }
   }
 #pragma omp simd
@@ -71,8 +70,9 @@ LEAF_INLINE BlockStatistics exponentials(const Element* __restrict__ y, int64_t 
     prefetch(next.data, begin * next.element_size, (begin + kChains) * next.element_size);
 #pragma omp simd
     for (int64_t i = 0; i < kPairs; ++i) {
+      const int64_t j = kPairs + i;
       add(load_first(y + begin, i), exps + begin + i, i);
-      add(load_second(y + begin, i), exps + begin + kPairs + i, kPairs + i);
+      add(load_second(y + begin, i), exps + begin + j, j);
     }
   }
 #pragma omp simd
