@@ -40,20 +40,12 @@ def test_grad_norm(case: cases.NormCase, backend: str) -> None:
     assert_within_budget("grad_norm", "norm", norm, oracle, baseline)
 
 
-def kl_options(case: cases.KLCase) -> dict[str, Any]:
-    return {
-        "temperature": case.temperature,
-        "logit_scale": case.logit_scale,
-        "logit_softcap": case.logit_softcap,
-    }
-
-
 def reference_results(
     case: cases.KLCase, student: Tensor, teacher: Tensor, weight: Tensor
 ) -> dict[str, Tensor]:
     student = student.requires_grad_()
     loss, rows = leaf_ext.dual_kl(
-        student, teacher, weight, return_rows=True, backend="reference", **kl_options(case)
+        student, teacher, weight, return_rows=True, backend="reference", **case.options
     )
     loss.backward()
     assert student.grad is not None
@@ -64,7 +56,7 @@ def eager_results(
     case: cases.KLCase, student: Tensor, teacher: Tensor, weight: Tensor
 ) -> dict[str, Tensor]:
     student = student.requires_grad_()
-    kl = eager_kl_rows(student, teacher, **kl_options(case))
+    kl = eager_kl_rows(student, teacher, **case.options)
     (case.temperature**2 * (weight * kl).sum()).backward()
     assert student.grad is not None
     return {"kl": kl.detach(), "gradient": student.grad}
@@ -118,7 +110,7 @@ def test_dual_kl(case: cases.KLCase, backend: str, inplace_grad: bool) -> None:
         inplace_grad=inplace_grad,
         return_rows=True,
         backend=backend,
-        **kl_options(case),
+        **case.options,
     )
     loss.backward()
 
@@ -138,7 +130,6 @@ def test_dual_kl(case: cases.KLCase, backend: str, inplace_grad: bool) -> None:
 
 @pytest.mark.parametrize("case", table(cases.LINEAR_CASES))
 def test_linear_dual_kl(case: cases.LinearCase, backend: str) -> None:
-    options = kl_options(case.logits)
     given = inputs.linear_inputs(case)
     live = given.row_weight != 0
 
@@ -160,7 +151,7 @@ def test_linear_dual_kl(case: cases.LinearCase, backend: str) -> None:
             chunk_size=chunk_size,
             return_rows=True,
             backend=backend,
-            **options,
+            **case.logits.options,
         )
         gradients = torch.autograd.grad(loss, parameters)
         return [loss.detach(), measures.kl, *gradients]
@@ -199,7 +190,7 @@ def eager_linear(case: cases.LinearCase, given: inputs.LinearInputs, live: Tenso
     teacher = torch.nn.functional.linear(
         given.teacher_hidden[live].to(dtype), given.teacher_head.to(dtype), biases[1]
     )
-    kl = eager_kl_rows(student, teacher, **kl_options(case.logits))
+    kl = eager_kl_rows(student, teacher, **case.logits.options)
     loss = case.logits.temperature**2 * (given.row_weight[live] * kl).sum()
     return [loss.detach(), kl.detach(), *torch.autograd.grad(loss, parameters)]
 
@@ -211,15 +202,10 @@ def detect(case: cases.SpansCase, given: inputs.SpansInputs, backend: str) -> le
         *saliencies,
         given.domain,
         prunable=given.prunable,
-        threshold=case.threshold,
-        rule=case.rule,
-        cap=case.cap,
-        teacher_max=case.teacher_max,
-        join_gap=case.join_gap,
-        min_length=case.min_length,
         cu_seqlens=given.cu_seqlens,
         max_seqlen=given.max_seqlen,
         backend="reference" if double else backend,
+        **case.options,
     )
 
 

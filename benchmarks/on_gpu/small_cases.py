@@ -39,15 +39,10 @@ def call_detect_spans(case: cases.SpansCase, device: torch.device, backend: str)
     leaf_ext.detect_spans(
         *(given.teacher, given.student, given.domain),
         prunable=given.prunable,
-        threshold=case.threshold,
-        rule=case.rule,
-        cap=case.cap,
-        teacher_max=case.teacher_max,
-        join_gap=case.join_gap,
-        min_length=case.min_length,
         cu_seqlens=given.cu_seqlens,
         max_seqlen=given.max_seqlen,
         backend=backend,
+        **case.options,
     )
 
 
@@ -56,12 +51,10 @@ def call_dual_kl(case: cases.KLCase, device: torch.device, backend: str) -> None
         given = moved(inputs.kl_inputs(case), device)
         loss, _ = leaf_ext.dual_kl(
             *(given.student.requires_grad_(), given.teacher, given.row_weight),
-            temperature=case.temperature,
-            logit_scale=case.logit_scale,
-            logit_softcap=case.logit_softcap,
             inplace_grad=inplace,
             return_rows=True,
             backend=backend,
+            **case.options,
         )
         loss.backward()
 

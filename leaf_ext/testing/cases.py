@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -61,6 +61,18 @@ class SpansCase:
         return f"{self.name}-{_SHORT[self.dtype]}"
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The case's arguments of `detect_spans`."""
+        return {
+            "threshold": self.threshold,
+            "rule": self.rule,
+            "cap": self.cap,
+            "teacher_max": self.teacher_max,
+            "join_gap": self.join_gap,
+            "min_length": self.min_length,
+        }
+
+    @property
     def slow_to_interpret(self) -> bool:
         return (sum(self.lengths) or self.batch * self.length) > _INTERPRETED_TOKENS
 
@@ -86,6 +98,15 @@ class KLCase:
 
     def __str__(self) -> str:
         return f"{self.name}-{_SHORT[self.dtype]}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The case's arguments of `dual_kl` and `linear_dual_kl`."""
+        return {
+            "temperature": self.temperature,
+            "logit_scale": self.logit_scale,
+            "logit_softcap": self.logit_softcap,
+        }
 
     @property
     def slow_to_interpret(self) -> bool:

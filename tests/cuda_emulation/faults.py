@@ -54,7 +54,7 @@ PLANTED = {
         RACE,
     ),
     "gradient_overwrites_logits": Planted(
-        "dual_kl.cu", "dual_kl", "race", "if (!kHeld) __syncthreads();", "", RACE
+        "dual_kl_row.cuh", "dual_kl", "race", "if (!kHeld) __syncthreads();", "", RACE
     ),
     "exchange_reads_early": Planted(
         "dual_kl.cu",
@@ -76,7 +76,12 @@ PLANTED = {
         "waits for its cluster, not arrived",
     ),
     "copies_not_waited_for": Planted(
-        "dual_kl.cu", "dual_kl", "race", "    wait_for_copies();\n", "", "not waited for its copies"
+        "dual_kl_row.cuh",
+        "dual_kl",
+        "race",
+        "    wait_for_copies();\n",
+        "",
+        "not waited for its copies",
     ),
     "thread_leaves_early": Planted(
         "detect_spans.cu",
