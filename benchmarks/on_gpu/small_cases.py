@@ -69,6 +69,7 @@ def call_linear_dual_kl(case: cases.LinearCase, device: torch.device, backend: s
         teacher_bias=given.teacher_bias,
         chunk_size=case.chunk_size,
         backend=backend,
+        **case.logits.options,
     )
     loss.backward()
 
