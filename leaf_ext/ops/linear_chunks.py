@@ -195,10 +195,9 @@ def over(namespace: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, 
         live = row_weight.nonzero().squeeze(1)
         products = _Products.of(student_hidden)
         vocabulary = max(student_head.shape[0], teacher_head.shape[0])
-        size, piece = (
-            max(1, min(rows, live.numel()))
-            for rows in (chunk_size, products.piece_size(vocabulary, chunk_size))
-        )
+        piece = max(1, min(products.piece_size(vocabulary, chunk_size), live.numel()))
+        # Only the product that is the head's gradient takes more rows at once.
+        size = max(1, min(chunk_size, live.numel())) if need_head else piece
         wide = accumulated(student_hidden.dtype)
         loss = row_weight.new_zeros((), dtype=wide)
         scale = torch.ones_like(loss)

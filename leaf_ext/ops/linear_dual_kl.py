@@ -92,7 +92,7 @@ def linear_dual_kl(
         teacher_hidden, teacher_head: [N, H_t], [V_t, H_t] of one dtype.
         row_weight: [N] float32, see `row_weights`.
         student_bias, teacher_bias: [V_s], [V_t], of their head's dtype.
-        chunk_size: an upper bound. By default on a CPU 512 rows, more of vocabularies below 2^14;
+        chunk_size: an upper bound. By default on a CPU 512 rows, more of vocabularies below 2^15;
             on a GPU 32 to 4096 rows, for 2^28 logits of one model (1 GiB in float32). The head's
             gradient is read and written once a chunk; of a single chunk on a CPU it never leaves
             the head's dtype.
