@@ -48,6 +48,27 @@ def test_linear_dual_kl_compiles_whole(backend: str, dynamic: bool) -> None:
         assert torch.equal(eager, traced)
 
 
+def test_linear_dual_kl_compiles_with_rows_that_data_decide() -> None:
+    """Hidden states at the label positions: nobody knows their number before they are there."""
+    torch.compiler.reset()
+    tensors = linear_tensors(torch.bfloat16)
+    chosen = torch.arange(tensors[0].shape[0]) % 2 == 0
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        index = chosen.nonzero().squeeze(1)
+        rest = (tensors[2][index], tensors[3], tensors[4][index])
+        return leaf_ext.linear_dual_kl(hidden[index], head, *rest, chunk_size=8)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        gradients = []
+        for run in (loss, compiled):
+            leaves = [t.clone().requires_grad_() for t in tensors[:2]]
+            gradients.append(torch.autograd.grad(run(*leaves), leaves))
+    for eager, traced in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, traced)
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_detection_compiles_whole(backend: str, dynamic: bool) -> None:
     torch.compiler.reset()

@@ -54,11 +54,10 @@ def test_the_default_cap_of_a_quantile_is_a_half(backend: str) -> None:
     ("vocabulary", "on_cpu", "on_gpu"),
     [
         *((151936, 512, 1536), (128256, 512, 2048)),
-        *((1, 4096, 4096), (2**12, 4096, 4096), (2**14, 1024, 4096), (2**30, 512, 32)),
+        *((1, 4096, 4096), (2**12, 4096, 4096), (2**14, 1024, 4096), (20000, 832, 4096)),
+        *((2**18, 512, 1024), (2**20, 128, 256), (2**30, 32, 32)),
     ],
 )
-def test_the_default_chunk_is_512_rows_or_2_to_the_28_logits(
-    vocabulary: int, on_cpu: int, on_gpu: int
-) -> None:
+def test_the_default_chunk_is_fast_and_bounded(vocabulary: int, on_cpu: int, on_gpu: int) -> None:
     assert default_chunk_size(vocabulary, torch.device("cpu")) == on_cpu
     assert default_chunk_size(vocabulary, torch.device("cuda")) == on_gpu

@@ -66,6 +66,11 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         torch.randn(9, requires_grad=True), torch.randn(11), *SCALARS, True, torch.float32, True,
         True, 3,
     ),
+    "linear_dual_kl-narrow_head": lambda: (
+        *(t.requires_grad_() for t in linear_tensors(torch.bfloat16)[:2]),
+        *linear_tensors(torch.bfloat16)[2:],
+        None, None, *SCALARS, True, torch.bfloat16, False, False, 100,
+    ),
 }  # fmt: skip
 
 
@@ -400,13 +405,23 @@ def test_kernels_leave_subnormal_numbers_to_others(backend: str) -> None:
 
 
 def test_calls_of_other_sizes_between_change_nothing(backend: str) -> None:
-    inputs = {width: torch.randn(2, 5, width) for width in (9000, 7, 4097)}
-    losses: dict[int, list[float]] = {width: [] for width in inputs}
-    for _ in range(2):
-        for width, (student, teacher) in inputs.items():
-            loss = leaf_ext.dual_kl(student, teacher, torch.ones(5), backend=backend)
-            losses[width].append(float(loss))
-    assert all(first == second for first, second in losses.values())
+    inputs = {width: torch.randn(2, 5, width) for width in (7, 4097, 13000)}
+    for width in (7, 4097, 13000, 4097, 7):
+        student, teacher = inputs[width]
+        results = []
+        for each in (backend, "reference"):
+            leaf = student.clone().requires_grad_()
+            loss = leaf_ext.dual_kl(leaf, teacher, torch.ones(5), backend=each)
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_several_chunks_are_not_added_up_in_bfloat16() -> None:
+    tensors = linear_tensors(torch.bfloat16)
+    options = (*SCALARS, True, torch.bfloat16, False, False, 2)
+    with pytest.raises(RuntimeError, match=r"head_grad_dtype must be torch\.float32"):
+        torch.ops.leaf_ext.linear_dual_kl(*tensors, None, None, *options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,3 +113,17 @@ def test_linear_dual_kl_with_products_into_float32(
 ) -> None:
     check_linear_dual_kl(case, backend)
     assert bool(products_into_float32) == (case.logits.live > 0 and case.logits.rows > 0)
+
+
+@pytest.mark.parametrize("case", cases.LINEAR_CASES, ids=str)
+def test_linear_dual_kl_in_small_pieces_and_slabs(
+    case: cases.LinearCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with large vocabularies on a CPU; a chunk has two pieces and a smaller one."""
+    monkeypatch.setattr(linear_chunks, "_SLAB", 37)
+    monkeypatch.setattr(linear_chunks, "_piece_size", lambda vocabulary: 2)
+    vocabulary = case.logits.student_vocabulary
+    if vocabulary > 1000:
+        monkeypatch.setattr(linear_chunks, "_SLAB", vocabulary // 3)
+    for chunk_size in (5, 1000):
+        check_linear_dual_kl(replace(case, chunk_size=chunk_size), "auto")

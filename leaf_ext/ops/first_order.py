@@ -19,24 +19,12 @@ def refuse_second_order(op: str) -> None:
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in float32, rounded once to `dtype`: where no other backward will ask for
-    `grad`, in its memory.
+    """grad * factor in float32, rounded once to `dtype`; `grad` itself stays as it is.
 
     The factor lies on the device, and nothing waits for it.
     """
-    if grad.dtype == dtype and grad.dim() == 2 and _is_last_use_of(grad):
-        return scale_(grad.detach(), factor)
     result: Tensor = implementation("scaled", grad.device, "auto", grad.dtype)(grad, factor, dtype)
     return result
-
-
-def _is_last_use_of(saved: Tensor) -> bool:
-    """Whether the running backward frees what the forward has saved (no retain_graph)."""
-    if type(saved) is not Tensor or torch.compiler.is_compiling():
-        return False  # memory is the compiler's
-    # AOTAutograd asks the same, to reuse saved tensors. Elsewhere torch does not say.
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is not None and not keeps()
 
 
 def scale_(grad: Tensor, factor: Tensor) -> Tensor:

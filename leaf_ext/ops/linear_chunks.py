@@ -12,17 +12,17 @@ from torch import Tensor
 from leaf_ext.native import prefer_huge_pages
 from leaf_ext.schema import accumulated, gradient_rows, hidden_grad_dtype
 
-# Rows of the head whose gradient is added to at once, where it cannot be while it is multiplied.
+# Rows of a head's gradient that are made at once where products cannot be added to it, and need
+# memory of their own.
 _SLAB = 8192
 
 
 def default_chunk_size(vocabulary: int, device: torch.device) -> int:
-    """Rows of a chunk, 32 to 4096: on a CPU two pieces; on a GPU whole tiles, 2^28 logits."""
-    if device.type == "cpu":
-        return min(4096, 2 * _piece_size(vocabulary))
-    rows = 2**28 // max(1, vocabulary)
-    step = 256 if rows >= 1024 else 32
-    return max(32, min(4096, rows // step * step))
+    """Rows of a chunk, 32 to 4096, that fill no more than 2^27 logits, on a GPU 2^28."""
+    most = (1 << (27 if device.type == "cpu" else 28)) // max(1, vocabulary)
+    step = 256 if most >= 1024 else 32
+    most = max(32, min(4096, most // step * step))
+    return min(most, 2 * _piece_size(vocabulary)) if device.type == "cpu" else most
 
 
 def _piece_size(vocabulary: int) -> int:
@@ -30,14 +30,19 @@ def _piece_size(vocabulary: int) -> int:
     return max(256, min(4096, 2**23 // max(1, vocabulary) // 32 * 32))
 
 
-def head_grad_dtype(hidden: Tensor, chunk_size: int) -> torch.dtype:
+def kept_head_dtype(hidden: Tensor, chunk_size: int) -> torch.dtype:
     """The dtype in which the gradient of a head is kept for the backward.
 
-    The sum of several chunks is float32. The product of a single one comes in the factors' dtype
-    from a CPU's library, and is kept as it comes.
+    The sum of several chunks is float32. The product of a single one is kept in bfloat16 where the
+    library makes no wider one. Under torch.compile the number of rows may not be known: float32 is
+    always right.
     """
-    alone = hidden.shape[0] <= chunk_size and hidden.device.type == "cpu"
-    return hidden.dtype if alone and hidden.dtype == torch.bfloat16 else accumulated(hidden.dtype)
+    wide = accumulated(hidden.dtype)
+    if hidden.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return wide
+    alone = hidden.shape[0] <= chunk_size
+    narrow = alone and not _multiplies_to_float32(hidden.device, hidden.dtype)
+    return hidden.dtype if narrow else wide
 
 
 @functools.cache
@@ -75,7 +80,7 @@ class _Products:
     def piece_size(self, vocabulary: int, chunk_size: int) -> int:
         """Rows of the teacher's logits, and of the products for the gradient of hidden states."""
         if self.device != "cpu" or self.to_float32:
-            return chunk_size
+            return chunk_size  # at once; float16 gradients have one scale a call
         return min(chunk_size, _piece_size(vocabulary))
 
     def into(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -107,8 +112,8 @@ class _Head:
         width = weight.shape[0]
         # A GPU's fast products, and our kernels there, need rows at multiples of 16 bytes. A CPU's
         # library reads beyond the end of such rows, where there may be a NaN.
-        apart = -(-width // 8) * 8 if products.to_float32 else width
-        workspace = weight.new_empty(rows, apart, dtype=products.logits)
+        stride = -(-width // 8) * 8 if products.to_float32 else width
+        workspace = weight.new_empty(rows, stride, dtype=products.logits)
         bias = None if bias is None else bias.to(products.logits)
         return _Head(weight, bias, products, prefer_huge_pages(workspace)[:, :width])
 
@@ -133,7 +138,7 @@ class _Gradients:
     product: Tensor | None  # of a slab, where it cannot be added to the head's at once
 
     def add_rows(self, slope: Tensor, scale: Tensor, head: _Head, index: Tensor) -> None:
-        """`slope` is the gradient of the logits of these rows, in float16 times `scale`."""
+        """`slope` is the gradient of the logits of these rows; of float16, times `scale`."""
         unscaled = self._unscaled(slope.dtype, scale)
         if self.hidden.dim() == 2:
             shape = (index.numel(), self.hidden.shape[1])
@@ -192,15 +197,20 @@ def over(namespace: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, 
         scalars = (temperature, student_scale, teacher_scale, student_softcap, teacher_softcap)
         need_head = head_grad_dtype is not None
         need_grad = need_hidden_grad or need_head or need_bias_grad
+        wide = accumulated(student_hidden.dtype)
+        if head_grad_dtype not in (None, wide) and row_weight.shape[0] > chunk_size:
+            raise RuntimeError(
+                f"linear_dual_kl: head_grad_dtype must be {wide} where several chunks are added up "
+                f"({row_weight.shape[0]} rows in chunks of {chunk_size}), got {head_grad_dtype}"
+            )
         live = row_weight.nonzero().squeeze(1)
         products = _Products.of(student_hidden)
         vocabulary = max(student_head.shape[0], teacher_head.shape[0])
         piece = max(1, min(products.piece_size(vocabulary, chunk_size), live.numel()))
         # Only the product that is the head's gradient takes more rows at once.
         size = max(1, min(chunk_size, live.numel())) if need_head else piece
-        wide = accumulated(student_hidden.dtype)
         loss = row_weight.new_zeros((), dtype=wide)
-        scale = torch.ones_like(loss)
+        scale = torch.ones_like(loss)  # of a chunk without rows
         rows = loss.new_zeros(4, row_weight.shape[0] if need_rows else 0)
         with torch.autocast(student_hidden.device.type, enabled=False):
             student = _Head.of(student_head, student_bias, products, size)
@@ -216,16 +226,17 @@ def over(namespace: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, 
                     index, z_s = chunk[begin : begin + piece], logits[begin : begin + piece]
                     z_t = teacher.logits(teacher.rows_of(teacher_hidden, index))
                     weight = row_weight.index_select(0, index)
-                    options = (z_s, z_t, weight, *scalars, need_grad, need_rows)
+                    arguments = (z_s, z_t, weight, *scalars, need_grad, need_rows)
                     if need_grad:
-                        part, scale, measures = ops.dual_kl_(*options, dtype)
+                        part, scale, measures = ops.dual_kl_(*arguments, dtype)
                         grads.add_rows(gradient_rows(z_s, dtype), scale, student, index)
                     else:
-                        part, _, _, measures = ops.dual_kl(*options)
+                        part, _, _, measures = ops.dual_kl(*arguments)
                     loss += part
                     if need_rows:
                         rows.index_copy_(1, index, measures)
                 if need_head:
+                    # One scale for all of it: a float16 slope has one piece a chunk.
                     slope = gradient_rows(logits, dtype)
                     grads.add_chunk(slope, scale, student, hidden, first=number == 0)
         return loss, grads.hidden, grads.head, grads.bias, rows
@@ -244,7 +255,7 @@ def _gradients(
     # Of float16 factors each chunk has its own scale; other narrow factors are multiplied into
     # float32 only where the library can.
     to_float32 = head.products.to_float32
-    apart = weight.dtype == torch.float16 if to_float32 else weight.dtype != head_dtype
+    needs_product = weight.dtype == torch.float16 if to_float32 else weight.dtype != head_dtype
 
     def zeros(shape: torch.Size, needed: bool, dtype: torch.dtype) -> Tensor:
         return hidden.new_zeros(shape if needed else 0, dtype=dtype if needed else wide)
@@ -258,6 +269,6 @@ def _gradients(
         head=unwritten(weight.shape, head_dtype) if head_dtype else hidden.new_zeros(0, dtype=wide),
         bias=zeros(weight.shape[:1], need_bias, wide),
         product=unwritten(slab, wide if to_float32 else weight.dtype)
-        if head_dtype and apart
+        if head_dtype and needs_product
         else None,
     )

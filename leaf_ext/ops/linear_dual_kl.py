@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from leaf_ext.dispatch import Backend, implementation
+from leaf_ext.dispatch import Backend, implementation, resolve
 from leaf_ext.ops import checks, linear_chunks
 from leaf_ext.ops.dual_kl import DualKLRows
 from leaf_ext.ops.first_order import refuse_second_order, scaled
@@ -82,8 +82,8 @@ def linear_dual_kl(
     (float32 for float16 inputs, through a float32 copy of the head). backend="reference" multiplies
     in float32 throughout. The head's gradient accumulates over chunks in float32. A frozen head
     costs no product, and without gradients only the loss is computed. Beyond a few numbers a row,
-    only the gradient of the hidden states grows with N: memory holds it once, and the backward
-    returns it (for float16 inputs, whose gradient is kept in float32, a copy).
+    only the gradient of the hidden states grows with N: memory holds it once until the backward (in
+    float32 for float16 inputs) and during the backward a second time, as it is returned.
 
     Args:
         student_hidden, student_head: [N, H_s], [V_s, H_s] of one dtype: float32, float16 or
@@ -92,10 +92,11 @@ def linear_dual_kl(
         teacher_hidden, teacher_head: [N, H_t], [V_t, H_t] of one dtype.
         row_weight: [N] float32, see `row_weights`.
         student_bias, teacher_bias: [V_s], [V_t], of their head's dtype.
-        chunk_size: an upper bound. By default on a CPU 512 rows, more of vocabularies below 2^15;
-            on a GPU 32 to 4096 rows, for 2^28 logits of one model (1 GiB in float32). The head's
-            gradient is read and written once a chunk; of a single chunk on a CPU it never leaves
-            the head's dtype.
+        chunk_size: an upper bound. By default on a CPU 512 rows, more for vocabularies below 2^15
+            (up to 4096) and fewer above 2^18 (2^27 logits of the student); on a GPU 32 to 4096
+            rows, for 2^28 logits of one model (1 GiB in float32). The head's gradient is read and
+            written once a chunk. Where all N rows are one chunk, a CPU keeps that of bfloat16
+            inputs as its library makes it, in bfloat16.
         temperature, logit_scale, logit_softcap, return_rows, backend: as in `dual_kl`.
     Returns:
         The loss, [] float32, in nats; with `return_rows` a pair (loss, rows).
@@ -118,6 +119,11 @@ def linear_dual_kl(
         for tensor in student
     )
     run = implementation(_OP, student[0].device, backend, student[0].dtype)
+    head_dtype = None
+    if need_head and resolve(_OP, student[0].device, backend, student[0].dtype) == REFERENCE:
+        head_dtype = accumulated(student[0].dtype)
+    elif need_head:
+        head_dtype = linear_chunks.kept_head_dtype(student[0], chunk_size)
     loss, _, _, _, rows = run(
         student[0],
         student[1],
@@ -128,7 +134,7 @@ def linear_dual_kl(
         None if teacher[2] is None else teacher[2].detach(),
         *options.scalars,
         need_hidden,
-        linear_chunks.head_grad_dtype(student[0], chunk_size) if need_head else None,
+        head_dtype,
         need_bias,
         return_rows,
         chunk_size,
@@ -183,7 +189,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*grads)
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    ctx.needed = inputs[12:15]
+    hidden, head_dtype, bias = inputs[12:15]
+    ctx.needed = hidden, head_dtype is not None, bias
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
