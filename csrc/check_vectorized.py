@@ -6,8 +6,9 @@
 
 Reads GCC's own reports, <build>/<source>.vec. `make vectorized` does all of it. The widths in these
 reports are those of a loop's narrowest type, so they say nothing; "couldn't vectorize loop" does.
-GCC names a loop by its first statement: that should be one of the loop's own, not of an inlined
-function, and of a loop around it another one.
+GCC places a loop where its first statement stands. That must be in the loop itself, not in a
+function that is inlined there (hence `j` in the loops over pairs), and a loop around it needs a
+first statement of its own.
 """
 
 from __future__ import annotations

@@ -89,10 +89,10 @@ def test_linear_gradient_scales_with_grad_output(backend: str) -> None:
     loss = leaf_ext.linear_dual_kl(hidden, head, *teacher, torch.ones(6), backend=backend)
     once = torch.autograd.grad(loss, (hidden, head), retain_graph=True)
     thrice = torch.autograd.grad(loss, (hidden, head), torch.tensor(3.0), retain_graph=True)
-    again = torch.autograd.grad(loss, (hidden, head))
-    for first, third, second in zip(once, thrice, again, strict=True):
+    again = torch.autograd.grad(loss, (hidden, head), torch.tensor(3.0))
+    for first, third, last in zip(once, thrice, again, strict=True):
         torch.testing.assert_close(third, 3 * first)
-        assert torch.equal(first, second)
+        assert torch.equal(third, last)
 
 
 def test_inplace_gradient_lies_in_the_logits_and_is_used_up(backend: str) -> None:

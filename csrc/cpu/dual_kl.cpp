@@ -22,6 +22,7 @@
 
 #include "convert.h"
 #include "pairs.h"
+#include "scratch.h"
 #include "simd.h"
 #include "softmax.h"
 #include "subnormals.h"
@@ -68,7 +69,7 @@ LEAF_INLINE Lanes terms(const Side& student, const Side& teacher, int64_t n, con
   const Element* ys = static_cast<const Element*>(student.y);
   const Element* yt = static_cast<const Element*>(teacher.y);
   alignas(64) float sum[kChains] = {};
-  const auto add = [&](float s, float t, int64_t at, int64_t chain) LEAF_INLINE_LAMBDA {
+  const auto gradient = [&](float s, float t, int64_t at, int64_t chain) LEAF_INLINE_LAMBDA {
     const float apart = (t - row.max_t) - (s - row.max_s);
     const float log_ratio = apart * row.inv_temperature + row.log_ratio;
     float term;
@@ -82,25 +83,26 @@ LEAF_INLINE Lanes terms(const Side& student, const Side& teacher, int64_t n, con
 #pragma omp simd
     for (int64_t i = 0; i < kPairs; ++i) {
       const int64_t j = kPairs + i;
-      const float first = add(load_first(ys + begin, i), load_first(yt + begin, i), begin + i, i);
+      const float first =
+          gradient(load_first(ys + begin, i), load_first(yt + begin, i), begin + i, i);
       const float second =
-          add(load_second(ys + begin, i), load_second(yt + begin, i), begin + j, j);
+          gradient(load_second(ys + begin, i), load_second(yt + begin, i), begin + j, j);
       store_pair(first, second, grad + begin, i);
     }
   }
 #pragma omp simd
   for (int64_t i = 0; i < n - begin; ++i) {
-    store(add(load(ys + begin + i), load(yt + begin + i), begin + i, i), grad + begin + i);
+    store(gradient(load(ys + begin + i), load(yt + begin + i), begin + i, i), grad + begin + i);
   }
   return fold(sum);
 }
 
-LEAF_CLONES Lanes wide_terms(const Side student, const Side teacher, int64_t n,
-                             const TermScalars row, void* grad) {
+LEAF_CLONES Lanes float32_terms(const Side student, const Side teacher, int64_t n,
+                                const TermScalars row, void* grad) {
   return terms(student, teacher, n, row, static_cast<float*>(grad));
 }
-LEAF_CLONES Lanes narrow_terms(const Side student, const Side teacher, int64_t n,
-                               const TermScalars row, void* grad) {
+LEAF_CLONES Lanes bfloat16_terms(const Side student, const Side teacher, int64_t n,
+                                 const TermScalars row, void* grad) {
   return terms(student, teacher, n, row, static_cast<BFloat16*>(grad));
 }
 
@@ -118,14 +120,21 @@ float gradient_bound(const DualKLParams& params, int64_t row) {
   return params.row_weight[row] * params.temperature * params.student.scale;
 }
 
-// Zeroes the gradient of a row that is not read.
-void skip_row(const DualKLParams& params, int64_t row, bool uncached) {
-  if (params.grad != nullptr) {
-    const DType dtype = params.student.dtype;
-    void* grad = offset(params.grad, row * params.grad_row_stride, dtype);
-    const auto bytes = static_cast<size_t>(params.student.vocab * size_of(dtype));
-    uncached ? zero_uncached(grad, bytes) : (void)std::memset(grad, 0, bytes);
+// Zeroes a row's gradient from element `begin` on.
+void zero_gradient(const DualKLParams& params, int64_t row, int64_t begin, bool uncached) {
+  if (params.grad == nullptr || begin == params.student.vocab) return;
+  const DType dtype = params.student.dtype;
+  void* grad = offset(params.grad, row * params.grad_row_stride + begin, dtype);
+  const auto bytes = static_cast<size_t>((params.student.vocab - begin) * size_of(dtype));
+  if (uncached) {
+    zero_uncached(grad, bytes);
+  } else {
+    std::memset(grad, 0, bytes);
   }
+}
+
+void skip_row(const DualKLParams& params, int64_t row, bool uncached) {
+  zero_gradient(params, row, 0, uncached);
   if (params.row_results == nullptr) return;
   for (int64_t i = 0; i < 4; ++i) params.row_results[i * params.rows + row] = 0.0f;
 }
@@ -138,10 +147,10 @@ class RowKernel {
         kl_(kl),
         blocks_(SoftmaxRow::block_count(common_vocab(params))),
         narrow_(SoftmaxRow::is_narrow(params.student) && SoftmaxRow::is_narrow(params.teacher)),
-        scratch_(thread_scratch(2 * SoftmaxRow::scratch_size(common_vocab(params)))),
-        student_(softmax_row(params.student, scratch_)),
-        teacher_(
-            softmax_row(params.teacher, scratch_ + SoftmaxRow::scratch_size(common_vocab(params)))),
+        scratch_(2 * SoftmaxRow::scratch_size(common_vocab(params))),
+        student_(softmax_row(params.student, scratch_.data())),
+        teacher_(softmax_row(params.teacher,
+                             scratch_.data() + SoftmaxRow::scratch_size(common_vocab(params)))),
         terms_(blocks_) {}
 
   // `for_blocks(n, body)` calls body(begin, end) on ranges that cover [0, n): here or on threads.
@@ -171,7 +180,7 @@ class RowKernel {
     WideLanes sum;
     for (const Lanes& block : terms_) sum.add(block);
     kl_[row] = sum.total();
-    zero_beyond_teacher(row);
+    zero_gradient(params_, row, common_vocab(params_), false);
     if (params_.row_results != nullptr) write_results(row, agree ? 1.0f : 0.0f);
   }
 
@@ -197,22 +206,13 @@ class RowKernel {
         params_.grad == nullptr
             ? grad
             : offset(params_.grad, row * params_.grad_row_stride + block * kRowBlock, dtype);
-    if (narrow_) return narrow_terms(student, teacher, n, scalars, target);
+    if (narrow_) return bfloat16_terms(student, teacher, n, scalars, target);
     float* values = dtype == DType::kFloat32 ? static_cast<float*>(target) : grad;
-    const Lanes sum = wide_terms(student, teacher, n, scalars, values);
+    const Lanes sum = float32_terms(student, teacher, n, scalars, values);
     if (params_.grad == nullptr) return sum;
     if (params_.student.softcap != 0.0f) multiply(values, slope, n);
     if (values != target) store_floats(values, n, dtype, target);
     return sum;
-  }
-
-  // Beyond the common vocabulary.
-  void zero_beyond_teacher(int64_t row) {
-    const int64_t begin = common_vocab(params_);
-    if (params_.grad == nullptr || begin == params_.student.vocab) return;
-    const DType dtype = params_.student.dtype;
-    std::memset(offset(params_.grad, row * params_.grad_row_stride + begin, dtype), 0,
-                static_cast<size_t>((params_.student.vocab - begin) * size_of(dtype)));
   }
 
   void write_results(int64_t row, float agreement) {
@@ -227,7 +227,7 @@ class RowKernel {
   double* kl_;
   int64_t blocks_;
   bool narrow_;  // both models' logits are used as they lie, in bfloat16
-  float* scratch_;
+  Scratch scratch_;
   SoftmaxRow student_;
   SoftmaxRow teacher_;
   std::vector<Lanes> terms_;
@@ -283,8 +283,8 @@ void dual_kl(const DualKLParams& params, const Threads& threads) {
     for (int64_t i = whole; i < rows; ++i) kernel.run(live[i], on_threads);
   }
   const auto skipped = static_cast<int64_t>(dropped.size());
-  constexpr int64_t kCache = int64_t{1} << 25;  // bytes; what is larger will not be found in one
-  const bool uncached = skipped * params.student.vocab * size_of(params.student.dtype) >= kCache;
+  constexpr int64_t kUncached = int64_t{1} << 25;  // bytes, more than most caches hold for a core
+  const bool uncached = skipped * params.student.vocab * size_of(params.student.dtype) >= kUncached;
   threads.for_ranges(skipped, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) skip_row(params, dropped[i], uncached);
   });

@@ -2,8 +2,6 @@
 
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include "convert.h"
 
@@ -83,20 +81,20 @@ LEAF_INLINE BlockStatistics exponentials(const Element* __restrict__ y, int64_t 
 using Exponentiate = BlockStatistics(const void* y, int64_t n, float temperature, Next next,
                                      float* exps);
 
-LEAF_CLONES BlockStatistics wide(const void* y, int64_t n, float temperature, Next next,
-                                 float* exps) {
+LEAF_CLONES BlockStatistics float32(const void* y, int64_t n, float temperature, Next next,
+                                    float* exps) {
   return exponentials<false>(static_cast<const float*>(y), n, temperature, next, exps);
 }
-LEAF_CLONES BlockStatistics narrow(const void* y, int64_t n, float temperature, Next next,
-                                   float* exps) {
+LEAF_CLONES BlockStatistics bfloat16(const void* y, int64_t n, float temperature, Next next,
+                                     float* exps) {
   return exponentials<false>(static_cast<const BFloat16*>(y), n, temperature, next, exps);
 }
-LEAF_CLONES BlockStatistics wide_with_moment(const void* y, int64_t n, float temperature, Next next,
-                                             float* exps) {
+LEAF_CLONES BlockStatistics float32_with_moment(const void* y, int64_t n, float temperature,
+                                                Next next, float* exps) {
   return exponentials<true>(static_cast<const float*>(y), n, temperature, next, exps);
 }
-LEAF_CLONES BlockStatistics narrow_with_moment(const void* y, int64_t n, float temperature,
-                                               Next next, float* exps) {
+LEAF_CLONES BlockStatistics bfloat16_with_moment(const void* y, int64_t n, float temperature,
+                                                 Next next, float* exps) {
   return exponentials<true>(static_cast<const BFloat16*>(y), n, temperature, next, exps);
 }
 
@@ -120,23 +118,6 @@ LEAF_CLONES void cap_logits(const float* z, int64_t n, float scale, float cap, f
 
 }  // namespace
 
-float* thread_scratch(int64_t n) {
-  constexpr std::align_val_t kAlign{64};
-  struct Delete {
-    void operator()(float* memory) const { ::operator delete(memory, kAlign); }
-  };
-  thread_local std::unique_ptr<float, Delete> memory;
-  thread_local int64_t size = 0;
-  if (n > size) {
-    memory.reset();
-    size = 0;
-    memory.reset(
-        static_cast<float*>(::operator new(static_cast<size_t>(n) * sizeof(float), kAlign)));
-    size = n;
-  }
-  return memory.get();
-}
-
 const void* SoftmaxRow::address(int64_t row, int64_t block) const {
   return offset(logits_.data, row * logits_.row_stride + block * kRowBlock, logits_.dtype);
 }
@@ -159,8 +140,8 @@ void SoftmaxRow::compute_block(int64_t row, int64_t block) {
   alignas(64) float slope[kRowBlock];
   const void* y = load(row, block, buffer, slope);
   const Next next{address(row, block + 1), size_of(logits_.dtype)};
-  Exponentiate* const exponentiate = narrow_ ? (with_entropy_ ? narrow_with_moment : narrow)
-                                             : (with_entropy_ ? wide_with_moment : wide);
+  Exponentiate* const exponentiate = narrow_ ? (with_entropy_ ? bfloat16_with_moment : bfloat16)
+                                             : (with_entropy_ ? float32_with_moment : float32);
   statistics_[block] = exponentiate(y, block_size(block), static_cast<float>(temperature_), next,
                                     exps_ + block * kRowBlock);
 }

@@ -23,10 +23,6 @@ namespace leaf::cpu {
 // Long enough that what a block costs beside its elements is little.
 constexpr int64_t kRowBlock = 4096;
 
-// Aligned memory for n floats that the calling thread keeps from call to call: mapping fresh pages
-// would take as long as some rows. What it held before is lost when more is asked for.
-float* thread_scratch(int64_t n);
-
 // With x = y - max over a block: the sums of exp(x / T) and, for the entropy, of x exp(x / T).
 struct BlockStatistics {
   float max;

@@ -6,9 +6,9 @@
 
 namespace leaf::cpu {
 
-// While one exists, this thread's results below the normal numbers become 0. An x86 processor takes
-// a hundred cycles for each of them, and of a peaked softmax most probabilities are such.
-class FlushSubnormals {
+// While one exists, on x86 this thread's results below the normal numbers become 0. Such processors
+// take a hundred cycles for each of them, and of a peaked softmax most probabilities are such.
+class [[maybe_unused]] FlushSubnormals {
 #ifdef __SSE__
  public:
   FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | _MM_FLUSH_ZERO_ON); }

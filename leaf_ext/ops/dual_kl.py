@@ -74,6 +74,8 @@ def dual_kl(
 
         loss = temperature^2 * sum_i row_weight_i * KL(p_teacher_i, p_student_i)
 
+    On a CPU probabilities and entries of a float32 gradient below 2^-126 count as 0.
+
     Args:
         student_logits, teacher_logits: [N, V_s], [N, V_t], each float32, float16 or bfloat16 (both
             float64 with backend="reference"). p is the softmax over the common vocabulary,
