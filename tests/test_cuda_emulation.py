@@ -46,7 +46,7 @@ def run(program: Path, *arguments: str, **variables: str) -> subprocess.Complete
 @pytest.mark.parametrize("kind", ["asan", "race"])
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 @pytest.mark.parametrize(
-    "case", ["sum", "warp", "reversed", "handed", "copied", "counts", "written", "threads"]
+    "case", ["sum", "warp", "reversed", "handed", "copied", "counts", "passed_on", "threads"]
 )
 def test_what_is_right_runs(case: str, order: str, kind: str) -> None:
     done = run(build.selftest(FOLDER, kind), case, order=order)
@@ -60,6 +60,12 @@ def test_limits_of_a_launch(device: dict[str, str]) -> None:
     assert "refused: 1025 threads in a block" in done.stdout
 
 
+@pytest.mark.parametrize("asked", [{}, {"exp2_error": "2e-7"}, {"exp2_error": "1e-3", "seed": "7"}])
+def test_powers_are_as_inexact_as_is_asked_for(asked: dict[str, str]) -> None:
+    done = run(build.selftest(FOLDER, "asan"), "powers", **asked)
+    assert done.returncode == 0, done.stdout
+
+
 FAULTS = {
     "barrier_in_branch": "16 threads wait in __syncthreads at.*barrier_in_branch.*_faults.cuh",
     "two_barriers": "meet at different barriers",
@@ -69,29 +75,43 @@ FAULTS = {
     "mask_lacks_source": "lane 0 reads lane 16, which the mask 0x0000ffff lacks",
     "different_masks": "16 threads wait in __shfl_sync",
     "bad_rank": "no block 2 in a cluster of 2.*selftest_faults.cuh",
-    "rank_of_global": "what is not shared memory",
     "arrives_twice": "arrives in its cluster twice",
     "never_waits": "exits, not waiting after it arrived",
     "waits_first": "waits for its cluster, not arrived",
-    "no_wait_for_copies": "has not waited for its copies",
+    "copies_not_waited_for": "a block ends that has not waited for bytes",
+    "expects_twice": "expect is called twice.*selftest_faults.cuh",
+    "expects_in_global": "what is not shared memory",
+    "expected_by_nobody": "nobody has called expect",
+    "expected_by_another": "nothing orders the call of expect",
+    "bytes_missing": "1 threads wait for bytes that arrive, 16 are missing.*bytes_missing",
+    "bytes_never_sent": "a block ends, and bytes that it expects are not on their way",
+    "bytes_left_over": "more bytes are on their way than are expected",
+    "copies_odd_size": "a copy of 24 bytes, not of 16s",
+    "copies_odd_address": "an address is no multiple of 16",
+    "sends_before_start": "sent to a block that has not started",
+    "sends_before_barrier": "nothing orders the call of expect",
+    "sends_after_end": "sent to a block that has ended",
     "unwritten": r"wrong \(3\)",
     "no_barrier": r"wrong \(2\)",
 }
 FAULTS_BY_KIND = {
     "asan": {
-        "no_last_barrier": "use-after-poison",
-        "reads_before_start": "use-after-poison",
         "beyond_dynamic": "use-after-poison",
         "beyond_static": "index 8 out of bounds",
         "beyond_global": "heap-buffer-overflow",
+        "copies_beyond_global": "heap-buffer-overflow",
         "misaligned": "misaligned address",
     },
     "race": {
-        "no_last_barrier": "of a block that has not started or has ended",
-        "reads_before_start": "of a block that has not started or has ended",
         "no_barrier": r"race: .*selftest.cu.*selftest.cu",
         "no_syncwarp": "nothing orders a read.*an earlier write by block 0, thread 0",
-        "no_release": "nothing orders a read.*an earlier write by block 0, thread 0",
+        "copies_waited_for_by_others": "a write by bytes on their way.*an earlier read by block 0",
+        "copies_overwritten": "a read by bytes on their way.*an earlier write by block 0",
+        "passed_on_unheard": "nothing orders a write by block 2.*an earlier read by block 0",
+        "sum_before_barrier": "nothing orders a read.*an earlier write by block 0, thread 32",
+        "sum_in_one_slot": "a write by bytes.*an earlier write by bytes on their way to block 0",
+        "sum_not_waited_for": "a write by bytes on their way.*an earlier read by block 0",
+        "sum_written_early": "nothing orders a write by block 1.*an earlier read by block 0",
         "same_global": "nothing orders a write.*an earlier write by block 0",
     },
 }

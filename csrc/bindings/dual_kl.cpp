@@ -24,6 +24,12 @@ Logits logits_view(const char* op, const char* name, const Tensor& tensor, doubl
           static_cast<float>(scale), static_cast<float>(softcap)};
 }
 
+// On a GPU the kernels take logits of one dtype: others are copied to float32, which is exact.
+Tensor as_the_other(const Tensor& logits, const Tensor& other) {
+  if (!on_gpu(logits) || logits.scalar_type() == other.scalar_type()) return logits;
+  return torch::stable::to(logits, ScalarType::Float);
+}
+
 DualKLParams input_params(const char* op, const Tensor& student, const Tensor& teacher,
                           const Tensor& row_weight, double temperature, double student_scale,
                           double teacher_scale, double student_softcap, double teacher_softcap) {
@@ -69,14 +75,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_kl(Tensor student, Tensor teache
                                                    double student_scale, double teacher_scale,
                                                    double student_softcap, double teacher_softcap,
                                                    bool need_grad, bool need_rows) {
+  const Tensor logits = as_the_other(student, teacher);
+  const Tensor teacher_logits = as_the_other(teacher, student);
   DualKLParams params =
-      input_params("dual_kl", student, teacher, row_weight, temperature, student_scale,
+      input_params("dual_kl", logits, teacher_logits, row_weight, temperature, student_scale,
                    teacher_scale, student_softcap, teacher_softcap);
   Tensor grad = need_grad ? torch::stable::new_empty(student, student.sizes())
                           : torch::stable::new_empty(student, {0});
   if (need_grad) {
     params.grad = grad.mutable_data_ptr();
-    params.grad_dtype = params.student.dtype;
+    params.grad_dtype = float_dtype("dual_kl", "student", student);
     params.grad_row_stride = student.size(1);
     if (student.is_cpu()) {
       prefer_huge_pages(params.grad, static_cast<size_t>(grad.numel() * grad.element_size()));
@@ -104,17 +112,19 @@ std::tuple<Tensor, Tensor, Tensor> dual_kl_inplace(Tensor student, Tensor teache
                                                    double student_softcap, double teacher_softcap,
                                                    bool need_grad, bool need_rows,
                                                    std::optional<ScalarType> grad_dtype) {
+  const Tensor logits = as_the_other(student, teacher);
+  const Tensor teacher_logits = as_the_other(teacher, student);
   DualKLParams params =
-      input_params("dual_kl_", student, teacher, row_weight, temperature, student_scale,
+      input_params("dual_kl_", logits, teacher_logits, row_weight, temperature, student_scale,
                    teacher_scale, student_softcap, teacher_softcap);
   check(student.size(0) <= 1 || student.stride(0) >= student.size(1), "dual_kl_",
         ": rows of student must not overlap, got row stride ", student.stride(0),
         " for V = ", student.size(1));
   if (need_grad) {
     params.grad = student.mutable_data_ptr();
-    params.grad_dtype = gradient_dtype(student, params.student.dtype, grad_dtype);
-    params.grad_row_stride =
-        student.stride(0) * size_of(params.student.dtype) / size_of(params.grad_dtype);
+    const DType own = float_dtype("dual_kl_", "student", student);
+    params.grad_dtype = gradient_dtype(student, own, grad_dtype);
+    params.grad_row_stride = student.stride(0) * size_of(own) / size_of(params.grad_dtype);
   }
   return run_op("dual_kl_", params, student, need_rows);
 }

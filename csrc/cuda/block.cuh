@@ -64,6 +64,16 @@ __device__ __forceinline__ T warp_reduce(T value, const Combine& combine, int la
   return shuffle(value, 0);
 }
 
+// Over the warp, where combine(a, b) is combine(b, a): the same bits in all lanes.
+template <class T, class Combine>
+__device__ __forceinline__ T warp_all(T value, const Combine& combine) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    value = combine(value, __shfl_xor_sync(kFullMask, value, step));
+  }
+  return value;
+}
+
 // Over the lanes up to this one.
 template <class T, class Combine>
 __device__ __forceinline__ T warp_inclusive_scan(T value, const Combine& combine) {

@@ -1,11 +1,11 @@
 #pragma once
 
-// A row of both models' logits, as one block of dual_kl's kernel works on it: copies, softmax,
-// terms and gradient. The mathematics is at the head of dual_kl.cu.
+// A row of both models' logits, as one block of dual_kl's kernel works on it: softmax, terms and
+// gradient. The mathematics is at the head of dual_kl.cu.
 //
-// A held row is shared by the blocks of a cluster: each copies its slice to shared memory, and its
-// threads read back what they copied themselves. A streamed row is one block's, which reads it from
-// memory twice.
+// The groups of a row that come first are resident: they lie in the shared memory of a cluster's
+// blocks, a slice in each. What is left, the overflow, the blocks share too, and read it from
+// memory twice, the second time mostly from the L2 cache.
 
 #include <cstdint>
 #include <type_traits>
@@ -14,282 +14,347 @@
 #include "leaf/dual_kl.h"
 #include "logits.cuh"
 #include "softmax.cuh"
+#include "terms.cuh"
 
 namespace leaf::cuda {
-
-constexpr int kHeldThreads = 256;
-constexpr int kStreamedThreads = 512;
-
-// What is summed over a row once its softmax is known.
-struct Sums {
-  float kl = 0.0f;
-  float student_entropy = 0.0f;
-  float teacher_entropy = 0.0f;
-};
-
-__device__ __forceinline__ Sums operator+(const Sums& a, const Sums& b) {
-  return {a.kl + b.kl, a.student_entropy + b.student_entropy,
-          a.teacher_entropy + b.teacher_entropy};
-}
-
-// What a block knows of a row, and blocks exchange.
-template <bool kMeasures>
-struct Part {
-  SoftmaxPart student;
-  SoftmaxPart teacher;
-};
-template <>
-struct Part<true> {
-  SoftmaxPart student;
-  SoftmaxPart teacher;
-  Largest student_top;
-  Largest teacher_top;
-};
-
-// One model's row as a block sees it.
-template <class E>
-struct Side {
-  RowOf<E> row;
-  Activation activation;
-  char* slots;  // shared memory of this block's groups
-
-  __device__ Side(const Logits& logits, int64_t index, int pad, char* memory)
-      : row(logits.data, logits.dtype, index, logits.row_stride, pad),
-        activation{logits.scale, logits.softcap},
-        slots(memory) {}
-};
 
 LEAF_HOST_DEVICE inline int common_vocab(const DualKLParams& params) {
   return static_cast<int>(params.student.vocab < params.teacher.vocab ? params.student.vocab
                                                                       : params.teacher.vocab);
 }
 
-// A row pair; kHeld: in shared memory, else streamed.
-template <class E, bool kHeld, bool kMeasures>
+// kPlain: a logit is its own y; kMeasures: entropies and the places of the largest logits too.
+template <class E, bool kIsPlain, bool kHasMeasures>
+struct RowKind {
+  using Element = E;
+  static constexpr bool kPlain = kIsPlain;
+  static constexpr bool kMeasures = kHasMeasures;
+  static constexpr bool kExact = kMeasures || std::is_same_v<E, Float32>;
+};
+
+template <class Kind>
 class Row {
  public:
-  static constexpr int kThreads = kHeld ? kHeldThreads : kStreamedThreads;
+  using E = typename Kind::Element;
+  using SoftmaxPart = cuda::SoftmaxPart<Kind::kExact>;
+  using RowPart = cuda::RowPart<Kind::kExact>;
+  using Normalizer = cuda::Normalizer<Kind::kExact>;
+  static constexpr int N = kGroup<E>;
 
-  __device__ Row(const DualKLParams& params, int64_t index, int64_t held_groups, char* memory)
+  // `memory`: room for so many `slots` of groups of either model.
+  __device__ Row(const DualKLParams& params, int64_t index, int slots, char* memory)
       : p_(params),
-        grouping_{common_vocab(params), row_pad(params.student.data, params.student.dtype, index,
-                                                params.student.row_stride)},
-        student_(params.student, index, grouping_.pad, memory),
-        teacher_(params.teacher, index, grouping_.pad,
-                 memory + held_groups * kGroup * size_of(params.student.dtype)),
-        grad_(params.grad, params.grad_dtype, index, params.grad_row_stride, grouping_.pad),
+        grouping_{common_vocab(params),
+                  row_pad<E>(params.student.data, index, params.student.row_stride)},
+        student_(params.student.data, index, params.student.row_stride, grouping_.pad),
+        teacher_(params.teacher.data, index, params.teacher.row_stride, grouping_.pad),
+        student_slots_(memory),
+        teacher_slots_(memory + slots * 16),
         exponent_(kLog2e / params.temperature) {
     const int count = grouping_.count();
-    const int share = kHeld ? (count + cluster_size() - 1) / cluster_size() : count;
-    begin_ = kHeld ? min(cluster_rank() * share, count) : 0;
-    end_ = min(begin_ + share, count);
-  }
-
-  __device__ void copy() {
-    if (student_.row.aligned && teacher_.row.aligned) {
-      copy_whole_groups();
-      // The elements of partial groups come one by one, and are waited for.
-      copy_if_partial(begin_);
-      if (end_ - begin_ > 1) copy_if_partial(end_ - 1);
-    } else {
-      for (int g = begin_ + thread(); g < end_; g += kThreads) copy_groups(g);
+    const int resident = cluster_size() * slots;
+    begin_ = min(cluster_rank() * slots, count);
+    end_ = min(begin_ + slots, count);
+    if (resident < count) {
+      const int share = (count - resident + cluster_size() - 1) / cluster_size();
+      overflow_begin_ = min(resident + cluster_rank() * share, count);
+      overflow_end_ = min(overflow_begin_ + share, count);
     }
-    wait_for_copies();
+    const auto bytes = static_cast<unsigned>(size_of(params.grad_dtype));
+    grad_ = static_cast<char*>(params.grad) + index * params.grad_row_stride * bytes;
+    whole_begin_ =
+        is_aligned(grad_, grouping_.pad * bytes, N * bytes) ? grouping_.whole_begin() : count;
+    whole_end_ = grouping_.whole_end();
   }
 
-  // Of the groups of this thread.
-  __device__ Part<kMeasures> part() const {
-    Part<kMeasures> part;
-    for (int g = begin_ + thread(); g < end_; g += kThreads) {
-      Group student = read(student_, g);
-      Group teacher = read(teacher_, g);
-      if constexpr (kMeasures) {
-        part.student_top.add(student, grouping_.first(g));
-        part.teacher_top.add(teacher, grouping_.first(g));
+  // Starts to copy this block's slice; seen by all after wait_for_copies and a barrier.
+  __device__ void copy(Arrivals& arrivals) {
+    const int first = max(begin_, grouping_.whole_begin());
+    const int last = min(end_, grouping_.whole_end());
+    const bool bulk = student_.aligned && teacher_.aligned && first < last;
+    const unsigned bytes = bulk ? 16u * static_cast<unsigned>(last - first) : 0u;
+    if (thread() == 0) expect(arrivals, 2 * bytes);
+    if (!bulk) {
+      for (int g = begin_ + thread(); g < end_; g += threads()) copy_group(g);
+      return;
+    }
+    copy_to_shared(slot(student_slots_, first), at(student_, first), bytes, arrivals);
+    copy_to_shared(slot(teacher_slots_, first), at(teacher_, first), bytes, arrivals);
+    // Partial groups are at the ends of a row.
+    if (thread() == 0 && begin_ < first) copy_group(begin_);
+    if (thread() == kWarp && last < end_) copy_group(last);
+    if (thread() == 0 && overflow_begin_ < overflow_end_) {
+      const auto more = static_cast<unsigned>(
+          max(0, min(overflow_end_, grouping_.whole_end()) - overflow_begin_));
+      prefetch(at(student_, overflow_begin_), 16 * more);
+      prefetch(at(teacher_, overflow_begin_), 16 * more);
+    }
+  }
+
+  // Of the groups of this thread's warp, the same in all of its lanes.
+  __device__ RowPart part() {
+    RowPart part;
+    Top student_top;
+    Top teacher_top;
+    find_maxima(part, student_top, teacher_top);
+    part.student.max = warp_all(part.student.max, larger_of);
+    part.teacher.max = warp_all(part.teacher.max, larger_of);
+#pragma unroll 2
+    for (int g = begin_ + thread(); g < end_; g += threads()) {
+      part.student.add(activated(student_activation(), g, resident_student(g)), exponent_);
+      part.teacher.add(activated(teacher_activation(), g, resident_teacher(g)), exponent_);
+    }
+    if (overflow_begin_ < overflow_end_) {
+#pragma unroll 1
+      for (int g = overflow_begin_ + thread(); g < overflow_end_; g += threads()) {
+        add_at_once(part.student, student_top, student_activation(), g,
+                    student_.read(grouping_, g));
+        add_at_once(part.teacher, teacher_top, teacher_activation(), g,
+                    teacher_.read(grouping_, g));
       }
-      activate(student_, g, student);
-      activate(teacher_, g, teacher);
-      part.student.add(student, exponent_);
-      part.teacher.add(teacher, exponent_);
+      part.raise_to_warp(exponent_);
+    }
+    part.student.total = warp_all(part.student.total, sum_of);
+    part.teacher.total = warp_all(part.teacher.total, sum_of);
+    if constexpr (Kind::kMeasures) {
+      student_top_ = over_warp(student_top, student_, student_slots_);
+      teacher_top_ = over_warp(teacher_top, teacher_, teacher_slots_);
     }
     return part;
   }
 
-  __device__ Part<kMeasures> merged(const Part<kMeasures>& a, const Part<kMeasures>& b) const {
-    Part<kMeasures> both;
-    both.student = a.student.merged(b.student, exponent_);
-    both.teacher = a.teacher.merged(b.teacher, exponent_);
-    if constexpr (kMeasures) {
-      both.student_top = a.student_top.merged(b.student_top);
-      both.teacher_top = a.teacher_top.merged(b.teacher_top);
-    }
-    return both;
-  }
-
   // Writes the gradient of this thread's groups and sums up their terms. `factor`: of p_s - p_t.
-  __device__ Sums terms(const Part<kMeasures>& row, float factor) {
-    const Known known{row.student.max,          row.teacher.max,         1.0f / row.student.total,
-                      1.0f / row.teacher.total, logf(row.student.total), logf(row.teacher.total)};
-    // The same row as grad_ where its dtype is known when this is compiled.
-    const bool own_type = !std::is_same_v<E, AnyElement> && p_.grad_dtype == p_.student.dtype;
-    const RowOf<E> own(grad_.data, p_.student.dtype, 0, 0, grouping_.pad);
+  __device__ Sums terms(const Normalizer student, const Normalizer teacher, float factor) {
     Sums sums;
+    float excess = 0.0f;
+    for (int g = begin_ + thread(); g < end_; g += threads()) {
+      const Group<N> y_s = activated(student_activation(), g, resident_student(g));
+      const Group<N> y_t = activated(teacher_activation(), g, resident_teacher(g));
+      add_group(g, y_s, y_t, student, teacher, factor, sums, excess);
+    }
     // The same number of rounds in all threads, for the barrier.
-    for (int start = begin_; start < end_; start += kThreads) {
+#pragma unroll 1
+    for (int start = overflow_begin_; start < overflow_end_; start += threads()) {
       const int g = start + thread();
-      const bool mine = g < end_;
-      Group student;
-      Group teacher;
+      const bool mine = g < overflow_end_;
+      Words<E, N> z_s;
+      Words<E, N> z_t;
       if (mine) {
-        student = read(student_, g);
-        teacher = read(teacher_, g);
+        z_s = student_.read(grouping_, g);
+        z_t = teacher_.read(grouping_, g);
       }
       // The gradient may lie, narrower, in the student's memory: what this round overwrites was
-      // read in this round or before.
-      if (!kHeld) __syncthreads();
+      // read in this round or before. Where there are several blocks it is resident.
+      __syncthreads();
       if (!mine) continue;
-      activate(student_, g, student);
-      activate(teacher_, g, teacher);
-      Group difference;
-      sums = sums + group_terms(student, teacher, known, difference);
-      if (p_.grad == nullptr) continue;
-#pragma unroll
-      for (float& x : difference.x) x *= factor;
-      student_.activation.multiply_slope(student, difference);
-      if (own_type) {
-        write_group(own, grouping_, g, difference);
-      } else {
-        write_group(grad_, grouping_, g, difference);
-      }
+      const Group<N> y_s = activated(student_activation(), g, z_s);
+      const Group<N> y_t = activated(teacher_activation(), g, z_t);
+      add_group(g, y_s, y_t, student, teacher, factor, sums, excess);
     }
+    sums.kl = fmaf(sums.kl, kLn2, excess);
     return sums;
   }
+
+  // The first of the largest logits of this warp's groups.
+  __device__ const Largest& student_top() const { return student_top_; }
+  __device__ const Largest& teacher_top() const { return teacher_top_; }
 
   // What the common vocabulary leaves of the gradient's row is 0.
   __device__ void zero_rest() {
-    if (p_.grad == nullptr) return;
-    const int size = kHeld ? cluster_size() : 1;
-    const int rank = kHeld ? cluster_rank() : 0;
-    const int64_t bytes = (p_.student.vocab - grouping_.width) * size_of(p_.grad_dtype);
-    zero_bytes(grad_.at(grouping_.width), bytes, rank * blockDim.x + threadIdx.x,
-               size * blockDim.x);
+    const int width = grouping_.width;
+    if (p_.grad == nullptr || p_.student.vocab == width) return;
+    const int64_t bytes = size_of(p_.grad_dtype);
+    zero_bytes(grad_ + width * bytes, (p_.student.vocab - width) * bytes,
+               cluster_rank() * threads() + thread(), cluster_size() * threads());
   }
 
+  __device__ float exponent() const { return exponent_; }
+
  private:
-  struct Known {
-    float max_s, max_t;
-    float inv_s, inv_t;
-    float log_s, log_t;
+  // The largest logit of a thread, and the group that has it first.
+  struct Top {
+    float value = -INFINITY;
+    int group = -1;
+
+    __device__ __forceinline__ void add(float top, int index) {
+      group = top > value ? index : group;
+      value = fmaxf(value, top);
+    }
   };
 
   static __device__ int thread() { return static_cast<int>(threadIdx.x); }
-
-  __device__ void copy_groups(int group) {
-    copy_group(student_.row, grouping_, group, slot(student_, group));
-    copy_group(teacher_.row, grouping_, group, slot(teacher_, group));
+  static __device__ int threads() { return static_cast<int>(blockDim.x); }
+  __device__ Activation student_activation() const {
+    return {p_.student.scale, p_.student.softcap};
+  }
+  __device__ Activation teacher_activation() const {
+    return {p_.teacher.scale, p_.teacher.softcap};
   }
 
-  // Addresses are carried along: computing them anew would take as long as all the rest.
-  __device__ void copy_whole_groups() {
-    const int bytes_s = student_.row.group_bytes();
-    const int bytes_t = teacher_.row.group_bytes();
-    int g = begin_ + thread();
-    const char* from_s = student_.row.at(grouping_.first(g));
-    const char* from_t = teacher_.row.at(grouping_.first(g));
-    char* to_s = slot(student_, g);
-    char* to_t = slot(teacher_, g);
-#pragma unroll 1
-    for (; g < end_; g += kThreads) {
-      if (grouping_.whole(g)) {
-        for (int byte = 0; byte < bytes_s; byte += 16) copy_16_bytes(to_s + byte, from_s + byte);
-        for (int byte = 0; byte < bytes_t; byte += 16) copy_16_bytes(to_t + byte, from_t + byte);
+  __device__ char* slot(char* slots, int group) const { return slots + 16 * (group - begin_); }
+  __device__ const char* at(const RowOf<E, N>& row, int group) const {
+    return reinterpret_cast<const char*>(row.data + grouping_.first(group));
+  }
+  __device__ void copy_group(int g) {
+    *reinterpret_cast<Words<E, N>*>(slot(student_slots_, g)) = student_.read(grouping_, g);
+    *reinterpret_cast<Words<E, N>*>(slot(teacher_slots_, g)) = teacher_.read(grouping_, g);
+  }
+  __device__ __forceinline__ Words<E, N> resident_student(int g) const {
+    return load_words<E, N>(slot(student_slots_, g));
+  }
+  __device__ __forceinline__ Words<E, N> resident_teacher(int g) const {
+    return load_words<E, N>(slot(teacher_slots_, g));
+  }
+
+  __device__ __forceinline__ Group<N> activated(const Activation& activation, int g,
+                                                const Words<E, N>& words) const {
+    Group<N> y = words.unpacked();
+    if constexpr (!Kind::kPlain) activation.apply(grouping_, g, y);
+    return y;
+  }
+
+  __device__ __forceinline__ void find_maxima(RowPart& part, Top& student_top, Top& teacher_top) {
+    if constexpr (Kind::kPlain && !Kind::kMeasures) {
+      Maximum<E> student;
+      Maximum<E> teacher;
+#pragma unroll 2
+      for (int g = begin_ + thread(); g < end_; g += threads()) {
+        student.add(resident_student(g));
+        teacher.add(resident_teacher(g));
       }
-      from_s += kThreads * bytes_s;
-      from_t += kThreads * bytes_t;
-      to_s += kThreads * bytes_s;
-      to_t += kThreads * bytes_t;
+      part.student.max = SoftmaxPart::unit(student.value(), exponent_);
+      part.teacher.max = SoftmaxPart::unit(teacher.value(), exponent_);
+    } else {
+#pragma unroll 2
+      for (int g = begin_ + thread(); g < end_; g += threads()) {
+        add_maxima(part.student, student_top, student_activation(), g, resident_student(g));
+        add_maxima(part.teacher, teacher_top, teacher_activation(), g, resident_teacher(g));
+      }
+      if constexpr (Kind::kPlain) {
+        part.student.max = SoftmaxPart::unit(student_top.value, exponent_);
+        part.teacher.max = SoftmaxPart::unit(teacher_top.value, exponent_);
+      }
     }
   }
 
-  // By the thread that reads it back.
-  __device__ void copy_if_partial(int group) {
-    const bool mine = begin_ < end_ && (group - begin_) % kThreads == thread();
-    if (mine && !grouping_.whole(group)) copy_groups(group);
+  __device__ __forceinline__ void add_maxima(SoftmaxPart& part, Top& top,
+                                             const Activation& activation, int g,
+                                             const Words<E, N>& words) const {
+    if constexpr (Kind::kMeasures) {
+      Maximum<E> maximum;
+      maximum.add(words);
+      top.add(maximum.value(), g);
+    }
+    if constexpr (!Kind::kPlain) {
+      const float top = largest(activated(activation, g, words));
+      part.max = fmaxf(part.max, SoftmaxPart::unit(top, exponent_));
+    }
   }
 
-  __device__ char* slot(const Side<E>& side, int group) const {
-    return side.slots + (group - begin_) * side.row.group_bytes();
+  __device__ __forceinline__ void add_at_once(SoftmaxPart& part, Top& top,
+                                              const Activation& activation, int g,
+                                              const Words<E, N>& words) const {
+    if constexpr (Kind::kMeasures) {
+      Maximum<E> maximum;
+      maximum.add(words);
+      top.add(maximum.value(), g);
+    }
+    const Group<N> y = activated(activation, g, words);
+    part.raise(fmaxf(part.max, SoftmaxPart::unit(largest(y), exponent_)), exponent_);
+    part.add(y, exponent_);
   }
 
-  __device__ __forceinline__ Group read(const Side<E>& side, int group) const {
-    if constexpr (kHeld)
-      return read_slot(side.row, slot(side, group));
-    else
-      return read_group(side.row, grouping_, group);
-  }
-
-  __device__ __forceinline__ void activate(const Side<E>& side, int group, Group& x) const {
-    side.activation.apply(grouping_, group, x);
-  }
-
-  __device__ __forceinline__ Sums group_terms(const Group& y_s, const Group& y_t,
-                                              const Known& known, Group& difference) const {
-    const float inverse = 1.0f / p_.temperature;
-    Group kl;
-    Group entropy_s;
-    Group entropy_t;
+  // The first of the largest logits, among all lanes.
+  __device__ __forceinline__ Largest over_warp(const Top& top, const RowOf<E, N>& row,
+                                               char* slots) const {
+    Largest all;
+    all.value = warp_all(top.value, larger_of);
+    int index = INT32_MAX;
+    if (top.group >= 0 && top.value == all.value) {
+      const Words<E, N> words = top.group < end_ ? load_words<E, N>(slot(slots, top.group))
+                                                 : row.read(grouping_, top.group);
+      const Group<N> z = words.unpacked();
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const float below_s = y_s.x[i] - known.max_s;
-      const float below_t = y_t.x[i] - known.max_t;
-      const float p_s = exp2_fast(below_s * exponent_) * known.inv_s;
-      const float p_t = exp2_fast(below_t * exponent_) * known.inv_t;
-      const float log_ratio = fmaf(below_t - below_s, inverse, known.log_s - known.log_t);
-      difference.x[i] = difference_and_term(p_s, p_t, log_ratio, &kl.x[i]);
-      if constexpr (kMeasures) {
-        entropy_s.x[i] = entropy_term(p_s, fmaf(below_s, inverse, -known.log_s));
-        entropy_t.x[i] = entropy_term(p_t, fmaf(below_t, inverse, -known.log_t));
+      for (int i = N - 1; i >= 0; --i) {
+        if (z.x[i] == top.value) index = grouping_.first(top.group) + i;
       }
     }
-    Sums sums;
-    sums.kl = sum(kl);
-    if constexpr (kMeasures) {
-      sums.student_entropy = sum(entropy_s);
-      sums.teacher_entropy = sum(entropy_t);
+    all.index = __reduce_min_sync(kFullMask, index);
+    return all;
+  }
+
+  __device__ __forceinline__ void add_group(int g, const Group<N>& y_s, const Group<N>& y_t,
+                                            const Normalizer& student, const Normalizer& teacher,
+                                            float factor, Sums& sums, float& excess) const {
+    Group<N> difference;
+    add_terms(y_s, y_t, student, teacher, difference, sums, excess);
+    if (p_.grad == nullptr) return;
+#pragma unroll
+    for (float& x : difference.x) x *= factor;
+    if constexpr (!Kind::kPlain) student_activation().multiply_slope(y_s, difference);
+    write_gradient(g, difference);
+  }
+
+  __device__ __forceinline__ void add_terms(const Group<N>& y_s, const Group<N>& y_t,
+                                            const Normalizer& student, const Normalizer& teacher,
+                                            Group<N>& difference, Sums& sums, float& excess) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float log_s = student.log2_of(y_s.x[i], exponent_);
+      const float log_t = teacher.log2_of(y_t.x[i], exponent_);
+      const float p_s = exp2_fast(log_s);
+      const float p_t = exp2_fast(log_t);
+      difference.x[i] = p_s - p_t;
+      add_term(p_t, log_t - log_s, difference.x[i], sums.kl, excess);
+      if constexpr (Kind::kMeasures) {
+        sums.student_entropy -= entropy_term(p_s, log_s);
+        sums.teacher_entropy -= entropy_term(p_t, log_t);
+      }
     }
-    return sums;
   }
 
-  // p_s - p_t, and p_s - p_t + p_t l in `term`.
-  static __device__ __forceinline__ float difference_and_term(float p_s, float p_t, float log_ratio,
-                                                              float* term) {
-    const float l = p_t == 0.0f ? 1.0f : log_ratio;  // only not NaN, as where both are -inf
-    // exp(-l) - 1 + l = l^2 (1/2 - l/6 + l^2/24 - l^3/120 + l^4/720 - l^5/5040 ...), to a relative
-    // 8e-7 for |l| < 0.5. The last term is spread over l^3 and l as Chebyshev's T5 does it, with
-    // x^5 = (20 x^3 - 5 x) / 16 + T5 / 16 for x = 2 l.
-    float series = fmaf(1.0f / 720, l, -1.0f / 120 - 0.3125f / 5040);
-    series = fmaf(series, l, 1.0f / 24);
-    series = fmaf(series, l, -1.0f / 6 + 0.01953125f / 5040);
-    series = fmaf(series, l, 1.0f / 2);
-    const float phi = series * l * l;
-    const bool near = fabsf(l) < 0.5f;
-    const float difference = near ? p_t * (phi - l) : p_s - p_t;
-    *term = near ? p_t * phi : fmaf(p_t, l, difference);
-    return difference;
+  __device__ __forceinline__ void write_gradient(int g, const Group<N>& x) const {
+    if constexpr (!std::is_same_v<E, Float32>) {
+      write_gradient_as<E>(g, x);
+    } else if (p_.grad_dtype == DType::kBFloat16) {
+      write_gradient_as<BFloat16>(g, x);
+    } else if (p_.grad_dtype == DType::kFloat16) {
+      write_gradient_as<Float16>(g, x);
+    } else {
+      write_gradient_as<Float32>(g, x);
+    }
   }
 
-  static __device__ __forceinline__ float entropy_term(float p, float log_p) {
-    return p != 0.0f ? -p * log_p : 0.0f;  // NaN != 0: it stays
+  template <class G>
+  __device__ __forceinline__ void write_gradient_as(int g, const Group<N>& x) const {
+    const int first = grouping_.first(g);
+    auto* to = reinterpret_cast<typename G::Bits*>(grad_) + first;
+    if (g >= whole_begin_ && g < whole_end_) {
+      store_words<G, N>(to, packed<G, N>(x));
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (grouping_.has(first + i)) to[i] = G::store(x.x[i]);
+    }
   }
 
   const DualKLParams& p_;
-  Grouping grouping_;
-  Side<E> student_;
-  Side<E> teacher_;
-  RowOf<AnyElement> grad_;
+  Grouping<N> grouping_;
+  RowOf<E, N> student_;
+  RowOf<E, N> teacher_;
+  char* student_slots_;  // shared memory of this block's resident groups
+  char* teacher_slots_;
+  char* grad_;
   float exponent_;  // log2(e) / T
   int begin_;       // the groups of this block
   int end_;
+  int overflow_begin_ = 0;
+  int overflow_end_ = 0;
+  int whole_begin_;  // those whose gradient is written at once
+  int whole_end_;
+  Largest student_top_;
+  Largest teacher_top_;
 };
 
 }  // namespace leaf::cuda

@@ -1,11 +1,13 @@
 #pragma once
 
-// Rows of logits, and of their gradients, in groups of eight, the elements that a thread handles at
-// once.
+// Rows of logits, and of their gradients, in groups: the 16 bytes of logits that a thread handles
+// at once, eight elements of 16 bits or four of 32.
 //
-// Group g holds the elements [8 g - pad, 8 g - pad + 8), pad being chosen so that groups start at
+// Group g of N elements holds [N g - pad, N g - pad + N), pad being chosen so that groups start at
 // multiples of 16 bytes in the student's memory, whatever the row's address. Only the first and the
 // last group of a row may be partial.
+
+#include <type_traits>
 
 #include "device.cuh"
 #include "element.cuh"
@@ -13,187 +15,155 @@
 
 namespace leaf::cuda {
 
-constexpr int kGroup = 8;
+template <class E>
+constexpr int kGroup = 16 / sizeof(typename E::Bits);
 
 // Stands for the maximum of no logits: finite, so that no -inf - (-inf) arises.
 constexpr float kLowest = -3.402823466e38f;
 
-// The element type where only the run-time dtype tells it.
-struct AnyElement {};
-
-template <class E, class Visit>
-__device__ __forceinline__ void with_type(DType dtype, const Visit& visit) {
-  if constexpr (!std::is_same_v<E, AnyElement>) {
-    visit(E{});
-  } else if (dtype == DType::kFloat32) {
-    visit(Float32{});
-  } else if (dtype == DType::kFloat16) {
-    visit(Float16{});
-  } else {
-    visit(BFloat16{});
-  }
-}
-
-template <class E>
-__device__ __forceinline__ int64_t bytes_of(DType dtype) {
-  if constexpr (std::is_same_v<E, AnyElement>)
-    return size_of(dtype);
-  else
-    return sizeof(typename E::Bits);
-}
-
+template <int N>
 struct Group {
-  float x[kGroup];
+  float x[N];
 };
 
-// 16 bytes hold kGroup elements of 16 bits, or half as many of 32.
-template <class E>
-__device__ __forceinline__ void unpack(const uint4* words, Group& group) {
-  using Bits = typename E::Bits;
-  constexpr int kParts = kGroup * sizeof(Bits) / sizeof(uint4);
+// As they lie in memory, N elements of 16 bits in N / 2 words, or of 32 in N.
+template <class E, int N>
+struct Words {
+  static constexpr int kCount = N * sizeof(typename E::Bits) / 4;
+  uint32_t word[kCount];
+
+  __device__ __forceinline__ Group<N> unpacked() const {
+    Group<N> group;
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    const uint4 quad = words[part];
-    const uint32_t word[4] = {quad.x, quad.y, quad.z, quad.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(Bits) == 4) {
-        group.x[4 * part + i] = E::load(word[i]);
+    for (int i = 0; i < kCount; ++i) {
+      if constexpr (kCount == N) {
+        group.x[i] = E::load(word[i]);
       } else {
-        group.x[2 * i] = E::load(static_cast<Bits>(word[i]));
-        group.x[2 * i + 1] = E::load(static_cast<Bits>(word[i] >> 16));
+        group.x[2 * i] = E::low(word[i]);
+        group.x[2 * i + 1] = E::high(word[i]);
       }
+    }
+    return group;
+  }
+};
+
+template <class E, int N>
+__device__ __forceinline__ Words<E, N> packed(const Group<N>& group) {
+  Words<E, N> words;
+#pragma unroll
+  for (int i = 0; i < words.kCount; ++i) {
+    if constexpr (words.kCount == N) {
+      words.word[i] = E::store(group.x[i]);
+    } else {
+      words.word[i] = E::pair(group.x[2 * i], group.x[2 * i + 1]);
     }
   }
+  return words;
 }
 
-template <class E>
-__device__ __forceinline__ void pack(const Group& group, uint4* words) {
-  using Bits = typename E::Bits;
-  constexpr int kParts = kGroup * sizeof(Bits) / sizeof(uint4);
+// At multiples of 16 bytes, or of their own size where that is less.
+template <class E, int N>
+__device__ __forceinline__ Words<E, N> load_words(const void* from) {
+  Words<E, N> words;
+  if constexpr (words.kCount == 2) {
+    const uint2 pair = *static_cast<const uint2*>(from);
+    words.word[0] = pair.x;
+    words.word[1] = pair.y;
+  } else {
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    uint32_t word[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(Bits) == 4) {
-        word[i] = E::store(group.x[4 * part + i]);
-      } else {
-        word[i] = E::store(group.x[2 * i]) | static_cast<uint32_t>(E::store(group.x[2 * i + 1]))
-                                                 << 16;
-      }
+    for (int i = 0; i < words.kCount; i += 4) {
+      const uint4 quad = static_cast<const uint4*>(from)[i / 4];
+      words.word[i] = quad.x;
+      words.word[i + 1] = quad.y;
+      words.word[i + 2] = quad.z;
+      words.word[i + 3] = quad.w;
     }
-    // Not read again here: the cache is for others.
-    __stcs(words + part, make_uint4(word[0], word[1], word[2], word[3]));
+  }
+  return words;
+}
+
+// Not read again by who writes: the cache is for others.
+template <class E, int N>
+__device__ __forceinline__ void store_words(void* to, const Words<E, N>& words) {
+  const uint32_t (&w)[Words<E, N>::kCount] = words.word;
+  if constexpr (words.kCount == 2) {
+    __stcs(static_cast<uint2*>(to), make_uint2(w[0], w[1]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < words.kCount; i += 4) {
+      __stcs(static_cast<uint4*>(to) + i / 4, make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]));
+    }
   }
 }
 
 // Where the groups of a row lie, for both models and the gradient alike.
+template <int N>
 struct Grouping {
   int width;  // elements of the row
   int pad;
 
-  __device__ int count() const { return (width + pad + kGroup - 1) / kGroup; }
-  __device__ int first(int group) const { return group * kGroup - pad; }
+  __device__ int count() const { return (width + pad + N - 1) / N; }
+  __device__ int first(int group) const { return group * N - pad; }
   __device__ bool has(int element) const {
     return static_cast<unsigned>(element) < static_cast<unsigned>(width);
   }
-  __device__ bool whole(int group) const {
-    return has(first(group)) && has(first(group) + kGroup - 1);
-  }
+  // The groups [whole_begin, whole_end) are whole, the others of the row partial.
+  __device__ int whole_begin() const { return pad > 0 ? 1 : 0; }
+  __device__ int whole_end() const { return (width + pad) / N; }
+  __device__ bool whole(int group) const { return group >= whole_begin() && group < whole_end(); }
 };
 
 // The pad of a row: its distance from the multiple of 16 bytes before it, in elements.
-__device__ __forceinline__ int row_pad(const void* base, DType dtype, int64_t row, int64_t stride) {
-  const int64_t size = size_of(dtype);
-  return static_cast<int>((reinterpret_cast<uintptr_t>(base) + row * stride * size) % 16 / size);
+template <class E>
+__device__ __forceinline__ int row_pad(const void* base, int64_t row, int64_t stride) {
+  constexpr unsigned kSize = sizeof(typename E::Bits);
+  const auto address = reinterpret_cast<uintptr_t>(base) + row * stride * kSize;
+  return static_cast<int>(static_cast<unsigned>(address) % 16 / kSize);
 }
 
-// A row in memory, logits or gradient.
-template <class E>
+// Whether groups of so many bytes, the first of which starts `pad` bytes before the address, can be
+// read and written at once.
+__device__ __forceinline__ bool is_aligned(const void* row, unsigned pad, unsigned group_bytes) {
+  const unsigned mask = (group_bytes < 16 ? group_bytes : 16) - 1;  // both are powers of two
+  return ((static_cast<unsigned>(reinterpret_cast<uintptr_t>(row)) - pad) & mask) == 0;
+}
+
+// A row in memory, logits or gradient, in groups of N.
+template <class E, int N>
 struct RowOf {
-  char* data;
-  DType dtype;
-  bool aligned;  // groups start at multiples of 16 bytes
+  using Bits = typename E::Bits;
 
-  __device__ RowOf(const void* base, DType type, int64_t row, int64_t stride, int pad)
-      : data(static_cast<char*>(const_cast<void*>(base)) + row * stride * bytes_of<E>(type)),
-        dtype(type),
-        aligned((reinterpret_cast<uintptr_t>(data) - pad * bytes_of<E>(type)) % 16 == 0) {}
+  Bits* data;
+  bool aligned;  // groups can be read and written at once
 
-  __device__ int group_bytes() const { return static_cast<int>(kGroup * bytes_of<E>(dtype)); }
-  __device__ char* at(int element) const { return data + element * bytes_of<E>(dtype); }
-};
+  __device__ RowOf(const void* base, int64_t row, int64_t stride, int pad)
+      : data(static_cast<Bits*>(const_cast<void*>(base)) + row * stride),
+        aligned(is_aligned(data, pad * sizeof(Bits), N * sizeof(Bits))) {}
 
-// The elements of a group as they lie in memory, to `slot`, which is a multiple of 16 in shared
-// memory; -inf where the row has none. This thread sees them after wait_for_copies().
-template <class E>
-__device__ __forceinline__ void copy_group(const RowOf<E>& row, const Grouping& grouping, int group,
-                                           char* slot) {
-  const int first = grouping.first(group);
-  if (row.aligned && grouping.whole(group)) {
-    for (int byte = 0; byte < row.group_bytes(); byte += 16) {
-      copy_16_bytes(slot + byte, row.at(first) + byte);
-    }
-    return;
-  }
-  with_type<E>(row.dtype, [&](auto element) {
-    using T = decltype(element);
-    auto* to = reinterpret_cast<typename T::Bits*>(slot);
-    const auto* from = reinterpret_cast<const typename T::Bits*>(row.data);
-    for (int i = 0; i < kGroup; ++i) {
-      const int e = first + i;
-      to[i] = grouping.has(e) ? from[e] : T::store(-INFINITY);
-    }
-  });
-}
-
-template <class E>
-__device__ __forceinline__ Group read_slot(const RowOf<E>& row, const char* slot) {
-  Group group;
-  with_type<E>(row.dtype, [&](auto element) {
-    unpack<decltype(element)>(reinterpret_cast<const uint4*>(slot), group);
-  });
-  return group;
-}
-
-template <class E>
-__device__ __forceinline__ Group read_group(const RowOf<E>& row, const Grouping& grouping,
-                                            int index) {
-  const int first = grouping.first(index);
-  if (row.aligned && grouping.whole(index)) return read_slot(row, row.at(first));
-  Group group;
-  with_type<E>(row.dtype, [&](auto element) {
-    using T = decltype(element);
-    const auto* from = reinterpret_cast<const typename T::Bits*>(row.data);
+  __device__ __forceinline__ Words<E, N> read(const Grouping<N>& grouping, int group) const {
+    const int first = grouping.first(group);
+    if (aligned && grouping.whole(group)) return load_words<E, N>(data + first);
+    Group<N> x;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int e = first + i;
-      group.x[i] = grouping.has(e) ? T::load(from[e]) : -INFINITY;
+    for (int i = 0; i < N; ++i) {
+      x.x[i] = grouping.has(first + i) ? E::load(data[first + i]) : -INFINITY;
     }
-  });
-  return group;
-}
+    return packed<E, N>(x);
+  }
 
-template <class E>
-__device__ __forceinline__ void write_group(const RowOf<E>& row, const Grouping& grouping,
-                                            int index, const Group& group) {
-  const int first = grouping.first(index);
-  const bool whole = row.aligned && grouping.whole(index);
-  with_type<E>(row.dtype, [&](auto element) {
-    using T = decltype(element);
-    if (whole) {
-      pack<T>(group, reinterpret_cast<uint4*>(row.at(first)));
+  __device__ __forceinline__ void write(const Grouping<N>& grouping, int group,
+                                        const Group<N>& x) const {
+    const int first = grouping.first(group);
+    if (aligned && grouping.whole(group)) {
+      store_words<E, N>(data + first, packed<E, N>(x));
       return;
     }
-    auto* to = reinterpret_cast<typename T::Bits*>(row.data);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int e = first + i;
-      if (grouping.has(e)) to[e] = T::store(group.x[i]);
+    for (int i = 0; i < N; ++i) {
+      if (grouping.has(first + i)) data[first + i] = E::store(x.x[i]);
     }
-  });
-}
+  }
+};
 
 // Zeroes bytes by the threads `index`, `index` + 1, ... of `count`; begin and bytes are even.
 __device__ __forceinline__ void zero_bytes(char* begin, int64_t bytes, int64_t index,

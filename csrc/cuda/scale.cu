@@ -14,23 +14,25 @@ constexpr int kThreads = 256;
 constexpr int kGroupsPerThread = 4;
 constexpr int kGroupsPerBlock = kThreads * kGroupsPerThread;
 
+template <class From, class To>
 __global__ void __launch_bounds__(kThreads)
     multiply_kernel(const ScaleParams params, const int blocks_per_row) {
+  constexpr int N = kGroup<From>;
   const float factor = *params.factor;
   if (params.from == params.to && factor == 1.0f) return;
   const int64_t index = blockIdx.x / blocks_per_row;
-  const int pad = row_pad(params.from, params.from_dtype, index, params.from_row_stride);
-  const Grouping grouping{static_cast<int>(params.width), pad};
-  const RowOf<AnyElement> from(params.from, params.from_dtype, index, params.from_row_stride, pad);
-  const RowOf<AnyElement> to(params.to, params.to_dtype, index, params.to_row_stride, pad);
+  const int pad = row_pad<From>(params.from, index, params.from_row_stride);
+  const Grouping<N> grouping{static_cast<int>(params.width), pad};
+  const RowOf<From, N> from(params.from, index, params.from_row_stride, pad);
+  const RowOf<To, N> to(params.to, index, params.to_row_stride, pad);
   const int begin = static_cast<int>(blockIdx.x % blocks_per_row) * kGroupsPerBlock;
   const int first = begin + static_cast<int>(threadIdx.x);
 
-  Group groups[kGroupsPerThread];  // all loads before the first store
+  Group<N> groups[kGroupsPerThread];  // all loads before the first store
 #pragma unroll
   for (int i = 0; i < kGroupsPerThread; ++i) {
     const int g = first + i * kThreads;
-    if (g < grouping.count()) groups[i] = read_group(from, grouping, g);
+    if (g < grouping.count()) groups[i] = from.read(grouping, g).unpacked();
   }
 #pragma unroll
   for (int i = 0; i < kGroupsPerThread; ++i) {
@@ -38,19 +40,27 @@ __global__ void __launch_bounds__(kThreads)
     if (g >= grouping.count()) continue;
 #pragma unroll
     for (float& x : groups[i].x) x *= factor;
-    write_group(to, grouping, g, groups[i]);
+    to.write(grouping, g, groups[i]);
   }
+}
+
+template <class From, class To>
+cudaError_t multiply(const ScaleParams& params, void* stream) {
+  const int64_t groups = params.width / kGroup<From> + 2;  // the first and the last may be partial
+  const int64_t blocks_per_row = (groups + kGroupsPerBlock - 1) / kGroupsPerBlock;
+  return launch(multiply_kernel<From, To>, {params.rows * blocks_per_row, kThreads}, stream, params,
+                static_cast<int>(blocks_per_row));
 }
 
 }  // namespace
 
 int scale(const ScaleParams& params, void* stream) {
   if (params.rows == 0 || params.width == 0) return cudaSuccess;
-  const int64_t groups =
-      params.width / kGroup + 2;  // also where the first and the last are partial
-  const int64_t blocks_per_row = (groups + kGroupsPerBlock - 1) / kGroupsPerBlock;
-  return launch(multiply_kernel, {params.rows * blocks_per_row, kThreads}, stream, params,
-                static_cast<int>(blocks_per_row));
+  return with_element(params.from_dtype, [&](auto from) {
+    return with_element(params.to_dtype, [&](auto to) {
+      return multiply<decltype(from), decltype(to)>(params, stream);
+    });
+  });
 }
 
 }  // namespace leaf::cuda

@@ -1,16 +1,18 @@
 #pragma once
 
-// The softmax of a row that many threads hold parts of, and its largest logit.
+// The softmax of a row that many threads hold parts of.
 //
 // With y the scaled, capped logit: a part is its maximum m and its sum d = sum exp((y - m) / T).
-// Parts are merged as soon as they meet, so that a row needs one exchange between threads and
-// blocks.
+// Threads of a warp agree on a maximum before they add up exponentials, warps and blocks merge
+// their parts once: a part is rescaled at most three times.
 
+#include "block.cuh"
 #include "logits.cuh"
 
 namespace leaf::cuda {
 
 constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
 
 // What makes y of a logit z: softcap * tanh(scale * z / softcap), or scale * z where softcap is 0.
 struct Activation {
@@ -18,11 +20,13 @@ struct Activation {
   float softcap;
 
   // Elements that the row does not have stay -inf.
-  __device__ __forceinline__ void apply(const Grouping& grouping, int index, Group& group) const {
+  template <int N>
+  __device__ __forceinline__ void apply(const Grouping<N>& grouping, int index,
+                                        Group<N>& group) const {
     if (softcap != 0.0f) {
       const float inner = scale / softcap;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
+      for (int i = 0; i < N; ++i) {
         const float y = softcap * tanhf(group.x[i] * inner);
         group.x[i] = grouping.has(grouping.first(index) + i) ? y : -INFINITY;
       }
@@ -33,71 +37,160 @@ struct Activation {
   }
 
   // dy/d(scale z) of the y of a group, times `value`.
-  __device__ __forceinline__ void multiply_slope(const Group& y, Group& value) const {
+  template <int N>
+  __device__ __forceinline__ void multiply_slope(const Group<N>& y, Group<N>& value) const {
     if (softcap == 0.0f) return;
     const float inverse = 1.0f / softcap;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < N; ++i) {
       const float tanh = y.x[i] * inverse;
       value.x[i] *= (1.0f - tanh) * (1.0f + tanh);
     }
   }
 };
 
-__device__ __forceinline__ float largest(const Group& group) {
-  const float (&x)[kGroup] = group.x;
-  return fmaxf(fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])),
-               fmaxf(fmaxf(x[4], x[5]), fmaxf(x[6], x[7])));
+// Over the elements of a group, in pairs.
+template <int N, class Combine>
+__device__ __forceinline__ float folded(const Group<N>& group, const Combine& combine) {
+  if constexpr (N == 8) {
+    const float (&x)[8] = group.x;
+    return combine(combine(combine(x[0], x[1]), combine(x[2], x[3])),
+                   combine(combine(x[4], x[5]), combine(x[6], x[7])));
+  } else {
+    const float (&x)[4] = group.x;
+    return combine(combine(x[0], x[1]), combine(x[2], x[3]));
+  }
 }
 
-__device__ __forceinline__ float sum(const Group& group) {
-  const float (&x)[kGroup] = group.x;
-  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+__device__ __forceinline__ float larger_of(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ float sum_of(float a, float b) { return a + b; }
+
+template <int N>
+__device__ __forceinline__ float largest(const Group<N>& group) {
+  return folded(group, larger_of);
+}
+template <int N>
+__device__ __forceinline__ float sum(const Group<N>& group) {
+  return folded(group, sum_of);
 }
 
-// A NaN does not show in `max`, but in `total`; a part without a logit above -inf has total 0.
+// The largest of logits in memory words: NaN loses. Of 16 bits two are compared at once.
+template <class E>
+class Maximum {
+ public:
+  static constexpr int N = kGroup<E>;
+  __device__ __forceinline__ void add(const Words<E, N>& words) {
+#pragma unroll
+    for (const uint32_t word : words.word) {
+      if constexpr (N == 4) {
+        value_ = fmaxf(value_, E::load(word));
+      } else {
+        pair_ = E::larger(pair_, word);
+      }
+    }
+  }
+  __device__ __forceinline__ float value() const {
+    if constexpr (N == 4) {
+      return value_;
+    } else {
+      return fmaxf(E::low(pair_), E::high(pair_));
+    }
+  }
+
+ private:
+  float value_ = -INFINITY;
+  uint32_t pair_ = E::kMinusInfinities;
+};
+
+// One model's part of a row, in units of which a power of two is taken: `max` is m log2(e) / T,
+// rounded, unless kExact: then it is m. A NaN does not show in `max`, but in `total`; a part
+// without a logit above -inf has total 0.
+//
+// Exact, the largest logit has a power of 1, and a distribution that is all but certain keeps its
+// digits: what entropies and float32 gradients need. Else a logit takes one operation less.
+template <bool kExact>
 struct SoftmaxPart {
   float max = kLowest;
   float total = 0.0f;
 
-  // `exponent`: log2(e) / T
-  __device__ __forceinline__ void add(const Group& y, float exponent) {
-    const float top = fmaxf(max, largest(y));
-    Group exps;
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) exps.x[i] = exp2_fast((y.x[i] - top) * exponent);
-    total = fmaf(total, exp2_fast((max - top) * exponent), sum(exps));
-    max = top;
+  // Of y = max(y, the largest of some). `exponent`: log2(e) / T
+  static __device__ __forceinline__ float unit(float y, float exponent) {
+    return fmaxf(kLowest, kExact ? y : y * exponent);
   }
-
-  __device__ __forceinline__ SoftmaxPart merged(const SoftmaxPart& other, float exponent) const {
-    SoftmaxPart both;
-    both.max = fmaxf(max, other.max);
-    both.total = total * exp2_fast((max - both.max) * exponent) +
-                 other.total * exp2_fast((other.max - both.max) * exponent);
-    return both;
+  template <int N>
+  __device__ __forceinline__ void add(const Group<N>& y, float exponent) {
+    Group<N> powers;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      powers.x[i] = exp2_fast(kExact ? (y.x[i] - max) * exponent : fmaf(y.x[i], exponent, -max));
+    }
+    total += sum(powers);
+  }
+  __device__ __forceinline__ void raise(float top, float exponent) {
+    total *= exp2_fast((max - top) * (kExact ? exponent : 1.0f));
+    max = top;
   }
 };
 
-// The first of the largest logits, as they came.
+// Both models'; what warps and blocks exchange.
+template <bool kExact>
+struct alignas(16) RowPart {
+  SoftmaxPart<kExact> student;
+  SoftmaxPart<kExact> teacher;
+
+  // Relative to the largest maximum of all lanes.
+  __device__ __forceinline__ void raise_to_warp(float exponent) {
+    student.raise(warp_all(student.max, larger_of), exponent);
+    teacher.raise(warp_all(teacher.max, larger_of), exponent);
+  }
+
+  // The parts of all lanes as one.
+  __device__ __forceinline__ RowPart over_warp(float exponent) const {
+    RowPart all = *this;
+    all.raise_to_warp(exponent);
+    all.student.total = warp_all(all.student.total, sum_of);
+    all.teacher.total = warp_all(all.teacher.total, sum_of);
+    return all;
+  }
+};
+
+// log2 of a probability, of its logit.
+template <bool kExact>
+struct Normalizer {
+  float max;    // subtracted first, if kExact
+  float shift;  // then
+  float rest;   // what `shift` lacks: p is taken 2^rest times too large
+
+  __device__ explicit Normalizer(const SoftmaxPart<kExact>& part) {
+    // Apart from the exponent, the logarithm of a number near 1 has more digits.
+    const int bits = __float_as_int(part.total);
+    const int exponent = (bits - 0x3f3504f3) >> 23;  // so that the rest is in [sqrt(1/2), sqrt(2))
+    const bool normal = part.total >= 0x1p-126f && part.total < INFINITY;
+    const float low = log2f(normal ? __int_as_float(bits - exponent * (1 << 23)) : part.total);
+    const float high = normal ? static_cast<float>(exponent) : 0.0f;
+    max = kExact ? part.max : 0.0f;
+    // max + high + low as a sum of two numbers.
+    const float base = kExact ? 0.0f : part.max;
+    const float upper = base + high;
+    const float of_high = upper - base;
+    const float lower = (base - (upper - of_high)) + (high - of_high);
+    shift = upper + low;
+    rest = normal ? ((upper - shift) + low) + lower : 0.0f;
+  }
+  Normalizer() = default;
+
+  __device__ __forceinline__ float log2_of(float y, float exponent) const {
+    return fmaf(kExact ? y - max : y, exponent, -shift);
+  }
+};
+
+// The first of the largest logits, as they came; index INT32_MAX: there is none above -inf.
 struct Largest {
   float value = -INFINITY;
   int index = INT32_MAX;
 
-  __device__ __forceinline__ void add(const Group& z, int first) {
-    if (!(largest(z) > value)) return;
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      if (z.x[i] > value) {
-        value = z.x[i];
-        index = first + i;
-      }
-    }
-  }
-
-  __device__ __forceinline__ Largest merged(const Largest& other) const {
-    const bool mine = value > other.value || (value == other.value && index < other.index);
-    return mine ? *this : other;
+  __device__ __forceinline__ void add(const Largest& other) {
+    if (other.value > value || (other.value == value && other.index < index)) *this = other;
   }
 
   // Where all are -inf, the first one.

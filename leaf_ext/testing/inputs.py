@@ -52,10 +52,11 @@ def uniform(seed: torch.Generator, *shape: int) -> Tensor:
     return torch.rand(shape, generator=seed, device="cpu").to(torch.get_default_device())
 
 
-def strided(tensor: Tensor) -> Tensor:
-    """The same values in rows that lie apart in memory, with NaN between them."""
-    room = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 11), float("nan"))
-    view = room[..., 3 : 3 + tensor.shape[-1]]
+def strided(tensor: Tensor, before: int = 3, after: int = 8) -> Tensor:
+    """The same values in rows that lie apart in memory, with NaN before and after each."""
+    width = tensor.shape[-1]
+    room = tensor.new_full((*tensor.shape[:-1], before + width + after), float("nan"))
+    view = room[..., before : before + width]
     view.copy_(tensor)
     return view
 

@@ -9,16 +9,16 @@ enum class Gradient { kNone, kOwn, kInPlace, kNarrower };
 
 struct Case {
   const char* capability;
-  int64_t shared_bytes;  // decides on the size of the clusters, or that a row is streamed
-  DType student;
-  DType teacher;
+  int64_t shared_bytes;  // decides on the size of the clusters, and how much of a row overflows
+  DType dtype;
   int64_t student_vocab;
   int64_t teacher_vocab;
   int64_t gap;    // between rows
   int64_t shift;  // of the start
   Gradient gradient;
   bool measures;
-  float softcap;
+  float scale = 1.0f;  // of the student
+  float softcap = 0.0f;
 };
 
 constexpr int64_t kRows = 5;
@@ -26,8 +26,8 @@ constexpr int64_t kRows = 5;
 class Inputs {
  public:
   explicit Inputs(const Case& c)
-      : student(c.student, kRows * (c.student_vocab + c.gap) - c.gap, c.shift),
-        teacher(c.teacher, kRows * (c.teacher_vocab + c.gap) - c.gap, c.shift),
+      : student(c.dtype, kRows * (c.student_vocab + c.gap) - c.gap, c.shift),
+        teacher(c.dtype, kRows * (c.teacher_vocab + c.gap) - c.gap, c.shift),
         weight(kRows) {
     std::vector<float> z_s = normal(kRows * (c.student_vocab + c.gap), 3.0f, 1);
     std::vector<float> z_t = normal(kRows * (c.teacher_vocab + c.gap), 3.0f, 2);
@@ -56,10 +56,10 @@ struct Results {
 
 DualKLParams params_of(const Case& c, Inputs& inputs, Results& results) {
   DualKLParams params{};
-  params.student = {inputs.student.data(), c.student, c.student_vocab + c.gap,
-                    c.student_vocab,       1.25f,     c.softcap};
-  params.teacher = {inputs.teacher.data(), c.teacher, c.teacher_vocab + c.gap,
-                    c.teacher_vocab,       1.0f,      c.softcap};
+  params.student = {inputs.student.data(), c.dtype, c.student_vocab + c.gap,
+                    c.student_vocab,       c.scale, c.softcap};
+  params.teacher = {inputs.teacher.data(), c.dtype, c.teacher_vocab + c.gap,
+                    c.teacher_vocab,       1.0f,    c.softcap};
   params.row_weight = inputs.weight.data();
   params.rows = kRows;
   params.temperature = 1.5f;
@@ -76,21 +76,21 @@ void compare(const Case& c, const std::string& which) {
 
   // The CPU's gradient is in the student's dtype.
   Results wanted(c.measures);
-  Tensor wanted_grad(c.student, kRows * c.student_vocab);
+  Tensor wanted_grad(c.dtype, kRows * c.student_vocab);
   DualKLParams params = params_of(c, inputs, wanted);
   if (c.gradient != Gradient::kNone) params.grad = wanted_grad.data();
-  params.grad_dtype = c.student;
+  params.grad_dtype = c.dtype;
   params.grad_row_stride = c.student_vocab;
   cpu::dual_kl(params, one_thread());
 
   Results got(c.measures);
   const bool in_place = c.gradient == Gradient::kInPlace || c.gradient == Gradient::kNarrower;
-  const DType dtype = c.gradient == Gradient::kNarrower ? DType::kBFloat16 : c.student;
+  const DType dtype = c.gradient == Gradient::kNarrower ? DType::kBFloat16 : c.dtype;
   Tensor own(dtype, in_place ? 0 : kRows * c.student_vocab, c.shift);
   params = params_of(c, inputs, got);
   if (c.gradient != Gradient::kNone) params.grad = in_place ? inputs.student.data() : own.data();
   params.grad_dtype = dtype;
-  params.grad_row_stride = in_place ? step * size_of(c.student) / size_of(dtype) : c.student_vocab;
+  params.grad_row_stride = in_place ? step * size_of(c.dtype) / size_of(dtype) : c.student_vocab;
   Array<float> scratch(cuda::dual_kl_scratch(params));
   expect_launched(cuda::dual_kl(params, scratch.data(), nullptr), which);
 
@@ -121,16 +121,18 @@ void dual_kl() {
   constexpr DType k16 = DType::kFloat16;
   constexpr DType kB16 = DType::kBFloat16;
   const Case cases[] = {
-      {"9.0", kAllShared, k32, k32, 1, 1, 0, 0, Gradient::kOwn, true, 0.0f},
-      {"9.0", kAllShared, kB16, kB16, 1000, 1000, 0, 0, Gradient::kOwn, false, 0.0f},
-      {"9.0", kAllShared, k16, k16, 777, 776, 3, 1, Gradient::kOwn, true, 20.0f},
-      {"9.0", 8000, k32, k32, 1203, 1203, 5, 0, Gradient::kOwn, true, 0.0f},         // 2 blocks
-      {"9.0", 6000, kB16, kB16, 3001, 2999, 0, 3, Gradient::kInPlace, false, 0.0f},  // 4 blocks
-      {"9.0", 4000, k32, kB16, 2000, 2064, 4, 0, Gradient::kNarrower, true, 0.0f},   // 8 blocks
-      {"9.0", 3400, k16, k16, 5120, 5120, 0, 0, Gradient::kNone, true, 0.0f},        // 16 blocks
-      {"9.0", 2500, k16, k16, 6001, 6001, 0, 0, Gradient::kInPlace, false, 20.0f},   // streamed
-      {"8.0", 4000, k32, k32, 1100, 1090, 2, 1, Gradient::kNarrower, true, 0.0f},
-      {"8.0", kAllShared, kB16, k32, 900, 900, 0, 0, Gradient::kInPlace, true, 0.0f},
+      {"9.0", kAllShared, k32, 1, 1, 0, 0, Gradient::kOwn, true, 1.25f},
+      {"9.0", kAllShared, kB16, 1000, 1000, 0, 0, Gradient::kOwn, false},
+      {"9.0", kAllShared, k16, 777, 776, 3, 1, Gradient::kOwn, true, 1.25f, 20.0f},
+      {"9.0", 7000, k32, 1203, 1203, 5, 0, Gradient::kOwn, true, 1.25f},   // 2 blocks
+      {"9.0", 4500, kB16, 3001, 2999, 0, 3, Gradient::kInPlace, false},    // 4 blocks
+      {"9.0", 4000, k32, 2000, 2064, 4, 0, Gradient::kNarrower, true},     // 8 blocks
+      {"9.0", 3000, k16, 5120, 5120, 0, 0, Gradient::kNone, true, 1.25f},  // 16 blocks
+      {"9.0", 2000, kB16, 6001, 6001, 0, 0, Gradient::kOwn, true},         // with overflow
+      {"9.0", 2000, k32, 3000, 2990, 0, 1, Gradient::kNarrower, false},    // with overflow
+      {"9.0", 1500, k16, 6001, 6001, 0, 0, Gradient::kInPlace, false, 1.25f, 20.0f},  // most of it
+      {"8.0", 4000, k32, 1100, 1090, 2, 1, Gradient::kNarrower, true, 1.25f},
+      {"8.0", kAllShared, kB16, 900, 900, 0, 0, Gradient::kInPlace, true},
   };
   int number = 0;
   for (const Case& c : cases) compare(c, "dual_kl case " + std::to_string(number++));

@@ -5,6 +5,7 @@
 // linked: of barriers of a GPU it knows nothing. It does not matter in which order the threads of
 // this run came: what counts is which barriers lay between two accesses.
 
+#include <algorithm>
 #include <array>
 #include <unordered_map>
 
@@ -15,66 +16,68 @@ namespace {
 
 struct Access {
   const void* code = nullptr;  // that made it; null: there was none
-  unsigned block;
-  unsigned thread;
-  // What the thread had passed by then.
-  unsigned barriers;
-  size_t arrivals;
-  unsigned warp_clock;
+  unsigned block;              // of all of the grid
+  Moment moment;
   bool atomic;
 };
 
-// What is remembered of a byte. Of its readers since the last write two are enough, as at least one
-// of them is not the thread that writes next.
+// What is remembered of a byte. Of a block's readers since the last write two are enough, as at
+// least one of them is not the thread that writes next, or that tells the one that does.
 struct Byte {
   Access write;
-  std::array<Access, 2> reads;
+  std::vector<Access> reads;
 };
 
 constexpr uintptr_t kGranule = 8;
 using Memory = std::unordered_map<uintptr_t, std::array<Byte, kGranule>>;
-Memory shared_memory;
+std::array<Memory, kMaxCluster> shared_memory;  // by rank
 Memory global_memory;
 
 unsigned number_of(const Block& block) { return block.index.y * active->grid.x + block.index.x; }
 
-Access access_by(const Thread& thread, const void* code, bool atomic) {
-  return {code,
-          number_of(*thread.block),
-          thread.index,
-          thread.block->barriers,
-          thread.releases.size(),
-          thread.warp_clock[thread.lane()],
+Access access_now(const void* code, bool atomic) {
+  const auto& arriving = active->arriving;
+  const Moment moment = arriving ? arriving->moment : active->running->now();
+  return {arriving ? arriving->call.code : code, number_of(active->cluster[moment.rank]), moment,
           atomic};
 }
 
-// Whether an access was over before what the thread does now.
-bool is_before(const Access& access, const Thread& now) {
+// Whether an access was over before what is done now.
+bool is_before(const Access& access) {
   const unsigned blocks = active->blocks_in_cluster;
-  const unsigned block = number_of(*now.block);
-  if (access.block / blocks != block / blocks) return false;
-  const Thread& earlier = active->cluster[access.block % blocks].threads[access.thread];
-  for (size_t i = access.arrivals; i < now.waits; ++i) {
-    if (earlier.releases[i]) return true;
-  }
-  if (access.block != block) return false;
-  if (access.thread == now.index || access.barriers < now.block->barriers) return true;
-  return access.thread / kWarp == now.index / kWarp &&
-         access.warp_clock < now.warp_clock[access.thread % kWarp];
+  const Block& block = *active->running->block;
+  if (access.block / blocks != number_of(block) / blocks) return false;
+  if (!active->arriving) return active->running->knows(access.moment);
+  const Moment& now = active->arriving->moment;
+  const Moment& earlier = access.moment;
+  const bool same = now.rank == earlier.rank && now.thread == earlier.thread;
+  return same ? now.clock == earlier.clock : active->arriving->known.has(earlier);
+}
+
+std::string by(const Access& access) {
+  const std::string block = "block " + std::to_string(access.block);
+  const unsigned thread = access.moment.thread;
+  return thread < active->threads ? " by " + block + ", thread " + std::to_string(thread) + " at"
+                                  : " by bytes on their way to " + block + " from";
 }
 
 void check(const Access& earlier, const char* was, const Access& later, const char* is) {
   if (earlier.code == nullptr || (earlier.atomic && later.atomic)) return;
-  if (is_before(earlier, *active->running)) return;
-  fail(std::string("race: nothing orders a ") + is + " at" + describe(later.code) +
-       "\n  and an earlier " + was + " by block " + std::to_string(earlier.block) + ", thread " +
-       std::to_string(earlier.thread) + " at" + describe(earlier.code));
+  if (is_before(earlier)) return;
+  fail(std::string("race: nothing orders a ") + is + by(later) + describe(later.code) +
+       "\n  and an earlier " + was + by(earlier) + describe(earlier.code));
 }
 
 void note_read(Byte& byte, const Access& access) {
   check(byte.write, "write", access, "read");
-  const bool again = byte.reads[0].code == nullptr || is_before(byte.reads[0], *active->running);
-  byte.reads[again ? 0 : 1] = access;
+  // Who waits for a copy learns nothing of what lay before the copy.
+  if (!active->arriving) std::erase_if(byte.reads, is_before);
+  const auto of_block = [&](const Access& read) { return read.block == access.block; };
+  if (std::count_if(byte.reads.begin(), byte.reads.end(), of_block) < 2) {
+    byte.reads.push_back(access);
+  } else {
+    *std::find_if(byte.reads.rbegin(), byte.reads.rend(), of_block) = access;
+  }
 }
 
 void note_write(Byte& byte, const Access& access) {
@@ -86,15 +89,10 @@ void note_write(Byte& byte, const Access& access) {
 void note(const void* address, size_t size, const void* code, bool is_write, bool atomic = false) {
   // Not of the host's code, and not of variables of this thread alone.
   if (!stacks.contain(__builtin_frame_address(0)) || stacks.contain(address)) return;
-  bool dead = false;
-  const void* shared = active->shared.canonical(address, &dead);
-  if (dead) {
-    fail("shared memory of a block that has not started or has ended is touched at" +
-         describe(code));
-  }
-  Memory& memory = shared == nullptr ? global_memory : shared_memory;
-  const auto begin = reinterpret_cast<uintptr_t>(shared == nullptr ? address : shared);
-  const Access access = access_by(*active->running, code, atomic);
+  const bool shared = active->shared.contains(address);
+  Memory& memory = shared ? shared_memory[active->running->block->rank] : global_memory;
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  const Access access = access_now(code, atomic);
   for (uintptr_t i = begin; i < begin + size; ++i) {
     Byte& byte = memory[i / kGranule][i % kGranule];
     is_write ? note_write(byte, access) : note_read(byte, access);
@@ -106,7 +104,7 @@ bool instrumented = false;
 }  // namespace
 
 void forget_accesses() { global_memory.clear(); }
-void forget_shared_accesses() { shared_memory.clear(); }
+void forget_shared_accesses() { shared_memory = {}; }
 
 void note_atomic(const void* address, size_t size) {
   if (instrumented) note(address, size, __builtin_return_address(0), true, true);

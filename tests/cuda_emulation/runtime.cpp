@@ -41,13 +41,11 @@ namespace {
 constexpr size_t kSharedByDefault = 48 << 10;
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kPortableCluster = 8;
-constexpr unsigned kMaxCluster = 16;
 
 // An H100 or an A100: LEAF_EMULATION_CAPABILITY=9.0|8.0. LEAF_EMULATION_SHARED=bytes gives a block
 // less shared memory than it has, so that small inputs do not fit either.
 struct Device {
   int major = 9;
-  int minor = 0;
   int processors = 132;
   size_t shared_of_block = 227 << 10;
   size_t shared_of_processor = 228 << 10;
@@ -56,9 +54,8 @@ struct Device {
 Device device() {
   Device device;
   const char* capability = std::getenv("LEAF_EMULATION_CAPABILITY");
-  if (capability != nullptr &&
-      std::sscanf(capability, "%d.%d", &device.major, &device.minor) == 2 && device.major < 9) {
-    device = {device.major, device.minor, 108, 163 << 10, 164 << 10};
+  if (capability != nullptr && std::atoi(capability) < 9) {
+    device = {std::atoi(capability), 108, 163 << 10, 164 << 10};
   }
   if (const char* bytes = std::getenv("LEAF_EMULATION_SHARED"); bytes != nullptr) {
     device.shared_of_block = std::min<size_t>(device.shared_of_block, std::atol(bytes));
@@ -168,35 +165,11 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
 unsigned block_rank() { return active->running->block->rank; }
 unsigned blocks_in_cluster() { return active->blocks_in_cluster; }
 void sync_block(Where where) { active->sync_block({where, __builtin_return_address(0)}); }
-void arrive_in_cluster(bool releases, Where where) {
-  active->arrive_in_cluster(releases, {where, __builtin_return_address(0)});
+void arrive_in_cluster(Where where) {
+  active->arrive_in_cluster({where, __builtin_return_address(0)});
 }
 void wait_for_cluster(Where where) {
   active->wait_for_cluster({where, __builtin_return_address(0)});
-}
-
-void push_copy(const Copy& copy) { active->running->copies.push_back(copy); }
-
-bool pop_copy(Copy* copy) {
-  std::vector<Copy>& copies = active->running->copies;
-  if (copies.empty()) return false;
-  *copy = copies.back();
-  copies.pop_back();
-  return true;
-}
-
-void* map_to_rank(const void* address, int rank) {
-  const void* code = __builtin_return_address(0);
-  if (rank < 0 || static_cast<unsigned>(rank) >= active->blocks_in_cluster) {
-    fail("there is no block " + std::to_string(rank) + " in a cluster of " +
-             std::to_string(active->blocks_in_cluster),
-         {{}, code});
-  }
-  void* mapped = active->shared.in_block(address, static_cast<unsigned>(rank));
-  if (mapped == nullptr) {
-    fail("another block's part of what is not shared memory is asked for", {{}, code});
-  }
-  return mapped;
 }
 
 }  // namespace leaf::emulation
@@ -229,12 +202,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
       *value = now.major;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = now.minor;
-      return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount:
-      *value = now.processors;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = static_cast<int>(now.shared_of_block);

@@ -35,6 +35,28 @@ std::vector<unsigned> Order::of(unsigned count) {
 
 bool Order::pause() { return kind_ == kRandom && random_() % 3 == 0; }
 
+bool Knowledge::has(const Moment& moment) const {
+  if (moment.barriers < barriers[moment.rank]) return true;
+  const auto found = clocks.find({moment.rank, moment.thread});
+  return found != clocks.end() && moment.clock < found->second;
+}
+
+void Knowledge::add(const Knowledge& more) {
+  for (unsigned i = 0; i < kMaxCluster; ++i) barriers[i] = std::max(barriers[i], more.barriers[i]);
+  for (const auto& [who, clock] : more.clocks) clocks[who] = std::max(clocks[who], clock);
+}
+
+Moment Thread::now() const {
+  return {block->rank, index, block->known.barriers[block->rank], clock};
+}
+
+bool Thread::knows(const Moment& moment) const {
+  const bool own = moment.rank == block->rank && moment.thread == index;
+  return own || block->known.has(moment) || known.has(moment);
+}
+
+void Thread::show() { known.clocks[{block->rank, index}] = ++clock; }
+
 Launch::Launch(const void* kernel, dim3 grid, unsigned threads, unsigned blocks_in_cluster,
                size_t dynamic_bytes, const std::function<void()>& body)
     : kernel(kernel),
@@ -88,6 +110,7 @@ bool Launch::run_block(Block& block) {
   const auto ready = [](const Thread& thread) { return thread.state == State::kReady; };
   if (std::none_of(block.threads.begin(), block.threads.end(), ready)) return false;
   shared.enter(block.rank);
+  block.started = true;
   blockIdx = block.index;
   bool progress = true;
   while (progress) {
@@ -97,7 +120,6 @@ bool Launch::run_block(Block& block) {
     }
     if (order_.pause()) break;
   }
-  if (block.exited == threads) shared.end_block();
   return true;
 }
 
@@ -126,9 +148,10 @@ void Launch::thread_main() {
 }
 
 void Launch::exit_thread() {
-  if (running->arrived_in_cluster) fail("a thread exits, not waiting after it arrived");
-  if (!running->copies.empty()) fail("a thread exits that has not waited for its copies");
-  ++running->block->exited;
+  if (running->cluster_arrivals > running->cluster_waits) {
+    fail("a thread exits, not waiting after it arrived");
+  }
+  if (++running->block->exited == threads) check_arrivals();
   running->block->warps[running->index / kWarp].exited |= 1u << running->lane();
   wait(State::kExited, running->call);
 }
@@ -143,8 +166,9 @@ void Launch::sync_block(const Call& call) {
   Block& block = *running->block;
   if (++block.waiting < threads) return wait(State::kAtBlockBarrier, call);
   block.waiting = 0;
-  ++block.barriers;
+  ++block.known.barriers[block.rank];
   for (Thread& thread : block.threads) {
+    block.known.add(std::exchange(thread.known, {}));
     if (&thread == running) continue;
     if (!same_place(thread.call, call)) {
       fail("threads of a block meet at different barriers; one is at" + describe(thread.call.code) +
@@ -155,11 +179,11 @@ void Launch::sync_block(const Call& call) {
   }
 }
 
-void Launch::arrive_in_cluster(bool releases, const Call& call) {
-  if (running->arrived_in_cluster) fail("a thread arrives in its cluster twice", call);
-  running->arrived_in_cluster = true;
+void Launch::arrive_in_cluster(const Call& call) {
+  if (++running->cluster_arrivals > running->cluster_waits + 1) {
+    fail("a thread arrives in its cluster twice", call);
+  }
   running->call = call;
-  running->releases.push_back(releases);
   if (++cluster_arrivals_ < threads * blocks_in_cluster) return;
   cluster_arrivals_ = 0;
   ++cluster_barriers_;
@@ -171,10 +195,11 @@ void Launch::arrive_in_cluster(bool releases, const Call& call) {
 }
 
 void Launch::wait_for_cluster(const Call& call) {
-  if (!running->arrived_in_cluster) fail("a thread waits for its cluster, not arrived", call);
-  if (cluster_barriers_ < running->releases.size()) wait(State::kAtClusterBarrier, call);
-  running->arrived_in_cluster = false;
-  running->waits = running->releases.size();
+  if (running->cluster_arrivals == running->cluster_waits) {
+    fail("a thread waits for its cluster, not arrived", call);
+  }
+  if (cluster_barriers_ < running->cluster_arrivals) wait(State::kAtClusterBarrier, call);
+  ++running->cluster_waits;
 }
 
 namespace {
@@ -188,6 +213,9 @@ std::string what_it_does(const Thread& thread) {
       return "wait for the cluster" + at;
     case State::kAtWarp:
       return "wait in " + name_of(thread.operation) + at;
+    case State::kAtArrivals:
+      return "wait for bytes that arrive, " + std::to_string(thread.awaited->missing) +
+             " are missing," + at;
     case State::kExited:
       return "have exited";
     default:

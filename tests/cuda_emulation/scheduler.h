@@ -5,10 +5,14 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstdint>
 #include <functional>
+#include <map>
+#include <optional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -17,8 +21,9 @@
 namespace leaf::emulation {
 
 constexpr unsigned kWarp = 32;
+constexpr unsigned kMaxCluster = 16;
 
-enum class State { kReady, kAtBlockBarrier, kAtClusterBarrier, kAtWarp, kExited };
+enum class State { kReady, kAtBlockBarrier, kAtClusterBarrier, kAtWarp, kAtArrivals, kExited };
 
 struct Block;
 
@@ -26,6 +31,45 @@ struct Block;
 struct Call {
   Where where;
   const void* code = nullptr;  // to which it returns
+};
+
+// Who did something, and when: after so many barriers of the block, and after the thread had shown
+// so many times what it had done. Bytes on their way have numbers beyond those of threads, one for
+// each Arrivals; their clock counts them, and barriers say nothing of them.
+struct Moment {
+  unsigned rank;
+  unsigned thread;
+  unsigned barriers;
+  unsigned clock;
+};
+
+// What is known to be over: what lies before so many barriers of a block, and before a thread's
+// clock said so much.
+struct Knowledge {
+  std::array<unsigned, kMaxCluster> barriers{};              // by rank
+  std::map<std::pair<unsigned, unsigned>, unsigned> clocks;  // by rank and thread
+
+  bool has(const Moment& moment) const;
+  void add(const Knowledge& more);
+};
+
+// A transfer that has been asked for and is not over.
+struct UnderWay {
+  Transfer transfer;
+  Call call;
+  Moment moment;
+  Knowledge known;  // to who asked
+};
+
+// What a block expects at one of its Arrivals.
+struct Arrivals {
+  unsigned number;            // of its bytes, among threads
+  Moment expected;            // when it was said,
+  unsigned cluster_arrivals;  // by a thread that had arrived so often in its cluster
+  unsigned missing;           // bytes that are not under way
+  unsigned transfers = 0;
+  std::vector<UnderWay> under_way = {};
+  Knowledge known = {};  // to who waits
 };
 
 struct Thread {
@@ -40,21 +84,21 @@ struct Thread {
   // In an operation of the warp: what it is, the own value and the lane whose value is wanted.
   Warp operation;
   unsigned mask;
-  uint64_t value;
+  unsigned value;
   unsigned source;
-  uint64_t result;
+  unsigned result;
 
-  std::vector<Copy> copies;         // that it has not waited for
-  bool arrived_in_cluster = false;  // and has not waited yet
+  Arrivals* awaited = nullptr;
+  unsigned cluster_arrivals = 0;
+  unsigned cluster_waits = 0;
 
-  // What happened before what, for race.cpp: for each arrival in the cluster, whether it showed
-  // others what this thread had written; how many such barriers it has left; how often each lane of
-  // the warp is known to have synchronized.
-  std::vector<bool> releases;
-  size_t waits = 0;
-  unsigned warp_clock[kWarp] = {};
+  Knowledge known;  // besides its block's
+  unsigned clock = 0;
 
   unsigned lane() const { return index % kWarp; }
+  Moment now() const;
+  bool knows(const Moment& moment) const;
+  void show();  // adds to `known` what it has done; others get that
 };
 
 // One bit a lane.
@@ -73,7 +117,9 @@ struct Block {
   std::vector<WarpState> warps;
   unsigned waiting = 0;  // at the block's barrier
   unsigned exited = 0;
-  unsigned barriers = 0;  // that the block has passed
+  bool started = false;
+  Knowledge known;                           // since its last barrier, to all its threads
+  std::map<const void*, Arrivals> arrivals;  // by address
 };
 
 // The order in which what could run at once runs: LEAF_EMULATION_ORDER=forward|reverse|random,
@@ -100,7 +146,7 @@ class Launch {
 
   // For the thread that runs.
   void sync_block(const Call& call);
-  void arrive_in_cluster(bool releases, const Call& call);
+  void arrive_in_cluster(const Call& call);
   void wait_for_cluster(const Call& call);
   void wait(State state, const Call& call);
 
@@ -111,6 +157,7 @@ class Launch {
   SharedMemory shared;
   std::vector<Block> cluster;  // that runs
   Thread* running = nullptr;
+  std::optional<UnderWay> arriving;  // what the thread that runs writes, instead of its own
 
  private:
   static void thread_main();
@@ -124,7 +171,7 @@ class Launch {
   const std::function<void()>& body_;
   Order order_;
   unsigned cluster_arrivals_ = 0;
-  size_t cluster_barriers_ = 0;  // that have been passed
+  unsigned cluster_barriers_ = 0;  // that have been passed
   void* scheduler_stack_ = nullptr;
 };
 
@@ -142,6 +189,9 @@ std::string describe(const Thread& thread);
 std::string describe(const void* code);
 bool same_place(const Call& a, const Call& b);
 std::string name_of(Warp operation);
+
+// Of the block of the thread that runs, which ends.
+void check_arrivals();
 
 // What race.cpp knows ends with a launch, and of shared memory with a cluster.
 void forget_accesses();

@@ -31,29 +31,94 @@ __global__ void whole_warp() {
 __global__ void mask_lacks_caller() { __shfl_sync(0xfffffffeu, 1, 1); }
 
 __global__ void mask_lacks_source() {
-  if (threadIdx.x < 16) __shfl_xor_sync(0xffffu, 1, 16);
+  if (threadIdx.x < 16) __shfl_sync(0xffffu, 1, 16 + static_cast<int>(threadIdx.x));
 }
 
 __global__ void different_masks() {
   __shfl_sync(threadIdx.x < 16 ? 0xffffffffu : 0xffff0000u, 1, 20);
 }
 
-__global__ void bad_rank() { *in_block(dynamic_shared<int>(), cluster_size()) = 1; }
-
-__global__ void rank_of_global(int* x) { *in_block(x, 0) = 1; }
-
 __global__ void arrives_twice() {
-  cluster_arrive();
-  cluster_arrive();
+  cluster_announce();
+  cluster_announce();
 }
 
-__global__ void never_waits() { cluster_arrive(); }
+__global__ void never_waits() { cluster_announce(); }
 
 __global__ void waits_first() { cluster_wait(); }
 
-__global__ void reads_before_start(int* x) {
-  *x = *in_block(dynamic_shared<int>(), cluster_size() - 1 - cluster_rank());
+__global__ void expects_twice() {
+  __shared__ Arrivals arrivals;
+  expect(arrivals, 0);
+  expect(arrivals, 0);
 }
+
+__global__ void expects_in_global(Arrivals* arrivals) { expect(*arrivals, 16); }
+
+__global__ void expected_by_nobody() {
+  __shared__ Arrivals arrivals;
+  wait(arrivals);
+}
+
+__global__ void expected_by_another() {
+  __shared__ Arrivals arrivals;
+  if (threadIdx.x == 0) expect(arrivals, 0);
+  __shfl_sync(3, 0, 0);
+  if (threadIdx.x == 1) wait(arrivals);
+}
+
+// 16 bytes to a block of the cluster.
+struct Sent {
+  Arrivals arrivals;
+  uint4 place;
+  __device__ void to(int rank) { send(&place, make_uint4(1, 2, 3, 4), arrivals, rank); }
+};
+
+__global__ void bytes_missing() {
+  auto& sent = *dynamic_shared<Sent>();
+  expect(sent.arrivals, 32);
+  sent.to(0);
+  wait(sent.arrivals);
+}
+
+__global__ void bytes_never_sent() { expect(dynamic_shared<Sent>()->arrivals, 16); }
+
+__global__ void bytes_left_over() {
+  auto& sent = *dynamic_shared<Sent>();
+  expect(sent.arrivals, 16);
+  sent.to(0);
+  sent.to(0);
+}
+
+__global__ void copied_wrongly(const char* x, unsigned bytes) {
+  __shared__ Arrivals arrivals;
+  expect(arrivals, 32);
+  copy_to_shared(dynamic_shared<char>(), x, bytes, arrivals);
+  wait_for_copies(arrivals);
+}
+
+__global__ void sends_before_start() {
+  expect(dynamic_shared<Sent>()->arrivals, 16);
+  dynamic_shared<Sent>()->to(1 - cluster_rank());
+}
+
+__global__ void sends_before_barrier() {
+  auto& sent = *dynamic_shared<Sent>();
+  expect(sent.arrivals, 16);
+  cluster_announce();
+  if (cluster_rank() == 0) cluster_wait();
+  sent.to(1 - cluster_rank());
+  if (cluster_rank() == 1) cluster_wait();
+  wait(sent.arrivals);
+}
+
+__global__ void sends_after_end() {
+  cluster_announce();
+  cluster_wait();
+  if (cluster_rank() == 0) dynamic_shared<Sent>()->to(1);
+}
+
+__global__ void bad_rank() { dynamic_shared<Sent>()->to(cluster_size()); }
 
 __global__ void beyond_dynamic() { dynamic_shared<int>()[threadIdx.x + 1] = 1; }
 

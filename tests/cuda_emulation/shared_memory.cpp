@@ -2,9 +2,6 @@
 
 #include <link.h>
 
-#include <cstdint>
-#include <cstdlib>
-
 // AddressSanitizer's, where the program has it.
 extern "C" {
 __attribute__((weak)) void __asan_poison_memory_region(const volatile void* begin, size_t size);
@@ -62,7 +59,7 @@ void unpoison(unsigned char* begin, size_t size) {
 
 }  // namespace
 
-SharedMemory::SharedMemory(unsigned blocks, size_t dynamic_bytes) {
+SharedMemory::SharedMemory(unsigned blocks, size_t dynamic_bytes) : copies_(blocks) {
   const Stretch stretch = thread_local_variables();
   home_ = stretch.begin;
   size_ = stretch.size;
@@ -70,54 +67,33 @@ SharedMemory::SharedMemory(unsigned blocks, size_t dynamic_bytes) {
   dynamic_end_ = dynamic_begin_ + dynamic_bytes;
   caller_.resize(size_);
   copy(caller_.data(), home_);
-  // A block that is a cluster by itself never has to give up its place.
-  const size_t room = (size_ + 127) / 128 * 128;
-  if (blocks > 1) {
-    for (unsigned i = 0; i < blocks; ++i) {
-      copies_.push_back({static_cast<unsigned char*>(std::aligned_alloc(128, room)), false, false});
-    }
-  }
   poison(home_ + dynamic_end_, kSharedCapacity - dynamic_bytes);
 }
 
 SharedMemory::~SharedMemory() {
   unpoison(home_ + dynamic_end_, dynamic_begin_ + kSharedCapacity - dynamic_end_);
   copy(home_, caller_.data());
-  for (const Copy& copy : copies_) std::free(copy.begin);
 }
 
 void SharedMemory::start_cluster() {
-  for (Copy& copy : copies_) {
-    copy.started = copy.ended = false;
-    poison(copy.begin, size_);
-  }
+  for (auto& copy : copies_) copy.clear();
   at_home_ = kNobody;
 }
 
 void SharedMemory::enter(unsigned rank) {
   if (rank == at_home_) return;
-  if (at_home_ != kNobody && !copies_[at_home_].ended) {
-    unsigned char* begin = copies_[at_home_].begin;
-    copy(begin, home_);
-    unpoison(begin, dynamic_end_);
-    const size_t after = dynamic_begin_ + kSharedCapacity;
-    unpoison(begin + after, size_ - after);
+  if (at_home_ != kNobody) {
+    copies_[at_home_].resize(size_);
+    copy(copies_[at_home_].data(), home_);
   }
-  if (copies_.empty() || !copies_[rank].started) {
+  if (copies_[rank].empty()) {
     fill_bytes(home_, dynamic_end_);
     const size_t after = dynamic_begin_ + kSharedCapacity;
     fill_bytes(home_ + after, size_ - after);
   } else {
-    copy(home_, copies_[rank].begin);
+    copy(home_, copies_[rank].data());
   }
-  if (!copies_.empty()) copies_[rank].started = true;
   at_home_ = rank;
-}
-
-void SharedMemory::end_block() {
-  if (copies_.empty()) return;
-  copies_[at_home_].ended = true;
-  poison(copies_[at_home_].begin, size_);
 }
 
 void SharedMemory::copy(unsigned char* to, const unsigned char* from) const {
@@ -126,31 +102,9 @@ void SharedMemory::copy(unsigned char* to, const unsigned char* from) const {
   copy_bytes(to + after, from + after, size_ - after);
 }
 
-bool SharedMemory::is_home(const void* address) const {
+bool SharedMemory::contains(const void* address) const {
   const auto* byte = static_cast<const unsigned char*>(address);
   return byte >= home_ && byte < home_ + size_;
-}
-
-void* SharedMemory::in_block(const void* address, unsigned rank) const {
-  if (!is_home(address)) return nullptr;
-  auto* byte = static_cast<unsigned char*>(const_cast<void*>(address));
-  return rank == at_home_ ? byte : copies_[rank].begin + (byte - home_);
-}
-
-const void* SharedMemory::canonical(const void* address, bool* dead) const {
-  *dead = false;
-  if (is_home(address)) return copies_.empty() ? address : in_copy(address);
-  const auto* byte = static_cast<const unsigned char*>(address);
-  for (const Copy& copy : copies_) {
-    if (byte < copy.begin || byte >= copy.begin + size_) continue;
-    *dead = !copy.started || copy.ended;
-    return address;
-  }
-  return nullptr;
-}
-
-const void* SharedMemory::in_copy(const void* address) const {
-  return copies_[at_home_].begin + (static_cast<const unsigned char*>(address) - home_);
 }
 
 }  // namespace leaf::emulation

@@ -9,7 +9,6 @@
 
 #include <bit>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <source_location>
 #include <type_traits>
@@ -35,12 +34,6 @@ struct __align__(8) uint2 {
 struct __align__(16) uint4 {
   unsigned x, y, z, w;
 };
-struct __align__(8) float2 {
-  float x, y;
-};
-struct __align__(16) float4 {
-  float x, y, z, w;
-};
 struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
   unsigned x, y, z;
@@ -48,20 +41,11 @@ struct dim3 {
 
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // Functions on numbers; the rest is in <math.h>.
 
-inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline unsigned __brev(unsigned x) {
-  unsigned reversed = 0;
-  for (int i = 0; i < 32; ++i) reversed |= (x >> i & 1u) << (31 - i);
-  return reversed;
-}
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
@@ -74,8 +58,6 @@ template <class T>
 T max(T x, T y) {
   return x < y ? y : x;
 }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 
@@ -103,46 +85,45 @@ extern dim3 gridDim;
 namespace leaf::emulation {
 
 using Where = std::source_location;
-enum class Warp { kSync, kIndex, kXor, kUp, kDown, kBallot, kAny, kAll };
+enum class Warp { kSync, kShuffle, kBallot, kMin };
 
 unsigned block_rank();
 unsigned blocks_in_cluster();
-void* map_to_rank(const void* address, int rank);
 void sync_block(Where where);
-void arrive_in_cluster(bool releases, Where where);
+void arrive_in_cluster(Where where);
 void wait_for_cluster(Where where);
-// One operation of a warp; `operand` is a shuffle's lane, distance or mask.
-uint64_t sync_warp(Warp operation, unsigned mask, uint64_t value, int operand, int width,
-                   Where where);
+// One operation of a warp; `lane` is the one whose value a shuffle wants.
+unsigned sync_warp(Warp operation, unsigned mask, unsigned value, int lane, Where where);
 void note_atomic(const void* address, size_t size);
 
-template <class T>
-__forceinline__ T shuffle(Warp operation, unsigned mask, T value, int operand, int width,
-                          Where where) {
-  static_assert(std::is_arithmetic_v<T> && sizeof(T) >= 4 && sizeof(T) <= 8);
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits = sync_warp(operation, mask, bits, operand, width, where);
-  std::memcpy(&value, &bits, sizeof(T));
-  return value;
-}
-
-// Copies that a thread has asked for and not waited for. The two accesses are made here, where the
-// compiler instruments them.
-struct Copy {
+// What csrc/cuda/device.cuh says of Arrivals. All accesses are made here, where the compiler
+// instruments them: by who waits, for those who asked.
+struct Transfer {
   uint4* to;
+  const uint4* from;  // null: `value` comes
+  unsigned words;
   uint4 value;
 };
-void push_copy(const Copy& copy);
-bool pop_copy(Copy* copy);
+void note_expected(const void* arrivals, unsigned bytes);
+void copy(char* shared, const char* global, unsigned bytes, void* arrivals);
+void send(uint4* to, uint4 value, void* arrivals, int rank);
+void wait_for_bytes(const void* arrivals);
+bool next_transfer(Transfer* transfer);  // of those that the thread has waited for
 
-inline void copy_16_bytes_later(void* to, const void* from) {
-  push_copy({static_cast<uint4*>(to), *static_cast<const uint4*>(from)});
+__forceinline__ void expect(void* arrivals, unsigned bytes) {
+  note_expected(arrivals, bytes);
+  *static_cast<uint64_t*>(arrivals) = bytes;
 }
-inline void finish_copies() {
-  Copy copy;
-  while (pop_copy(&copy)) *copy.to = copy.value;
+__forceinline__ void wait(void* arrivals) {
+  wait_for_bytes(arrivals);
+  Transfer now;
+  while (next_transfer(&now)) {
+    for (unsigned i = 0; i < now.words; ++i) now.to[i] = now.from ? now.from[i] : now.value;
+  }
 }
+
+// 2^x with an error that is asked for (../approximate.cpp).
+float exp2_nearly(float x);
 
 // Uninstrumented, so that the race build takes it for one access that no other can interrupt.
 template <class T, class Update>
@@ -157,62 +138,46 @@ __attribute__((no_sanitize("thread"), noinline)) T atomic(T* address, const Upda
 }  // namespace leaf::emulation
 
 #define LEAF_HERE ::leaf::emulation::Where where = ::leaf::emulation::Where::current()
-#define LEAF_SHUFFLE(name, operation)                                                           \
-  template <class T>                                                                            \
-  __forceinline__ T name(unsigned mask, T value, int operand, int width = 32, LEAF_HERE) {      \
-    return ::leaf::emulation::shuffle(::leaf::emulation::Warp::operation, mask, value, operand, \
-                                      width, where);                                            \
-  }
-LEAF_SHUFFLE(__shfl_sync, kIndex)
-LEAF_SHUFFLE(__shfl_xor_sync, kXor)
-LEAF_SHUFFLE(__shfl_up_sync, kUp)
-LEAF_SHUFFLE(__shfl_down_sync, kDown)
-#define LEAF_VOTE(result, name, operation)                                                        \
-  __forceinline__ result name(unsigned mask, int predicate, LEAF_HERE) {                          \
-    return static_cast<result>(::leaf::emulation::sync_warp(::leaf::emulation::Warp::operation,   \
-                                                            mask, predicate != 0, 0, 32, where)); \
-  }
-LEAF_VOTE(unsigned, __ballot_sync, kBallot)
-LEAF_VOTE(int, __any_sync, kAny)
-LEAF_VOTE(int, __all_sync, kAll)
+template <class T>
+__forceinline__ T __shfl_sync(unsigned mask, T value, int lane, LEAF_HERE) {
+  return std::bit_cast<T>(::leaf::emulation::sync_warp(
+      ::leaf::emulation::Warp::kShuffle, mask, std::bit_cast<unsigned>(value), lane, where));
+}
+template <class T>
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int step, LEAF_HERE) {
+  return __shfl_sync(mask, value, static_cast<int>(threadIdx.x) ^ step, where);
+}
+__forceinline__ unsigned __ballot_sync(unsigned mask, int predicate, LEAF_HERE) {
+  return ::leaf::emulation::sync_warp(::leaf::emulation::Warp::kBallot, mask, predicate != 0, 0,
+                                      where);
+}
+__forceinline__ unsigned __reduce_min_sync(unsigned mask, unsigned value, LEAF_HERE) {
+  return ::leaf::emulation::sync_warp(::leaf::emulation::Warp::kMin, mask, value, 0, where);
+}
+__forceinline__ int __reduce_min_sync(unsigned mask, int value, LEAF_HERE) {
+  constexpr unsigned kSign = 1u << 31;  // inverted, it keeps the order
+  const unsigned least = __reduce_min_sync(mask, static_cast<unsigned>(value) ^ kSign, where);
+  return static_cast<int>(least ^ kSign);
+}
 __forceinline__ void __syncwarp(unsigned mask = 0xffffffffu, LEAF_HERE) {
-  ::leaf::emulation::sync_warp(::leaf::emulation::Warp::kSync, mask, 0, 0, 32, where);
+  ::leaf::emulation::sync_warp(::leaf::emulation::Warp::kSync, mask, 0, 0, where);
 }
 __forceinline__ void __syncthreads(LEAF_HERE) { ::leaf::emulation::sync_block(where); }
-__forceinline__ void __cluster_barrier_arrive(LEAF_HERE) {
-  ::leaf::emulation::arrive_in_cluster(true, where);
-}
 __forceinline__ void __cluster_barrier_arrive_relaxed(LEAF_HERE) {
-  ::leaf::emulation::arrive_in_cluster(false, where);
+  ::leaf::emulation::arrive_in_cluster(where);
 }
 __forceinline__ void __cluster_barrier_wait(LEAF_HERE) {
   ::leaf::emulation::wait_for_cluster(where);
 }
 #undef LEAF_HERE
-#undef LEAF_SHUFFLE
-#undef LEAF_VOTE
 
 inline unsigned __clusterRelativeBlockRank() { return ::leaf::emulation::block_rank(); }
 inline unsigned __clusterSizeInBlocks() { return ::leaf::emulation::blocks_in_cluster(); }
-__forceinline__ void* __cluster_map_shared_rank(const void* address, int rank) {
-  return ::leaf::emulation::map_to_rank(address, rank);
-}
+inline uint3 __clusterIdx() { return {blockIdx.x / __clusterSizeInBlocks(), blockIdx.y, 0}; }
 
 template <class T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
   return ::leaf::emulation::atomic(address, [&](T old) { return static_cast<T>(old + value); });
-}
-template <class T>
-T atomicMax(T* address, std::type_identity_t<T> value) {
-  return ::leaf::emulation::atomic(address, [&](T old) { return old < value ? value : old; });
-}
-template <class T>
-T atomicMin(T* address, std::type_identity_t<T> value) {
-  return ::leaf::emulation::atomic(address, [&](T old) { return value < old ? value : old; });
-}
-template <class T>
-T atomicOr(T* address, std::type_identity_t<T> value) {
-  return ::leaf::emulation::atomic(address, [&](T old) { return static_cast<T>(old | value); });
 }
 
 // Host calls. The numbers are CUDA's.
@@ -224,9 +189,7 @@ enum cudaError_t {
   cudaErrorInvalidClusterSize = 912
 };
 enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };

@@ -1,0 +1,142 @@
+#pragma once
+
+// What the warps and blocks of dual_kl's kernel tell each other of a row, once before and once
+// after its gradient is written.
+
+#include "block.cuh"
+#include "device.cuh"
+#include "dual_kl_row.cuh"
+#include "leaf/dual_kl.h"
+#include "softmax.cuh"
+
+namespace leaf::cuda {
+
+constexpr int kMaxCluster = 16;  // from compute capability 9.0 on
+// Of a multiprocessor, which three to six blocks share: one computes while another one waits for
+// memory.
+constexpr int kRowThreads = 768;
+constexpr int kFewestBlocks = 3;
+constexpr int kMostBlocks = 6;
+constexpr int kMostThreads = kRowThreads / kFewestBlocks;  // of a block
+constexpr int kRowWarps = kMostThreads / kWarp;
+
+// What a warp, then a block, leaves of a row once its gradient is written.
+template <bool kMeasures>
+struct alignas(16) Outcome {
+  Sums sums;
+
+  __device__ void add(const Outcome& other) { sums.kl += other.sums.kl; }
+};
+template <>
+struct alignas(16) Outcome<true> {
+  Sums sums;
+  Largest student_top;
+  Largest teacher_top;
+
+  __device__ void add(const Outcome& other) {
+    sums.kl += other.sums.kl;
+    sums.student_entropy += other.sums.student_entropy;
+    sums.teacher_entropy += other.sums.teacher_entropy;
+    student_top.add(other.student_top);
+    teacher_top.add(other.teacher_top);
+  }
+};
+
+template <class Kind>
+struct alignas(16) Shared {
+  using Part = RowPart<Kind::kExact>;
+  Part warps[kRowWarps];
+  Part blocks[kMaxCluster];
+  Outcome<Kind::kMeasures> warp_outcomes[kRowWarps];
+  Outcome<Kind::kMeasures> block_outcomes[kMaxCluster];
+  Normalizer<Kind::kExact> student;
+  Normalizer<Kind::kExact> teacher;
+  Arrivals copies;
+  Arrivals parts;
+  Arrivals outcomes;
+};
+
+template <class T>
+__device__ __forceinline__ void send_all(T* to, const T& value, Arrivals& arrivals, int rank) {
+  struct Quads {
+    uint4 quad[sizeof(T) / sizeof(uint4)];
+  };
+  const Quads quads = __builtin_bit_cast(Quads, value);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T) / sizeof(uint4)); ++i) {
+    send(reinterpret_cast<uint4*>(to) + i, quads.quad[i], arrivals, rank);
+  }
+}
+
+// By one warp: merges the parts of the block's warps, then those of the cluster's blocks, which all
+// send theirs to all.
+template <class Kind>
+__device__ __forceinline__ void merge_parts(Shared<Kind>& shared, float exponent) {
+  using Part = RowPart<Kind::kExact>;
+  const int lane = lane_index();
+  const int size = cluster_size();
+  Part part = lane < warp_count() ? shared.warps[lane] : Part{};
+  part = part.over_warp(exponent);
+  if (size > 1) {
+    if (lane < size) send_all(&shared.blocks[cluster_rank()], part, shared.parts, lane);
+    wait(shared.parts);
+    part = lane < size ? shared.blocks[lane] : Part{};
+    part = part.over_warp(exponent);
+  }
+  if (lane != 0) return;
+  shared.student = Normalizer<Kind::kExact>(part.student);
+  shared.teacher = Normalizer<Kind::kExact>(part.teacher);
+}
+
+template <class Kind>
+__device__ __forceinline__ Outcome<Kind::kMeasures> outcome_of_warp(const Row<Kind>& row,
+                                                                    const Sums& sums) {
+  Outcome<Kind::kMeasures> outcome;
+  outcome.sums.kl = warp_all(sums.kl, sum_of);
+  if constexpr (Kind::kMeasures) {
+    outcome.sums.student_entropy = warp_all(sums.student_entropy, sum_of);
+    outcome.sums.teacher_entropy = warp_all(sums.teacher_entropy, sum_of);
+    outcome.student_top = row.student_top();
+    outcome.teacher_top = row.teacher_top();
+  }
+  return outcome;
+}
+
+// Of a rest of log2 d both models' errors in the divergence cancel but for the factor of p_t.
+template <class Kind>
+__device__ __forceinline__ void store_row(const DualKLParams& params, int64_t index, float* row_kl,
+                                          const Shared<Kind>& shared,
+                                          const Outcome<Kind::kMeasures>& outcome) {
+  const auto corrected = [](float sum, float rest) { return sum * fmaf(-kLn2, rest, 1.0f); };
+  const float kl = corrected(outcome.sums.kl, shared.teacher.rest);
+  row_kl[index] = kl;
+  if constexpr (Kind::kMeasures) {
+    const auto entropy = [&](float bits, float rest) {
+      return (corrected(bits, rest) + rest) * kLn2;
+    };
+    const bool agree = outcome.student_top.place() == outcome.teacher_top.place();
+    float* to = params.row_results + index;
+    to[params.rows] = entropy(outcome.sums.student_entropy, shared.student.rest);
+    to[2 * params.rows] = entropy(outcome.sums.teacher_entropy, shared.teacher.rest);
+    to[3 * params.rows] = isnan(kl) ? kl : agree ? 1.0f : 0.0f;
+  }
+}
+
+// By one thread: adds up what the warps leave of a row and, in the first block, the blocks.
+template <class Kind>
+__device__ __forceinline__ void finish_row(const DualKLParams& params, int64_t index, float* row_kl,
+                                           Shared<Kind>& shared) {
+  const int size = cluster_size();
+  Outcome<Kind::kMeasures> outcome = shared.warp_outcomes[0];
+  for (int i = 1; i < warp_count(); ++i) outcome.add(shared.warp_outcomes[i]);
+  if (size > 1) {
+    send_all(&shared.block_outcomes[cluster_rank()], outcome, shared.outcomes, 0);
+    if (cluster_rank() != 0) return;
+    wait(shared.outcomes);
+    outcome = shared.block_outcomes[0];
+    for (int i = 1; i < size; ++i) outcome.add(shared.block_outcomes[i]);
+  }
+  store_row(params, index, row_kl, shared, outcome);
+}
+
+}  // namespace leaf::cuda
