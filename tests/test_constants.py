@@ -53,11 +53,15 @@ def test_the_default_cap_of_a_quantile_is_a_half(backend: str) -> None:
 @pytest.mark.parametrize(
     ("vocabulary", "on_cpu", "on_gpu"),
     [
-        *((151936, 512, 1536), (128256, 512, 2048)),
+        *((151936, 512, 3328), (128256, 512, 4096)),
         *((1, 4096, 4096), (2**12, 4096, 4096), (2**14, 1024, 4096), (20000, 832, 4096)),
-        *((2**18, 512, 1024), (2**20, 128, 256), (2**30, 32, 32)),
+        *((2**18, 512, 2048), (2**20, 128, 512), (2**30, 32, 32)),
     ],
 )
 def test_the_default_chunk_is_fast_and_bounded(vocabulary: int, on_cpu: int, on_gpu: int) -> None:
-    assert default_chunk_size(vocabulary, torch.device("cpu")) == on_cpu
-    assert default_chunk_size(vocabulary, torch.device("cuda")) == on_gpu
+    cpu, cuda, dtype = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    assert default_chunk_size(vocabulary, cpu, dtype) == on_cpu
+    assert default_chunk_size(vocabulary, cuda, dtype) == on_gpu
+    # Half as many logits: float16 has as many of the teacher.
+    half = default_chunk_size(vocabulary // 2, cuda, torch.float16)
+    assert default_chunk_size(vocabulary, cuda, dtype) == half

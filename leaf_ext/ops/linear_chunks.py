@@ -17,9 +17,13 @@ from leaf_ext.schema import accumulated, gradient_rows, hidden_grad_dtype
 _SLAB = 8192
 
 
-def default_chunk_size(vocabulary: int, device: torch.device) -> int:
-    """Rows of a chunk, 32 to 4096, that fill no more than 2^27 logits, on a GPU 2^28."""
-    most = (1 << (27 if device.type == "cpu" else 28)) // max(1, vocabulary)
+def default_chunk_size(vocabulary: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Rows of a chunk, 32 to 4096, that fill no more than 2^27 logits, on a GPU 2^28.
+
+    Of bfloat16 2^29 there: the teacher's logits then take a quarter of the student's.
+    """
+    exponent = 27 if device.type == "cpu" else 29 if dtype == torch.bfloat16 else 28
+    most = (1 << exponent) // max(1, vocabulary)
     step = 256 if most >= 1024 else 32
     most = max(32, min(4096, most // step * step))
     return min(most, 2 * _piece_size(vocabulary)) if device.type == "cpu" else most
@@ -78,10 +82,12 @@ class _Products:
         return _Products(hidden.device.type, dtype, dtype, False)
 
     def piece_size(self, vocabulary: int, chunk_size: int) -> int:
-        """Rows of the teacher's logits, and of the products for the gradient of hidden states."""
-        if self.device != "cpu" or self.to_float32:
-            return chunk_size  # at once; float16 gradients have one scale a call
-        return min(chunk_size, _piece_size(vocabulary))
+        """Rows of the teacher's logits."""
+        if self.device == "cpu" and not self.to_float32:
+            return min(chunk_size, _piece_size(vocabulary))
+        # float16 gradients have one scale a call: all of a chunk, which a product needs at once.
+        several = self.to_float32 and self.dtype != torch.float16
+        return -(-chunk_size // 4) if several else chunk_size
 
     def into(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """out = a @ b"""
@@ -207,11 +213,12 @@ def over(namespace: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, 
         products = _Products.of(student_hidden)
         vocabulary = max(student_head.shape[0], teacher_head.shape[0])
         piece = max(1, min(products.piece_size(vocabulary, chunk_size), live.numel()))
-        # Only the product that is the head's gradient takes more rows at once.
-        size = max(1, min(chunk_size, live.numel())) if need_head else piece
-        loss = row_weight.new_zeros((), dtype=wide)
-        scale = torch.ones_like(loss)  # of a chunk without rows
-        rows = loss.new_zeros(4, row_weight.shape[0] if need_rows else 0)
+        # A CPU's products for the gradient of hidden states are fastest with few rows.
+        few = products.device == "cpu" and not products.to_float32
+        size = piece if few and not need_head else max(1, min(chunk_size, live.numel()))
+        loss = row_weight.new_zeros((), dtype=torch.float64)  # many parts are added up
+        scale = row_weight.new_ones((), dtype=wide)  # of a chunk without rows
+        rows = scale.new_zeros(4, row_weight.shape[0] if need_rows else 0)
         with torch.autocast(student_hidden.device.type, enabled=False):
             student = _Head.of(student_head, student_bias, products, size)
             teacher = _Head.of(teacher_head, teacher_bias, _Products.of(teacher_hidden), piece)
@@ -229,17 +236,20 @@ def over(namespace: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, 
                     arguments = (z_s, z_t, weight, *scalars, need_grad, need_rows)
                     if need_grad:
                         part, scale, measures = ops.dual_kl_(*arguments, dtype)
-                        grads.add_rows(gradient_rows(z_s, dtype), scale, student, index)
+                        if few:
+                            grads.add_rows(gradient_rows(z_s, dtype), scale, student, index)
                     else:
                         part, _, _, measures = ops.dual_kl(*arguments)
                     loss += part
                     if need_rows:
                         rows.index_copy_(1, index, measures)
+                # One scale for all of it: a float16 slope has one piece a chunk.
+                slope = gradient_rows(logits, dtype)
+                if need_grad and not few:
+                    grads.add_rows(slope, scale, student, chunk)
                 if need_head:
-                    # One scale for all of it: a float16 slope has one piece a chunk.
-                    slope = gradient_rows(logits, dtype)
                     grads.add_chunk(slope, scale, student, hidden, first=number == 0)
-        return loss, grads.hidden, grads.head, grads.bias, rows
+        return loss.to(wide), grads.hidden, grads.head, grads.bias, rows
 
     return linear_dual_kl
 
