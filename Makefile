@@ -3,7 +3,7 @@
 #   make demo        the whole method on a tiny embedded pair: detect, cut, distil, report
 #   make test        the fast tests                    make test-slow   the rest, real models included
 #   make bench       kernels against eager and compiled PyTorch; the table is printed and written
-#   make gpu         on a machine with a GPU: build, tests, compute-sanitizer, benchmarks, in 10 minutes
+#   make gpu         on a machine with a GPU: build, smoke test, timings, counters, tests, in 9 minutes
 #   make vectorized  proof from the compiler's report (GCC) that the kernels' loops are vector code;
 #                    make aarch64: the same, cross-compiled
 #   make registers   what each CUDA kernel takes of a GPU (needs nvcc); spilled registers are an error

@@ -48,40 +48,68 @@ def test_every_benchmark_runs_and_is_reported(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton elsewhere")
 def test_the_run_on_a_gpu_is_rehearsed(tmp_path: Path) -> None:
     """All but the build: the CPU kernels stand for the CUDA ones, which peers cannot do."""
-    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--output", str(tmp_path)]
     # The package that this test has imported, from wherever it was built.
     package = str(Path(importlib.import_module("leaf_ext").__file__ or "").parents[1])
+    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--output", str(tmp_path)]
     run = subprocess.run(
-        [*command, "--steps", "tests,sanitizer,benchmarks"],
+        [*command, "--steps", "smoke,timings,counters,checks,sizes"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": package},
     )
-    logs = "".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))
-    assert run.returncode == 0, run.stdout + run.stderr + logs
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    without = [row for row in rows if row["status"] != "timed"]
-    peers = ("liger", "quack")
-    assert all(row["variant"].startswith(peers) for row in without), without
-    page = (tmp_path / "no-gpu-rehearsal.md").read_text()
-    for row in rows:
-        line = f"| {row['op']} | {row['case']} | {row['variant']} |"
-        assert row["op"] == "copy" or row in without or line in page
-    assert "## Targets" in page and "## Targets" in (tmp_path / "summary.md").read_text()
+    assert run.returncode == 0, run.stdout + run.stderr + (tmp_path / "logs.txt").read_text()
+    assert len(list(tmp_path.iterdir())) <= 8
+    machine, *lines = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert machine["GPU"] == "none (a rehearsal)"
+    rows = {tuple(line["job"]): line for line in lines}.values()  # the last line of each job
+    without = [row["job"][2] for row in rows if row["status"] != "timed"]
+    assert all(variant.startswith(("liger", "orda")) for variant in without), without
+    page = (tmp_path / "none-a-rehearsal.md").read_text()
+    assert all("| " + " | ".join(row["job"]) + " |" in page for row in rows)
+    summary = (tmp_path / "summary.md").read_text()
+    assert "## Targets" in page and "## Targets" in summary
+    assert all(f"| {step} | passed |" in summary for step in ("smoke", "timings", "sizes"))
+
+
+def environment() -> dict[str, str]:
+    paths = ("benchmarks", "tests", *sys.path)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
 
 
 def test_what_the_time_does_not_allow_is_said(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(("benchmarks", *sys.path))}
-    command = [sys.executable, "-m", "on_gpu", str(tmp_path), "--seconds", "0.5", "--tiny"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert {row["status"] for row in rows} == {"left out"}
-    assert "left out: the time was spent" in (tmp_path / "no-gpu-rehearsal.md").read_text()
+    results = str(tmp_path / "results.jsonl")
+    for module in (["worker", results, "--seconds=0", "--tiny"], ["report", results, "--tiny"]):
+        command = [sys.executable, "-m", f"on_gpu.{module[0]}", *module[1:]]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
+        assert run.returncode == 0, run.stderr
+    page = (tmp_path / "none-a-rehearsal.md").read_text()
+    assert "| dual_kl | 8192x128256-bf16 | cuda inplace | left out: the time was spent |" in page
 
 
-STARTED = "the device works\ncall_dual_kl plain\n"
+def test_a_job_that_ended_its_process_is_not_tried_again(tmp_path: Path) -> None:
+    results, job = tmp_path / "results.jsonl", ["copy", "1 GiB", "copy"]
+    begun = {"job": job, "status": "failed", "note": "the process ended in it"}
+    results.write_text('{"GPU": "some"}\n' + json.dumps(begun) + "\n")
+    command = [sys.executable, "-m", "on_gpu.worker", str(results), "--seconds=0", "--tiny"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment())
+    assert json.loads(results.read_text().splitlines()[-1]) == begun
+
+
+def test_failures_are_written_as_they_happen(tmp_path: Path) -> None:
+    """A run that is stopped prints none."""
+    (tmp_path / "test_it.py").write_text(
+        "import os\ndef test_a():\n    assert 1 == 2\ndef test_b():\n    os._exit(1)\n"
+    )
+    known = environment() | {"LEAF_FAILURES": str(tmp_path / "failures.txt")}
+    command = [sys.executable, "-m", "pytest", "-p", "on_gpu.failures", str(tmp_path)]
+    known["PYTHONPATH"] = f"{ROOT / 'benchmarks'}{os.pathsep}{known['PYTHONPATH']}"
+    subprocess.run(command, cwd=tmp_path, capture_output=True, env=known)
+    text = (tmp_path / "failures.txt").read_text()
+    assert "test_it.py::test_a (call)" in text and "assert 1 == 2" in text
+
+
+STARTED = "the device works\ndual_kl plain: ok\n"
 REPORT = """=========
 ========= Invalid __global__ read of size 4 bytes
 =========     at void {}<float>(float *)+0x80
@@ -104,12 +132,10 @@ REPORT = """=========
     ids=["clean", "ours", "another's", "stopped", "too_slow", "no_tool"],
 )
 def test_a_tool_that_cannot_run_is_no_failure(
-    log: str, status: int | None, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    log: str, status: int | None, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     steps = importlib.import_module("steps")
-    command = steps.Command("memcheck", ["true"], tmp_path / "log", 60, os.environ, tmp_path)
-    command.process.wait()
-    command.log.write_text(log)
-    monkeypatch.setattr(command, "wait", lambda: status)
-    assert steps.judged_by_sanitizer(command).state == state
+    ended = {0: "passed", None: "out of time"}.get(status, "failed")
+    made = steps.Outcome("memcheck", ended, 1.0, "the last line")
+    assert steps.judged_by_sanitizer(made, log).state == state

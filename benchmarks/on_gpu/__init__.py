@@ -1,8 +1,8 @@
-"""The benchmarks of a GPU, in one run; `benchmarks/gpu.py` drives them.
+"""What `benchmarks/gpu.py` runs on a GPU.
 
-jobs.py says what is timed and in which order, worker.py times it, in a process that supervise.py
-watches and replaces; report.py makes the page.
+table.py says what is timed and in which order, worker.py times it, report.py makes the page;
+smoke.py calls every kernel once.
 """
 
-# What the log of small_cases.py says: the device could be used, and nothing stopped the run.
+# What the log of smoke.py says: the device could be used, and nothing stopped the run.
 STARTED, FINISHED = "the device works", "all calls were made"

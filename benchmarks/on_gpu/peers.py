@@ -1,7 +1,7 @@
-"""Other projects' kernels, where they are installed. Their losses are means over the rows.
+"""Other projects' kernels, where they are installed, as what is timed.
 
-Each function imports what it needs when it is asked, and returns what is to be timed; whatever it
-raises becomes a line of the table.
+Each function imports what it needs when it is asked; whatever it raises becomes a line of the
+table.
 """
 
 from __future__ import annotations
@@ -14,74 +14,91 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-PACKAGES = ("liger-kernel", "quack-kernels")
+PACKAGES = ("liger-kernel", "orda-kernel")
 
 
-def versions() -> dict[str, str]:
-    """Of the peers that are installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
-def _from_logits(divergence: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """They take log-probabilities: torch makes them, in float32 as ours are."""
+def liger_kldiv(_: bool) -> Callable[..., Tensor]:
+    """It takes log-probabilities: torch makes them, in float32 as ours are."""
+    from liger_kernel.transformers.kl_div import LigerKLDIVLoss
 
-    def loss(student: Tensor, teacher: Tensor, _: Tensor) -> Tensor:
+    divergence = LigerKLDIVLoss(reduction="sum", log_target=True)
+
+    def loss(student: Tensor, teacher: Tensor, _: Tensor) -> Any:
         log_s = log_softmax(student, -1, dtype=torch.float32)
         return divergence(log_s, log_softmax(teacher, -1, dtype=torch.float32))
 
     return loss
 
 
-def liger_kldiv() -> Callable[..., Tensor]:
-    from liger_kernel.transformers.kl_div import LigerKLDIVLoss
-
-    return _from_logits(LigerKLDIVLoss(reduction="batchmean", log_target=True))
-
-
-def liger_jsd() -> Callable[..., Tensor]:
-    """beta = 0 is the forward KL divergence."""
-    from liger_kernel.transformers.jsd import LigerJSD
-
-    return _from_logits(LigerJSD(beta=0.0))
-
-
-def liger_fused_jsd() -> Callable[..., Tensor]:
+def liger_fused_jsd(_: bool) -> Callable[..., Tensor]:
+    """At beta = 0 it is the forward KL divergence; a mean over the rows."""
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     fused = LigerFusedLinearJSD(jsd_beta=0.0)
-
-    def loss(*tensors: Tensor) -> Tensor:
-        return fused(*tensors[:4], None)
-
-    return loss
+    return lambda *tensors: tensors[0].shape[0] * fused(*tensors[:4], None)
 
 
-def liger_chunked(compiled: bool) -> Callable[..., Tensor]:
-    """Its distillation loss with all the weight on the soft labels."""
+def liger_chunked(on_gpu: bool) -> Callable[..., Tensor]:
+    """Its distillation loss with all the weight on the soft labels; a mean over the rows."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     fused: Any = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=on_gpu
     )
 
     def loss(*tensors: Tensor) -> Tensor:
-        labels = torch.zeros(tensors[0].shape[0], dtype=torch.int64, device=tensors[0].device)
-        return fused(*tensors[:4], labels)
+        rows = tensors[0].shape[0]
+        labels = torch.zeros(rows, dtype=torch.int64, device=tensors[0].device)
+        result: Tensor = fused(*tensors[:4], labels)
+        return rows * result
 
     return loss
 
 
-def quack_cross_entropy() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Loss of each row and its gradient, for which every logit is read once."""
-    from quack.cross_entropy import cross_entropy_fwd
+def orda_linear(_: bool) -> Callable[..., Tensor]:
+    """Cross-entropies off; its check of the labels, which are not used, is off too."""
+    from orda_kernel import KernelConfig, SeparateTeacher, distillation_loss
 
-    def step(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return cross_entropy_fwd(logits, target, return_dx=True)
+    config = KernelConfig(assume_valid_labels=True)
+    weights = {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0, "kl_weight": 1.0}
+
+    def loss(*tensors: Tensor) -> Any:
+        hidden, head, teacher_hidden, teacher_head, _ = tensors
+        labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        teacher = SeparateTeacher(hidden=teacher_hidden, weight=teacher_head)
+        options = {**weights, "reduction": "sum", "config": config}
+        return distillation_loss(hidden, head, labels, teacher, **options).loss
+
+    return loss
+
+
+def orda_rows() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernel under it, which has no public name: logits in, the gradient in their place."""
+    from orda_kernel.ops._kernels.separate import frozen
+
+    def step(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        labels = torch.zeros(student.shape[0], dtype=torch.int64, device=student.device)
+        entropy, kl = torch.zeros_like(weight), torch.zeros_like(weight)
+        options = {"kl_weight": 1.0, "kl_temperature": 1.0, "student_scale": 0.0}
+        frozen._separate_frozen_fwdbwd(
+            student, teacher, labels, entropy, kl, assume_valid=True, **options
+        )
+        return kl.sum(), student
 
     return step
+
+
+# From logits, or from hidden states and heads: differentiable losses, by the variant's name.
+LOSSES: dict[str, Callable[[bool], Callable[..., Tensor]]] = {
+    "liger KLDiv": liger_kldiv,
+    "liger chunked JSD": liger_chunked,
+    "liger fused JSD": liger_fused_jsd,
+    "orda": orda_linear,
+}

@@ -1,18 +1,23 @@
-"""Times jobs, one line of JSON each, until all are done or the device gives up.
+"""Times the jobs of the table that have no line yet, and appends a line of JSON for each.
 
-    python -m on_gpu.worker ROWS [--tiny]
+    python -m on_gpu.worker RESULTS [--seconds 200] [--late] [--tiny]
 
-Jobs of which ROWS already has a line are skipped: after a crash another worker goes on from there.
+A line says that a job has begun, and a second one how it ended: after a crash another worker goes
+on with the next job. A job that hangs ends the process, which prints its stack.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
-import os
-import sys
+import platform
+import re
+import shutil
+import subprocess
+import time
 import traceback
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -20,108 +25,129 @@ from typing import Any
 import torch
 from checked import WrongResult
 
-from . import jobs
-from .clock import clock_of
-from .subject import NotAvailable, Setting, Subject, Timed
+import leaf_ext
 
-Row = dict[str, Any]
+from . import peers, table
+from .clock import Clock
+from .subjects import SUBJECTS, Subject
 
-
-def read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_row(path: Path, job: jobs.Job, **values: Any) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(asdict(job) | values) + "\n")
+# Seconds after which a job counts as hung. The longest that is right is a compilation by torch.
+PATIENCE = 75.0
+# What stands of a job that has begun and not ended.
+BEGUN = "the process ended in it"
 
 
-def key(row: Row) -> jobs.Job:
-    return jobs.Job(row["op"], row["case"], row["variant"])
+def facts() -> dict[str, str]:
+    """What the page says of the machine, and of what has run on it."""
+    found = {"GPU": "none (a rehearsal)", "torch": f"{torch.__version__}"}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["GPU"] = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+        found["memory"] = f"{properties.total_memory / 1e9:.0f} GB"
+        found["torch"] += f", CUDA {torch.version.cuda}"
+    for tool, arguments, pattern in (
+        ("nvidia-smi", ("--query-gpu=driver_version", "--format=csv,noheader"), r"([\d.]+)"),
+        ("nvcc", ("--version",), r"release ([\d.]+)"),
+    ):
+        if shutil.which(tool):
+            text = subprocess.run([tool, *arguments], capture_output=True, text=True).stdout
+            found[tool] = (re.search(pattern, text) or ["", "unknown"])[1]
+    found["Python"] = f"{platform.python_version()}, {platform.system()} {platform.release()}"
+    for package in ("triton", "numpy", *peers.PACKAGES):
+        found[package] = peers.version(package)
+    try:
+        found["leaf_ext"] = ", ".join(f"{k} {v}" for k, v in leaf_ext.build_info().items())
+    except RuntimeError as error:
+        found["leaf_ext"] = str(error)
+    return found
 
 
-def measure(timed: Timed, setting: Setting) -> Row:
+def measure(subject: Subject, variant: str, clock: Clock) -> dict[str, Any]:
     """The comparison with the truth comes first, and its failure is the end of it."""
-    found: Row = timed.check()
-    clock = setting.clock
+    step = subject.step(variant)
+    found, prepare = subject.check(variant, step), partial(subject.arguments, variant)
     clock.release()
-    if timed.has_memory:
-        found["extra_bytes"] = clock.peak_extra(timed.step, timed.prepare)
-    times = clock.seconds(timed.step, timed.prepare)
+    extra, times = clock.peak_extra(step, prepare), clock.seconds(step, prepare)
     spread = quantiles(times, n=10)
-    return found | {
-        "status": "timed",
-        "seconds": median(times),
-        "spread": [spread[0], spread[-1]],
-        "repetitions": len(times),
-        "bytes": timed.bytes,
-    }
+    found |= {"status": "timed", "seconds": median(times), "extra": extra}
+    return found | {"spread": [spread[0], spread[-1]], "repetitions": len(times)}
 
 
-def outcome(error: BaseException) -> Row:
-    first = (str(error).strip().splitlines() or [""])[0][:300]
-    if isinstance(error, torch.OutOfMemoryError):
-        return {"status": "not available", "note": f"out of memory: {first}"}
-    if isinstance(error, (NotAvailable, ImportError)):
-        return {"status": "not available", "note": first}
-    if isinstance(error, WrongResult):
-        return {"status": "refused", "note": first}
-    return {"status": "failed", "note": f"{type(error).__name__}: {first}"}
+def outcome(error: BaseException) -> dict[str, str]:
+    note = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+    if isinstance(error, (torch.OutOfMemoryError, ImportError)):
+        return {"status": "not available", "note": note}
+    return {"status": "refused" if isinstance(error, WrongResult) else "failed", "note": note}
 
 
 class Worker:
-    """Keeps the inputs of one case, which its variants share."""
+    """Appends to the file of results; keeps the inputs of one group, which its jobs share."""
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.case: tuple[str, str] | None = None
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self.path, self.clock = path, clock
+        self.done = {tuple(row["job"]) for row in rows_of(path)}
+        self.group: table.Group | None = None
         self.subject: Subject | None = None
 
-    def run(self, job: jobs.Job) -> Row:
-        clock = self.setting.clock
-        if job.op == jobs.COPY:
-            step, prepare, moved = clock.copy()
-            return measure(Timed(step, prepare, dict, moved, has_memory=False), self.setting)
-        if self.case != (job.op, job.case):
-            self.subject, self.case = None, None  # the old inputs go before the new ones come
-            clock.release()
-            self.subject = jobs.subject(job, self.setting)
-            self.case = (job.op, job.case)
+    def write(self, job: table.Job, **values: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"job": job, **values}) + "\n")
+
+    def measured(self, job: table.Job, group: table.Group) -> dict[str, Any]:
+        if self.group != group:
+            self.group = self.subject = None  # the old inputs go before the new ones come
+            self.clock.release()
+            self.subject = SUBJECTS[group.op](group.case, self.clock)
+            self.group = group
         assert self.subject is not None
-        return measure(self.subject.timed(job.variant), self.setting)
+        return measure(self.subject, job.variant, self.clock)
 
-
-def device_is_lost(setting: Setting) -> bool:
-    """After a fault in a kernel no call of this process reaches the device any more."""
-    try:
-        setting.clock.synchronize()
-    except RuntimeError:
-        return True
-    return False
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--tiny", action="store_true")
-    arguments = parser.parse_args()
-    device = torch.device("cpu" if arguments.tiny else "cuda:0")
-    setting = Setting(clock_of(device), arguments.tiny)
-    worker = Worker(setting)
-    done = {key(row) for row in read_rows(arguments.rows)}
-    for job in jobs.plan(arguments.tiny):
-        if job in done:
-            continue
-        print(job, flush=True)
+    def run(self, job: table.Job, group: table.Group) -> None:
+        print(*job, flush=True)
+        self.write(job, status="failed", note=BEGUN)
+        # The watchdog needs no interpreter: it ends the process from a hanging call too.
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         try:
-            row = worker.run(job)
+            found = self.measured(job, group)
         except Exception as error:
             traceback.print_exc()
-            row = outcome(error)
-        write_row(arguments.rows, job, **row)
-        setting.clock.release() if not device_is_lost(setting) else os._exit(3)
-    return 0
+            found = outcome(error)
+        self.write(job, **found)
+        self.clock.release()  # raises after a fault: no later call would reach the device
+        faulthandler.cancel_dump_traceback_later()
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The last line of each job. The first line of the file is the machine's."""
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    rows = (json.loads(line) for line in lines)
+    return list({tuple(row["job"]): row for row in rows}.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--late", action="store_true", help="the other sizes too")
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.seconds
+    if not arguments.results.exists():
+        arguments.results.write_text(json.dumps(facts()) + "\n")
+    if arguments.tiny:  # Triton's kernels are interpreted
+        from quick_interpreter import quicken_the_interpreter
+
+        quicken_the_interpreter()
+    clock = Clock(torch.device("cpu" if arguments.tiny else "cuda:0"))
+    worker = Worker(arguments.results, clock)
+    for group in table.groups(arguments.tiny):
+        for job in table.jobs(group) if arguments.late or not group.late else ():
+            if time.monotonic() > deadline:
+                return print("the time was spent")
+            if job not in worker.done:
+                worker.run(job, group)
+    print("all jobs were run")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,157 @@
+"""Every kernel once on small inputs, each call awaited and compared as the benchmarks compare.
+
+    python -m on_gpu.smoke [--small | --hot] [--backend cuda] [--device cuda:0]
+
+Prints a line a call, at once: a fault is that of the line it stands on. `--small`: what
+compute-sanitizer can look at in a minute. `--hot`: one launch of each kernel that training runs, at
+size, for a profiler; nothing is compared. Exit status 1: something failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from checked import refuse_unless, relative
+
+import leaf_ext
+from leaf_ext.testing.cases import DTYPES, KLCase, LinearCase, NormCase, SpansCase
+
+from . import FINISHED, STARTED
+from .clock import Clock
+from .subjects import SUBJECTS
+
+# Float32 rows that a cluster of 1, 2, 4, 8 or 16 blocks holds on an H100, and that none does; of 16
+# bits it holds twice as many elements. Rows of an odd width start everywhere modulo 16 bytes.
+WIDTHS = (4_001, 15_001, 30_001, 60_001, 120_001, 262_145)
+Line = tuple[str, Callable[[], object]]
+
+
+def check(op: str, variant: str, clock: Clock, case: Any) -> None:
+    subject = SUBJECTS[op](case, clock)
+    subject.check(variant, subject.step(variant))
+
+
+def kl_cases(small: bool) -> Iterator[tuple[KLCase, str]]:
+    """Every third row has weight 0 and holds NaN."""
+    rows, widths = (3, WIDTHS[:2]) if small else (9, WIDTHS)
+    for dtype in DTYPES:
+        for width in widths:
+            width = width * 4 // dtype.itemsize - (dtype.itemsize == 2)
+            yield KLCase(f"{width}", rows, width, width, dtype), "inplace rows"
+        # The teacher's rows start where the student's do, on multiples of 16 bytes, or elsewhere.
+        for other in (4001, 4008, 4003):
+            for variant in ("inplace", "rows"):
+                yield KLCase(f"4001_{other}", 9, 4001, other, dtype), variant
+    for width in widths:  # the gradient in bfloat16
+        yield KLCase(f"{width}", rows, width, width), "narrow rows"
+        yield KLCase(f"{width}", rows, width, width - 6), "narrow"
+
+
+def without_rows(clock: Clock, backend: str) -> None:
+    for dtype in DTYPES:
+        logits = torch.ones(0, 100, dtype=dtype, device=clock.device, requires_grad=True)
+        loss = leaf_ext.dual_kl(
+            logits, logits.detach(), logits[:, 0].float().detach(), backend=backend
+        )
+        loss.backward()
+        assert loss.item() == 0 and leaf_ext.grad_norm(logits, backend=backend).shape == (0,)
+
+
+def products(clock: Clock, dtype: torch.dtype) -> None:
+    """The library's, of 16-bit factors into float32, as linear_dual_kl uses them."""
+    a, b = (torch.randn(64, 64, device=clock.device).to(dtype) for _ in range(2))
+    out, exact = torch.ones(64, 64, device=a.device), a.double() @ b.double()
+    added = torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    refuse_unless(relative(added, exact + 1), 1e-5, "addmm")
+    refuse_unless(relative(torch.mm(a, b, out_dtype=torch.float32, out=out), exact), 1e-5, "mm")
+
+
+def on_a_side_stream(clock: Clock) -> None:
+    stream = torch.cuda.Stream(clock.device)
+    stream.wait_stream(torch.cuda.current_stream(clock.device))
+    with torch.cuda.stream(stream):
+        check("dual_kl", "cuda rows", clock, KLCase("", 9, 30_000, 30_000))
+        check("detect_spans", "cuda", clock, SpansCase("", 3, 300, hidden=(65, 33)))
+
+
+def lines(clock: Clock, backend: str, small: bool) -> Iterator[Line]:
+    def line(op: str, case: Any, how: str = "", where: Clock = clock) -> Line:
+        variant = f"{backend} {how}".strip()
+        return f"{op} {case} {how} on {where.device}", partial(check, op, variant, where, case)
+
+    for case, how in kl_cases(small):
+        yield line("dual_kl", case, how)
+    for dtype in DTYPES:
+        logits = KLCase("", 40, 1001, 1001, dtype)
+        yield line("linear_dual_kl", LinearCase("1001", logits), "rows")
+        for width in (1, 4099, 8192):
+            yield line("grad_norm", NormCase(f"{width}", (3, 3, width), dtype))
+    for length in (40, 4096, 20_001):
+        yield line("detect_spans", SpansCase(f"{length}", 3, length))
+    yield line("detect_spans", SpansCase("of gradients", 3, 300, hidden=(65, 33)))
+    yield "no rows", partial(without_rows, clock, backend)
+    if not clock.on_gpu:
+        return print("left out on a CPU: wide products, streams, graphs, a second device")
+    for dtype in DTYPES[1:]:
+        yield f"{dtype} products into float32", partial(products, clock, dtype)
+    yield "on a side stream", partial(on_a_side_stream, clock)
+    if not small:  # a sanitizer sees allocations one by one, which a graph cannot hold
+        yield line("dual_kl", KLCase("30000", 9, 30_000, 30_000), "narrow rows graph")
+        yield line("grad_norm", NormCase("4099", (3, 3, 4099)), "graph")
+        yield line("detect_spans", SpansCase("4096", 3, 4096), "graph")
+    for index in range(1, torch.cuda.device_count()):
+        other = Clock(torch.device("cuda", index))
+        yield line("dual_kl", KLCase("30000", 9, 30_000, 30_000), "inplace", other)
+
+
+def hot(clock: Clock, backend: str) -> Iterator[Line]:
+    device, on_gpu = clock.device, clock.on_gpu
+
+    def kl(dtype: torch.dtype, measures: bool) -> None:
+        shape, narrow = ((2048, 128256), torch.bfloat16) if on_gpu else ((4, 999), None)
+        both = [torch.randn(shape, device=device, dtype=dtype) for _ in range(2)]
+        weight, neutral = torch.ones(shape[0], device=device), (1.0, 1.0, 1.0, 0.0, 0.0)
+        torch.ops.leaf_ext.dual_kl_(*both, weight, *neutral, True, measures, narrow)
+
+    def detection() -> None:
+        grad = torch.randn(4096 if on_gpu else 4, 8192, device=device).bfloat16()
+        leaf_ext.grad_norm(grad, backend=backend)
+        norms = [torch.rand(64, 4096, device=device) for _ in range(2)]
+        leaf_ext.detect_spans(*norms, norms[0] < 0.9, backend=backend)
+
+    yield "bfloat16 logits", partial(kl, torch.bfloat16, False)
+    yield "float32 logits, rows, gradient in bfloat16", partial(kl, torch.float32, True)
+    yield "norms and spans", detection
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda:0"))
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--hot", action="store_true")
+    arguments = parser.parse_args()
+    clock, failed = Clock(arguments.device), 0
+    print(STARTED, flush=True)
+    given = (clock, arguments.backend)
+    for name, run in hot(*given) if arguments.hot else lines(*given, arguments.small):
+        print(name, end=": ", flush=True)
+        try:
+            run()
+            if clock.on_gpu:
+                torch.cuda.synchronize()
+            print("ok", flush=True)
+        except Exception as error:
+            failed += 1
+            print(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", flush=True)
+    print(f"{FINISHED}, {failed} failed" if failed else FINISHED, flush=True)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
