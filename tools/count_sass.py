@@ -4,7 +4,7 @@
 
 A kernel is a regular expression for demangled names. The table has a line for each inner loop that
 reads 16 bytes at once, named by its address. Of `all` its instructions `hot` are on the shortest
-way round with each kind of 16-byte access of the loop, so without softcap, scale, other dtypes and
+way round with most of the 16-byte accesses of the loop, so without softcap, scale, other dtypes and
 ends of rows; these are counted by class. A pair is a logit of each model. Outside of loops the way
 is the one with most exponentials, shuffles, barriers and such loops, again the shortest. A row is
 what a thread executes of one: `--groups` of 8 pairs, as of 128256 on 256 threads in 8 blocks.
@@ -139,7 +139,7 @@ def rows_of(name: str, function: str, groups: float, show: bool) -> Iterator[lis
         outer[a] = step(a, [(a, n) for n, o in enumerate(blocks[a].opcodes) if EXCHANGE.match(o)])
     for header in sorted(h for h in loops if not (loops[h] - {h}) & set(loops)):  # inner ones
         body = loops[header]
-        way = best_way(blocks, {a: step(a, wide(a)) for a in body}, header)
+        way = best_way(blocks, {a: step(a, ((a, kind) for kind in wide(a))) for a in body}, header)
         loads = max((n for kind, n in wide(*way.blocks).items() if kind[:2] == "LD"), default=0)
         bits = re.search(r"(?<=Float)\d+", name)  # of a logit; elsewhere exponentials tell
         exps = opcodes(way.blocks).count("MUFU.EX2")

@@ -127,6 +127,7 @@ class Row {
   __device__ Sums terms(const Normalizer student, const Normalizer teacher, float factor) {
     Sums sums;
     float excess = 0.0f;
+#pragma unroll(N == 4 ? 2 : 1)
     for (int g = begin_ + thread(); g < end_; g += threads()) {
       const Group<N> y_s = activated(student_activation(), g, resident_student(g));
       const Group<N> y_t = activated(teacher_activation(), g, resident_teacher(g));
