@@ -204,7 +204,8 @@ def test_the_last_line_says_where_the_results_are(
 
 
 def test_rows_leave_with_their_last_candidate(pair: dict[str, str], copied: Path) -> None:
-    result = run(pair, copied, select="all")
+    # So much is cut that some rows lose what the answer needs.
+    result = run(pair, copied, select="all", threshold=0.9)
     check_sums(result, len(ROWS))
     assert reasons(result)["no_valid_cut"] > 0
     everything = {"threshold": 1.0, "strategy": "collective", "validate": "none"}
