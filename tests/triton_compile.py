@@ -66,6 +66,7 @@ def kl_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[Va
         types |= _named("*fp32", "row_weight grad_scale kl measures")
         types |= _named("fp32", scalars + " teacher_softcap")
         constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": dual_kl._BLOCK}
+        constants["THREADS"] = 32 * dual_kl._WARPS
         constants["NARROWED"] = grad != dtype
         yield Variant(dual_kl.rows_kernel, types, constants, dual_kl._WARPS)
     block, warps = {"BLOCK": dual_kl._SUM_BLOCK}, dual_kl._SUM_WARPS

@@ -8,12 +8,14 @@ the terms of loss and gradient,
     KL   = sum_v p_s - p_t + p_t l
     grad = w T (p_s - p_t) dy_s/dz_s
 
-Where l is small, p_s - p_t = p_t (phi - l) and the term of the sum is p_t phi, with
-phi = exp(-l) - 1 + l >= 0 by its series, so that nothing cancels. The maxima are subtracted first,
-so that an offset between the two models costs no digits. The second pass goes backwards: what the
-first one read last is what the cache still holds. Only where the gradient lies, narrower, in the
-student's memory it goes forwards, with a barrier between reading and writing a block: what a block
-overwrites was read in this block or before.
+Where l is small, the term of the sum is p_t phi, with phi = exp(-l) - 1 + l >= 0 by its series, so
+that nothing cancels. p_s, p_t and l come of the same two logarithms, to the base 2 (of d they are
+rounded once): what is wrong with one model's d, terms make good among each other. The maxima are
+subtracted first, so that an offset between the two models costs no digits.
+
+The first pass goes backwards, so that the second begins with what the cache still holds. The second
+one goes forwards, as the gradient may lie, narrower, in the student's memory: what a block
+overwrites was read in this block or before, and a barrier stands between reading and writing it.
 """
 
 from __future__ import annotations
@@ -24,14 +26,17 @@ import triton.language as tl
 from torch import Tensor
 
 from leaf_ext.schema import gradient_rows
+from leaf_ext.triton.dual_kl_block import parts_with_block, sums_with_block
 from leaf_ext.triton.launch import check, check_adjacent, on_device_of, options
-from leaf_ext.triton.narrow import narrow
-from leaf_ext.triton.softmax import LOWEST, capped, first_of_largest, fold, online
+from leaf_ext.triton.softmax import first_of_largest, fold, no_logits
 
 _BLOCK = 4096
 _WARPS = 8
 _SUM_BLOCK = 1024
 _SUM_WARPS = 4
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -41,26 +46,6 @@ def _zero(row, begin, end, BLOCK: tl.constexpr):
         columns = start + lanes
         zeros = tl.full([BLOCK], 0.0, tl.float32).to(row.dtype.element_ty)
         tl.store(row + columns, zeros, mask=columns < end)
-
-
-@triton.jit
-def _difference_and_term(p_s, p_t, log_ratio):
-    """p_s - p_t, and p_s - p_t + p_t l. Where p_t is 0, l must only not be NaN or close to 0."""
-    ratio = tl.where(p_t == 0.0, 1.0, log_ratio)
-    series = -1.0 / 5040 * ratio + 1.0 / 720
-    series = series * ratio - 1.0 / 120
-    series = series * ratio + 1.0 / 24
-    series = series * ratio - 1.0 / 6
-    series = series * ratio + 1.0 / 2
-    phi = series * ratio * ratio
-    near = tl.abs(ratio) < 0.5
-    difference = tl.where(near, p_t * (phi - ratio), p_s - p_t)
-    return difference, tl.where(near, p_t * phi, difference + p_t * ratio)
-
-
-@triton.jit
-def _entropy_terms(p, log_p, inside):
-    return tl.where(inside & (p != 0.0), -p * log_p, 0.0)  # NaN != 0: it stays
 
 
 @triton.jit
@@ -90,6 +75,7 @@ def rows_kernel(
     TEACHER_CAPPED: tl.constexpr,
     NARROWED: tl.constexpr,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
@@ -106,86 +92,58 @@ def rows_kernel(
             _zero(grad, 0, student_vocabulary, BLOCK)
         return
 
-    lanes = tl.arange(0, BLOCK)
-    max_s = tl.full([BLOCK], LOWEST, tl.float32)
-    max_t = tl.full([BLOCK], LOWEST, tl.float32)
-    sum_s = tl.full([BLOCK], 0.0, tl.float32)
-    sum_t = tl.full([BLOCK], 0.0, tl.float32)
+    # A group is what a thread stores at once: 16 bytes of the gradient.
+    GROUP: tl.constexpr = min(128 // grad.dtype.element_ty.primitive_bitwidth, BLOCK // THREADS)
+    exponent = inv_temperature * _LOG2E
+    # Without a softcap a logit is its own y, and its scale part of the exponent.
+    exponent_s = exponent if STUDENT_CAPPED else exponent * student_scale
+    exponent_t = exponent if TEACHER_CAPPED else exponent * teacher_scale
+    model_s = (student, student_scale, student_softcap, exponent_s)
+    model_t = (teacher, teacher_scale, teacher_softcap, exponent_t)
+    blocks = vocabulary // BLOCK
+    tail = blocks * BLOCK
+    parts = (no_logits(THREADS), no_logits(THREADS))
+    if tail < vocabulary:
+        parts = parts_with_block(
+            parts, model_s, model_t, tail, vocabulary, True,
+            STUDENT_CAPPED, TEACHER_CAPPED, BLOCK, GROUP,
+        )  # fmt: skip
+    for block in range(blocks):
+        parts = parts_with_block(
+            parts, model_s, model_t, tail - (block + 1) * BLOCK, vocabulary, False,
+            STUDENT_CAPPED, TEACHER_CAPPED, BLOCK, GROUP,
+        )  # fmt: skip
+    top_s, sum_s = fold(parts[0], exponent_s)
+    top_t, sum_t = fold(parts[1], exponent_t)
     if NEED_ROWS:
-        best_s = tl.full([BLOCK], float("-inf"), tl.float32)
-        best_t = tl.full([BLOCK], float("-inf"), tl.float32)
-        top_s = lanes
-        top_t = lanes
-    for start in range(0, vocabulary, BLOCK):
-        columns = start + lanes
-        inside = columns < vocabulary
-        z_s = tl.load(student + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        z_t = tl.load(teacher + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        y_s, _slope = capped(z_s, student_scale, student_softcap, STUDENT_CAPPED)
-        y_t, _slope = capped(z_t, teacher_scale, teacher_softcap, TEACHER_CAPPED)
-        y_s = tl.where(inside, y_s, float("-inf"))
-        max_s, sum_s = online(max_s, sum_s, y_s, inv_temperature)
-        y_t = tl.where(inside, y_t, float("-inf"))
-        max_t, sum_t = online(max_t, sum_t, y_t, inv_temperature)
-        if NEED_ROWS:
-            top_s = tl.where(z_s > best_s, columns, top_s)
-            top_t = tl.where(z_t > best_t, columns, top_t)
-            best_s = tl.maximum(best_s, z_s)
-            best_t = tl.maximum(best_t, z_t)
-    max_s, sum_s = fold(max_s, sum_s, inv_temperature)
-    max_t, sum_t = fold(max_t, sum_t, inv_temperature)
-    # A row without a distribution has the sum 0 or NaN, and NaN in all that follows.
-    inv_s = 1.0 / sum_s
-    inv_t = 1.0 / sum_t
-    log_s = tl.log(sum_s)
-    log_t = tl.log(sum_t)
-    if NEED_ROWS:
-        index_s = first_of_largest(best_s, top_s, vocabulary)
-        index_t = first_of_largest(best_t, top_t, vocabulary)
+        index_s = first_of_largest(parts[0], student, vocabulary, BLOCK)
+        index_t = first_of_largest(parts[1], teacher, vocabulary, BLOCK)
         agreement = tl.where(index_s == index_t, 1.0, 0.0)
 
     factor = weight * temperature * student_scale
     if NEED_GRAD and grad.dtype.element_ty == tl.float16:
         factor *= tl.load(grad_scale)
-    kl_terms = tl.full([BLOCK], 0.0, tl.float32)
-    entropy_s = tl.full([BLOCK], 0.0, tl.float32)
-    entropy_t = tl.full([BLOCK], 0.0, tl.float32)
-    blocks = (vocabulary + BLOCK - 1) // BLOCK
+    softmaxes = (top_s, tl.log2(sum_s), top_t, tl.log2(sum_t))
+    zeros = tl.full([THREADS], 0.0, tl.float32)
+    sums = (zeros, zeros, zeros, zeros)
     for block in range(blocks):
-        first = block if NARROWED else blocks - 1 - block
-        columns = first * BLOCK + lanes
-        inside = columns < vocabulary
-        z_s = tl.load(student + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(
-            tl.float32
-        )
-        z_t = tl.load(teacher + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(
-            tl.float32
-        )
-        y_s, slope = capped(z_s, student_scale, student_softcap, STUDENT_CAPPED)
-        y_t, _slope = capped(z_t, teacher_scale, teacher_softcap, TEACHER_CAPPED)
-        below_s = y_s - max_s
-        below_t = y_t - max_t
-        p_s = tl.exp(below_s * inv_temperature) * inv_s
-        p_t = tl.exp(below_t * inv_temperature) * inv_t
-        log_ratio = (below_t - below_s) * inv_temperature + (log_s - log_t)
-        difference, term = _difference_and_term(p_s, p_t, log_ratio)
-        kl_terms += tl.where(inside, term, 0.0)
-        if NARROWED:
-            tl.debug_barrier()
-        if NEED_GRAD:
-            value = narrow(factor * difference * slope, grad.dtype.element_ty)
-            tl.store(grad + columns, value, mask=inside, eviction_policy="evict_first")
-        if NEED_ROWS:
-            entropy_s += _entropy_terms(p_s, below_s * inv_temperature - log_s, inside)
-            entropy_t += _entropy_terms(p_t, below_t * inv_temperature - log_t, inside)
-    divergence = tl.sum(kl_terms)
+        sums = sums_with_block(
+            sums, model_s, model_t, softmaxes, grad, factor, block * BLOCK, vocabulary, False,
+            NEED_GRAD, NEED_ROWS, STUDENT_CAPPED, TEACHER_CAPPED, NARROWED, BLOCK, GROUP,
+        )  # fmt: skip
+    if tail < vocabulary:
+        sums = sums_with_block(
+            sums, model_s, model_t, softmaxes, grad, factor, tail, vocabulary, True,
+            NEED_GRAD, NEED_ROWS, STUDENT_CAPPED, TEACHER_CAPPED, NARROWED, BLOCK, GROUP,
+        )  # fmt: skip
+    divergence = tl.sum(sums[0] * _LN2 + sums[1])
     tl.store(kl + row, divergence)
     if NEED_GRAD:
         _zero(grad, vocabulary, student_vocabulary, BLOCK)
     if NEED_ROWS:
         tl.store(measures, divergence)
-        tl.store(measures + rows, tl.sum(entropy_s))
-        tl.store(measures + 2 * rows, tl.sum(entropy_t))
+        tl.store(measures + rows, tl.sum(sums[2]) * _LN2)
+        tl.store(measures + 2 * rows, tl.sum(sums[3]) * _LN2)
         known = divergence == divergence
         tl.store(measures + 3 * rows, tl.where(known, agreement, float("nan")))
 
@@ -290,6 +248,7 @@ def _run(
                 row_weight, grad_scale, rows, bound, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)
             )
         if rows:
+            block = min(_BLOCK, triton.next_power_of_2(vocabulary))
             rows_kernel[(rows,)](
                 student, teacher, row_weight, target, grad_scale, kl, measures,
                 student.stride(0), teacher.stride(0), target.stride(0),
@@ -299,7 +258,7 @@ def _run(
                 NEED_GRAD=grad is not None, NEED_ROWS=need_rows,
                 STUDENT_CAPPED=student_softcap != 0, TEACHER_CAPPED=teacher_softcap != 0,
                 NARROWED=target.dtype != student.dtype,
-                BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), **options(_WARPS),
+                BLOCK=block, THREADS=min(32 * _WARPS, block), **options(_WARPS),
             )  # fmt: skip
         loss_kernel[(1,)](
             row_weight, kl, loss, rows, temperature, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)

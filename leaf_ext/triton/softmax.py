@@ -26,33 +26,72 @@ def tanh_and_slope(a):
 
 
 @triton.jit
-def capped(z, scale, softcap, CAPPED: tl.constexpr):
-    """y = softcap * tanh(scale * z / softcap), and the softcap's chain factor."""
-    y = z * scale
-    slope = 1.0
+def capped(z, inside, scale, softcap):
+    """softcap * tanh(scale * z / softcap), and its derivative for scale * z; -inf outside."""
+    tanh, slope = tanh_and_slope(z * scale / softcap)
+    return tl.where(inside, softcap * tanh, float("-inf")), slope
+
+
+@triton.jit
+def by_threads(x, THREADS: tl.constexpr, GROUP: tl.constexpr):
+    """A block as it lies in registers: [groups of a thread, threads, elements of a group].
+
+    Over the first and the last dimension a reduction stays within its thread.
+    """
+    return tl.reshape(x, [x.shape[0] // (THREADS * GROUP), THREADS, GROUP])
+
+
+@triton.jit
+def sums_of_threads(x, THREADS: tl.constexpr, GROUP: tl.constexpr):
+    return tl.sum(tl.sum(by_threads(x, THREADS, GROUP), 2), 0)
+
+
+@triton.jit
+def largest_of_threads(x, THREADS: tl.constexpr, GROUP: tl.constexpr):
+    return tl.max(tl.max(by_threads(x, THREADS, GROUP), 2), 0)
+
+
+@triton.jit
+def no_logits(THREADS: tl.constexpr):
+    """What `add` begins with: the largest y, the sum, the largest z, the block it is in."""
+    lowest = tl.full([THREADS], LOWEST, tl.float32)
+    nothing = tl.full([THREADS], float("-inf"), tl.float32)
+    return lowest, tl.full([THREADS], 0.0, tl.float32), nothing, tl.full([THREADS], 0, tl.int32)
+
+
+@triton.jit
+def add(part, z, start, end, scale, softcap, exponent, CAPPED: tl.constexpr, GROUP: tl.constexpr):
+    """A block of logits into each thread's part of a row; -inf from `end` on.
+
+    A thread finds its largest y first, so that each of its logits takes one exponential,
+    exp2((y - largest) * exponent), and no choice. Blocks come in falling order.
+    """
+    top, total, best, first = part
+    THREADS: tl.constexpr = top.shape[0]
+    y = z
     if CAPPED:
-        tanh, slope = tanh_and_slope(y / softcap)
-        y = softcap * tanh
-    return y, slope
+        y, _slope = capped(z, start + tl.arange(0, z.shape[0]) < end, scale, softcap)
+    raised = tl.maximum(top, largest_of_threads(y, THREADS, GROUP))
+    e = tl.exp2((by_threads(y, THREADS, GROUP) - raised[None, :, None]) * exponent)
+    total = total * tl.exp2((top - raised) * exponent) + tl.sum(tl.sum(e, 2), 0)
+    largest = largest_of_threads(z, THREADS, GROUP)
+    first = tl.where(largest >= best, start, first)
+    return raised, total, tl.maximum(best, largest), first
 
 
 @triton.jit
-def online(largest, total, y, inv_temperature):
-    """Adds exp(y / T) to total * exp(largest / T), each lane by itself, with one exponential."""
-    distance = y - largest
-    e = tl.exp(-tl.abs(distance) * inv_temperature)
-    total = tl.where(distance > 0, total * e + 1.0, total + e)
-    return tl.maximum(largest, y), total
+def fold(part, exponent):
+    """The row's largest y and its sum of exp2((y - largest) * exponent), 0 where all are -inf."""
+    top, total, _best, _first = part
+    largest = tl.max(top)
+    return largest, tl.sum(total * tl.exp2((top - largest) * exponent))
 
 
 @triton.jit
-def fold(largest, total, inv_temperature):
-    """The row's maximum and sum of exp((y - maximum) / T). No logit above -inf: a sum of 0."""
-    top = tl.max(largest)
-    return top, tl.sum(total * tl.exp((largest - top) * inv_temperature))
-
-
-@triton.jit
-def first_of_largest(best, where, limit):
-    """The lowest index among the lanes that hold the largest value."""
-    return tl.min(tl.where(best == tl.max(best), where, limit))
+def first_of_largest(part, row, end, BLOCK: tl.constexpr):
+    """The lowest index of the row's largest z."""
+    _top, _total, best, first = part
+    largest = tl.max(best)
+    columns = tl.min(tl.where(best == largest, first, end)) + tl.arange(0, BLOCK)
+    z = tl.load(row + columns, mask=columns < end, other=float("-inf")).to(tl.float32)
+    return tl.min(tl.where(z == largest, columns, end))
