@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -20,13 +20,26 @@ namespace leaf::bindings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Text without the standard library's streams: where an extension has its own copy of that library,
+// these break, as both copies share what the streams know of locales.
+inline std::string text_of(const char* part) { return part; }
+inline std::string text_of(const std::string& part) { return part; }
+template <class Number>
+std::string text_of(Number number) {
+  if constexpr (std::is_integral_v<Number>) {
+    return std::to_string(number);
+  } else {
+    char text[32];
+    std::snprintf(text, sizeof(text), "%g", static_cast<double>(number));
+    return text;
+  }
+}
+
 // check(condition, "op: argument must be what was needed, got ", what, " came")
 template <class... Parts>
 void check(bool condition, const Parts&... parts) {
   if (condition) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw std::runtime_error((std::string() + ... + text_of(parts)));
 }
 
 inline std::string dtype_name(ScalarType dtype) {
@@ -52,11 +65,11 @@ inline std::string dtype_name(ScalarType dtype) {
 inline std::string dtype_name(const Tensor& tensor) { return dtype_name(tensor.scalar_type()); }
 
 inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
-  text << ']';
-  return text.str();
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
+  }
+  return text + "]";
 }
 
 // Kernels of one device read the memory of that device only.
