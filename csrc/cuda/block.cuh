@@ -69,7 +69,7 @@ template <class T, class Combine>
 __device__ __forceinline__ T warp_all(T value, const Combine& combine) {
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
-    value = combine(value, __shfl_xor_sync(kFullMask, value, step));
+    value = combine(value, shuffle(value, lane_index() ^ step));
   }
   return value;
 }

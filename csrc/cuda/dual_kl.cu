@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
 
   float factor = weight * params.temperature * params.student.scale;
   if (params.grad_dtype == DType::kFloat16) factor *= *params.grad_scale;
-  const Sums sums = row.terms(shared.student, shared.teacher, factor);
+  const Sums<float> sums = row.terms(shared.student, shared.teacher, factor);
   row.zero_rest();
   const Outcome<Kind::kMeasures> outcome = outcome_of_warp(row, sums);
   if (lane_index() == 0) shared.warp_outcomes[warp_index()] = outcome;

@@ -23,20 +23,20 @@ constexpr int kRowWarps = kMostThreads / kWarp;
 // What a warp, then a block, leaves of a row once its gradient is written.
 template <bool kMeasures>
 struct alignas(16) Outcome {
-  Sums sums;
+  double kl;
 
-  __device__ void add(const Outcome& other) { sums.kl += other.sums.kl; }
+  __device__ void add(const Outcome& other) { kl += other.kl; }
 };
 template <>
 struct alignas(16) Outcome<true> {
-  Sums sums;
+  Sums<double> sums;
   Largest student_top;
   Largest teacher_top;
 
   __device__ void add(const Outcome& other) {
     sums.kl += other.sums.kl;
-    sums.student_entropy += other.sums.student_entropy;
-    sums.teacher_entropy += other.sums.teacher_entropy;
+    sums.student_power += other.sums.student_power;
+    sums.teacher_power += other.sums.teacher_power;
     student_top.add(other.student_top);
     teacher_top.add(other.teacher_top);
   }
@@ -90,35 +90,38 @@ __device__ __forceinline__ void merge_parts(Shared<Kind>& shared, float exponent
 
 template <class Kind>
 __device__ __forceinline__ Outcome<Kind::kMeasures> outcome_of_warp(const Row<Kind>& row,
-                                                                    const Sums& sums) {
-  Outcome<Kind::kMeasures> outcome;
-  outcome.sums.kl = warp_all(sums.kl, sum_of);
+                                                                    const Sums<float>& sums) {
+  const auto all = [](double sum) {
+    return warp_all(sum, [](double a, double b) { return a + b; });
+  };
   if constexpr (Kind::kMeasures) {
-    outcome.sums.student_entropy = warp_all(sums.student_entropy, sum_of);
-    outcome.sums.teacher_entropy = warp_all(sums.teacher_entropy, sum_of);
-    outcome.student_top = row.student_top();
-    outcome.teacher_top = row.teacher_top();
+    return {{all(sums.kl), all(sums.student_power), all(sums.teacher_power)},
+            row.student_top(),
+            row.teacher_top()};
+  } else {
+    return {all(sums.kl)};
   }
-  return outcome;
 }
 
-// Of a rest of log2 d both models' errors in the divergence cancel but for the factor of p_t.
 template <class Kind>
 __device__ __forceinline__ void store_row(const DualKLParams& params, int64_t index, float* row_kl,
                                           const Shared<Kind>& shared,
                                           const Outcome<Kind::kMeasures>& outcome) {
-  const auto corrected = [](float sum, float rest) { return sum * fmaf(-kLn2, rest, 1.0f); };
-  const float kl = corrected(outcome.sums.kl, shared.teacher.rest);
-  row_kl[index] = kl;
   if constexpr (Kind::kMeasures) {
-    const auto entropy = [&](float bits, float rest) {
-      return (corrected(bits, rest) + rest) * kLn2;
+    const auto kl = static_cast<float>(outcome.sums.kl);
+    const auto entropy = [](double power, const Normalizer<true>& of) {
+      return static_cast<float>((of.shift - power) * kLn2);
     };
     const bool agree = outcome.student_top.place() == outcome.teacher_top.place();
     float* to = params.row_results + index;
-    to[params.rows] = entropy(outcome.sums.student_entropy, shared.student.rest);
-    to[2 * params.rows] = entropy(outcome.sums.teacher_entropy, shared.teacher.rest);
+    to[0] = kl;
+    to[params.rows] = entropy(outcome.sums.student_power * shared.student.inverse, shared.student);
+    to[2 * params.rows] = entropy(outcome.sums.teacher_power, shared.teacher);
     to[3 * params.rows] = isnan(kl) ? kl : agree ? 1.0f : 0.0f;
+  } else {
+    // Of the rests both models' errors cancel but for the factor of p_t.
+    const double rest = Kind::kExact ? 0.0 : shared.teacher.rest;
+    row_kl[index] = static_cast<float>(outcome.kl * (1.0 - kLn2 * rest));
   }
 }
 

@@ -124,8 +124,8 @@ class Row {
   }
 
   // Writes the gradient of this thread's groups and sums up their terms. `factor`: of p_s - p_t.
-  __device__ Sums terms(const Normalizer student, const Normalizer teacher, float factor) {
-    Sums sums;
+  __device__ Sums<float> terms(const Normalizer student, const Normalizer teacher, float factor) {
+    Sums<float> sums;
     float excess = 0.0f;
 #pragma unroll(N == 4 ? 2 : 1)
     for (int g = begin_ + thread(); g < end_; g += threads()) {
@@ -286,7 +286,7 @@ class Row {
 
   __device__ __forceinline__ void add_group(int g, const Group<N>& y_s, const Group<N>& y_t,
                                             const Normalizer& student, const Normalizer& teacher,
-                                            float factor, Sums& sums, float& excess) const {
+                                            float factor, Sums<float>& sums, float& excess) const {
     Group<N> difference;
     add_terms(y_s, y_t, student, teacher, difference, sums, excess);
     if (p_.grad == nullptr) return;
@@ -298,19 +298,19 @@ class Row {
 
   __device__ __forceinline__ void add_terms(const Group<N>& y_s, const Group<N>& y_t,
                                             const Normalizer& student, const Normalizer& teacher,
-                                            Group<N>& difference, Sums& sums, float& excess) const {
+                                            Group<N>& difference, Sums<float>& sums,
+                                            float& excess) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float log_s = student.log2_of(y_s.x[i], exponent_);
-      const float log_t = teacher.log2_of(y_t.x[i], exponent_);
-      const float p_s = exp2_fast(log_s);
-      const float p_t = exp2_fast(log_t);
-      difference.x[i] = p_s - p_t;
-      add_term(p_t, log_t - log_s, difference.x[i], sums.kl, excess);
-      if constexpr (Kind::kMeasures) {
-        sums.student_entropy -= entropy_term(p_s, log_s);
-        sums.teacher_entropy -= entropy_term(p_t, log_t);
-      }
+      const float power_s = student.power(y_s.x[i], exponent_);
+      const float power_t = teacher.power(y_t.x[i], exponent_);
+      const float e_s = exp2_fast(power_s);
+      const float p_t = teacher.probability(exp2_fast(power_t));
+      float ratio = power_t - power_s;
+      if constexpr (Kind::kExact) ratio += student.shift - teacher.shift;
+      difference.x[i] = Kind::kExact ? fmaf(e_s, student.inverse, -p_t) : e_s - p_t;
+      add_term(p_t, ratio, difference.x[i], sums.kl, excess);
+      if constexpr (Kind::kMeasures) sums.add_measures(e_s, power_s, p_t, power_t);
     }
   }
 

@@ -154,21 +154,22 @@ struct alignas(16) RowPart {
   }
 };
 
-// log2 of a probability, of its logit.
+// What makes probabilities of logits once a row's softmax is known: log2 p = power - shift.
 template <bool kExact>
 struct Normalizer {
-  float max;    // subtracted first, if kExact
-  float shift;  // then
-  float rest;   // what `shift` lacks: p is taken 2^rest times too large
+  float max;      // subtracted from a logit first, if kExact
+  float shift;    // then, of its logarithm
+  float inverse;  // of the total
+  float rest;     // what `shift` lacks, unless kExact: p is taken 2^rest times too large
 
-  __device__ explicit Normalizer(const SoftmaxPart<kExact>& part) {
+  __device__ explicit Normalizer(const SoftmaxPart<kExact>& part)
+      : max(part.max), inverse(1.0f / part.total) {
     // Apart from the exponent, the logarithm of a number near 1 has more digits.
     const int bits = __float_as_int(part.total);
     const int exponent = (bits - 0x3f3504f3) >> 23;  // so that the rest is in [sqrt(1/2), sqrt(2))
     const bool normal = part.total >= 0x1p-126f && part.total < INFINITY;
     const float low = log2f(normal ? __int_as_float(bits - exponent * (1 << 23)) : part.total);
     const float high = normal ? static_cast<float>(exponent) : 0.0f;
-    max = kExact ? part.max : 0.0f;
     // max + high + low as a sum of two numbers.
     const float base = kExact ? 0.0f : part.max;
     const float upper = base + high;
@@ -179,8 +180,12 @@ struct Normalizer {
   }
   Normalizer() = default;
 
-  __device__ __forceinline__ float log2_of(float y, float exponent) const {
-    return fmaf(kExact ? y - max : y, exponent, -shift);
+  // Which power of two a logit is, probability() makes p of it.
+  __device__ __forceinline__ float power(float y, float exponent) const {
+    return kExact ? (y - max) * exponent : fmaf(y, exponent, -shift);
+  }
+  __device__ __forceinline__ float probability(float power_of_two) const {
+    return kExact ? power_of_two * inverse : power_of_two;
   }
 };
 

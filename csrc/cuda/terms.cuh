@@ -8,11 +8,20 @@
 
 namespace leaf::cuda {
 
-// What is summed over a row once its softmax is known: in nats, entropies in bits.
+// What is summed over a row once its softmax is known, by a thread in float32: the divergence in
+// nats, and powers of two times what they are the logarithms of, the student's not yet divided by
+// its total. By the logarithms of the totals they become entropies.
+template <class T>
 struct Sums {
-  float kl = 0.0f;
-  float student_entropy = 0.0f;
-  float teacher_entropy = 0.0f;
+  T kl = 0;
+  T student_power = 0;
+  T teacher_power = 0;
+
+  __device__ __forceinline__ void add_measures(float e_s, float power_s, float p_t, float power_t) {
+    // A power may be -inf.
+    student_power = fmaf(e_s, fmaxf(power_s, -1000.0f), student_power);
+    if (p_t != 0.0f) teacher_power = fmaf(p_t, power_t, teacher_power);
+  }
 };
 
 // Adds p_s - p_t + p_t l, as excess + ln(2) kl, for l = log p_t - log p_s, of which `ratio` is l /
@@ -32,10 +41,6 @@ __device__ __forceinline__ void add_term(float p_t, float ratio, float differenc
   if (!near) excess += difference;
   const float slope = near ? phi : ratio;
   if (p_t != 0.0f) kl = fmaf(p_t, slope, kl);  // else `slope` may be NaN
-}
-
-__device__ __forceinline__ float entropy_term(float p, float log_p) {
-  return p * fmaxf(log_p, -1000.0f);  // p may be 0 and its logarithm -inf
 }
 
 }  // namespace leaf::cuda
