@@ -61,19 +61,23 @@ def kl_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[Va
     # The gradient in the logits' dtype, or in a narrower one in the memory of float32 logits.
     pairs = [(dtype, dtype) for dtype in dtypes]
     pairs += [("fp32", dtype) for dtype in dtypes if dtype != "fp32"]
-    for (dtype, grad), *chosen in itertools.product(pairs, *[flags] * len(names)):
+    sizes = [(dual_kl._BLOCK, dual_kl._WARPS), (dual_kl._LONG_BLOCK, dual_kl._LONG_WARPS)]
+    for (dtype, grad), (block, warps), *chosen in itertools.product(
+        pairs, sizes, *[flags] * len(names)
+    ):
         types = _named(f"*{dtype}", "student teacher") | _named(f"*{grad}", "grad")
         types |= _named("*fp32", "row_weight grad_scale kl measures")
         types |= _named("fp32", scalars + " teacher_softcap")
-        constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": dual_kl._BLOCK}
-        constants["THREADS"] = 32 * dual_kl._WARPS
-        constants["NARROWED"] = grad != dtype
-        yield Variant(dual_kl.rows_kernel, types, constants, dual_kl._WARPS)
-    block, warps = {"BLOCK": dual_kl._SUM_BLOCK}, dual_kl._SUM_WARPS
+        if block == dual_kl._LONG_BLOCK and any(chosen[2:]):
+            continue  # with a softcap blocks are short
+        constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": block}
+        constants |= {"THREADS": 32 * warps, "NARROWED": grad != dtype}
+        yield Variant(dual_kl.rows_kernel, types, constants, warps)
+    sum_block, warps = {"BLOCK": dual_kl._SUM_BLOCK}, dual_kl._SUM_WARPS
     sums = _named("*fp32", "row_weight kl loss") | {"temperature": "fp64"}
-    yield Variant(dual_kl.loss_kernel, sums, block, warps)
+    yield Variant(dual_kl.loss_kernel, sums, sum_block, warps)
     scale = _named("*fp32", "row_weight grad_scale") | {"bound": "fp32"}
-    yield Variant(dual_kl.scale_kernel, scale, block, warps)
+    yield Variant(dual_kl.scale_kernel, scale, sum_block, warps)
 
 
 def scale_variants(dtypes: tuple[str, ...]) -> Iterator[Variant]:

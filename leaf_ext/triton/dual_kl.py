@@ -30,8 +30,11 @@ from leaf_ext.triton.dual_kl_block import parts_with_block, sums_with_block
 from leaf_ext.triton.launch import check, check_adjacent, on_device_of, options
 from leaf_ext.triton.softmax import first_of_largest, fold, no_logits
 
-_BLOCK = 4096
-_WARPS = 8
+# Elements of a block, and warps: of a row up to _LONG logits, three of which share a
+# multiprocessor, and of a longer one, which alone leaves more of itself in the L2 cache.
+_BLOCK, _WARPS = 4096, 16
+_LONG_BLOCK, _LONG_WARPS = 8192, 32
+_LONG = 2**16
 _SUM_BLOCK = 1024
 _SUM_WARPS = 4
 
@@ -248,7 +251,12 @@ def _run(
                 row_weight, grad_scale, rows, bound, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)
             )
         if rows:
-            block = min(_BLOCK, triton.next_power_of_2(vocabulary))
+            # So many warps have few registers, too few for a softcap; of AMD's, which have 64
+            # lanes, no more than 16 fit.
+            capped = student_softcap != 0 or teacher_softcap != 0
+            long = vocabulary > _LONG and not capped and torch.version.hip is None
+            block, warps = (_LONG_BLOCK, _LONG_WARPS) if long else (_BLOCK, _WARPS)
+            block = min(block, triton.next_power_of_2(vocabulary))
             rows_kernel[(rows,)](
                 student, teacher, row_weight, target, grad_scale, kl, measures,
                 student.stride(0), teacher.stride(0), target.stride(0),
@@ -258,7 +266,7 @@ def _run(
                 NEED_GRAD=grad is not None, NEED_ROWS=need_rows,
                 STUDENT_CAPPED=student_softcap != 0, TEACHER_CAPPED=teacher_softcap != 0,
                 NARROWED=target.dtype != student.dtype,
-                BLOCK=block, THREADS=min(32 * _WARPS, block), **options(_WARPS),
+                BLOCK=block, THREADS=min(32 * warps, block), **options(warps),
             )  # fmt: skip
         loss_kernel[(1,)](
             row_weight, kl, loss, rows, temperature, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)
