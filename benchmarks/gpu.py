@@ -149,13 +149,13 @@ def smoke(run: Run) -> None:
 
 def timings(run: Run, name: str = "timings", limit: float = 210, *options: str) -> None:
     """The worker, and after a crash another one; then the page of all that is known by now."""
-    reserve = 10  # seconds for the page
+    reserve = 25  # seconds for the last job and the page
     until, crashes, lines = time.monotonic() + run.left(limit + reserve) - reserve, 0, -1
     options = (str(run.results), *options, *(["--tiny"] if run.tiny else []))
     while True:
         seconds = max(1.0, until - time.monotonic())
         command = run.module("worker", *options, f"--seconds={seconds}")
-        started = run.start(name, command, seconds + reserve / 2)
+        started = run.start(name, command, seconds + reserve / 2.5)
         outcome, before = started.outcome(), lines
         run.keep(started)
         lines = len(run.results.read_text().splitlines()) if run.results.exists() else 0

@@ -132,8 +132,10 @@ def main() -> int:
     gpu = json.loads(results.read_text().splitlines()[0])["GPU"].split(",")[0]
     text, name = page(results, tiny), re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".md"
     (results.parent / name).write_text(text)
-    if not tiny:
-        (Path(__file__).resolve().parents[1] / "results" / name).write_text(text)
+    if not tiny:  # what was written below the last table stays
+        kept = Path(__file__).resolve().parents[1] / "results" / name
+        notes = kept.read_text().partition("\n## Notes\n") if kept.exists() else ("", "", "")
+        kept.write_text(text + notes[1] + notes[2])
     print(text[text.index("## Targets") : text.index("## Results")])
     rows = [row for row in rows_of(results) if row["job"][2].startswith(("cuda", "triton"))]
     bad = [row for row in rows if row["status"] in ("failed", "refused")]
