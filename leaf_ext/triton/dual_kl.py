@@ -95,8 +95,8 @@ def rows_kernel(
             _zero(grad, 0, student_vocabulary, BLOCK)
         return
 
-    # A group is what a thread stores at once: 16 bytes of the gradient.
-    GROUP: tl.constexpr = min(128 // grad.dtype.element_ty.primitive_bitwidth, BLOCK // THREADS)
+    # A group is what a thread loads at once: 16 bytes of logits.
+    GROUP: tl.constexpr = min(128 // student.dtype.element_ty.primitive_bitwidth, BLOCK // THREADS)
     exponent = inv_temperature * _LOG2E
     # Without a softcap a logit is its own y, and its scale part of the exponent.
     exponent_s = exponent if STUDENT_CAPPED else exponent * student_scale
