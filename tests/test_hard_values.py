@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import leaf_ext
+from leaf_ext.testing.budget import assert_within_budget, error
+from leaf_ext.testing.eager import eager_dual_kl
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3, 5), (1, 4, 8, 16), (2, 1, 3, 4)])
@@ -54,3 +61,32 @@ def test_agreement_looks_at_the_logits_that_a_softcap_makes_equal(backend: str) 
         wide, 1.001 * wide, torch.ones(16), logit_softcap=5.0, return_rows=True, backend=backend
     )
     assert rows.agreement.tolist() == [1.0] * 16
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 60.0])
+@pytest.mark.parametrize("return_rows", [False, True])
+def test_confident_models_that_nearly_agree_have_the_right_small_gradient(
+    offset: float, return_rows: bool, backend: str
+) -> None:
+    """Also of 16 bits the difference of two probabilities near 1 is exact to float32."""
+    torch.manual_seed(0)
+    teacher = 2 * torch.randn(16, 3000)
+    teacher[:, 7] = 18.0
+    student = teacher.clone()
+    student[:, :300] += 0.02 * torch.randn(16, 300)
+    logits = [(z + offset).bfloat16() for z in (student, teacher)]
+    weight = torch.full((16,), 1 / 16)
+
+    def gradient(loss: Callable[..., Any], dtype: torch.dtype) -> Tensor:
+        leaf, other = (z.to(dtype) for z in logits)
+        found = loss(
+            leaf.requires_grad_(), other, weight.to(torch.promote_types(dtype, weight.dtype))
+        )
+        (found[0] if isinstance(found, tuple) else found).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    run = functools.partial(leaf_ext.dual_kl, return_rows=return_rows, backend=backend)
+    exact = gradient(functools.partial(leaf_ext.dual_kl, backend="reference"), torch.float64)
+    torch_error = error(gradient(eager_dual_kl, torch.float32), exact)
+    assert_within_budget("dual_kl", "gradient", gradient(run, torch.bfloat16), exact, torch_error)

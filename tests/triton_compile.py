@@ -39,6 +39,7 @@ class Variant(NamedTuple):
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int
+    registers: int | None = None  # the most of a thread, by default as the compiler likes
 
 
 def _named(type_: str, names: str) -> dict[str, str]:
@@ -61,18 +62,16 @@ def kl_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[Va
     # The gradient in the logits' dtype, or in a narrower one in the memory of float32 logits.
     pairs = [(dtype, dtype) for dtype in dtypes]
     pairs += [("fp32", dtype) for dtype in dtypes if dtype != "fp32"]
-    sizes = [(dual_kl._BLOCK, dual_kl._WARPS), (dual_kl._LONG_BLOCK, dual_kl._LONG_WARPS)]
-    for (dtype, grad), (block, warps), *chosen in itertools.product(
-        pairs, sizes, *[flags] * len(names)
-    ):
+    sizes = (dual_kl._LONG, 2 * dual_kl._LONG)
+    for (dtype, grad), size, *chosen in itertools.product(pairs, sizes, *[flags] * len(names)):
         types = _named(f"*{dtype}", "student teacher") | _named(f"*{grad}", "grad")
         types |= _named("*fp32", "row_weight grad_scale kl measures")
         types |= _named("fp32", scalars + " teacher_softcap")
-        if block == dual_kl._LONG_BLOCK and any(chosen[2:]):
-            continue  # with a softcap blocks are short
+        block, warps = dual_kl.block_of(size, chosen[1], any(chosen[2:]), lanes=32)
         constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": block}
         constants |= {"THREADS": 32 * warps, "NARROWED": grad != dtype}
-        yield Variant(dual_kl.rows_kernel, types, constants, warps)
+        registers = dual_kl.REGISTERS if any(chosen[2:]) else None
+        yield Variant(dual_kl.rows_kernel, types, constants, warps, registers)
     sum_block, warps = {"BLOCK": dual_kl._SUM_BLOCK}, dual_kl._SUM_WARPS
     sums = _named("*fp32", "row_weight kl loss") | {"temperature": "fp64"}
     yield Variant(dual_kl.loss_kernel, sums, sum_block, warps)
@@ -100,7 +99,7 @@ def spans_variants(flags: tuple[bool, ...]) -> Iterator[Variant]:
 
 
 def compiled(variant: Variant, architecture: int) -> dict[str, Any]:
-    kernel, types, constants, warps = variant
+    kernel, types, constants, warps, registers = variant
     names = kernel.arg_names
     assert set(types) | set(constants) <= set(names), (set(types) | set(constants)) - set(names)
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
@@ -112,7 +111,7 @@ def compiled(variant: Variant, architecture: int) -> dict[str, Any]:
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
     target = GPUTarget("cuda", architecture, 32)
-    binary = triton.compile(source, target=target, options=options(warps))
+    binary = triton.compile(source, target=target, options=options(warps) | {"maxnreg": registers})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()

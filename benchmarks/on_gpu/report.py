@@ -41,7 +41,7 @@ _LINEAR, _LONG = cases.GPU_LINEAR_CASES, cases.GPU_LONG_LINEAR_CASES
 TARGETS: list[tuple[str, str, str, float, Sequence[object]]] = [
     ("dual_kl", "cuda narrow rows", "of copy", 0.80, _TRAINING[:3]),
     ("dual_kl", "cuda inplace", "of copy", 0.85, _BF16),
-    ("dual_kl", "cuda inplace", "x compiled", 5.0, _BF16[:1]),
+    ("dual_kl", "cuda inplace", "x compiled", 4.0, _BF16[:1]),  # the copy's own rate gives 4.7
     ("dual_kl", "cuda inplace", "x liger KLDiv", 6.0, _BF16),
     ("dual_kl", "cuda inplace", "x orda", 3.0, _BF16),
     ("dual_kl", "triton inplace", "of copy", 0.45, _BF16),

@@ -1,7 +1,8 @@
 #pragma once
 
 // The part of a GPU that the kernels use beyond plain CUDA C++. What is hardware's own stands here
-// behind small functions with a plain fallback, so that a host compiler can take the kernels too.
+// behind small functions that tests/cuda_emulation has too, so that a host compiler can take the
+// kernels.
 
 #include <cuda_runtime.h>
 

@@ -32,7 +32,7 @@
 namespace leaf::cuda {
 namespace {
 
-constexpr int kPortableCluster = 8;  // each of these GPUs can run so many blocks as a cluster
+constexpr int kPortableCluster = 8;  // whole GPUs that have clusters can run so many blocks
 constexpr int kFinishThreads = 1024;
 
 // Where a row has weight 0.
@@ -139,18 +139,22 @@ int attribute(cudaDeviceAttr which) {
   return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
 }
 
+// Bytes of shared memory.
+struct Room {
+  int64_t of_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  int64_t of_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+};
+
 // Where so many blocks share a multiprocessor.
 template <class Kind>
-Plan plan_of(const DualKLParams& params, int cluster, int blocks) {
+Plan plan_of(const DualKLParams& params, const Room& room, int cluster, int blocks) {
   constexpr int64_t kElements = kGroup<typename Kind::Element>;
   constexpr int64_t kReserved = 1024;  // bytes of each block, by the system
-  const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const int64_t whole = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  const int64_t room = std::min(most, whole / blocks - kReserved);
+  const int64_t most = std::min(room.of_block, room.of_multiprocessor / blocks - kReserved);
   const int64_t own = sizeof(Shared<Kind>);
   const int64_t groups = (common_vocab(params) + 2 * (kElements - 1)) / kElements;  // with any pad
   const int64_t wanted = (groups + cluster - 1) / cluster;
-  const int64_t slots = std::clamp<int64_t>((room - own) / (2 * 16), 0, wanted);
+  const int64_t slots = std::clamp<int64_t>((most - own) / (2 * 16), 0, wanted);
   const int threads = kRowThreads / blocks / kWarp * kWarp;
   return {threads, cluster, static_cast<int>(slots), static_cast<size_t>(own + 2 * 16 * slots),
           slots == wanted};
@@ -161,17 +165,20 @@ Plan plan_of(const DualKLParams& params, int cluster, int blocks) {
 // wider logits must not reach logits that another block will read again.
 template <class Kind>
 Plan make_plan(const DualKLParams& params, int largest_cluster) {
-  constexpr int64_t kElements = kGroup<typename Kind::Element>;
+  const Room room;
   for (int blocks = kMostBlocks; blocks >= kFewestBlocks; --blocks) {
     for (int cluster = 1; cluster <= largest_cluster; cluster *= 2) {
-      const Plan plan = plan_of<Kind>(params, cluster, blocks);
+      const Plan plan = plan_of<Kind>(params, room, cluster, blocks);
       if (plan.whole) return plan;
     }
   }
-  const Plan plan = plan_of<Kind>(params, largest_cluster, kFewestBlocks);
-  const int64_t resident = kElements * plan.slots * largest_cluster;
-  const bool safe = 2 * resident >= params.student.vocab + 2 * kElements;
-  return safe ? plan : plan_of<Kind>(params, 1, kFewestBlocks);
+  using E = typename Kind::Element;
+  const Plan plan = plan_of<Kind>(params, room, largest_cluster, kFewestBlocks);
+  const bool narrows =
+      params.grad != nullptr && size_of(params.grad_dtype) < int64_t{sizeof(typename E::Bits)};
+  const int64_t resident = int64_t{kGroup<E>} * plan.slots * largest_cluster;
+  const bool safe = !narrows || 2 * resident >= params.student.vocab + 2 * kGroup<E>;
+  return safe ? plan : plan_of<Kind>(params, room, 1, kFewestBlocks);
 }
 
 // The kernel with the shared memory and the cluster size of its plan.
@@ -214,7 +221,11 @@ Plan plan_for(const DualKLParams& params) {
 
 template <class Kind>
 cudaError_t start_rows(const DualKLParams& params, float* row_kl, void* stream) {
-  return launch_rows<Kind>(params, plan_for<Kind>(params), row_kl, stream);
+  const Plan plan = plan_for<Kind>(params);
+  const cudaError_t error = launch_rows<Kind>(params, plan, row_kl, stream);
+  // A part of a GPU may be too small for any cluster.
+  if (error != cudaErrorInvalidClusterSize || plan.cluster == 1) return error;
+  return launch_rows<Kind>(params, make_plan<Kind>(params, 1), row_kl, stream);
 }
 
 template <bool kMeasures>

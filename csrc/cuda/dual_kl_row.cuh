@@ -127,11 +127,14 @@ class Row {
   __device__ Sums<float> terms(const Normalizer student, const Normalizer teacher, float factor) {
     Sums<float> sums;
     float excess = 0.0f;
+    // p_s - p_t is (e_s - even e_t) 2^-rest where probabilities are 2^rest times too large.
+    const float even = Kind::kExact ? 1.0f : fmaf(kLn2, student.rest - teacher.rest, 1.0f);
+    if constexpr (!Kind::kExact) factor *= fmaf(-kLn2, student.rest, 1.0f);
 #pragma unroll(N == 4 ? 2 : 1)
     for (int g = begin_ + thread(); g < end_; g += threads()) {
       const Group<N> y_s = activated(student_activation(), g, resident_student(g));
       const Group<N> y_t = activated(teacher_activation(), g, resident_teacher(g));
-      add_group(g, y_s, y_t, student, teacher, factor, sums, excess);
+      add_group(g, y_s, y_t, student, teacher, even, factor, sums, excess);
     }
     // The same number of rounds in all threads, for the barrier.
 #pragma unroll 1
@@ -150,7 +153,7 @@ class Row {
       if (!mine) continue;
       const Group<N> y_s = activated(student_activation(), g, z_s);
       const Group<N> y_t = activated(teacher_activation(), g, z_t);
-      add_group(g, y_s, y_t, student, teacher, factor, sums, excess);
+      add_group(g, y_s, y_t, student, teacher, even, factor, sums, excess);
     }
     sums.kl = fmaf(sums.kl, kLn2, excess);
     return sums;
@@ -286,9 +289,10 @@ class Row {
 
   __device__ __forceinline__ void add_group(int g, const Group<N>& y_s, const Group<N>& y_t,
                                             const Normalizer& student, const Normalizer& teacher,
-                                            float factor, Sums<float>& sums, float& excess) const {
+                                            float even, float factor, Sums<float>& sums,
+                                            float& excess) const {
     Group<N> difference;
-    add_terms(y_s, y_t, student, teacher, difference, sums, excess);
+    add_terms(y_s, y_t, student, teacher, even, difference, sums, excess);
     if (p_.grad == nullptr) return;
 #pragma unroll
     for (float& x : difference.x) x *= factor;
@@ -298,7 +302,7 @@ class Row {
 
   __device__ __forceinline__ void add_terms(const Group<N>& y_s, const Group<N>& y_t,
                                             const Normalizer& student, const Normalizer& teacher,
-                                            Group<N>& difference, Sums<float>& sums,
+                                            float even, Group<N>& difference, Sums<float>& sums,
                                             float& excess) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -308,8 +312,9 @@ class Row {
       const float p_t = teacher.probability(exp2_fast(power_t));
       float ratio = power_t - power_s;
       if constexpr (Kind::kExact) ratio += student.shift - teacher.shift;
-      difference.x[i] = Kind::kExact ? fmaf(e_s, student.inverse, -p_t) : e_s - p_t;
-      add_term(p_t, ratio, difference.x[i], sums.kl, excess);
+      difference.x[i] = Kind::kExact ? fmaf(e_s, student.inverse, -p_t) : fmaf(-even, p_t, e_s);
+      // The terms count on the same error in p and in its logarithm.
+      add_term(p_t, ratio, Kind::kExact ? difference.x[i] : e_s - p_t, sums.kl, excess);
       if constexpr (Kind::kMeasures) sums.add_measures(e_s, power_s, p_t, power_t);
     }
   }

@@ -3,8 +3,8 @@
 // The softmax of a row that many threads hold parts of.
 //
 // With y the scaled, capped logit: a part is its maximum m and its sum d = sum exp((y - m) / T).
-// Threads of a warp agree on a maximum before they add up exponentials, warps and blocks merge
-// their parts once: a part is rescaled at most three times.
+// Where logits are resident the threads of a warp agree on a maximum before they add up powers;
+// warps and blocks merge their parts once.
 
 #include "block.cuh"
 #include "logits.cuh"
@@ -107,7 +107,8 @@ class Maximum {
 // without a logit above -inf has total 0.
 //
 // Exact, the largest logit has a power of 1, and a distribution that is all but certain keeps its
-// digits: what entropies and float32 gradients need. Else a logit takes one operation less.
+// digits: what entropies and float32 gradients need. Else a logit takes one operation less, and the
+// few last bits that all probabilities of a row share are set right by their `rest`.
 template <bool kExact>
 struct SoftmaxPart {
   float max = kLowest;

@@ -94,8 +94,9 @@ def linear_dual_kl(
         student_bias, teacher_bias: [V_s], [V_t], of their head's dtype.
         chunk_size: an upper bound. By default on a CPU 512 rows, more for vocabularies below 2^15
             (up to 4096) and fewer above 2^18 (2^27 logits of the student); on a GPU 32 to 4096
-            rows, for 2^29 logits of the student and a quarter as many of the teacher, for inputs
-            other than bfloat16 2^28 of each (in float32 2.5 or 2 GiB). The head's gradient is read
+            rows: of bfloat16 inputs 2^29 logits of the student and a quarter as many of the
+            teacher, where the library multiplies into float32; of others 2^28 of each (in float32
+            2.5 or 2 GiB). The head's gradient is read
             and written once a chunk. Where all N rows are one chunk, a CPU keeps that of bfloat16
             inputs as its library makes it, in bfloat16.
         temperature, logit_scale, logit_softcap, return_rows, backend: as in `dual_kl`.

@@ -30,11 +30,9 @@ from leaf_ext.triton.dual_kl_block import parts_with_block, sums_with_block
 from leaf_ext.triton.launch import check, check_adjacent, on_device_of, options
 from leaf_ext.triton.softmax import first_of_largest, fold, no_logits
 
-# Elements of a block, and warps: of a row up to _LONG logits, three of which share a
-# multiprocessor, and of a longer one, which alone leaves more of itself in the L2 cache.
-_BLOCK, _WARPS = 4096, 16
-_LONG_BLOCK, _LONG_WARPS = 8192, 32
 _LONG = 2**16
+# All that 16 warps can have: with a softcap ptxas else aims at fewer, and spills some.
+REGISTERS = 128
 _SUM_BLOCK = 1024
 _SUM_WARPS = 4
 
@@ -226,6 +224,19 @@ def dual_kl_(
     return _run("dual_kl_", student, teacher, row_weight, target, scalars, need_rows)
 
 
+def block_of(vocabulary: int, need_rows: bool, capped: bool, lanes: int) -> tuple[int, int]:
+    """Elements of a block, and warps of so many lanes: what leaves each value a register.
+
+    Up to _LONG logits three rows share a multiprocessor; a longer one is alone there, which leaves
+    more of it in the L2 cache.
+    """
+    long = vocabulary > _LONG and not need_rows and not capped and lanes == 32
+    block, warps = (8192, 32) if long else (4096, 16)
+    block = min(block, triton.next_power_of_2(vocabulary))
+    # No two threads hold the same element: one could read in place what the other has written.
+    return block, max(1, min(warps, block // lanes))
+
+
 def _run(
     op: str,
     student: Tensor,
@@ -251,12 +262,10 @@ def _run(
                 row_weight, grad_scale, rows, bound, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)
             )
         if rows:
-            # So many warps have few registers, too few for a softcap; of AMD's, which have 64
-            # lanes, no more than 16 fit.
             capped = student_softcap != 0 or teacher_softcap != 0
-            long = vocabulary > _LONG and not capped and torch.version.hip is None
-            block, warps = (_LONG_BLOCK, _LONG_WARPS) if long else (_BLOCK, _WARPS)
-            block = min(block, triton.next_power_of_2(vocabulary))
+            lanes = 32 if torch.version.hip is None else 64
+            block, warps = block_of(vocabulary, need_rows, capped, lanes)
+            registers = {"maxnreg": REGISTERS} if capped and lanes == 32 else {}
             rows_kernel[(rows,)](
                 student, teacher, row_weight, target, grad_scale, kl, measures,
                 student.stride(0), teacher.stride(0), target.stride(0),
@@ -266,7 +275,7 @@ def _run(
                 NEED_GRAD=grad is not None, NEED_ROWS=need_rows,
                 STUDENT_CAPPED=student_softcap != 0, TEACHER_CAPPED=teacher_softcap != 0,
                 NARROWED=target.dtype != student.dtype,
-                BLOCK=block, THREADS=min(32 * warps, block), **options(warps),
+                BLOCK=block, THREADS=min(lanes * warps, block), **options(warps), **registers,
             )  # fmt: skip
         loss_kernel[(1,)](
             row_weight, kl, loss, rows, temperature, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)

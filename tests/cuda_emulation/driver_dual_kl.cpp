@@ -130,6 +130,7 @@ void dual_kl() {
       {"9.0", 3000, k16, 5120, 5120, 0, 0, Gradient::kNone, true, 1.25f},  // 16 blocks
       {"9.0", 2000, kB16, 6001, 6001, 0, 0, Gradient::kOwn, true},         // with overflow
       {"9.0", 2000, k32, 3000, 2990, 0, 1, Gradient::kNarrower, false},    // with overflow
+      {"9.0", 1500, k32, 6001, 6001, 0, 0, Gradient::kNarrower, false},    // in a single block
       {"9.0", 1500, k16, 6001, 6001, 0, 0, Gradient::kInPlace, false, 1.25f, 20.0f},  // most of it
       {"8.0", 4000, k32, 1100, 1090, 2, 1, Gradient::kNarrower, true, 1.25f},
       {"8.0", kAllShared, kB16, 900, 900, 0, 0, Gradient::kInPlace, true},

@@ -61,6 +61,14 @@ PLANTED = {
         "      if (!mine) continue;",
         RACE,
     ),
+    "gradient_overwrites_overflow": Planted(
+        "dual_kl.cu",
+        "dual_kl",
+        "race",
+        "!narrows || 2 * resident",
+        "!narrows || 64 * resident",
+        RACE,
+    ),
     "row_starts_early": Planted(
         "dual_kl.cu",
         "dual_kl",
