@@ -222,7 +222,7 @@ def checks(run: Run) -> None:
         # Allocations one by one, so that it sees their borders.
         looking.append(run.start(name, command, 120, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
     if run.tiny:
-        looking.append(run.start("memcheck", run.smoke("--small"), 120))
+        looking.append(run.start("smoke-small", run.smoke("--small"), 120))
     run.judge(started)
     for tool_run in looking:
         run.note(judged_by_sanitizer(tool_run.outcome(), tool_run.text()))

@@ -31,7 +31,8 @@ bytes that must move (each input read once, each result written once) over that 
 GB`: the most that was allocated during a call beyond what is still there after it. `x other`: the
 other's time divided by this one; `of bare products`: this time divided by theirs. torch's compiler
 gets one shape an op and its detection stops at the scores, as eager's does; liger's chunked JSD is
-taken at beta = 0; `orda` of dual_kl is the kernel under its loss, which has no public name."""
+taken at beta = 0; `orda` of dual_kl is the kernel under its loss, which has no public name;
+liger KLDiv counts the two float32 log-softmaxes, by torch, that it needs."""
 
 COLUMNS = ("op", "case", "variant", "ms", "10 %", "90 %", "error", "of copy", "extra GB")
 COMPARED = ("x eager", "x compiled", "x liger KLDiv", "x liger chunked JSD", "x orda")
@@ -41,7 +42,7 @@ _LINEAR, _LONG = cases.GPU_LINEAR_CASES, cases.GPU_LONG_LINEAR_CASES
 TARGETS: list[tuple[str, str, str, float, Sequence[object]]] = [
     ("dual_kl", "cuda narrow rows", "of copy", 0.80, _TRAINING[:3]),
     ("dual_kl", "cuda inplace", "of copy", 0.85, _BF16),
-    ("dual_kl", "cuda inplace", "x compiled", 4.0, _BF16[:1]),  # the copy's own rate gives 4.7
+    ("dual_kl", "cuda inplace", "x compiled", 5.0, _BF16[:1]),
     ("dual_kl", "cuda inplace", "x liger KLDiv", 6.0, _BF16),
     ("dual_kl", "cuda inplace", "x orda", 3.0, _BF16),
     ("dual_kl", "triton inplace", "of copy", 0.45, _BF16),

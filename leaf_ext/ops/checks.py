@@ -66,7 +66,8 @@ def require_number(
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     bound = f"> {low:g}" if strict else f"in [{low:g}, {high:g}]"
     needed = f"a finite number {bound}"
-    require(number, op, argument, needed, value)
+    got = "a Tensor" if isinstance(value, Tensor) else value
+    require(number, op, argument, needed, got)
     assert isinstance(value, numbers.Real)
     converted = float(value)
     inside = converted > low if strict else low <= converted <= high

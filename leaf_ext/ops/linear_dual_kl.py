@@ -89,16 +89,16 @@ def linear_dual_kl(
         student_hidden, student_head: [N, H_s], [V_s, H_s] of one dtype: float32, float16 or
             bfloat16 (float64 with backend="reference"). Under autocast they are cast to its dtype,
             as torch.nn.functional.linear would.
-        teacher_hidden, teacher_head: [N, H_t], [V_t, H_t] of one dtype.
-        row_weight: [N] float32, see `row_weights`.
+        teacher_hidden, teacher_head: [N, H_t], [V_t, H_t] of one dtype. Of vocabularies that differ
+            (by padding) the common part counts, min(V_s, V_t).
+        row_weight: [N] float32 (float64 for float64 inputs), see `row_weights`.
         student_bias, teacher_bias: [V_s], [V_t], of their head's dtype.
         chunk_size: an upper bound. By default on a CPU 512 rows, more for vocabularies below 2^15
             (up to 4096) and fewer above 2^18 (2^27 logits of the student); on a GPU 32 to 4096
             rows: of bfloat16 inputs 2^29 logits of the student and a quarter as many of the
             teacher, where the library multiplies into float32; of others 2^28 of each (in float32
-            2.5 or 2 GiB). The head's gradient is read
-            and written once a chunk. Where all N rows are one chunk, a CPU keeps that of bfloat16
-            inputs as its library makes it, in bfloat16.
+            2.5 or 2 GiB). The head's gradient is read and written once a chunk. Where all N rows
+            are one chunk, a CPU keeps that of bfloat16 inputs as its library makes it, in bfloat16.
         temperature, logit_scale, logit_softcap, return_rows, backend: as in `dual_kl`.
     Returns:
         The loss, [] float32, in nats; with `return_rows` a pair (loss, rows).

@@ -143,10 +143,6 @@ __forceinline__ T __shfl_sync(unsigned mask, T value, int lane, LEAF_HERE) {
   return std::bit_cast<T>(::leaf::emulation::sync_warp(
       ::leaf::emulation::Warp::kShuffle, mask, std::bit_cast<unsigned>(value), lane, where));
 }
-template <class T>
-__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int step, LEAF_HERE) {
-  return __shfl_sync(mask, value, static_cast<int>(threadIdx.x) ^ step, where);
-}
 __forceinline__ unsigned __ballot_sync(unsigned mask, int predicate, LEAF_HERE) {
   return ::leaf::emulation::sync_warp(::leaf::emulation::Warp::kBallot, mask, predicate != 0, 0,
                                       where);
