@@ -24,7 +24,7 @@ from pathlib import Path
 from steps import Command, Outcome, judged_by_sanitizer, summary
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "gpu-extension"
+BUILD = ROOT / "build" / f"gpu-{sys.implementation.cache_tag}"
 NEEDED = ("torch", "triton", "pytest", "hypothesis")
 # The files whose tests ask for a backend: "-k cuda" alone would match names of files too.
 TESTS = (
