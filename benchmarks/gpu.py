@@ -175,7 +175,7 @@ def timings(run: Run, name: str = "timings", limit: float = 210, *options: str) 
 
 
 def counters(run: Run) -> None:
-    """What a profiler says of one launch of each of our kernels that training runs."""
+    """A profiler looks at one launch of each of our kernels that training runs."""
     ncu = tool("ncu") or next(map(str, Path("/opt/nvidia").glob("nsight-compute/*/ncu")), None)
     if ncu is None:
         return run.note(Outcome("counters", "not available", 0, "ncu is not on PATH"))
@@ -215,7 +215,7 @@ def checks(run: Run) -> None:
     started, looking, sanitizer = tests(run, "cuda"), [], tool("compute-sanitizer")
     if sanitizer is None and not run.tiny:
         run.note(Outcome("sanitizer", "not available", 0, "compute-sanitizer is not on PATH"))
-    # What torch asks the driver for in vain is no error of ours; what we ask is checked by us.
+    # API errors are left out: torch makes some calls in vain, and ours are checked.
     options = ["--show-backtrace", "no", "--report-api-errors", "no", "--print-limit", "200"]
     for name in ("memcheck", "racecheck") if sanitizer and not run.tiny else ():
         command = [str(sanitizer), "--tool", name, *options, *run.smoke("--small")]

@@ -109,7 +109,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[
 
 
 def page(path: Path, tiny: bool) -> str:
-    """Of a file of results. What was not reached in time is said."""
+    """Makes the page of a file of results; it says which jobs were not reached in time."""
     results, machine = Results(rows_of(path)), json.loads(path.read_text().splitlines()[0])
     planned = [job for group in table.groups(tiny) for job in table.jobs(group)]
     lines = [f"# Ops on {machine['GPU']}", "", "## Targets", "", "For an H100, of one run.", ""]

@@ -45,7 +45,7 @@ class Random:
 
 
 def tensors_in(result: Any) -> list[Tensor]:
-    """Of a tensor, a tuple or a dataclass."""
+    """Finds the tensors of a tensor, a tuple or a dataclass."""
     if result is None or isinstance(result, Tensor):
         return [] if result is None else [result]
     parts = result if isinstance(result, tuple) else vars(result).values()
@@ -112,7 +112,7 @@ class Subject:
 
 
 class Copy(Subject):
-    """What a device's memory can do."""
+    """A copy shows what a device's memory can do."""
 
     def step(self, variant: str) -> Step:
         size = 2**30 if self.clock.on_gpu else 2**20
@@ -200,7 +200,7 @@ class Linear(Subject):
         self.total, self.head_grad = self.sums()
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """What all rows add to: the loss, and the head's gradient of some words.
+        """Sums over all rows: the loss, and the head's gradient of some words.
 
         From logits in float32: the products of all rows in float64 would take seconds.
         """

@@ -180,7 +180,10 @@ class Row {
     float value = -INFINITY;
     int group = -1;
 
-    __device__ __forceinline__ void add(float top, int index) {
+    __device__ __forceinline__ void add(const Words<E, N>& words, int index) {
+      Maximum<E> maximum;
+      maximum.add(words);
+      const float top = maximum.value();
       group = top > value ? index : group;
       value = fmaxf(value, top);
     }
@@ -244,11 +247,7 @@ class Row {
   __device__ __forceinline__ void add_maxima(SoftmaxPart& part, Top& top,
                                              const Activation& activation, int g,
                                              const Words<E, N>& words) const {
-    if constexpr (Kind::kMeasures) {
-      Maximum<E> maximum;
-      maximum.add(words);
-      top.add(maximum.value(), g);
-    }
+    if constexpr (Kind::kMeasures) top.add(words, g);
     if constexpr (!Kind::kPlain) {
       const float top = largest(activated(activation, g, words));
       part.max = fmaxf(part.max, SoftmaxPart::unit(top, exponent_));
@@ -258,11 +257,7 @@ class Row {
   __device__ __forceinline__ void add_at_once(SoftmaxPart& part, Top& top,
                                               const Activation& activation, int g,
                                               const Words<E, N>& words) const {
-    if constexpr (Kind::kMeasures) {
-      Maximum<E> maximum;
-      maximum.add(words);
-      top.add(maximum.value(), g);
-    }
+    if constexpr (Kind::kMeasures) top.add(words, g);
     const Group<N> y = activated(activation, g, words);
     part.raise(fmaxf(part.max, SoftmaxPart::unit(largest(y), exponent_)), exponent_);
     part.add(y, exponent_);
