@@ -23,6 +23,26 @@ ALLOWED = {
     "testing": {"schema", "native", "dispatch", "reference", "ops", "testing", "__init__"},
 }
 
+# The same for the rooms of the loop.
+_BASE = {"io", "config", "data"}
+_STAGES = _BASE | {"models", "grading", "grade"}
+ROOMS = {
+    "io": set(),
+    "config": set(),
+    "data": {"io", "config", "data"},
+    "models": _BASE | {"models"},
+    "grading": {"io", "config", "grading"},
+    "grade": {"config"},
+    "detection": _STAGES | {"detection"},
+    "training": _BASE | {"models", "training"},
+    "evaluation": _STAGES | {"detection", "training", "evaluation"},
+    "report": _STAGES | {"detection", "training", "evaluation", "report"},
+    "demo": _STAGES | {"detection", "training", "evaluation", "report", "demo"},
+    "cli": _STAGES | {"detection", "training", "evaluation", "report", "demo"},
+    "__main__": {"cli"},
+    "__init__": {"config", "data", "models", "detection", "training", "evaluation"},
+}
+
 
 def imported_modules(path: Path) -> Iterator[str]:
     """The absolute names of all modules that a file imports, at any depth of its code."""
@@ -75,6 +95,18 @@ def test_leaf_ext_knows_nothing_of_the_loop(path: Path) -> None:
 def test_the_loop_uses_only_the_public_names_of_leaf_ext(path: Path) -> None:
     for module in imported_modules(path):
         assert part_of(module) in (None, "__init__"), f"{path.name} reaches into {module}"
+
+
+@pytest.mark.parametrize(
+    "path", python_files("python/leaf_distill"), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_the_rooms_of_the_loop_import_only_downwards(path: Path) -> None:
+    own = path.relative_to(ROOT / "python/leaf_distill").parts[0].removesuffix(".py")
+    assert own in ROOMS, f"leaf_distill/{own} is a new room: say in this test what it may import"
+    for module in imported_modules(path):
+        parts = module.split(".")
+        if parts[0] == "leaf_distill" and len(parts) > 1 and parts[1] in ROOMS:
+            assert parts[1] in ROOMS[own], f"{path.name} may not import {module}"
 
 
 @pytest.mark.parametrize("path", python_files("benchmarks"), ids=lambda p: str(p.relative_to(ROOT)))

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from leaf_distill.config import DetectConfig
-    from leaf_distill.distill_config import LeafConfig
-    from leaf_distill.pipeline import detect
-    from leaf_distill.trainer import LeafTrainer
+    from leaf_distill.detection.pipeline import detect
+    from leaf_distill.training.config import LeafConfig
+    from leaf_distill.training.trainer import LeafTrainer
 
 __all__ = ["DetectConfig", "LeafConfig", "LeafTrainer", "detect"]
 
 _HOME = {
     "DetectConfig": "leaf_distill.config",
-    "LeafConfig": "leaf_distill.distill_config",
-    "LeafTrainer": "leaf_distill.trainer",
-    "detect": "leaf_distill.pipeline",
+    "LeafConfig": "leaf_distill.training.config",
+    "LeafTrainer": "leaf_distill.training.trainer",
+    "detect": "leaf_distill.detection.pipeline",
 }
 
 

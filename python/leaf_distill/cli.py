@@ -81,13 +81,13 @@ def _detect_arguments() -> tuple[Any, ...]:
 
 
 def _run_detect(config: Any) -> None:
-    from leaf_distill.pipeline import detect
+    from leaf_distill.detection.pipeline import detect
 
     detect(config)
 
 
 def _distill_arguments() -> tuple[Any, ...]:
-    from leaf_distill.distill_config import DistillArguments, LeafConfig
+    from leaf_distill.training.config import DistillArguments, LeafConfig
 
     return (DistillArguments, LeafConfig)
 
@@ -96,26 +96,26 @@ def _hidden_training_arguments() -> frozenset[str]:
     """The fields of transformers.TrainingArguments that LeafConfig does not set otherwise."""
     from transformers import TrainingArguments
 
-    from leaf_distill.distill_config import LeafConfig
+    from leaf_distill.training.config import LeafConfig
 
     shown = {*LeafConfig.__annotations__, "output_dir", "seed", "max_steps", "report_to"}
     return frozenset({f.name for f in dataclasses.fields(TrainingArguments)} - shown)
 
 
 def _run_distill(arguments: Any, config: Any) -> None:
-    from leaf_distill.distill import distill
+    from leaf_distill.training.distill import distill
 
     distill(arguments, config)
 
 
 def _evaluate_arguments() -> tuple[Any, ...]:
-    from leaf_distill.distill_config import EvaluateConfig
+    from leaf_distill.config import EvaluateConfig
 
     return (EvaluateConfig,)
 
 
 def _run_evaluate(config: Any) -> None:
-    from leaf_distill.evaluate import evaluate
+    from leaf_distill.evaluation.evaluate import evaluate
 
     evaluate(config)
 

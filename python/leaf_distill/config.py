@@ -135,6 +135,62 @@ class DetectConfig:
             _check_range(self, "teacher_max", 0, 1)
 
 
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of `leaf evaluate`: a model's greedy answers, graded."""
+
+    model: str = field(default="", metadata=about("directory, hub name or .gguf file"))
+    dataset: str = field(
+        default="",
+        metadata=about("hub name, or a local .jsonl, .json, .parquet or dataset directory"),
+    )
+    output_dir: str = field(
+        default="leaf-evaluation", metadata=about("where answers go; the same command resumes")
+    )
+    dataset_split: str = field(default="test", metadata=about("split of the dataset"))
+    columns: dict[str, str] | str | None = field(
+        default=None,
+        metadata=about('names of other columns, as JSON: {"prompt": "question"}'),
+    )
+    max_rows: int | None = field(
+        default=None, metadata=about("take only so many rows from the start of the dataset")
+    )
+    dtype: str = field(
+        default="auto", metadata=about("the weights: auto, float32, bfloat16 or float16")
+    )
+    device: str = field(
+        default="auto", metadata=about("where the model runs: auto, cpu, cuda, cuda:1, ...")
+    )
+    chat_template: str = field(
+        default="auto", metadata=about("auto: the tokenizer's, if it has one; none: plain text")
+    )
+    system_prompt: str | None = field(
+        default=None, metadata=about("a system turn put before every row without one")
+    )
+    max_length: int = field(
+        default=4096, metadata=about("tokens of a prompt; longer ones count as not answered")
+    )
+    max_new_tokens: int = field(default=512, metadata=about("length limit of an answer, in tokens"))
+    max_batch_tokens: int = field(
+        default=8192, metadata=about("padded tokens of one batch, the memory's measure")
+    )
+    grade: GradeRule = field(
+        default="math",
+        metadata=about("math: math-verify; number: the last number; exact: the stripped string"),
+    )
+    grade_timeout: float = field(
+        default=5.0, metadata=about("seconds after which grading one answer is given up")
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", parse_columns(self.columns))
+        for name in ("model", "dataset", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: is needed, came empty; give --{name}")
+        check_choices(self)
+        check_ranges(self)
+
+
 def parse_columns(value: dict[str, str] | str | None) -> dict[str, str] | None:
     """Read a column mapping given as a dict or as JSON; ValueError unless it maps text to text."""
     if value is None or value == "":

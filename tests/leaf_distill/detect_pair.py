@@ -129,6 +129,6 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
 
 if __name__ == "__main__":
     from leaf_distill.config import DetectConfig
-    from leaf_distill.pipeline import detect
+    from leaf_distill.detection.pipeline import detect
 
     detect(DetectConfig(**json.loads(Path(sys.argv[1]).read_text())))

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from leaf_distill.collate import prepare_examples
-from leaf_distill.distill_config import LeafConfig
-from leaf_distill.render import Renderer
-from leaf_distill.trainer import LeafTrainer
+from leaf_distill.data.collator import prepare_examples
+from leaf_distill.data.prompt import Renderer
+from leaf_distill.training.config import LeafConfig
+from leaf_distill.training.trainer import LeafTrainer
 
 # Each training collects garbage, which takes a second over all that transformers has imported.
 gc.collect()

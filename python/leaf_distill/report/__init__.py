@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from leaf_distill.io import make_directory, write_bytes
 from leaf_distill.report.data import read_run
 from leaf_distill.report.page import render_page
 from leaf_distill.report.results import read_results
-from leaf_distill.store import make_directory, write_bytes
 
 __all__ = ["write_report"]
 

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from leaf_distill.funnel import ROW_STAGES
+from leaf_distill.detection.funnel import ROW_STAGES
 from leaf_distill.report.data import OUTCOMES, Run
 from leaf_distill.report.heat import LEVELS, cut_excerpt, heat, score_level, tail
 from leaf_distill.report.results import Results

@@ -1,0 +1,1 @@
+"""Rows of any layout, their rendering for a model, and batches of them."""

@@ -1,0 +1,1 @@
+"""Accuracy of a model's answers, and the comparison of arms."""

@@ -1,0 +1,1 @@
+"""Stage 2: distillation on originals and counterfactuals."""

@@ -1,0 +1,182 @@
+"""The loss of one batch: both models' hidden states at label positions into `linear_dual_kl`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from leaf_distill.models.lm_head import HeadPath
+from leaf_ext import DualKLRows, linear_dual_kl, row_weights
+
+logger = logging.getLogger(__name__)
+
+SUMS: Final = (
+    "kd_kl",
+    "cd_kl",
+    "kd_tokens",
+    "cd_tokens",
+    "student_entropy",
+    "teacher_entropy",
+    "agreement",
+    "cf_rows",
+    "skipped_rows",
+)
+"""What a batch adds up, in this order; sums and counts, so that any two of them can be added."""
+
+
+def count_labels(batch: dict[str, Tensor]) -> Tensor:
+    """Label tokens of the originals and of the counterfactuals of a batch, int64 [2]."""
+    labels, counterfactual = batch["predicts"].sum(dim=1), batch["counterfactual"]
+    return torch.stack([labels[~counterfactual].sum(), labels[counterfactual].sum()])
+
+
+def metrics(sums: Tensor) -> dict[str, float]:
+    """Means per label token from `SUMS`; a branch without tokens has no loss."""
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    tokens = total["kd_tokens"] + total["cd_tokens"]
+    result: dict[str, float] = {}
+    for branch in ("kd", "cd"):
+        if total[f"{branch}_tokens"]:
+            result[f"{branch}_loss"] = total[f"{branch}_kl"] / total[f"{branch}_tokens"]
+    for name in ("student_entropy", "teacher_entropy", "agreement"):
+        if tokens:
+            result[name] = total[name] / tokens
+    return {**result, "cf_rows": total["cf_rows"], "skipped_rows": total["skipped_rows"]}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """L = lambda L_kd + (1 - lambda) L_cd of one batch, with the denominators of its step.
+
+    `teacher` is the unwrapped teacher, frozen and in eval mode.
+    """
+
+    student: HeadPath
+    teacher: HeadPath
+    kd_weight: float | Literal["pool"]
+    temperature: float
+    backend: Any  # leaf_ext checks the name
+
+    def __call__(
+        self, module: nn.Module, batch: dict[str, Tensor], denominators: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Measure one batch.
+
+        Args:
+            module: the student, or what wraps it for training.
+            batch: as `Collator` makes it, on the student's device.
+            denominators: (n_kd, n_cd), the label tokens of the whole optimizer step, [2].
+
+        Returns:
+            the loss with its graph, and the batch's `SUMS`, float64 [len(SUMS)] on the CPU.
+
+        Raises:
+            RuntimeError: the student's loss is NaN; names the rows.
+        """
+        at = batch["predicts"]
+        sequence = at.nonzero()[:, 0]  # the row of the batch that each label token belongs to
+        counterfactual = batch["counterfactual"][sequence]
+        with torch.no_grad():
+            teacher_hidden = self.teacher.run(
+                self.teacher.model,
+                batch["teacher_input_ids"],
+                batch["teacher_attention_mask"],
+                batch["teacher_predicts"],
+                lambda hidden, weight, bias: hidden,
+            )
+        live = torch.ones_like(batch["counterfactual"])
+        measured: list[DualKLRows] = []
+
+        def weights() -> Tensor:
+            n_kd, n_cd = denominators
+            return row_weights(
+                counterfactual, live[sequence], kd_weight=self.kd_weight, n_kd=n_kd, n_cd=n_cd
+            )
+
+        def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            loss, rows = self._loss((hidden, weight, bias), teacher_hidden, weights())
+            faulty = rows.teacher_entropy.isnan()
+            # One bad position makes the teacher's whole row worthless. The row is skipped: its
+            # tokens get weight 0, which keeps NaN out of the sums. They stay in the denominators,
+            # which were counted before any forward pass.
+            if faulty.any():
+                live[sequence[faulty]] = False
+                loss, rows = self._loss((hidden, weight, bias), teacher_hidden, weights())
+            measured.append(rows)
+            return loss
+
+        loss = self.student.run(module, batch["input_ids"], batch["attention_mask"], at, at_head)
+        rows = measured[0]
+        sums, invalid = _sums(rows, weights(), counterfactual, live, batch)
+        row_id = batch["row_id"]
+        if invalid:
+            bad = sorted(set(row_id[sequence[rows.kl.isnan()]].tolist()))
+            raise RuntimeError(
+                f"the loss is NaN on the rows with row_id {bad}: the student's output is not "
+                "finite there. Lower learning_rate, or go on from the last checkpoint in float32"
+            )
+        if sums[SUMS.index("skipped_rows")]:
+            logger.warning(
+                "skipped row_id %s: the teacher's output is not finite", row_id[~live].tolist()
+            )
+        return loss, sums
+
+    def from_sums(self, sums: Tensor) -> float:
+        """The loss of a whole dataset from its `SUMS`."""
+        kd_kl, cd_kl, n_kd, n_cd = sums[:4].tolist()
+        if self.kd_weight == "pool" or not n_kd or not n_cd:
+            mean = (kd_kl + cd_kl) / max(n_kd + n_cd, 1)
+        else:
+            mean = self.kd_weight * kd_kl / n_kd + (1 - self.kd_weight) * cd_kl / n_cd
+        return float(mean * self.temperature**2)
+
+    def _loss(
+        self, student: tuple[Tensor, Tensor, Tensor | None], teacher_hidden: Tensor, weights: Tensor
+    ) -> tuple[Tensor, DualKLRows]:
+        hidden, weight, bias = student
+        teacher_head = self.teacher.head
+        return linear_dual_kl(
+            hidden,
+            weight,
+            teacher_hidden,
+            teacher_head.weight,
+            weights.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
+            student_bias=bias,
+            teacher_bias=teacher_head.bias,
+            temperature=self.temperature,
+            logit_scale=(self.student.scale, self.teacher.scale),
+            logit_softcap=(self.student.softcap, self.teacher.softcap),
+            return_rows=True,
+            backend=self.backend,
+        )
+
+
+def _sums(
+    rows: DualKLRows,
+    weights: Tensor,
+    counterfactual: Tensor,
+    live: Tensor,
+    batch: dict[str, Tensor],
+) -> tuple[Tensor, bool]:
+    """The batch's `SUMS`, and whether a token's KL is NaN; one transfer from the device for all."""
+    counts = weights > 0
+    kd, cd = counts & ~counterfactual, counts & counterfactual
+    cf_rows = batch["counterfactual"] & batch["predicts"].any(dim=1)
+    parts = [
+        rows.kl[kd].sum(),
+        rows.kl[cd].sum(),
+        kd.sum(),
+        cd.sum(),
+        rows.student_entropy.sum(),
+        rows.teacher_entropy.sum(),
+        rows.agreement.sum(),
+        cf_rows.sum(),
+        (~live).sum(),
+        rows.kl.isnan().any(),
+    ]
+    values = torch.stack([part.to(rows.kl.dtype) for part in parts]).cpu().double()
+    return values[:-1], bool(values[-1])

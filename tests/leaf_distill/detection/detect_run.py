@@ -1,0 +1,61 @@
+"""Runs of stage 1 on the tiny pair, and what their results must add up to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import detect_pair
+import pyarrow.parquet as pq
+
+from leaf_distill.config import DetectConfig
+from leaf_distill.detection.pipeline import DetectResult, detect
+
+ROWS = detect_pair.make_rows()
+CONFOUNDED = [detect_pair.misled(row) for row in ROWS]
+
+
+def settings(
+    pair: dict[str, str], root: Path, rows: list[dict[str, Any]] = ROWS, **changes: Any
+) -> dict[str, Any]:
+    root.mkdir(parents=True, exist_ok=True)
+    common = {"grade": "exact", "max_new_tokens": 4, "max_batch_tokens": 150, "threshold": 0.15}
+    dataset = detect_pair.write_rows(root / "rows.jsonl", rows)
+    return {**pair, **common, "dataset": dataset, "output_dir": str(root / "run"), **changes}
+
+
+def run(*args: Any, **changes: Any) -> DetectResult:
+    return detect(DetectConfig(**settings(*args, **changes)))
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return lines
+
+
+def counts(result: DetectResult) -> list[int]:
+    return [entry["rows"] for entry in result.funnel["stages"]]
+
+
+def reasons(result: DetectResult, unit: str = "rows") -> dict[str, int]:
+    return {
+        entry["reason"]: entry["count"] for entry in result.funnel["left"] if entry["unit"] == unit
+    }
+
+
+def check_sums(result: DetectResult, total: int) -> None:
+    """Rows in = rows at the end + rows left, and everyone's fate is in the table once."""
+    stages = result.funnel["stages"]
+    rows = [entry["rows"] for entry in stages if entry["unit"] == "rows"]
+    cuts = [entry["rows"] for entry in stages if entry["unit"] == "candidates"]
+    assert rows[0] == total == rows[-1] + sum(reasons(result).values())
+    assert cuts[0] == cuts[1] + sum(reasons(result, "candidates").values())
+    fates = table(result.fates)
+    keys = [(line["row_id"], line["candidate_id"]) for line in fates]
+    assert len(set(keys)) == len(keys)
+    assert sum(key[1] < 0 for key in keys) == total and len(keys) == total + cuts[0]
+    kept = Counter(line["candidate_id"] >= 0 for line in fates if line["reason"] == "kept")
+    assert (kept[False], kept[True]) == (rows[-1], cuts[1])
+    branches = Counter(line["branch"] for line in table(result.dataset))
+    assert branches == Counter({"original": rows[1], "counterfactual": cuts[1]}) + Counter()

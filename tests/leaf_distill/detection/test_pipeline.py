@@ -1,0 +1,259 @@
+"""Stage 1 from rows to the dataset, with a real pair whose student is really confounded."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import detect_pair
+import pytest
+import torch
+from detect_run import CONFOUNDED, ROWS, check_sums, counts, reasons, run, table
+from transformers import AutoModelForCausalLM
+
+from leaf_distill.detection import pair as pair_module
+from leaf_distill.detection.pipeline import DetectResult
+
+
+def test_finds_cuts_and_validates(finished: DetectResult) -> None:
+    marked = sum(CONFOUNDED)
+    assert 10 < marked < len(ROWS)
+    assert counts(finished)[:6] == [len(ROWS), len(ROWS), len(ROWS), marked, marked, marked]
+    assert reasons(finished)["student_right"] == len(ROWS) - marked
+    check_sums(finished, len(ROWS))
+    lines = table(finished.dataset)
+    cuts = [line for line in lines if line["branch"] == "counterfactual"]
+    assert len(cuts) >= 0.8 * marked
+    for line in cuts:
+        before, after = ROWS[line["row_id"]]["prompt"], line["prompt"][-1]["content"]
+        ((start, stop),) = line["cut"]
+        assert before[:start] + before[stop:] == after
+        assert before[start:stop].split()[0] in detect_pair.NAMES
+        assert line["strategy"] == "span"
+    for line in lines:
+        row = ROWS[line["row_id"]]
+        assert line["completion"] == [{"role": "assistant", "content": row["completion"]}]
+        assert line["answer"] == row["answer"]
+        if line["branch"] == "original":
+            assert line["prompt"] == [{"role": "user", "content": row["prompt"]}]
+            assert line["candidate_id"] == -1 and line["cut"] == [] and line["strategy"] is None
+    with (finished.run_directory / "dataset.jsonl").open() as file:
+        assert [json.loads(line) for line in file] == lines
+
+
+def test_samples_hold_what_was_seen(finished: DetectResult) -> None:
+    samples = table(finished.samples)
+    assert [sample["row_id"] for sample in samples] == [
+        row_id for row_id, confounded in enumerate(CONFOUNDED) if confounded
+    ]
+    for sample in samples:
+        text = sample["user_text"]
+        assert text == ROWS[sample["row_id"]]["prompt"] == sample["messages"][-1]["content"]
+        assert "".join(text[start:stop] for start, stop in sample["offsets"]) == text
+        for name in ("teacher_saliency", "student_saliency", "score"):
+            assert len(sample[name]) == len(sample["offsets"])
+            assert min(sample[name]) == 0.0 and max(sample[name]) == 1.0
+        lowest = sample["offsets"][sample["score"].index(0.0)]
+        assert any(start <= lowest[0] and lowest[1] <= stop for start, stop in sample["spans"])
+        assert (sample["teacher_verdict"], sample["student_verdict"]) == ("right", "wrong")
+        assert sample["teacher_answer"] == sample["answer"] != sample["student_answer"]
+        for candidate in sample["candidates"]:
+            right = candidate["teacher_verdict"] == candidate["student_verdict"] == "right"
+            assert candidate["kept"] == right == (candidate["reason"] is None)
+
+
+def test_every_reason_adds_up(pair: dict[str, str], tmp_path: Path) -> None:
+    long = " ".join(["rain is loud ."] * 9)
+    rows: list[dict[str, Any]] = [
+        *({**row, "answer": None} for row in ROWS[:8]),  # the completion is the gold answer then
+        {"prompt": "tom has 3 apples .", "completion": "", "answer": "3"},
+        {"prompt": long + " tom has 3 apples .", "completion": "3", "answer": "3"},
+        {"prompt": "tom has 3 apples .", "completion": long, "answer": "3"},
+        {"prompt": "tom has 3 apples . the sticker says 4 nine .", "completion": "8"},
+        {"prompt": [{"role": "nobody", "content": "tom has 3 apples ."}], "completion": "3"},
+    ]
+    result = run(pair, tmp_path, rows)
+    check_sums(result, len(rows))
+    found = reasons(result)
+    assert found["empty_completion"] == found["no_user_turn"] == 1
+    assert found["prompt_too_long"] == found["completion_too_long"] == 1
+    assert found["teacher_wrong"] == 1
+    assert found["student_right"] == 8 - sum(CONFOUNDED[:8])
+    details = {line["reason"]: line["detail"] for line in table(result.fates)}
+    assert f"of the {detect_pair.POSITIONS} tokens" in details["prompt_too_long"]
+    assert {line["row_id"] for line in table(result.dataset)} == {*range(8), 11}
+
+
+def test_answers_cut_off_by_the_length_limit(pair: dict[str, str], tmp_path: Path) -> None:
+    result = run(pair, tmp_path, max_new_tokens=1)
+    assert reasons(result) == {"student_cut_off": len(ROWS)}
+    check_sums(result, len(ROWS))
+    assert table(result.samples) == []
+
+
+def test_never_two_models_in_memory(
+    pair: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, alive, order = pair_module.load_model, [], []
+
+    def watched(name: str, **options: Any) -> Any:
+        gc.collect()
+        assert all(reference() is None for reference in alive)
+        model = load(name, **options)
+        alive.append(weakref.ref(model))
+        order.append(Path(name).name)
+        return model
+
+    monkeypatch.setattr(pair_module, "load_model", watched)
+    run(pair, tmp_path, ROWS[:6])
+    assert order == ["student", "teacher", "student", "teacher"]
+
+
+def test_select_all_asks_nobody(pair: dict[str, str], tmp_path: Path) -> None:
+    result = run(pair, tmp_path, select="all", validate="none")
+    check_sums(result, len(ROWS))
+    assert not list(tmp_path.glob("run/stages/predict-*"))
+    samples = table(result.samples)
+    assert len(samples) == len(ROWS)
+    assert all(sample["student_verdict"] is None for sample in samples)
+    assert all(c["kept"] and c["teacher_answer"] is None for s in samples for c in s["candidates"])
+
+
+def test_validation_by_the_teacher_keeps_more(
+    pair: dict[str, str], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"threshold": 0.6}
+    both = run(pair, copied, **changes)
+    check_sums(both, len(ROWS))
+    capsys.readouterr()
+    teacher = run(pair, copied, validate="teacher", **changes)
+    assert "This replaces the results of validate 'both'" in capsys.readouterr().out
+    check_sums(teacher, len(ROWS))
+    assert counts(both)[-1] < counts(teacher)[-1]
+    assert "student_wrong" not in reasons(teacher, "candidates")
+    assert "student_wrong" in reasons(both, "candidates")
+
+
+def test_the_teachers_answers_as_labels(pair: dict[str, str], tmp_path: Path) -> None:
+    rows = [{**row, "completion": "9 apples"} for row in ROWS]
+    result = run(pair, tmp_path, rows, completion_source="teacher")
+    check_sums(result, len(rows))
+    for line in table(result.dataset):
+        assert line["completion"][0]["content"] == ROWS[line["row_id"]]["answer"]
+    assert counts(result)[-1] > 0
+
+
+def test_nan_in_a_models_output_takes_its_rows_only(pair: dict[str, str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(pair["teacher"], broken)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[detect_pair.WORDS.index("loud")] = torch.nan
+    model.save_pretrained(broken)
+    loud = ["loud" in row["prompt"] for row in ROWS]
+    names = pair | {"teacher": str(broken)}
+    asked = run(names, tmp_path / "asked")
+    both = sum(a and b for a, b in zip(loud, CONFOUNDED, strict=True))
+    assert 0 < both == reasons(asked)["teacher_not_finite"] < sum(CONFOUNDED)
+    unasked = run(names, tmp_path / "unasked", select="all", validate="none")
+    assert reasons(unasked)["teacher_not_finite"] == sum(loud)
+    for result in (asked, unasked):
+        check_sums(result, len(ROWS))
+        assert counts(result)[1] == len(ROWS)  # all of them stay originals
+
+
+def test_templates_may_differ_and_are_reported(
+    pair: dict[str, str], finished: DetectResult, tmp_path: Path
+) -> None:
+    other = tmp_path / "student"
+    shutil.copytree(pair["student"], other)
+    template = "<system> be brief . " + detect_pair.TEMPLATE
+    (other / "chat_template.jinja").write_text(template)
+    result = run(pair | {"student": str(other)}, tmp_path, select="all", validate="none")
+    assert finished.funnel["templates"] == []
+    assert any("be brief" in sentence for sentence in result.funnel["templates"])
+    check_sums(result, len(ROWS))
+    assert len(table(result.samples)) == len(ROWS)
+
+
+def test_different_tokenizers_are_refused(pair: dict[str, str], tmp_path: Path) -> None:
+    other = tmp_path / "student"
+    shutil.copytree(pair["student"], other)
+    path = other / "tokenizer.json"
+    path.write_text(path.read_text().replace('"tom"', '"tim"'))
+    with pytest.raises(ValueError, match="tokenizers are different"):
+        run(pair | {"student": str(other)}, tmp_path)
+
+
+def test_a_foreign_run_directory_is_refused(pair: dict[str, str], copied: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_rows was None and is now 3"):
+        run(pair, copied, max_rows=3)
+
+
+def test_the_last_line_says_where_the_results_are(
+    pair: dict[str, str], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(pair, copied)
+    output = capsys.readouterr().out
+    assert str(result.dataset) in output.splitlines()[-1]
+    assert "student right" in output and "kept counterfactuals" in output
+
+
+def test_rows_leave_with_their_last_candidate(pair: dict[str, str], copied: Path) -> None:
+    # So much is cut that some rows lose what the answer needs.
+    result = run(pair, copied, select="all", threshold=0.9)
+    check_sums(result, len(ROWS))
+    assert reasons(result)["no_valid_cut"] > 0
+    everything = {"threshold": 1.0, "strategy": "collective", "validate": "none"}
+    result = run(pair, copied, select="all", **everything)
+    check_sums(result, len(ROWS))
+    assert reasons(result) == {"no_usable_cut": len(ROWS)}
+    assert reasons(result, "candidates") == {"empty_after_cut": len(ROWS)}
+
+
+def test_no_usable_row_is_an_error_with_its_reasons(pair: dict[str, str], tmp_path: Path) -> None:
+    rows = [*ROWS[:2], {**ROWS[2], "completion": ""}]
+    with pytest.raises(
+        ValueError,
+        match=r"no row of .*rows.jsonl is usable \(1 empty_completion, 2 prompt_too_long\); .*/fa",
+    ):
+        run(pair, tmp_path, rows, max_length=5)
+    fates = {line["row_id"]: line["reason"] for line in table(tmp_path / "run/fates.parquet")}
+    assert fates == {0: "prompt_too_long", 1: "prompt_too_long", 2: "empty_completion"}
+    assert not (tmp_path / "run/dataset.parquet").exists()
+    columns = {"prompt": "prompt", "completion": "answer"}  # also settings that make it another run
+    assert counts(run(pair, tmp_path, rows, columns=columns))[1] == 3
+
+
+def test_no_usable_row_leaves_a_finished_run_alone(pair: dict[str, str], copied: Path) -> None:
+    with pytest.raises(ValueError, match="no row of"):
+        run(pair, copied, max_length=5)
+    with pytest.raises(ValueError, match="max_rows was None and is now 3"):
+        run(pair, copied, max_rows=3)
+
+
+def test_a_teacher_without_an_answer_has_answered(pair: dict[str, str], tmp_path: Path) -> None:
+    mute = str(shutil.copytree(pair["teacher"], tmp_path / "mute"))
+    model = AutoModelForCausalLM.from_pretrained(mute)
+    digits = [detect_pair.WORDS.index(word) for word in detect_pair.DIGITS]
+    model.generation_config.eos_token_id = [1, *digits]  # its first word is the end
+    model.save_pretrained(mute)
+    result = run(pair | {"teacher": mute}, tmp_path)
+    check_sums(result, len(ROWS))
+    assert reasons(result)["teacher_no_answer"] == sum(CONFOUNDED)
+    assert {entry["stage"] for entry in result.funnel["left"]} == {"mark"}
+    assert counts(result)[2] == len(ROWS)  # answered
+
+
+def test_plain_text_does_without_a_template_that_fails(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    names = {role: str(shutil.copytree(path, tmp_path / role)) for role, path in pair.items()}
+    for path in names.values():
+        (Path(path) / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    result = run(names, tmp_path, select="all", chat_template="none")
+    check_sums(result, len(ROWS))

@@ -1,0 +1,180 @@
+"""`leaf evaluate` on a model that really knows its answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from distill_pair import TEMPLATE, make_model, make_tokenizer
+
+from leaf_distill.config import EvaluateConfig
+from leaf_distill.evaluation.evaluate import evaluate, wilson_interval
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Trained for a moment to answer `w_n` with `w_(n+1)`, for n below 20, and w39 without end."""
+    directory = tmp_path_factory.mktemp("model")
+    student, tokenizer = make_model(3, hidden=32), make_tokenizer()
+    texts = [f"<user> w{n} <assistant> w{n + 1} <eos>" for n in range(20)]
+    texts.append("<user> w39 <assistant> w39 w39")
+    ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    for _ in range(60):
+        labels = ids.masked_fill(ids == 0, -100)
+        student(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    student.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def config(tmp_path: Path, model: str, rows: list[dict[str, Any]], **settings: Any) -> Any:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return EvaluateConfig(
+        model=model,
+        dataset=str(file),
+        output_dir=str(tmp_path / "out"),
+        grade="exact",
+        **{"max_new_tokens": 4, "device": "cpu", **settings},
+    )
+
+
+ROWS: list[dict[str, Any]] = [
+    *({"prompt": f"w{n}", "completion": "unused", "answer": f"w{n + 1}"} for n in range(8)),
+    {"prompt": "w8", "completion": "w9"},  # graded against the completion
+    {"prompt": "w9", "completion": "w10", "answer": "w11"},
+    {"prompt": "w39", "completion": "w39 w39", "answer": "w39"},
+    {"prompt": "w1 " * 20, "completion": "w2"},
+]
+
+
+def test_answers_are_graded_and_counted(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluate(config(tmp_path, model, ROWS, max_length=10))
+    assert result.counts == {"right": 9, "wrong": 1, "cut_off": 1, "too_long": 1}
+    assert result.accuracy == 0.75
+    assert result.interval == wilson_interval(9, 12)
+    lines = pq.read_table(result.answers).to_pylist()
+    assert [line["row_id"] for line in lines] == list(range(12))
+    assert lines[3]["prompt"] == "w3" and lines[3]["answer"].strip() == "w4"
+    assert lines[8]["verdict"] == "right" and lines[9]["verdict"] == "wrong"
+    assert lines[10]["verdict"] == "cut_off" and lines[10]["n_tokens"] == 4
+    assert lines[11]["verdict"] == "too_long" and lines[11]["answer"] is None
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["accuracy"] == 0.75 and metrics["counts"] == result.counts
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "Accuracy 75.0%" in last and last.endswith(str(result.answers))
+
+
+def copy_with_template(model: str, path: Path, template: str) -> str:
+    shutil.copytree(model, path)
+    make_tokenizer(template).save_pretrained(path)
+    return str(path)
+
+
+def parts(tmp_path: Path) -> dict[Path, int]:
+    found = (tmp_path / "out" / "stages").rglob("part-*.parquet")
+    return {part: part.stat().st_mtime_ns for part in found}
+
+
+def test_the_same_command_reuses_its_answers_and_another_one_is_refused(
+    tmp_path: Path, model: str
+) -> None:
+    first = evaluate(config(tmp_path, model, ROWS[:4]))
+    written = parts(tmp_path)
+    again = evaluate(config(tmp_path, model, ROWS[:4], max_batch_tokens=6))
+    assert again == first
+    assert parts(tmp_path) == written
+    with pytest.raises(ValueError, match="max_new_tokens was 4 and is now 5"):
+        evaluate(config(tmp_path, model, ROWS[:4], max_new_tokens=5))
+    with pytest.raises(ValueError, match=r"system_prompt None' and is now '.*system_prompt w1'"):
+        evaluate(config(tmp_path, model, ROWS[:4], system_prompt="w1"))
+    with pytest.raises(ValueError, match=r"the content of rows '.*rows.jsonl' changed"):
+        evaluate(config(tmp_path, model, ROWS[:5]))
+
+
+def test_another_grade_reuses_the_answers(tmp_path: Path, model: str) -> None:
+    rows = [{"prompt": "w3", "completion": "w4", "answer": "the w4"}]
+    assert evaluate(config(tmp_path, model, rows)).counts == {"wrong": 1}
+    written = parts(tmp_path)
+    changed = replace(config(tmp_path, model, rows), grade="number", grade_timeout=9.0)
+    assert evaluate(changed).counts == {"right": 1}
+    assert written.items() < parts(tmp_path).items()
+    assert {part.parts[-3] for part in parts(tmp_path).keys() - written.keys()} == {"grades"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"dtype": "foo"}, "dtype must be one of"),
+        ({"device": "foo"}, "device must be"),
+        ({"chat_template": "foo"}, "chat_template must be"),
+        ({"grade_timeout": 0.0}, "grade_timeout: needs seconds above 0"),
+        ({"grade_timeout": float("nan")}, "grade_timeout: needs seconds above 0"),
+        ({"grade_timeout": float("inf")}, "grade_timeout: needs seconds above 0"),
+        ({"max_rows": 0}, "max_rows: needs at least 1"),
+    ],
+)
+def test_a_wrong_setting_claims_no_directory(
+    tmp_path: Path, model: str, wrong: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        evaluate(config(tmp_path, model, ROWS[:2], **wrong))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_model_claims_no_directory(tmp_path: Path, model: str) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="No model"):
+        evaluate(config(tmp_path, str(broken), ROWS[:2]))
+    (broken / "model.safetensors").write_bytes(whole)
+    assert evaluate(config(tmp_path, str(broken), ROWS[:2])).accuracy == 1.0
+
+
+def test_rows_that_the_template_refuses_are_counted(tmp_path: Path, model: str) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    strict = copy_with_template(model, tmp_path / "strict", template + TEMPLATE)
+    turns = [{"role": "system", "content": "w5"}, {"role": "user", "content": "w1"}]
+    rows = [*ROWS[:2], {"prompt": turns, "completion": "w2"}]
+    result = evaluate(config(tmp_path, strict, rows))
+    assert result.counts == {"right": 2, "not_renderable": 1}
+    assert result.accuracy == 2 / 3
+    (*_, last) = pq.read_table(result.answers).to_pylist()
+    assert (last["row_id"], last["verdict"], last["answer"]) == (2, "not_renderable", None)
+
+
+def test_plain_text_does_without_a_template_that_fails(tmp_path: Path, model: str) -> None:
+    broken = copy_with_template(model, tmp_path / "broken", "{{ raise_exception('never') }}")
+    result = evaluate(config(tmp_path, broken, ROWS[:2], chat_template="none"))
+    assert sum(result.counts.values()) == 2 and "not_renderable" not in result.counts
+    with pytest.raises(ValueError, match="never"):
+        evaluate(config(tmp_path, broken, ROWS[:2]))
+
+
+def test_wilsons_interval() -> None:
+    # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29, method 3.
+    published = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605)}
+    published |= {(0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718)}
+    for counts, interval in published.items():
+        assert wilson_interval(*counts) == pytest.approx(interval, abs=5e-5)
+    with pytest.raises(ValueError, match="total at least 1"):
+        wilson_interval(0, 0)
+
+
+def test_settings_are_checked(tmp_path: Path, model: str) -> None:
+    with pytest.raises(ValueError, match="model: is needed"):
+        config(tmp_path, "", ROWS)
+    with pytest.raises(ValueError, match="max_new_tokens: needs at least 1"):
+        config(tmp_path, model, ROWS, max_new_tokens=0)

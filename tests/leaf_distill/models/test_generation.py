@@ -1,0 +1,193 @@
+"""Greedy answers of real models: batched equals one by one, and every way an answer ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leaf_distill.data.prompt import Renderer
+from leaf_distill.models import generation as predict
+from leaf_distill.models.generation import Answer, plan_batches
+
+PROMPTS = [[11, 12, 13, 14, 15, 16, 17], [20], [31, 32, 33], [11, 12, 13, 14]]
+
+
+def generate(model, tokenizer, prompts, *, max_new_tokens):
+    ends = Renderer(tokenizer).end_ids
+    return predict.generate(model, tokenizer, prompts, end_ids=ends, max_new_tokens=max_new_tokens)
+
+
+def one_by_one(model, prompt, count, **options):
+    """The new tokens of transformers' own greedy generation of a single, unpadded prompt."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            **options,
+        )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_tokenizer):
+    return make_tokenizer("bytes", "chatml")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_batch_equals_one_by_one(make_model, tokenizer, kind):
+    model = make_model(kind)
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
+    assert len({answer.text for answer in answers}) == len(PROMPTS)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        tokens = one_by_one(model, prompt, 12)
+        assert answer == Answer(
+            tokenizer.decode(tokens, skip_special_tokens=True), False, 12, False
+        )
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == answers
+
+
+@pytest.mark.parametrize("who", ["config", "template", "tokenizer"])
+def test_every_end_token_ends_the_answer(make_model, make_tokenizer, tokenizer, who):
+    model = make_model()
+    free = one_by_one(model, PROMPTS[0], 12)
+    place = next(i for i in range(3, 12) if free[i] not in free[:i])
+    if who == "config":
+        model.generation_config.eos_token_id = [419, free[place]]
+    elif who == "tokenizer":
+        tokenizer = make_tokenizer("bytes", "plain")
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(free[place])
+    else:
+        end = tokenizer.convert_ids_to_tokens(free[place])
+        template = "{% for m in messages %}{{ m.content }}" + "<|im_end|>{% endfor %}"
+        # Swap two rows of the head, so that the model says the template's end token there.
+        tokenizer = make_tokenizer("bytes", template)
+        im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        with torch.no_grad():
+            model.lm_head.weight[[im_end, free[place]]] = model.lm_head.weight[
+                [free[place], im_end]
+            ]
+        assert end != "<|im_end|>"
+    answer = generate(model, tokenizer, PROMPTS, max_new_tokens=12)[0]
+    assert answer == Answer(tokenizer.decode(free[:place]), True, place, False)
+
+
+def test_end_at_the_limit_is_finished(make_model, tokenizer):
+    model = make_model()
+    free = one_by_one(model, PROMPTS[0], 12)
+    place = next(i for i in range(3, 12) if free[i] not in free[:i])
+    model.generation_config.eos_token_id = free[place]
+    assert generate(model, tokenizer, PROMPTS[:1], max_new_tokens=place + 1)[0].finished
+    assert not generate(model, tokenizer, PROMPTS[:1], max_new_tokens=place)[0].finished
+
+
+def test_the_models_own_sampling_settings_do_not_count(make_model, tokenizer):
+    model = make_model()
+    plain = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, repetition_penalty=9.0, no_repeat_ngram_size=1
+    )
+    settings = model.generation_config.to_dict()
+    model.train()
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == plain
+    assert model.training
+    assert model.generation_config.to_dict() == settings
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_invalid_logits_flag_their_row_only(make_model, tokenizer, value):
+    model = make_model()
+    prompts = [*PROMPTS[:2], [31, 400, 33], PROMPTS[3]]
+    clean = generate(model, tokenizer, prompts, max_new_tokens=6)
+    assert not any(400 in one_by_one(model, prompt, 6) for prompt in prompts)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[400] = value
+    answers = generate(model, tokenizer, prompts, max_new_tokens=6)
+    assert [answer.invalid for answer in answers] == [False, False, True, False]
+    assert not answers[2].finished
+    assert answers[:2] + answers[3:] == clean[:2] + clean[3:]
+
+
+def test_invalid_after_some_tokens(make_model, tokenizer):
+    model = make_model()
+    third = one_by_one(model, PROMPTS[1], 3)[2]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[third] = float("nan")  # read back at the fourth step
+    answer = generate(model, tokenizer, PROMPTS[1:2], max_new_tokens=12)[0]
+    assert (answer.invalid, answer.n_tokens) == (True, 3)
+
+
+def test_padding_after_the_end_does_not_count(make_model, tokenizer):
+    model = make_model()
+    prompts = [PROMPTS[2], [41, 42, 43]]  # of one length: no padding before
+    first = one_by_one(model, prompts[0], 2)
+    assert first[1] not in one_by_one(model, prompts[1], 8)
+    model.generation_config.eos_token_id = first[1]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.pad_token_id] = float("nan")
+    answers = generate(model, tokenizer, prompts, max_new_tokens=8)
+    assert [answer.invalid for answer in answers] == [False, False]
+    assert [answer.finished for answer in answers] == [True, False]
+
+
+def test_masked_vocabulary_is_no_error(make_model, tokenizer):
+    model = make_model()
+    model.lm_head.register_forward_hook(
+        lambda _module, _inputs, logits: logits.index_fill(-1, torch.arange(400, 420), -torch.inf)
+    )
+    assert not any(a.invalid for a in generate(model, tokenizer, PROMPTS, max_new_tokens=4))
+
+
+def test_positions_are_never_outgrown(make_model, tokenizer):
+    model = make_model("gpt2")  # 48 positions
+    long = [20 + i for i in range(44)]
+    answers = generate(model, tokenizer, [PROMPTS[0], long, PROMPTS[1]], max_new_tokens=30)
+    assert [answer.n_tokens for answer in answers] == [30, 4, 30]
+    assert not answers[1].finished
+    assert answers[1].text == tokenizer.decode(one_by_one(model, long, 4))
+    with pytest.raises(ValueError, match=r"prompts\[1\] has 48 tokens"):
+        generate(model, tokenizer, [[1], [1] * 48], max_new_tokens=1)
+
+
+def test_bad_arguments(make_model, tokenizer):
+    model = make_model()
+    assert generate(model, tokenizer, [], max_new_tokens=3) == []
+    with pytest.raises(ValueError, match=r"prompts\[1\] has 0 tokens"):
+        generate(model, tokenizer, [[1], []], max_new_tokens=3)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        generate(model, tokenizer, [[1]], max_new_tokens=0)
+    with pytest.raises(ValueError, match="max_tokens must be at least 1"):
+        plan_batches([1], max_tokens=0)
+
+
+@given(st.lists(st.integers(1, 50)), st.integers(1, 120))
+def test_plan_holds_every_row_once_and_the_limit(lengths, limit):
+    plan = plan_batches(lengths, max_tokens=limit)
+    assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
+    widths = [max(lengths[i] for i in batch) for batch in plan]
+    assert widths == sorted(widths, reverse=True)
+    for batch, width in zip(plan, widths, strict=True):
+        assert len(batch) == 1 or len(batch) * width <= limit
+    for batch, width in list(zip(plan, widths, strict=True))[:-1]:
+        assert (len(batch) + 1) * width > limit  # full
+    assert plan == plan_batches(lengths, max_tokens=limit)
+
+
+@pytest.mark.slow
+def test_smollm2_answers(smollm2_path):
+    from leaf_distill.models.loading import load_model, load_tokenizer
+
+    model, tokenizer = load_model(smollm2_path), load_tokenizer(smollm2_path)
+    renderer = Renderer(tokenizer)
+    questions = ["What is 2 + 3?", "Name one color of the rainbow.", "Say hello. \U0001f600"]
+    prompts = [renderer.prompt([{"role": "user", "content": q}]).input_ids for q in questions]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=16)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = one_by_one(model, prompt, 16, pad_token_id=2)
+        assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert answer.finished == (2 in tokens)
+    assert "5" in answers[0].text

@@ -1,0 +1,341 @@
+"""`leaf distill` from files to a checkpoint that loads, described by its card."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from distill_pair import make_config, make_rows, make_student, make_teacher, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from leaf_distill.io import StoreError
+from leaf_distill.training.config import DistillArguments
+from leaf_distill.training.distill import distill
+from leaf_distill.training.trainer import LeafTrainer
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> dict[str, str]:
+    for name, model in (("student", make_student()), ("teacher", make_teacher())):
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    return {"student": str(tmp_path / "student"), "teacher": str(tmp_path / "teacher")}
+
+
+def write_run(directory: Path, rows: list[dict[str, Any]]) -> str:
+    """What distillation reads of a finished run of `leaf detect`."""
+    directory.mkdir()
+    (directory / "run.json").write_text("{}")
+    pq.write_table(pa.Table.from_pylist(rows), directory / "dataset.parquet")
+    return str(directory)
+
+
+def test_a_run_of_detect_becomes_a_checkpoint(
+    tmp_path: Path, pair: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = make_rows(12, 5)
+    arguments = DistillArguments(
+        **pair,
+        dataset=write_run(tmp_path / "run", rows),
+        eval_dataset=write_run(tmp_path / "held_out", make_rows(4, 2, seed=1)),
+    )
+    output = tmp_path / "out"
+    result = distill(arguments, make_config(output, num_train_epochs=4))
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"The student is in {output}")
+
+    model = AutoModelForCausalLM.from_pretrained(output)
+    before = AutoModelForCausalLM.from_pretrained(pair["student"])
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    assert AutoTokenizer.from_pretrained(output)("w1 w2")["input_ids"] == [6, 7]
+    assert (output / "generation_config.json").is_file()
+
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(result.metrics))
+    assert metrics["rows"]["originals"] == 12 and metrics["rows"]["counterfactuals"] == 5
+    logs = [log for log in metrics["log"] if "loss" in log]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    card = (output / "README.md").read_text()
+    for words in (
+        "arXiv:2506.07851",
+        "12 originals and 5 counterfactuals",
+        pair["teacher"],
+        f"{logs[-1]['kd_loss']:.4f}",
+        f"{metrics['eval']['eval_cd_loss']:.4f}",
+        "pool (every token counts the same)",
+    ):
+        assert words in card
+
+
+def test_other_rows_are_all_originals(
+    tmp_path: Path, pair: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    lines = [{"question": "w1 w2", "reply": f"w{i}"} for i in range(6)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = DistillArguments(
+        **pair,
+        dataset=str(file),
+        columns='{"prompt": "question", "completion": "reply"}',
+        max_rows=5,
+    )
+    config = make_config(tmp_path / "out", per_device_train_batch_size=8, num_train_epochs=1)
+    metrics = distill(arguments, config).metrics
+    assert metrics["rows"]["originals"] == 5 and metrics["rows"]["counterfactuals"] == 0
+    assert metrics["log"][0]["steps_without_cf"] == 1
+    assert "so this is plain distillation" in caplog.text
+    assert "by plain distillation" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("warmup_steps", [5, 2])
+def test_a_warm_up_that_never_ends_is_said_and_the_last_step_is_logged(
+    warmup_steps: int, tmp_path: Path, pair: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(8, 4)))
+    config = make_config(
+        tmp_path / "out", max_steps=3, warmup_steps=warmup_steps, logging_steps=100
+    )
+    metrics = distill(arguments, config).metrics
+    assert ("the warm-up never ends" in caplog.text) is (warmup_steps == 5)
+    assert [log["step"] for log in metrics["log"] if "loss" in log][-1] == 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| optimizer steps | 3 |" in card and "epochs" not in card
+
+
+def test_max_rows_counts_originals_and_keeps_their_counterfactuals(
+    tmp_path: Path, pair: dict[str, str]
+) -> None:
+    rows = make_rows(8, 4)
+    for row, parent in zip(rows[8:], (0, 0, 3, 7), strict=True):
+        row["row_id"] = parent
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", rows), max_rows=4)
+    metrics = distill(arguments, make_config(tmp_path / "out", max_steps=1)).metrics
+    assert metrics["rows"]["originals"] == 4 and metrics["rows"]["counterfactuals"] == 3
+
+
+class _Kill(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_the_same_command_goes_on_and_another_one_is_refused(
+    tmp_path: Path,
+    pair: dict[str, str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(12, 5)))
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    whole = distill(arguments, make_config(tmp_path / "whole", **saving))
+
+    train = LeafTrainer.train
+
+    def killed(self: LeafTrainer, *words: Any, **options: Any) -> Any:
+        self.add_callback(_Kill())
+        return train(self, *words, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LeafTrainer, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill(arguments, make_config(tmp_path / "out", **saving))
+        assert f"goes on from {tmp_path / 'out' / 'checkpoint-2'}" in caplog.text
+        with pytest.raises(KeyboardInterrupt):
+            distill(arguments, make_config(tmp_path / "unsaved", max_steps=5))
+        assert "nothing to go on from yet" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="leaf_distill"):
+        resumed = distill(arguments, make_config(tmp_path / "out", **saving))
+    assert "checkpoint-2" in caplog.text
+    students = [
+        AutoModelForCausalLM.from_pretrained(result.output_dir).state_dict()
+        for result in (whole, resumed)
+    ]
+    assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
+    with pytest.raises(ValueError, match=r"kd_weight was 'pool' and is now '0.5'"):
+        distill(arguments, make_config(tmp_path / "out", kd_weight="0.5", **saving))
+
+
+def test_an_unfinished_run_and_a_damaged_file_are_named(
+    tmp_path: Path, pair: dict[str, str]
+) -> None:
+    run = Path(write_run(tmp_path / "run", make_rows(4, 1)))
+    config = make_config(tmp_path / "out")
+    file = run / "dataset.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"dataset.parquet cannot be read"):
+        distill(DistillArguments(**pair, dataset=str(run)), config)
+    file.unlink()
+    with pytest.raises(ValueError, match="is not finished"):
+        distill(DistillArguments(**pair, dataset=str(run)), config)
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+"""Three steps of 8 originals end in the middle of the second epoch over 12."""
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path: Path, pair: dict[str, str]) -> None:
+    dataset = write_run(tmp_path / "run", make_rows(12, 5))
+    arguments, output = DistillArguments(**pair, dataset=dataset), tmp_path / "out"
+    first = distill(arguments, make_config(output, **SAVING))
+    trained, card = weights(output), (output / "README.md").read_text()
+    again = distill(arguments, make_config(output, **SAVING))
+    assert again.metrics == json.loads(json.dumps(first.metrics))
+    assert weights(output) == trained and (output / "README.md").read_text() == card
+
+    # Killed after the last step and before the end: what is left is to save it.
+    (output / "metrics.json").unlink()
+    (output / "model.safetensors").unlink()
+    late = distill(arguments, make_config(output, resume_from_checkpoint="True", **SAVING))
+    assert weights(output) == trained and not (output / "checkpoint-4").exists()
+    steps = [[log for log in run.metrics["log"] if "loss" in log] for run in (first, late)]
+    assert steps[0] == steps[1]
+
+    afresh = make_config(output, resume_from_checkpoint="false", **SAVING)
+    assert distill(arguments, afresh).metrics["train"]["train_loss"] > 0
+    assert weights(output) == trained
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chat_template": "foo"}, "chat_template"),
+        ({"max_length": 5}, "no row is left"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "eval"),
+        ({"report_to": "foo"}, "foo"),
+        ({"optim": "rmsprop", "optim_args": "foo"}, "unpack"),
+    ],
+)
+def test_refused_settings_leave_the_directory_free(
+    settings: dict[str, Any], message: str, tmp_path: Path, pair: dict[str, str]
+) -> None:
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(8, 1)))
+    with pytest.raises(ValueError, match=message) as refused:
+        distill(arguments, make_config(tmp_path / "out", max_steps=1, **settings))
+    raised_in = traceback.extract_tb(refused.value.__traceback__)[-1].filename
+    assert "leaf_distill" in Path(raised_in).parts or "optim_args" in settings
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"per_device_eval_batch_size": 0}, {"deepspeed": "nope.json"}, {"lr_scheduler_type": "nope"}],
+)
+def test_settings_of_the_base_class_are_refused_in_our_words(
+    setting: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as refused:
+        make_config(tmp_path / "out", **setting)
+    raised_in = traceback.extract_tb(refused.value.__traceback__)[-1].filename
+    assert "leaf_distill" in Path(raised_in).parts
+
+
+def test_what_decides_the_weights_decides_whose_the_directory_is(
+    tmp_path: Path, pair: dict[str, str]
+) -> None:
+    dataset, output = write_run(tmp_path / "run", make_rows(8, 2)), tmp_path / "out"
+    arguments = DistillArguments(**pair, dataset=dataset)
+    first = distill(arguments, make_config(output, max_steps=1))
+    for setting in (
+        {"data_seed": 7},
+        {"dataloader_drop_last": True},
+        {"optim": "sgd"},
+        {"adam_beta2": 0.9},
+        {"bf16": True},
+        {"neftune_noise_alpha": 5.0},
+        {"lr_scheduler_kwargs": {"num_cycles": 2}},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} was "):
+            distill(arguments, make_config(output, max_steps=1, **setting))
+    bfloat16 = DistillArguments(**pair, dataset=dataset, teacher_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"teacher_dtype was 'auto' and is now 'bfloat16'"):
+        distill(bfloat16, make_config(output, max_steps=1))
+    incidental = {"logging_steps": 3, "save_steps": 7, "per_device_train_batch_size": 2}
+    same = distill(arguments, make_config(output, max_steps=1, **incidental))
+    assert same.metrics == json.loads(json.dumps(first.metrics))
+
+
+def test_an_old_generation_config_is_saved_without_its_sampling(
+    tmp_path: Path, pair: dict[str, str]
+) -> None:
+    file = Path(pair["student"]) / "generation_config.json"
+    file.write_text('{"temperature": 0.6, "length_penalty": 2.0, "repetition_penalty": 1.1}')
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(8, 1)))
+    distill(arguments, make_config(tmp_path / "out", max_steps=1))
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved.keys().isdisjoint({"temperature", "length_penalty"})
+    assert saved["repetition_penalty"] == 1.1
+
+
+def test_rows_that_cannot_be_read_are_counted(tmp_path: Path, pair: dict[str, str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    lines = [{"prompt": "w1 w2", "completion": f"w{i}" if i else ""} for i in range(4)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = DistillArguments(**pair, dataset=str(file))
+    metrics = distill(arguments, make_config(tmp_path / "out", max_steps=1)).metrics
+    assert metrics["rows"]["left_out"] == {"empty_completion": 1}
+    assert [entry["row_id"] for entry in metrics["left_out"]] == [0]
+    assert "left out: 1 empty_completion" in (tmp_path / "out" / "README.md").read_text()
+
+    file.write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(ValueError, match=r"no row .* can be used: {'empty_completion': 1}"):
+        distill(arguments, make_config(tmp_path / "other", max_steps=1))
+
+
+def test_max_rows_takes_rows_without_row_id(tmp_path: Path, pair: dict[str, str]) -> None:
+    rows = make_rows(8, 0)
+    for row in rows:
+        del row["row_id"]
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", rows), max_rows=3)
+    metrics = distill(arguments, make_config(tmp_path / "out", max_steps=1)).metrics
+    assert metrics["rows"]["originals"] == 3
+
+
+def test_other_prompts_than_the_teachers_or_detections_are_named(
+    tmp_path: Path, pair: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = make_tokenizer()
+    teacher.chat_template = f"<unk> {teacher.chat_template}"
+    teacher.save_pretrained(pair["teacher"])
+    run = write_run(tmp_path / "run", make_rows(8, 1))
+    detected = {"settings": {"chat_template": "auto", "system_prompt": "w1"}}
+    (Path(run) / "funnel.json").write_text(json.dumps(detected))
+    distill(DistillArguments(**pair, dataset=run), make_config(tmp_path / "out", max_steps=1))
+    assert "chat templates are different" in caplog.text
+    assert "system_prompt is None, but `leaf detect` scored with 'w1'" in caplog.text
+    assert "chat_template is" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("strategy", "room"),
+    [("no", 0.5), ("steps", 0.5), ("steps", 1.1)],
+    ids=["final weights", "a checkpoint's weights", "its optimizer"],
+)
+def test_a_full_disk_is_told_and_the_same_command_goes_on(
+    strategy: str, room: float, tmp_path: Path, pair: dict[str, str]
+) -> None:
+    """The limit on a file's size fails as a full disk does, in the writers of weights."""
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(12, 5)))
+    settings = {**SAVING, "save_strategy": strategy}
+    whole = distill(arguments, make_config(tmp_path / "whole", **settings))
+    limit = int(room * len(weights(whole.output_dir)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(StoreError, match=r"The disk is full: .*free some space"):
+            distill(arguments, make_config(tmp_path / "out", **settings))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    distill(arguments, make_config(tmp_path / "out", **settings))
+    assert weights(tmp_path / "out") == weights(whole.output_dir)

@@ -1,0 +1,275 @@
+"""LeafTrainer: the paper's loss exactly, whatever the way a step is cut or launched."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import distill_pair
+import pytest
+import torch
+from distill_pair import (
+    TEMPLATE,
+    WORDS,
+    assert_same,
+    losses,
+    make_config,
+    make_rows,
+    make_student,
+    make_teacher,
+    make_tokenizer,
+    make_trainer,
+    plain_measures,
+    weights,
+)
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from leaf_distill.training.trainer import LeafTrainer
+
+# ---- the objective ----
+
+
+@pytest.mark.parametrize("kd_weight", ["pool", "0.3"])
+def test_the_first_step_is_the_papers_loss(tmp_path: Path, kd_weight: str) -> None:
+    rows = make_rows(8, 3)
+    expected = plain_measures(make_student().eval(), make_teacher().eval(), rows)
+    trainer = make_trainer(tmp_path, rows, kd_weight=kd_weight, num_train_epochs=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    share = expected.pop("pool") if kd_weight == "pool" else 0.3
+    loss = share * expected["kd_loss"] + (1 - share) * expected["cd_loss"]
+    assert log["loss"] == pytest.approx(loss, rel=1e-5)
+    assert log["cf_rows"] == 3 and log["steps_without_cf"] == log["skipped_rows"] == 0
+    for name in ("kd_loss", "cd_loss", "student_entropy", "teacher_entropy", "agreement"):
+        assert log[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_the_student_learns_and_the_teacher_does_not(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, num_train_epochs=8)
+    before = weights(trainer.teacher_model)
+    trainer.train()
+    assert losses(trainer)[-1] < 0.7 * losses(trainer)[0]
+    assert_same(weights(trainer.teacher_model), before)
+    assert not trainer.teacher_model.training
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    for parameter in trainer.teacher_model.parameters():
+        assert parameter.grad is None and id(parameter) not in trained
+
+
+def test_a_step_without_counterfactuals_is_counted(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_rows(24, 1), num_train_epochs=1, kd_weight="0.5")
+    trainer.train()
+    logs = trainer.state.log_history[:3]
+    assert sum(log["steps_without_cf"] for log in logs) == 2
+    alone = next(log for log in logs if log["steps_without_cf"])
+    assert alone["loss"] == pytest.approx(alone["kd_loss"], rel=1e-6)
+    assert "cd_loss" not in alone
+
+
+def test_the_evaluation_loss_is_that_of_the_whole_dataset(tmp_path: Path) -> None:
+    rows = make_rows(7, 4)
+    expected = plain_measures(make_student().eval(), make_teacher().eval(), rows)
+    for batch_size in (1, 3, 16):
+        trainer = make_trainer(
+            tmp_path, rows, kd_weight="0.25", per_device_eval_batch_size=batch_size
+        )
+        measured = trainer.evaluate()
+        loss = 0.25 * expected["kd_loss"] + 0.75 * expected["cd_loss"]
+        assert measured["eval_loss"] == pytest.approx(loss, rel=1e-5)
+        assert measured["eval_kd_loss"] == pytest.approx(expected["kd_loss"], rel=1e-5)
+        assert measured["eval_cf_rows"] == 4
+
+
+# ---- the same step, cut in other ways ----
+
+
+def test_accumulation_changes_nothing(tmp_path: Path) -> None:
+    single, double = [], []
+    for batch_size in (8, 4, 1):
+        settings = {"per_device_train_batch_size": batch_size, "max_steps": 5, "kd_weight": "0.4"}
+        trainer = make_trainer(tmp_path, **settings)
+        assert trainer.args.gradient_accumulation_steps == 8 // batch_size
+        trainer.train()
+        single.append(losses(trainer))
+
+        student = make_student().double()
+        rows, config = make_rows(), make_config(tmp_path, **settings)
+        LeafTrainer(student, make_teacher().double(), config, rows, None, make_tokenizer()).train()
+        double.append(weights(student))
+    assert len(single[0]) == 5
+    assert single[1] == pytest.approx(single[0], abs=1e-6, rel=0)
+    assert single[2] == pytest.approx(single[0], abs=1e-6, rel=0)
+    assert_same(double[1], double[0], 1e-10)
+    assert_same(double[2], double[0], 1e-10)
+
+
+def settings_file(directory: Path) -> Path:
+    """20 originals in steps of 8: the last step of an epoch has 4, all of them on one rank."""
+    directory.mkdir()
+    file = directory / "settings.json"
+    settings = {"double": True, "max_steps": 5, "per_device_train_batch_size": 4}
+    file.write_text(json.dumps(settings))
+    return file
+
+
+def result_of(directory: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    log = json.loads((directory / "log.json").read_text())
+    return torch.load(directory / "student.pt"), log
+
+
+def torchrun(file: Path, processes: int) -> None:
+    """Run distill_pair.py as a user runs a training script, on that many ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={port}", distill_pair.__file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command.append(str(file))
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as launched:
+        try:
+            assert launched.wait(timeout=180) == 0
+        finally:
+            launched.terminate()  # SIGTERM: if it hangs, torchrun ends its ranks as well
+
+
+def test_two_ranks_change_nothing(tmp_path: Path) -> None:
+    distill_pair.main(settings_file(tmp_path / "one"))
+    torchrun(settings_file(tmp_path / "two"), 2)
+    (ours, our_log), (theirs, their_log) = result_of(tmp_path / "one"), result_of(tmp_path / "two")
+    assert_same(theirs, ours, 1e-10)
+    measured = {"loss", "kd_loss", "cd_loss", "agreement", "cf_rows", "eval_loss", "eval_kd_loss"}
+    assert len(our_log) == len(their_log) == 7  # five steps, the end, the evaluation
+    for one, two in zip(our_log, their_log, strict=True):
+        assert one.keys() == two.keys()
+        for name in measured & one.keys():
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+
+
+# ---- bad numbers, bad rows ----
+
+
+def only_row_with(word: str, column: str = "prompt") -> list[dict[str, Any]]:
+    rows = make_rows(8, 2)
+    for row in rows:
+        for turn in (*row["prompt"], *row["completion"]):
+            turn["content"] = turn["content"].replace(word, "w1")
+    rows[3][column][0]["content"] += f" {word}"
+    return rows
+
+
+def poison(model: LlamaForCausalLM, word: str) -> LlamaForCausalLM:
+    with torch.no_grad():
+        model.model.embed_tokens.weight[WORDS.index(word)] = torch.nan
+    return model
+
+
+def overflow(model: LlamaForCausalLM, word: str) -> LlamaForCausalLM:
+    """Weights and hidden states stay finite, but after `word` a logit is too large for float32."""
+    with torch.no_grad():
+        for layer in model.model.layers:  # each position then reads its own token only
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[WORDS.index(word), 0] = 1
+        model.lm_head.weight[7, 0] = 3e38
+    return model
+
+
+@pytest.mark.parametrize(
+    ("column", "broken"), [("prompt", poison), ("completion", overflow)], ids=["hidden", "logits"]
+)
+def test_a_row_that_breaks_the_teacher_is_skipped_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, column: str, broken: Any
+) -> None:
+    rows, student = only_row_with("w30", column), make_student()
+    teacher = broken(make_teacher(tie_word_embeddings=False), "w30")
+    others = plain_measures(make_student().eval(), teacher.eval(), rows[:3] + rows[4:])
+    trainer = LeafTrainer(
+        student, teacher, make_config(tmp_path, num_train_epochs=2), rows, None, make_tokenizer()
+    )
+    with caplog.at_level(logging.WARNING, logger="leaf_distill"):
+        trainer.train()
+    assert [log["skipped_rows"] for log in trainer.state.log_history[:2]] == [1, 1]
+    assert "skipped row_id [3]" in caplog.text
+    assert all(tensor.isfinite().all() for tensor in weights(student).values())
+    first = trainer.state.log_history[0]
+    for name in ("kd_loss", "cd_loss", "agreement"):
+        assert first[name] == pytest.approx(others[name], rel=1e-5), name
+
+
+def test_a_row_that_breaks_the_student_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    rows, student = only_row_with("w30"), make_student(tie_word_embeddings=False)
+    config = make_config(tmp_path)
+    trainer = LeafTrainer(
+        poison(student, "w30"), make_teacher(), config, rows, None, make_tokenizer()
+    )
+    with pytest.raises(RuntimeError, match=r"loss is NaN on the rows with row_id \[3\]"):
+        trainer.train()
+
+
+def test_long_rows_are_left_out_counted_and_kept_track_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="leaf_distill"):
+        trainer = make_trainer(tmp_path, max_length=14)
+    assert trainer.rejections and {r.reason for r in trainer.rejections} == {"too_long"}
+    assert len(trainer.train_dataset) + len(trainer.rejections) == 27
+    assert f"{len(trainer.rejections)} of 27 rows left out" in caplog.text
+    with pytest.raises(ValueError, match=r"no row is left.*27.*the first: .*max_length 3"):
+        make_trainer(tmp_path, max_length=3)
+
+
+def test_the_teacher_may_have_another_template_but_no_other_labels(tmp_path: Path) -> None:
+    def build(template: str) -> LeafTrainer:
+        config = make_config(tmp_path, max_steps=1)
+        models = make_student(), make_teacher()
+        teachers = make_tokenizer(template)
+        return LeafTrainer(
+            *models, config, make_rows(), None, make_tokenizer(), teacher_processing_class=teachers
+        )
+
+    framed = build("w39 w38 " + TEMPLATE)
+    framed.train()
+    assert 0 < losses(framed)[0] < 10
+    with pytest.raises(ValueError, match="different label tokens"):
+        build(TEMPLATE.replace("<eos>", "<unk>"))
+
+
+def test_the_model_is_itself_outside_the_trainer(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    ids = torch.arange(5, 12)[None]
+    logits = trainer.model(input_ids=ids).logits
+    assert logits.shape == (1, 7, len(WORDS))
+    trainer.save_model()
+    saved = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(saved(input_ids=ids).logits, logits)
+    assert {"tokenizer.json", "generation_config.json"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_lora_student_trains_its_adapter_only(tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    student = get_peft_model(
+        make_student(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    before, rows = weights(student), make_rows()
+    config = make_config(tmp_path, num_train_epochs=4, learning_rate=3e-2)
+    trainer = LeafTrainer(student, make_teacher(), config, rows, None, make_tokenizer())
+    trainer.train()
+    after = weights(student)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert student.get_output_embeddings().weight.grad is None
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    trainer.save_model()
+    saved = PeftModel.from_pretrained(make_student(), tmp_path)
+    assert_same(weights(saved), after)
