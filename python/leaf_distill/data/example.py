@@ -1,0 +1,141 @@
+"""The one record of the loop: a row of a dataset, which gains fields on its way to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Role = Literal["student", "teacher"]
+ROLES: tuple[Role, ...] = get_args(Role)
+Branch = Literal["original", "counterfactual"]
+
+Message = dict[str, Any]
+"""One turn of a conversation: `role` and `content`, both text, and whatever else a chat template
+reads, such as `reasoning_content` or `tool_calls`."""
+
+Range = tuple[int, int]
+"""Characters [start, stop) of the user's text, or indices [start, stop) of its tokens."""
+
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+Floats = NDArray[np.float32]
+
+
+class UnusableRow(ValueError):
+    """A row that cannot be used: a short reason code, and a sentence."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Outcome(NamedTuple):
+    """Where a row or candidate left the search for counterfactuals, and why."""
+
+    stage: str
+    reason: str  # a short code
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's greedy answer.
+
+    verdict: the grader's ("right", "wrong", "no_answer", "timeout"); "cut_off" by the length limit
+    or "not_finite" logits, which need no grader; None where the answer was not graded.
+    """
+
+    text: str
+    n_tokens: int  # without the end token
+    verdict: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rendering:
+    """A tokenized prompt, with or without its completion; every array has T entries.
+
+    offsets are characters [start, stop) of the user's text on domain tokens, and -1 elsewhere.
+    Consecutive domain tokens leave no gap: characters that a tokenizer drops from its offsets, such
+    as a trimmed space, belong to the following token. Tokens that are the bytes of one character
+    share it.
+    """
+
+    input_ids: Ids  # int32 [T]
+    loss_mask: Mask  # bool [T], the completion's tokens and its end token
+    offsets: NDArray[np.int32]  # int32 [T, 2]
+    prunable: Mask  # bool [T], the domain without tokens of whitespace only
+
+    @property
+    def domain(self) -> Mask:
+        """bool [T]: the tokens that lie within the last user turn's content."""
+        inside: Mask = self.offsets[:, 0] >= 0
+        return inside
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(eq=False)
+class Example:
+    """A row of the dataset (candidate_id -1), or a counterfactual of it.
+
+    The first block is what the row says; the rest is filled in by the stages of `leaf detect`. A
+    counterfactual is an Example of its own with the row_id, completion and answer of its original,
+    and messages whose last user turn lacks the characters of `cut`.
+    """
+
+    row_id: int  # position in the dataset
+    messages: tuple[Message, ...]  # the prompt; the last message is the user's
+    completion: str
+    answer: str | None = None
+    reply: Message | None = None  # the completion's message, where it holds more than its text
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # tools and other variables
+    candidate_id: int = -1
+    cut: tuple[Range, ...] = ()  # sorted, disjoint characters of the original's user text
+    strategy: str | None = None  # the strategy that proposed the cut
+    notes: list[str] = field(default_factory=list)  # alterations, as short codes
+    outcome: Outcome | None = None  # None: still in
+
+    renderings: dict[Role, Rendering] = field(default_factory=dict)
+    answers: dict[Role, Answer] = field(default_factory=dict)
+
+    # One entry for each of the d domain tokens, which both models share.
+    norms: dict[Role, Floats] = field(default_factory=dict)  # gradient norms [d] (Eq. 2)
+    nll: dict[Role, float] = field(default_factory=dict)  # nats a label token
+    offsets: NDArray[np.int64] | None = None  # characters [d, 2]
+    slot: NDArray[np.int64] | None = None  # [d]; neighbors in both sequences differ by 1
+    prunable: Mask | None = None  # [d]
+    saliency: dict[Role, Floats] = field(default_factory=dict)  # norms scaled to [0, 1] (Eq. 3)
+    score: Floats | None = None  # [d], low on confounders (Eq. 5)
+    confounder: Mask | None = None  # [d]
+    spans: tuple[Range, ...] = ()  # token indices
+    candidates: list[Example] = field(default_factory=list)
+
+    @property
+    def branch(self) -> Branch:
+        return "original" if self.candidate_id < 0 else "counterfactual"
+
+    @property
+    def user_text(self) -> str:
+        """The content of the last user turn, in which characters are counted."""
+        text: str = self.messages[-1]["content"]
+        return text
+
+    @property
+    def gold(self) -> str:
+        """What an answer is graded against: the known answer, else the completion."""
+        return self.completion if self.answer is None else self.answer
+
+    def leave(self, stage: str, reason: str, detail: str = "") -> None:
+        """Take the row (or candidate) out of the search for counterfactuals, with a reason."""
+        self.outcome = Outcome(stage, reason, detail)
+
+
+def remaining(examples: list[Example]) -> Iterator[Example]:
+    """Yield the examples that have not left."""
+    return (example for example in examples if example.outcome is None)
