@@ -12,7 +12,12 @@ import leaf_ext
 
 
 def on_backend(function: Callable[..., Any], backend: str, **options: Any) -> Callable[..., Any]:
-    return lambda *arguments: function(*arguments, backend=backend, **options)
+    def call(first: Tensor, *rest: Any) -> Any:
+        # The step's argument is a leaf, which `inplace_grad` must not overwrite; its view may be.
+        first = first.view_as(first) if options.get("inplace_grad") else first
+        return function(first, *rest, backend=backend, **options)
+
+    return call
 
 
 def compiled(function: Callable[..., Any], tiny: bool) -> Callable[..., Any]:

@@ -101,7 +101,7 @@ def test_inplace_gradient_lies_in_the_logits_and_is_used_up(backend: str) -> Non
         leaf_ext.dual_kl(student, teacher, weight, backend=backend), student
     )
     memory = student.detach().clone()
-    overwritten = memory.clone().requires_grad_()
+    overwritten = memory.clone().requires_grad_().clone()
     address = overwritten.data_ptr()
     loss = leaf_ext.dual_kl(overwritten, teacher, weight, inplace_grad=True, backend=backend)
     assert torch.equal(overwritten.detach(), expected)
@@ -129,6 +129,48 @@ def test_inplace_without_gradients_leaves_the_logits(backend: str) -> None:
     assert torch.equal(student.detach(), before)
 
 
+def test_logits_that_others_need_are_not_overwritten(backend: str) -> None:
+    student, teacher, weight = logits()
+
+    def loss(student: Tensor, teacher: Tensor, weight: Tensor = weight) -> Tensor:
+        return leaf_ext.dual_kl(student, teacher, weight, inplace_grad=True, backend=backend)
+
+    before = student.detach().clone()
+    with pytest.raises(ValueError, match=r"student_logits must be .* a leaf tensor that requires"):
+        loss(student, teacher)
+    both = torch.randn(8, 11, requires_grad=True).clone()
+    shared = "must be in other memory than student_logits"
+    with pytest.raises(ValueError, match=f"teacher_logits {shared}"):
+        loss(both[:5], both[3:].detach())
+    with pytest.raises(ValueError, match=f"teacher_logits {shared}"):
+        loss(both[:5, :7], both[:5, 6:].detach())
+    with pytest.raises(ValueError, match=f"row_weight {shared}"):
+        loss(both[:5], teacher, both.detach()[4, :5])
+    assert torch.equal(student.detach(), before)
+
+
+def test_neighbours_in_memory_are_overwritten_alone(backend: str) -> None:
+    """Rows and columns of one tensor that have no element in common are taken, and right."""
+    for student_part, teacher_part in (
+        ((slice(0, 4), slice(None)), (slice(4, 8), slice(None))),
+        ((slice(None), slice(0, 5)), (slice(None), slice(5, 11))),
+        ((slice(None), slice(6, 11)), (slice(None), slice(0, 6))),
+    ):
+        leaf = torch.randn(8, 11, requires_grad=True)
+        weight = torch.rand(leaf[student_part].shape[0])
+        gradients = []
+        for inplace_grad in (False, True):
+            both = leaf.clone()
+            student, teacher = both[student_part], both[teacher_part].detach()
+            kept = teacher.clone()
+            loss = leaf_ext.dual_kl(
+                student, teacher, weight, inplace_grad=inplace_grad, backend=backend
+            )
+            gradients.append(torch.autograd.grad(loss, leaf)[0])
+            assert torch.equal(teacher, kept)
+        assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("inplace_grad", [False, True])
 def test_second_order_is_refused(backend: str, inplace_grad: bool) -> None:
     student, teacher, weight = logits()
@@ -147,6 +189,58 @@ def test_second_order_of_the_linear_loss_is_refused(backend: str) -> None:
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="linear_dual_kl: only first-order"):
         torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+FORWARD_MODE = "forward-mode derivatives .* must not be asked for"
+
+
+@pytest.mark.parametrize("inplace_grad", [False, True])
+@pytest.mark.parametrize("argument", [0, 1, 2], ids=["student", "teacher", "weight"])
+def test_forward_mode_is_refused(backend: str, argument: int, inplace_grad: bool) -> None:
+    tensors = [tensor.detach() for tensor in logits()]
+
+    def loss(value: Tensor) -> Tensor:
+        arguments = [*tensors[:argument], value, *tensors[argument + 1 :]]
+        return leaf_ext.dual_kl(*arguments, inplace_grad=inplace_grad, backend=backend)
+
+    value = tensors[argument]
+    with pytest.raises(RuntimeError, match=f"dual_kl: {FORWARD_MODE}"):
+        torch.func.jvp(loss, (value,), (torch.ones_like(value),))
+    with pytest.raises(RuntimeError, match=f"dual_kl: {FORWARD_MODE}"):
+        torch.func.jacfwd(loss)(value)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(value, torch.ones_like(value))
+        with pytest.raises(RuntimeError, match=f"dual_kl: {FORWARD_MODE}"):
+            loss(dual)
+
+
+@pytest.mark.parametrize("argument", range(7))
+def test_forward_mode_of_the_linear_loss_is_refused(backend: str, argument: int) -> None:
+    shapes = ((6, 4), (9, 4), (6, 5), (9, 5), (6,), (9,), (9,))
+    tensors = [torch.rand(shape) for shape in shapes]
+
+    def loss(value: Tensor) -> Tensor:
+        arguments = [*tensors[:argument], value, *tensors[argument + 1 :]]
+        *arguments, student_bias, teacher_bias = arguments
+        return leaf_ext.linear_dual_kl(
+            *arguments, student_bias=student_bias, teacher_bias=teacher_bias, backend=backend
+        )
+
+    value = tensors[argument]
+    with pytest.raises(RuntimeError, match=f"linear_dual_kl: {FORWARD_MODE}"):
+        torch.func.jvp(loss, (value,), (torch.ones_like(value),))
+
+
+@pytest.mark.parametrize("inplace_grad", [False, True])
+def test_forward_mode_through_the_backward_is_refused(backend: str, inplace_grad: bool) -> None:
+    student, teacher, weight = logits()
+    values = student.clone()
+    loss = leaf_ext.dual_kl(values, teacher, weight, inplace_grad=inplace_grad, backend=backend)
+    with torch.autograd.forward_ad.dual_level():
+        one = torch.ones_like(loss)
+        factor = torch.autograd.forward_ad.make_dual(one, one)
+        with pytest.raises(RuntimeError, match=f"dual_kl: {FORWARD_MODE}"):
+            torch.autograd.grad(loss, student, factor)
 
 
 def test_nothing_flows_to_the_teacher(backend: str) -> None:
@@ -179,8 +273,8 @@ def test_float16_gradients_of_small_weights_survive(backend: str, inplace_grad: 
     weight = torch.full((4,), 1e-7)
     exact = student.double().requires_grad_()
     leaf_ext.dual_kl(exact, teacher.double(), weight.double(), backend="reference").backward()
-    student.requires_grad_()
-    loss = leaf_ext.dual_kl(student, teacher, weight, inplace_grad=inplace_grad, backend=backend)
+    values = student.requires_grad_().clone()
+    loss = leaf_ext.dual_kl(values, teacher, weight, inplace_grad=inplace_grad, backend=backend)
     (loss * 2.0**20).backward()
     assert student.grad is not None and exact.grad is not None
     found = student.grad.double() / 2.0**20

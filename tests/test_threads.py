@@ -25,7 +25,7 @@ def test_losses_are_bitwise_the_same_for_any_number_of_threads(
         for inplace_grad, softcap in ((False, None), (False, 5.0), (True, 5.0)):
             leaf = student.clone().requires_grad_()
             loss, rows = leaf_ext.dual_kl(
-                leaf,
+                leaf.view_as(leaf),
                 teacher,
                 weight,
                 logit_softcap=softcap,

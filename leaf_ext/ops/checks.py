@@ -83,6 +83,36 @@ def require_integer(op: str, argument: str, value: object, low: int) -> int:
     return number
 
 
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors on one device have a byte in common.
+
+    Exact for contiguous tensors and for matrices with rows of adjacent elements; otherwise every
+    byte between a tensor's first and last element counts as its own.
+    """
+    if a.numel() == 0 or b.numel() == 0 or a.is_meta:
+        return False
+    try:
+        (first_a, end_a), (first_b, end_b) = _byte_range(a), _byte_range(b)
+    except RuntimeError:  # a tensor of a trace has no address
+        return False
+    if end_a <= first_b or end_b <= first_a:
+        return False
+    if not (a.dim() == b.dim() == 2 and a.stride(1) == b.stride(1) == 1):
+        return True
+    step = a.stride(0) * a.itemsize
+    if step == 0 or step != b.stride(0) * b.itemsize:
+        return True
+    # Columns of one larger matrix: the rows interleave, and may do so without an overlap.
+    offset = (first_b - first_a) % step
+    return offset < a.shape[1] * a.itemsize or offset + b.shape[1] * b.itemsize > step
+
+
+def _byte_range(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte and of the one behind the last."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor with elements of a row next to each other; a copy only where they are not."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

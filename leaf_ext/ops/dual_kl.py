@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leaf_ext.dispatch import Backend, implementation
 from leaf_ext.ops import checks
-from leaf_ext.ops.first_order import refuse_second_order, scale_, scaled
+from leaf_ext.ops.first_order import refuse_forward_mode, refuse_second_order, scale_, scaled
 from leaf_ext.ops.logit_options import LogitOptions, Pair, PairOfCaps, logit_options
 from leaf_ext.schema import LIBRARIES, accumulated
 
@@ -85,7 +85,8 @@ def dual_kl(
         temperature: divides the logits, after scale and softcap.
         logit_scale, logit_softcap: a number, or a pair (student, teacher).
         inplace_grad: the gradient overwrites the student's logits, which hold nothing else
-            afterwards; the backward scales it in place, so a second backward raises. Inside
+            afterwards. They must not be a leaf that requires grad, nor share memory with another
+            argument. The backward scales the gradient in place, so a second backward raises. Inside
             torch.compile the backward scales into new memory, and a second one is right.
         return_rows: adds a `DualKLRows` from the same pass.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
@@ -94,10 +95,14 @@ def dual_kl(
         differentiable with respect to `student_logits`; nothing flows to the teacher.
     Raises:
         ValueError: wrong dtype, shape, device or range; a `row_weight` that requires grad.
-        RuntimeError: the backend is not available (says why), or a second-order gradient.
+        RuntimeError: the backend is not available (says why), or a second-order gradient or a
+            forward-mode derivative was asked for.
     """
     options = logit_options("dual_kl", temperature, logit_scale, logit_softcap)
-    _check(student_logits, teacher_logits, row_weight, inplace_grad, backend)
+    _check(student_logits, teacher_logits, row_weight, backend)
+    refuse_forward_mode("dual_kl", student_logits, teacher_logits, row_weight)
+    if inplace_grad:
+        _check_overwritten(student_logits, teacher_logits, row_weight)
     student, teacher = student_logits, checks.unit_stride(teacher_logits.detach())
     weight = row_weight.contiguous()
     need_grad = torch.is_grad_enabled() and student.requires_grad
@@ -113,9 +118,7 @@ def dual_kl(
     return (loss, DualKLRows(*rows.detach().unbind(0))) if return_rows else loss
 
 
-def _check(
-    student: Tensor, teacher: Tensor, row_weight: Tensor, inplace_grad: bool, backend: str
-) -> None:
+def _check(student: Tensor, teacher: Tensor, row_weight: Tensor, backend: str) -> None:
     op = "dual_kl"
     checks.require_float(op, "student_logits", student, backend)
     checks.require_float(op, "teacher_logits", teacher, backend)
@@ -132,11 +135,24 @@ def _check(
         needed = "over a vocabulary of at least 1"
         checks.require(logits.shape[1] >= 1, op, argument, needed, f"shape {tuple(logits.shape)}")
     checks.require_row_weight(op, row_weight, rows, student)
-    if inplace_grad:
-        strides = student.stride()
-        separate = strides[1] == 1 and (rows <= 1 or strides[0] >= student.shape[1])
-        needed = "rows of adjacent elements that share no memory (inplace_grad overwrites them)"
-        checks.require(separate, op, "student_logits", needed, f"strides {strides}")
+
+
+def _check_overwritten(student: Tensor, teacher: Tensor, row_weight: Tensor) -> None:
+    """`inplace_grad` destroys the student's logits: nobody else may need them."""
+    op = "dual_kl"
+    strides = student.stride()
+    separate = strides[1] == 1 and (student.shape[0] <= 1 or strides[0] >= student.shape[1])
+    needed = "rows of adjacent elements that share no memory (inplace_grad overwrites them)"
+    checks.require(separate, op, "student_logits", needed, f"strides {strides}")
+    leaf = student.is_leaf and student.requires_grad and torch.is_grad_enabled()
+    needed = "the output of an operation (inplace_grad overwrites it)"
+    checks.require(not leaf, op, "student_logits", needed, "a leaf tensor that requires grad")
+    if torch.compiler.is_compiling():  # a tensor of a graph has no address
+        return
+    for argument, other in (("teacher_logits", teacher), ("row_weight", row_weight)):
+        shared = checks.share_memory(student, other)
+        needed = "in other memory than student_logits (inplace_grad overwrites them)"
+        checks.require(not shared, op, argument, needed, "a tensor in the same memory")
 
 
 class _Overwrite(torch.autograd.Function):
@@ -164,6 +180,7 @@ class _Overwrite(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order("dual_kl")
+        refuse_forward_mode("dual_kl", grad_loss)
         nothing = (None,) * 5
         if torch.compiler.is_compiling():  # a graph has no state in which to note that it has run
             grad, scale = ctx.saved_tensors
@@ -190,6 +207,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
     if grad_loss is None:
         return (None, *nothing)
     refuse_second_order("dual_kl")
+    refuse_forward_mode("dual_kl", grad_loss)
     grad, scale = ctx.saved_tensors
     return (scaled(grad, grad_loss / scale, grad.dtype), *nothing)
 

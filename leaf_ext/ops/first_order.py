@@ -1,9 +1,10 @@
-"""What the backwards of the losses share."""
+"""Checks and scaling that the backward passes of the losses share."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from leaf_ext.dispatch import implementation
 from leaf_ext.schema import LIBRARIES
@@ -15,6 +16,15 @@ def refuse_second_order(op: str) -> None:
         raise RuntimeError(
             f"{op}: only first-order gradients exist; the backward was asked for a graph of the "
             "gradient (create_graph=True), which this loss does not have"
+        )
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """A custom op drops the tangents of its inputs, so that the derivative would be 0."""
+    if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            f"{op}: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) must not "
+            "be asked for, got an input with a tangent; use the backward (torch.autograd.grad)"
         )
 
 

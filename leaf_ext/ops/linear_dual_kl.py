@@ -10,7 +10,7 @@ from torch import Tensor
 from leaf_ext.dispatch import Backend, implementation, resolve
 from leaf_ext.ops import checks, linear_chunks
 from leaf_ext.ops.dual_kl import DualKLRows
-from leaf_ext.ops.first_order import refuse_second_order, scaled
+from leaf_ext.ops.first_order import refuse_forward_mode, refuse_second_order, scaled
 from leaf_ext.ops.logit_options import Pair, PairOfCaps, logit_options
 from leaf_ext.schema import LIBRARIES, REFERENCE, accumulated, hidden_grad_dtype
 
@@ -104,7 +104,8 @@ def linear_dual_kl(
         The loss, [] float32, in nats; with `return_rows` a pair (loss, rows).
     Raises:
         ValueError: wrong dtype, shape, device or range; a `row_weight` that requires grad.
-        RuntimeError: the backend is not available (says why), or a second-order gradient.
+        RuntimeError: the backend is not available (says why), or a second-order gradient or a
+            forward-mode derivative was asked for.
     """
     options = logit_options(_OP, temperature, logit_scale, logit_softcap)
     student = _autocast("student", student_hidden, student_head, student_bias)
@@ -112,6 +113,7 @@ def linear_dual_kl(
     _check_model("student", student, student[0], backend)
     _check_model("teacher", teacher, student[0], backend)
     checks.require_row_weight(_OP, row_weight, student[0].shape[0], student[0])
+    refuse_forward_mode(_OP, *student, *teacher, row_weight)
     if chunk_size is None:
         vocabulary = max(student[1].shape[0], teacher[1].shape[0])
         chunk_size = linear_chunks.default_chunk_size(
@@ -202,6 +204,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
     if grad_loss is None:
         return tuple(result)
     refuse_second_order(_OP)
+    refuse_forward_mode(_OP, grad_loss)
     hidden_dtype, head_dtype = ctx.dtypes
     dtypes = (hidden_dtype, head_dtype, head_dtype)
     for slot, grad, dtype, needed in zip(
