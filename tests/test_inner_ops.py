@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +118,46 @@ def test_linear_dual_kl_with_products_into_float32(
 ) -> None:
     check_linear_dual_kl(case, backend)
     assert bool(products_into_float32) == (case.logits.live > 0 and case.logits.rows > 0)
+
+
+BFLOAT16_CASES = [case for case in cases.LINEAR_CASES if case.logits.dtype == torch.bfloat16]
+
+
+@pytest.mark.parametrize("multiplies_bfloat16", [True, False], ids=["native", "emulated"])
+@pytest.mark.parametrize("case", BFLOAT16_CASES, ids=str)
+def test_linear_dual_kl_on_processors_with_and_without_bfloat16_products(
+    case: cases.LinearCase, multiplies_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the processor has none, the baseline of the budget is float32 throughout."""
+    monkeypatch.setattr(linear_chunks, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
+    check_linear_dual_kl(case, "cpu")
+
+
+def test_emulated_bfloat16_products_are_made_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients then differ from the reference's by the rounding of their dtype at most."""
+    monkeypatch.setattr(linear_chunks, "_multiplies_bfloat16", lambda: False)
+    shapes = ((40, 16), (700, 16), (40, 24), (720, 24))
+    tensors = [torch.randn(shape).bfloat16() for shape in shapes]
+    gradients = []
+    for backend in ("cpu", "reference"):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors[:2]]
+        weight = torch.full((40,), 1 / 40)
+        loss = leaf_ext.linear_dual_kl(
+            *leaves, *tensors[2:], weight, chunk_size=16, backend=backend
+        )
+        gradients.append(torch.autograd.grad(loss, leaves))
+    for ours, reference in zip(*gradients, strict=True):
+        assert ours.dtype == torch.bfloat16
+        distance = (ours.double() - reference.double()).norm() / reference.double().norm()
+        assert distance < 2**-9
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux describes the processor")
+def test_the_check_of_the_processor_agrees_with_linux() -> None:
+    text = Path("/proc/cpuinfo").read_text()
+    flags = set(re.findall(r"\w+", text))
+    known = {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "svebf16"}
+    assert linear_chunks._multiplies_bfloat16() == bool(flags & known)
 
 
 @pytest.mark.parametrize("case", cases.LINEAR_CASES, ids=str)

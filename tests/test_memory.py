@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import leaf_ext
+from leaf_ext.ops import linear_chunks
 
 WIDTH, VOCABULARY, CHUNK = 1024, 64, 256
 
@@ -55,7 +56,11 @@ def test_only_the_hidden_gradient_grows_with_the_rows(
         assert bytes_each <= growth < bytes_each + 0.1
 
 
-def test_the_head_gradient_of_a_single_bfloat16_chunk_is_kept_as_such() -> None:
+@pytest.mark.parametrize("multiplies_bfloat16", [True, False], ids=["native", "emulated"])
+def test_the_head_gradient_of_a_single_bfloat16_chunk_is_kept_as_such(
+    multiplies_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_chunks, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
     hidden, head = (torch.zeros(n, 4).bfloat16().requires_grad_() for n in (6, 9))
     kept: list[torch.dtype] = []
 
@@ -68,4 +73,5 @@ def test_the_head_gradient_of_a_single_bfloat16_chunk_is_kept_as_such() -> None:
         with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             teacher = hidden.detach(), head.detach()
             leaf_ext.linear_dual_kl(hidden, head, *teacher, torch.ones(6), chunk_size=chunk_size)
-    assert kept == [torch.bfloat16, torch.float32]
+    alone = torch.bfloat16 if multiplies_bfloat16 else torch.float32
+    assert kept == [alone, torch.float32]

@@ -175,10 +175,7 @@ def test_linear_dual_kl(case: cases.LinearCase, backend: str) -> None:
 
 def eager_linear(case: cases.LinearCase, given: inputs.LinearInputs, live: Tensor) -> list[Tensor]:
     """Loss, KL of the rows and gradients in plain torch on the live rows, its products as ours."""
-    dtype = case.logits.dtype
-    device = given.student_hidden.device
-    if dtype == torch.float16 and not linear_chunks._multiplies_to_float32(device, dtype):
-        dtype = torch.float32  # as ours, whose float16 factors are then copied to float32
+    dtype = linear_chunks._factor_dtype(given.student_hidden.device, case.logits.dtype)
     hidden = given.student_hidden[live].to(dtype).requires_grad_()
     head = given.student_head.to(dtype).requires_grad_()
     biases = [

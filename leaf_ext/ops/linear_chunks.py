@@ -44,9 +44,9 @@ def kept_head_dtype(hidden: Tensor, chunk_size: int) -> torch.dtype:
     wide = accumulated(hidden.dtype)
     if hidden.dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return wide
-    alone = hidden.shape[0] <= chunk_size
-    narrow = alone and not _multiplies_to_float32(hidden.device, hidden.dtype)
-    return hidden.dtype if narrow else wide
+    if hidden.shape[0] > chunk_size or _multiplies_to_float32(hidden.device, hidden.dtype):
+        return wide
+    return _factor_dtype(hidden.device, hidden.dtype)
 
 
 @functools.cache
@@ -64,6 +64,26 @@ def _multiplies_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (AVX-512, AMX, AVX10.2, Arm).
+
+    Without them the library's are slower than float32 products, and less accurate.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    names = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
+    return any(capabilities.get(name, False) for name in names)
+
+
+def _factor_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype to which the factors of a product are converted."""
+    if _multiplies_to_float32(device, dtype):
+        return dtype
+    # float16 products overflow and lose small gradients; those of float32 copies do not.
+    emulated = dtype == torch.bfloat16 and device.type == "cpu" and not _multiplies_bfloat16()
+    return torch.float32 if dtype == torch.float16 or emulated else dtype
+
+
 @dataclass(frozen=True)
 class _Products:
     """How matrices are multiplied on a device: into float32 where it can."""
@@ -75,11 +95,11 @@ class _Products:
 
     @staticmethod
     def of(hidden: Tensor) -> _Products:
-        if _multiplies_to_float32(hidden.device, hidden.dtype):
-            return _Products(hidden.device.type, hidden.dtype, torch.float32, True)
-        # float16 products overflow and lose small gradients; of float32 copies they do not.
-        dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        return _Products(hidden.device.type, dtype, dtype, False)
+        dtype = _factor_dtype(hidden.device, hidden.dtype)
+        to_float32 = _multiplies_to_float32(hidden.device, hidden.dtype)
+        return _Products(
+            hidden.device.type, dtype, torch.float32 if to_float32 else dtype, to_float32
+        )
 
     def piece_size(self, vocabulary: int, chunk_size: int) -> int:
         """Rows of the teacher's logits."""
@@ -148,9 +168,9 @@ class _Gradients:
         unscaled = self._unscaled(slope.dtype, scale)
         if self.hidden.dim() == 2:
             shape = (index.numel(), self.hidden.shape[1])
-            part = slope.new_empty(shape, dtype=self.hidden.dtype)
-            part = head.products.into(part, slope, head.weight)
-            self.hidden.index_copy_(0, index, unscaled(part))
+            dtype = self.hidden.dtype if head.products.to_float32 else slope.dtype
+            part = head.products.into(slope.new_empty(shape, dtype=dtype), slope, head.weight)
+            self.hidden.index_copy_(0, index, unscaled(part).to(self.hidden.dtype))
         if self.bias.numel():
             self.bias.add_(unscaled(slope.sum(0, dtype=self.bias.dtype)))
 
