@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from leaf_ext.loop import CapturedGrad, capture_embedding_grad, cut_spans
 from leaf_ext.native import build_info
 from leaf_ext.ops import (
     DualKLRows,
@@ -14,9 +15,12 @@ from leaf_ext.ops import (
 )
 
 __all__ = [
+    "CapturedGrad",
     "DualKLRows",
     "Spans",
     "build_info",
+    "capture_embedding_grad",
+    "cut_spans",
     "detect_spans",
     "dual_kl",
     "grad_norm",

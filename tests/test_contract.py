@@ -14,6 +14,7 @@ import pytest
 import torch
 from op_samples import kl_tensors, linear_tensors, span_tensors
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import leaf_ext
@@ -447,3 +448,31 @@ def test_more_dropped_rows_than_a_cache_holds(dtype: torch.dtype) -> None:
     assert torch.equal(student[5:6], given.grad)
     assert int(student.count_nonzero()) == int(given.grad.count_nonzero())
     assert bool(memory[1:].view(rows, width + 3)[:, width:].isnan().all()) and memory[0].isnan()
+
+
+def test_printed_spans_are_one_short_line() -> None:
+    teacher = torch.tensor(
+        [[1.0, 0.1, 0.9, 0.1], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, float("nan")]]
+    )
+    student = torch.tensor([[0.1, 1.0, 0.1, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    domain = torch.ones(3, 4, dtype=torch.bool)
+    spans = leaf_ext.detect_spans(teacher, student, domain)
+    expected = "Spans(batch=3, shape=(3, 4), device='cpu', counts=[2, 0, 0], not_finite=1)"
+    assert repr(spans) == str(spans) == expected
+    norms = torch.rand(1000, 4)
+    many = leaf_ext.detect_spans(norms, norms, norms >= 0)
+    counts = f"[{', '.join(['0'] * 8)}, ...]"
+    assert repr(many) == (
+        f"Spans(batch=1000, shape=(1000, 4), device='cpu', counts={counts}, not_finite=0)"
+    )
+    packed = leaf_ext.detect_spans(
+        norms[0], norms[0], norms[0] >= 0, cu_seqlens=torch.tensor([0, 1, 4]), max_seqlen=3
+    )
+    assert repr(packed) == "Spans(batch=2, shape=(4,), device='cpu', counts=[0, 0], not_finite=0)"
+
+
+def test_spans_without_values_are_printed_without_counts() -> None:
+    with FakeTensorMode():
+        norms = torch.rand(2, 4)
+        spans = leaf_ext.detect_spans(norms, norms, norms >= 0)
+    assert repr(spans) == "Spans(batch=2, shape=(2, 4), device='cpu')"

@@ -19,7 +19,8 @@ ALLOWED = {
     "triton": {"schema", "triton"},
     "dispatch": {"schema", "native", "reference", "triton"},
     "ops": {"schema", "native", "reference", "triton", "dispatch", "ops"},
-    "__init__": {"ops", "native"},
+    "loop": {"ops"},
+    "__init__": {"ops", "native", "loop"},
     "testing": {"schema", "native", "dispatch", "reference", "ops", "testing", "__init__"},
 }
 

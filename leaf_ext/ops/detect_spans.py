@@ -16,9 +16,10 @@ from leaf_ext.schema import LIBRARIES, accumulated
 
 _OP = "detect_spans"
 Rule = Literal["absolute", "quantile"]
+_SHOWN = 8  # sequences whose counts `print` shows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Spans:
     """Spans of confounding tokens, of fixed shapes, on the inputs' device.
 
@@ -43,6 +44,17 @@ class Spans:
             [(start, stop) for start, stop in row[:count]]
             for row, count in zip(rows, counts, strict=True)
         ]
+
+    def __repr__(self) -> str:
+        """One line, of the first sequences at most; waits for the device."""
+        batch, shape = self.count.shape[0], tuple(self.score.shape)
+        text = f"Spans(batch={batch}, shape={shape}, device={str(self.count.device)!r}"
+        if type(self.count) is not Tensor or self.count.is_meta:  # a traced tensor has no values
+            return f"{text})"
+        counts = ", ".join(map(str, self.count[:_SHOWN].tolist()))
+        more = ", ..." if batch > _SHOWN else ""
+        not_finite = int(self.status.count_nonzero())
+        return f"{text}, counts=[{counts}{more}], not_finite={not_finite})"
 
 
 def detect_spans(

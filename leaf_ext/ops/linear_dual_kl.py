@@ -78,10 +78,10 @@ def linear_dual_kl(
 
     The gradients are made in the forward and only multiplied in the backward. Rows of weight 0 are
     dropped before the first product (one host synchronization). On a GPU logits come out of the
-    product in float32. A CPU's library gives no wider product, so there they have the inputs' dtype;
-    float16 inputs, and bfloat16 inputs on a processor without bfloat16 products, are multiplied in
-    float32, through a float32 copy of the head. backend="reference" multiplies in float32
-    throughout. The head's gradient accumulates over chunks in float32. A frozen head
+    product in float32. A CPU's library gives no wider product, so there they have the inputs'
+    dtype; float16 inputs, and bfloat16 inputs on a processor without bfloat16 products, are
+    multiplied in float32, through a float32 copy of the head. backend="reference" multiplies in
+    float32 throughout. The head's gradient accumulates over chunks in float32. A frozen head
     costs no product, and without gradients only the loss is computed. Beyond a few numbers a row,
     only the gradient of the hidden states grows with N: memory holds it once until the backward (in
     float32 for float16 inputs) and during the backward a second time, as it is returned.
