@@ -59,10 +59,10 @@ vectorized aarch64: $(DEV)
 	rm -rf build/$@  # GCC appends to its reports
 	cmake -S . -B build/$@ -G Ninja -DPython_EXECUTABLE="$$(which python)" -DLEAF_VEC_REPORT=ON $(CROSS_$@)
 	cmake --build build/$@ --target leaf_cpu
-	python csrc/check_vectorized.py build/$@
+	python tools/check_vectorized.py build/$@
 
 registers: $(DEV)
-	python csrc/check_registers.py
+	python tools/check_registers.py
 
 # Each build has its own copy of the Python files, so that the one of .venv stays as it is.
 OP_TESTS := tests/test_ops.py tests/test_contract.py tests/test_detect_spans_properties.py
@@ -70,15 +70,15 @@ ISAS     ?= x86-64 x86-64-v3 x86-64-v4
 
 isa: $(DEV)
 	for isa in $(ISAS); do \
-	  python csrc/test_build.py build/$$isa -DLEAF_ISA=$$isa -- $(OP_TESTS) || exit 1; \
+	  python tools/test_build.py build/$$isa -DLEAF_ISA=$$isa -- $(OP_TESTS) || exit 1; \
 	done
 
 sanitize: $(DEV)
-	python csrc/test_build.py build/sanitize -DLEAF_SANITIZE=ON -- $(OP_TESTS)
+	python tools/test_build.py build/sanitize -DLEAF_SANITIZE=ON -- $(OP_TESTS)
 
 # In this build the backend "cpu" is the CUDA kernels: on a device with clusters; on one where rows of
 # these sizes need them; on one without them.
-EMULATED := python csrc/test_build.py build/emulate -DLEAF_EMULATE_CUDA=ON -DLEAF_SANITIZE=ON --
+EMULATED := python tools/test_build.py build/emulate -DLEAF_EMULATE_CUDA=ON -DLEAF_SANITIZE=ON --
 
 emulate: $(DEV)
 	$(EMULATED) $(OP_TESTS) tests/test_inner_ops.py tests/test_autograd.py tests/test_hard_values.py -k cpu

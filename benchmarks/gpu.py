@@ -134,7 +134,7 @@ def build(run: Run) -> None:
     cuda = "-DLEAF_CUDA=0" if run.tiny else "-DLEAF_CUDA=1"
     options = [cuda, *([] if run.tiny else [f"-DLEAF_CUDA_ARCHS={architecture()}"])]
     # pytest is only asked for its version: the tests are a step of their own.
-    command = [str(ROOT / "csrc" / "test_build.py"), str(BUILD), *options, "--", "--version"]
+    command = [str(ROOT / "tools" / "test_build.py"), str(BUILD), *options, "--", "--version"]
     started = run.start("build", [sys.executable, *command], 150)
     outcome = started.outcome()
     if outcome.state == "passed" and not run.tiny and "'cuda'" not in started.text():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +22,7 @@ REFERENCE_DTYPES = (*DTYPES, torch.float64)
 Sizes = Mapping[str, int]
 
 
-def accumulated(dtype: torch.dtype) -> torch.dtype:
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which results of inputs of this dtype come."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -78,10 +79,17 @@ class Op:
         return tuple(word[-1] for word in words)
 
 
-_LOGIT_SCALARS = (
-    "float temperature, float student_scale, float teacher_scale, "
-    "float student_softcap, float teacher_softcap"
-)
+class LogitScalars(NamedTuple):
+    """From logits z to softcap * tanh(scale * z / softcap) / temperature; a softcap of 0: none."""
+
+    temperature: float
+    student_scale: float
+    teacher_scale: float
+    student_softcap: float
+    teacher_softcap: float
+
+
+_LOGIT_SCALARS = ", ".join(f"float {name}" for name in LogitScalars._fields)
 _LOGITS = f"Tensor teacher, Tensor row_weight, {_LOGIT_SCALARS}, bool need_grad, bool need_rows"
 
 

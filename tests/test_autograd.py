@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import leaf_ext
-from leaf_ext.reference.dual_kl import kl_rows, temper
+from leaf_ext.reference.dual_kl import apply_temperature, kl_rows
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -49,8 +49,8 @@ def test_reference_gradient_is_the_one_of_autograd(options: dict[str, Any]) -> N
         return (values[0] or none, values[1] or none)
 
     scale, cap = pair("logit_scale", 1.0), pair("logit_softcap", 0.0)
-    x_s = temper(student[:, :11], scale[0], cap[0], temperature)
-    x_t = temper(teacher[:, :11], scale[1], cap[1], temperature)
+    x_s = apply_temperature(student[:, :11], scale[0], cap[0], temperature)
+    x_t = apply_temperature(teacher[:, :11], scale[1], cap[1], temperature)
     plain = temperature**2 * (weight * kl_rows(x_s, x_t)).sum()
     loss = leaf_ext.dual_kl(student, teacher, weight, backend="reference", **options)
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)

@@ -316,7 +316,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "run", [linear_chunks.over("leaf_ext"), reference.linear_dual_kl], ids=["chunks", "reference"]
+    "run",
+    [linear_chunks.make_linear_dual_kl("leaf_ext"), reference.linear_dual_kl],
+    ids=["chunks", "reference"],
 )
 def test_memory_of_the_linear_loss_does_not_grow_with_the_logits(run: Callable[..., Any]) -> None:
     rows, vocabulary, width, chunk_size = 400, 1000, 4, 10

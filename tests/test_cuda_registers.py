@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
 def test_no_kernel_spills(architecture: str) -> None:
-    command = [sys.executable, CSRC / "check_registers.py", "--json", architecture]
+    command = [sys.executable, ROOT / "tools" / "check_registers.py", "--json", architecture]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leaf_ext.dispatch import Backend, implementation
 from leaf_ext.ops import checks
-from leaf_ext.schema import LIBRARIES, accumulated
+from leaf_ext.schema import LIBRARIES, accum_dtype
 
 _OP = "detect_spans"
 Rule = Literal["absolute", "quantile"]
@@ -152,7 +152,7 @@ def _check_tensors(
         needed = f"norms {shape} or gradients {(*shape, 'H')} like domain"
         fits = tuple(saliency.shape[:dims]) == shape and saliency.dim() in (dims, dims + 1)
         checks.require(fits, _OP, argument, needed, got)
-        wide = accumulated(saliency.dtype)
+        wide = accum_dtype(saliency.dtype)
         norms_ok = saliency.dim() > dims or saliency.dtype == wide
         checks.require(norms_ok, _OP, argument, "float32 when it holds norms", saliency.dtype)
     needed = f"of {teacher.dim()} dimensions like teacher"
@@ -212,7 +212,7 @@ def _fake(
     count = domain.new_empty((sequences,), dtype=torch.int64)
     span = count.new_empty((sequences, (max_seqlen + 1) // 2, 2))
     score = torch.empty_like(
-        domain, dtype=accumulated(teacher.dtype), memory_format=torch.contiguous_format
+        domain, dtype=accum_dtype(teacher.dtype), memory_format=torch.contiguous_format
     )
     confounder = torch.empty_like(domain, memory_format=torch.contiguous_format)
     return span, count, score, confounder, torch.empty_like(count)

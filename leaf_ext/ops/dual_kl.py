@@ -11,8 +11,8 @@ from torch import Tensor
 from leaf_ext.dispatch import Backend, implementation
 from leaf_ext.ops import checks
 from leaf_ext.ops.first_order import refuse_forward_mode, refuse_second_order, scale_, scaled
-from leaf_ext.ops.logit_options import LogitOptions, Pair, PairOfCaps, logit_options
-from leaf_ext.schema import LIBRARIES, accumulated
+from leaf_ext.ops.logit_options import Pair, PairOfCaps, logit_options
+from leaf_ext.schema import LIBRARIES, LogitScalars, accum_dtype
 
 
 class DualKLRows(NamedTuple):
@@ -114,7 +114,7 @@ def dual_kl(
         )
     else:
         student = checks.unit_stride(student)
-        loss, _, _, rows = run(student, teacher, weight, *options.scalars, need_grad, return_rows)
+        loss, _, _, rows = run(student, teacher, weight, *options, need_grad, return_rows)
     return (loss, DualKLRows(*rows.detach().unbind(0))) if return_rows else loss
 
 
@@ -165,10 +165,10 @@ class _Overwrite(torch.autograd.Function):
         teacher: Tensor,
         weight: Tensor,
         run: Callable[..., tuple[Tensor, Tensor, Tensor]],
-        options: LogitOptions,
+        options: LogitScalars,
         need_rows: bool,
     ) -> tuple[Tensor, Tensor]:
-        loss, scale, rows = run(student, teacher, weight, *options.scalars, True, need_rows)
+        loss, scale, rows = run(student, teacher, weight, *options, True, need_rows)
         if not torch.compiler.is_compiling():
             # A node that saved the logits for its own backward must notice that they are gone.
             torch.autograd.graph.increment_version(student)
@@ -216,15 +216,10 @@ def _fake(
     student: Tensor,
     teacher: Tensor,
     row_weight: Tensor,
-    temperature: float,
-    student_scale: float,
-    teacher_scale: float,
-    student_softcap: float,
-    teacher_softcap: float,
-    need_grad: bool,
-    need_rows: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulated(student.dtype)
+    need_grad, need_rows, *_ = options[len(LogitScalars._fields) :]
+    dtype = accum_dtype(student.dtype)
     loss = student.new_empty((), dtype=dtype)
     grad = student.new_empty(student.shape if need_grad else (0,))
     rows = student.new_empty((4, student.shape[0] if need_rows else 0), dtype=dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from leaf_ext.dispatch import Backend, implementation
 from leaf_ext.ops.checks import require, require_float, unit_stride
-from leaf_ext.schema import LIBRARIES, accumulated
+from leaf_ext.schema import LIBRARIES, accum_dtype
 
 
 def grad_norm(grad: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -33,7 +33,7 @@ def grad_norm(grad: Tensor, *, backend: Backend = "auto") -> Tensor:
 
 
 def _fake(grad: Tensor) -> Tensor:
-    return grad.new_empty(grad.shape[:-1], dtype=accumulated(grad.dtype))
+    return grad.new_empty(grad.shape[:-1], dtype=accum_dtype(grad.dtype))
 
 
 for _namespace, _library in LIBRARIES.items():

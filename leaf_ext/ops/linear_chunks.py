@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from leaf_ext.native import prefer_huge_pages
-from leaf_ext.schema import accumulated, gradient_rows, hidden_grad_dtype
+from leaf_ext.schema import accum_dtype, gradient_rows, hidden_grad_dtype
 
 # Rows of a head's gradient that are made at once where products cannot be added to it, and need
 # memory of their own.
@@ -41,7 +42,7 @@ def kept_head_dtype(hidden: Tensor, chunk_size: int) -> torch.dtype:
     library makes no wider one. Under torch.compile the number of rows may not be known: float32 is
     always right.
     """
-    wide = accumulated(hidden.dtype)
+    wide = accum_dtype(hidden.dtype)
     if hidden.dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return wide
     if hidden.shape[0] > chunk_size or _multiplies_to_float32(hidden.device, hidden.dtype):
@@ -197,7 +198,9 @@ class _Gradients:
         return (lambda part: part.div_(scale)) if dtype == torch.float16 else (lambda part: part)
 
 
-def over(namespace: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+def make_linear_dual_kl(
+    namespace: str,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """The op for a namespace, on that namespace's `dual_kl` and `dual_kl_`."""
 
     def linear_dual_kl(
@@ -208,22 +211,13 @@ def over(namespace: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, 
         row_weight: Tensor,
         student_bias: Tensor | None,
         teacher_bias: Tensor | None,
-        temperature: float,
-        student_scale: float,
-        teacher_scale: float,
-        student_softcap: float,
-        teacher_softcap: float,
-        need_hidden_grad: bool,
-        head_grad_dtype: torch.dtype | None,
-        need_bias_grad: bool,
-        need_rows: bool,
-        chunk_size: int,
+        *options: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         ops = getattr(torch.ops, namespace)
-        scalars = (temperature, student_scale, teacher_scale, student_softcap, teacher_softcap)
+        *scalars, need_hidden_grad, head_grad_dtype, need_bias_grad, need_rows, chunk_size = options
         need_head = head_grad_dtype is not None
         need_grad = need_hidden_grad or need_head or need_bias_grad
-        wide = accumulated(student_hidden.dtype)
+        wide = accum_dtype(student_hidden.dtype)
         if head_grad_dtype not in (None, wide) and row_weight.shape[0] > chunk_size:
             raise RuntimeError(
                 f"linear_dual_kl: head_grad_dtype must be {wide} where several chunks are added up "
@@ -281,7 +275,7 @@ def _gradients(
     head_dtype: torch.dtype | None,
     need_bias: bool,
 ) -> _Gradients:
-    wide, weight = accumulated(hidden.dtype), head.weight
+    wide, weight = accum_dtype(hidden.dtype), head.weight
     # Of float16 factors each chunk has its own scale; other narrow factors are multiplied into
     # float32 only where the library can.
     to_float32 = head.products.to_float32

@@ -12,7 +12,7 @@ from leaf_ext.ops import checks, linear_chunks
 from leaf_ext.ops.dual_kl import DualKLRows
 from leaf_ext.ops.first_order import refuse_forward_mode, refuse_second_order, scaled
 from leaf_ext.ops.logit_options import Pair, PairOfCaps, logit_options
-from leaf_ext.schema import LIBRARIES, REFERENCE, accumulated, hidden_grad_dtype
+from leaf_ext.schema import LIBRARIES, REFERENCE, accum_dtype, hidden_grad_dtype
 
 _OP = "linear_dual_kl"
 
@@ -128,7 +128,7 @@ def linear_dual_kl(
     run = implementation(_OP, student[0].device, backend, student[0].dtype)
     head_dtype = None
     if need_head and resolve(_OP, student[0].device, backend, student[0].dtype) == REFERENCE:
-        head_dtype = accumulated(student[0].dtype)
+        head_dtype = accum_dtype(student[0].dtype)
     elif need_head:
         head_dtype = linear_chunks.kept_head_dtype(student[0], chunk_size)
     loss, _, _, _, rows = run(
@@ -139,7 +139,7 @@ def linear_dual_kl(
         row_weight.contiguous(),
         student[2],
         None if teacher[2] is None else teacher[2].detach(),
-        *options.scalars,
+        *options,
         need_hidden,
         head_dtype,
         need_bias,
@@ -196,7 +196,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*grads)
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    hidden, head_dtype, bias = inputs[12:15]
+    hidden, head_dtype, bias = inputs[-5:-2]
     ctx.needed = hidden, head_dtype is not None, bias
 
 
@@ -224,18 +224,10 @@ def _fake(
     row_weight: Tensor,
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
-    temperature: float,
-    student_scale: float,
-    teacher_scale: float,
-    student_softcap: float,
-    teacher_softcap: float,
-    need_hidden_grad: bool,
-    head_grad_dtype: torch.dtype | None,
-    need_bias_grad: bool,
-    need_rows: bool,
-    chunk_size: int,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulated(student_hidden.dtype)
+    need_hidden_grad, head_grad_dtype, need_bias_grad, need_rows, _ = options[-5:]
+    dtype = accum_dtype(student_hidden.dtype)
     new = student_hidden.new_empty
     hidden_shape = student_hidden.shape if need_hidden_grad else (0,)
     hidden_dtype = hidden_grad_dtype(student_hidden.dtype)
@@ -251,6 +243,8 @@ def _fake(
 for _namespace, _library in LIBRARIES.items():
     _name = f"{_namespace}::{_OP}"
     if _namespace != REFERENCE:
-        _library.impl(_OP, linear_chunks.over(_namespace), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        _library.impl(
+            _OP, linear_chunks.make_linear_dual_kl(_namespace), "CompositeExplicitAutograd"
+        )  # type: ignore[no-untyped-call]
     torch.library.register_fake(_name, _fake, lib=_library)
     torch.library.register_autograd(_name, _backward, setup_context=_setup_context, lib=_library)

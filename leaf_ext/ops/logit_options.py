@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from leaf_ext.ops.checks import require, require_number
+from leaf_ext.schema import LogitScalars
 
 Pair = tuple[float, float]
 PairOfCaps = tuple[float | None, float | None]
-
-
-@dataclass(frozen=True)
-class LogitOptions:
-    """The scalars of the op schemas; a softcap of 0 means none."""
-
-    temperature: float
-    student_scale: float
-    teacher_scale: float
-    student_softcap: float
-    teacher_softcap: float
-
-    @property
-    def scalars(self) -> tuple[float, float, float, float, float]:
-        return (
-            self.temperature,
-            self.student_scale,
-            self.teacher_scale,
-            self.student_softcap,
-            self.teacher_softcap,
-        )
 
 
 def logit_options(
@@ -36,12 +14,12 @@ def logit_options(
     temperature: float,
     logit_scale: float | Pair,
     logit_softcap: float | PairOfCaps | None,
-) -> LogitOptions:
-    """Checked options, all finite and above 0; scale and softcap as one number or two."""
+) -> LogitScalars:
+    """The checked scalars; a scale or softcap is one number for both models or a pair."""
     infinity = float("inf")
     scales = _pair(op, "logit_scale", logit_scale)
     caps = _pair(op, "logit_softcap", logit_softcap)
-    return LogitOptions(
+    return LogitScalars(
         require_number(op, "temperature", temperature, 0, infinity, strict=True),
         *(require_number(op, "logit_scale", scale, 0, infinity, strict=True) for scale in scales),
         *(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leaf_ext.reference.grad_norm import grad_norm
-from leaf_ext.reference.widen import widen
+from leaf_ext.reference.upcast import upcast
 
 # A gap that varies by less than this over a whole sequence is rounding, not evidence.
 MIN_GAP_RANGE = 1e-6
@@ -60,7 +60,7 @@ def detect_spans(
         return flat[position]
 
     inside, may_cut = padded(domain, False), padded(prunable, False)
-    s_teacher, s_student = padded(widen(teacher), 0.0), padded(widen(student), 0.0)
+    s_teacher, s_student = padded(upcast(teacher), 0.0), padded(upcast(student), 0.0)
     teacher_broken = (inside & ~s_teacher.isfinite()).any(1)
     student_broken = (inside & ~s_student.isfinite()).any(1)
     status = teacher_broken * TEACHER_NOT_FINITE + student_broken * STUDENT_NOT_FINITE

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leaf_ext.reference.widen import widen
+from leaf_ext.reference.upcast import upcast
 from leaf_ext.schema import gradient_rows
 
 # Below this distance of two log-probabilities the series form is the accurate one.
@@ -26,9 +26,9 @@ class DualKL(NamedTuple):
     rows: Tensor
 
 
-def temper(logits: Tensor, scale: float, softcap: float, temperature: float) -> Tensor:
+def apply_temperature(logits: Tensor, scale: float, softcap: float, temperature: float) -> Tensor:
     """x = softcap * tanh(scale * z / softcap) / temperature; a softcap of 0 means none."""
-    scaled = widen(logits) * scale
+    scaled = upcast(logits) * scale
     if softcap:
         scaled = softcap * torch.tanh(scaled / softcap)
     return scaled / temperature
@@ -119,7 +119,10 @@ def _dual_kl(
     live = row_weight.nonzero().squeeze(1)
     # Indexing first: a dropped row may hold anything, NaN included, and is never read.
     raw_s, raw_t = student[live, :vocabulary], teacher[live, :vocabulary]
-    x_s, x_t = temper(raw_s, *student_options), temper(raw_t, *teacher_options)
+    x_s, x_t = (
+        apply_temperature(raw_s, *student_options),
+        apply_temperature(raw_t, *teacher_options),
+    )
     weight = row_weight[live]
     kl = kl_rows(x_s, x_t)
     scale, softcap, temperature = student_options
@@ -132,7 +135,7 @@ def _dual_kl(
         grad_scale = float16_scale(weight, bound) if grad_dtype == torch.float16 else grad_scale
         slope = bound * (weight * grad_scale)[:, None] * (x_s.softmax(-1) - x_t.softmax(-1))
         if softcap:
-            slope = slope * (1 - torch.tanh(widen(raw_s) * scale / softcap) ** 2)
+            slope = slope * (1 - torch.tanh(upcast(raw_s) * scale / softcap) ** 2)
         grad = student.new_zeros(student.shape, dtype=grad_dtype)
         grad[live, :vocabulary] = slope.to(grad_dtype)
     metrics = loss.new_zeros(4, rows if need_rows else 0)

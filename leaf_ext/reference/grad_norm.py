@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leaf_ext.reference.widen import widen
+from leaf_ext.reference.upcast import upcast
 
 
 def grad_norm(grad: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def grad_norm(grad: Tensor) -> Tensor:
     The row is divided by its largest magnitude before squaring, so that entries from 1e-30 to 1e30
     neither vanish nor overflow in float32. inf gives inf and NaN gives NaN.
     """
-    wide = widen(grad)
+    wide = upcast(grad)
     if wide.shape[-1] == 0:
         return wide.new_zeros(wide.shape[:-1])
     largest = wide.abs().amax(dim=-1, keepdim=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from leaf_ext.reference.dual_kl import dual_kl
-from leaf_ext.reference.widen import widen
+from leaf_ext.reference.upcast import upcast
 from leaf_ext.schema import hidden_grad_dtype
 
 
@@ -37,7 +37,7 @@ def linear_dual_kl(
     At most `chunk_size` rows of logits exist at once; the parts are summed.
     """
     live = row_weight.nonzero().squeeze(1)
-    head, teacher_weight = widen(student_head), widen(teacher_head)
+    head, teacher_weight = upcast(student_head), upcast(teacher_head)
     need_grad = need_hidden_grad or head_grad_dtype is not None or need_bias_grad
     loss = head.new_zeros(())
     rows = head.new_zeros(4, row_weight.shape[0] if need_rows else 0)
@@ -51,10 +51,10 @@ def linear_dual_kl(
         bias_grad = head.new_zeros(head.shape[0])
     with torch.autocast(student_hidden.device.type, enabled=False):
         for index in torch.split(live, chunk_size):
-            hidden = widen(student_hidden[index])
+            hidden = upcast(student_hidden[index])
             part, slope, _, measures = dual_kl(
                 project(hidden, head, student_bias),
-                project(widen(teacher_hidden[index]), teacher_weight, teacher_bias),
+                project(upcast(teacher_hidden[index]), teacher_weight, teacher_bias),
                 row_weight[index],
                 temperature,
                 student_scale,

@@ -20,12 +20,14 @@ overwrites was read in this block or before, and a barrier stands between readin
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from leaf_ext.schema import gradient_rows
+from leaf_ext.schema import LogitScalars, gradient_rows
 from leaf_ext.triton.dual_kl_block import parts_with_block, sums_with_block
 from leaf_ext.triton.launch import check, check_adjacent, on_device_of, options
 from leaf_ext.triton.softmax import first_of_largest, fold, no_logits
@@ -184,20 +186,15 @@ def dual_kl(
     student: Tensor,
     teacher: Tensor,
     row_weight: Tensor,
-    temperature: float,
-    student_scale: float,
-    teacher_scale: float,
-    student_softcap: float,
-    teacher_softcap: float,
-    need_grad: bool,
-    need_rows: bool,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op with a gradient of its own memory."""
+    *scalars, need_grad, need_rows = arguments
     size = student.shape if need_grad else (0,)
     grad = torch.empty(size, dtype=student.dtype, device=student.device)
-    scalars = (temperature, student_scale, teacher_scale, student_softcap, teacher_softcap)
     target = grad if need_grad else None
-    loss, scale, rows = _run("dual_kl", student, teacher, row_weight, target, scalars, need_rows)
+    values = LogitScalars(*scalars)
+    loss, scale, rows = _run("dual_kl", student, teacher, row_weight, target, values, need_rows)
     return loss, grad, scale, rows
 
 
@@ -205,19 +202,14 @@ def dual_kl_(
     student: Tensor,
     teacher: Tensor,
     row_weight: Tensor,
-    temperature: float,
-    student_scale: float,
-    teacher_scale: float,
-    student_softcap: float,
-    teacher_softcap: float,
-    need_grad: bool,
-    need_rows: bool,
-    grad_dtype: torch.dtype | None = None,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same; the gradient overwrites the student's logits (see `gradient_rows`)."""
+    scalars = LogitScalars(*arguments[: len(LogitScalars._fields)])
+    need_grad, need_rows, *rest = arguments[len(scalars) :]
+    grad_dtype = rest[0] if rest else None  # the dispatcher leaves a default out
     separate = student.shape[0] <= 1 or student.stride(0) >= student.shape[1]
     check(separate, f"dual_kl_: rows of student must not overlap, got strides {student.stride()}")
-    scalars = (temperature, student_scale, teacher_scale, student_softcap, teacher_softcap)
     narrower = grad_dtype in (None, student.dtype) or student.dtype == torch.float32
     check(narrower, f"dual_kl_: grad_dtype must be no wider than the student's, got {grad_dtype}")
     target = gradient_rows(student, grad_dtype) if need_grad else None
@@ -243,12 +235,11 @@ def _run(
     teacher: Tensor,
     row_weight: Tensor,
     grad: Tensor | None,
-    scalars: tuple[float, float, float, float, float],
+    scalars: LogitScalars,
     need_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, grad_scale, rows; the gradient is written to `grad`."""
     _check(op, student, teacher, row_weight)
-    temperature, student_scale, teacher_scale, student_softcap, teacher_softcap = scalars
     rows, vocabulary = student.shape[0], min(student.shape[1], teacher.shape[1])
     wide = {"dtype": torch.float32, "device": student.device}
     loss, kl = torch.empty((), **wide), torch.empty(rows, **wide)
@@ -257,12 +248,13 @@ def _run(
     target = student if grad is None else grad  # not written to without NEED_GRAD
     with on_device_of(student):
         if grad is not None and grad.dtype == torch.float16:
-            bound = temperature * student_scale
+            bound = scalars.temperature * scalars.student_scale
             scale_kernel[(1,)](
                 row_weight, grad_scale, rows, bound, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)
             )
         if rows:
-            capped = student_softcap != 0 or teacher_softcap != 0
+            student_capped, teacher_capped = (cap != 0 for cap in scalars[-2:])
+            capped = student_capped or teacher_capped
             lanes = 32 if torch.version.hip is None else 64
             block, warps = block_of(vocabulary, need_rows, capped, lanes)
             registers = {"maxnreg": REGISTERS} if capped and lanes == 32 else {}
@@ -270,15 +262,14 @@ def _run(
                 student, teacher, row_weight, target, grad_scale, kl, measures,
                 student.stride(0), teacher.stride(0), target.stride(0),
                 rows, student.shape[1], vocabulary,
-                temperature, 1.0 / temperature, student_scale, teacher_scale,
-                student_softcap, teacher_softcap,
+                scalars.temperature, 1.0 / scalars.temperature, *scalars[1:],
                 NEED_GRAD=grad is not None, NEED_ROWS=need_rows,
-                STUDENT_CAPPED=student_softcap != 0, TEACHER_CAPPED=teacher_softcap != 0,
+                STUDENT_CAPPED=student_capped, TEACHER_CAPPED=teacher_capped,
                 NARROWED=target.dtype != student.dtype,
                 BLOCK=block, THREADS=min(lanes * warps, block), **options(warps), **registers,
             )  # fmt: skip
         loss_kernel[(1,)](
-            row_weight, kl, loss, rows, temperature, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)
+            row_weight, kl, loss, rows, scalars.temperature, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)
         )
     return loss, grad_scale, measures
 

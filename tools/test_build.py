@@ -1,6 +1,6 @@
 """Runs tests on a build of the extension other than the installed one.
 
-    python csrc/test_build.py build/v3 -DLEAF_ISA=x86-64-v3 -- tests/test_ops.py
+    python tools/test_build.py build/v3 -DLEAF_ISA=x86-64-v3 -- tests/test_ops.py
 
 Configures and compiles into the folder, puts a copy of the Python package beside the module, runs
 pytest there. With LEAF_SANITIZE=ON the runtime of the sanitizers is preloaded: Python lacks it.

@@ -2,7 +2,7 @@
 
     rm -rf build/vec  # GCC appends to its reports
     cmake -S . -B build/vec -G Ninja -DPython_EXECUTABLE="$(which python)" -DLEAF_VEC_REPORT=ON
-    cmake --build build/vec --target leaf_cpu && python csrc/check_vectorized.py build/vec
+    cmake --build build/vec --target leaf_cpu && python tools/check_vectorized.py build/vec
 
 Reads GCC's own reports, <build>/<source>.vec. `make vectorized` does all of it. The widths in these
 reports are those of a loop's narrowest type, so they say nothing; "couldn't vectorize loop" does.
@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-KERNELS = Path(__file__).resolve().parent / "cpu"
+KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "cpu"
 
 
 def marked_loops(source: Path) -> list[range]:

@@ -6,6 +6,6 @@ import torch
 from torch import Tensor
 
 
-def widen(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """float64 stays float64; everything else becomes float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels and says what each one takes of a GPU; a spilled register is an error.
 
-    python csrc/check_registers.py [--json] [80 90 100]
+    python tools/check_registers.py [--json] [80 90 100]
 
 Needs nvcc and no GPU. Prints a Markdown table, or a list in JSON, of what the assembler reports:
 registers a thread; bytes of a thread's own memory (stack), of it spilled; static shared bytes.
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parent
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHITECTURES = ("80", "90", "100")
 COLUMNS = ("source", "kernel", "sm", "registers", "stack", "spilled", "shared")
 
