@@ -1,7 +1,7 @@
 #pragma once
 
-// Checks of memory safety, and the few views of a tensor that the bindings need. Written against
-// LibTorch's stable ABI: one build loads under every torch from 2.11 on.
+// Checks of memory safety, and the tensor accessors that the bindings need. They use LibTorch's
+// stable ABI, so that one build loads under every torch from 2.11 on.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,8 +20,8 @@ namespace leaf::bindings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Text without the standard library's streams: where an extension has its own copy of that library,
-// these break, as both copies share what the streams know of locales.
+// Builds text without the standard library's streams. Streams break in an extension that has its
+// own copy of the library, because both copies share the state of the locales.
 inline std::string text_of(const char* part) { return part; }
 inline std::string text_of(const std::string& part) { return part; }
 template <class Number>
@@ -35,7 +35,7 @@ std::string text_of(Number number) {
   }
 }
 
-// check(condition, "op: argument must be what was needed, got ", what, " came")
+// check(condition, "op: argument must be X, got ", value)
 template <class... Parts>
 void check(bool condition, const Parts&... parts) {
   if (condition) return;
@@ -72,7 +72,7 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-// Kernels of one device read the memory of that device only.
+// A kernel reads the memory of its own device only.
 inline void check_device(const char* op, const char* name, const Tensor& tensor,
                          const Tensor& first) {
   const bool same = tensor.is_cpu() == first.is_cpu() && tensor.is_cuda() == first.is_cuda() &&

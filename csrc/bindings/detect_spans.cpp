@@ -33,7 +33,7 @@ bool is_gradient(const char* name, const Tensor& tensor, const Tensor& domain) {
   return false;
 }
 
-// [tokens] of teacher and student, from norms as they are or from gradients.
+// The norms of teacher and student, [tokens] each. Gradients are reduced to norms first.
 std::pair<Tensor, Tensor> norms_of(const Tensor& teacher, const Tensor& student,
                                    const Tensor& domain) {
   const bool gradients = is_gradient("teacher", teacher, domain);
@@ -62,7 +62,7 @@ Tensor packed_borders(const Tensor& cu_seqlens, const Tensor& domain) {
   return torch::stable::contiguous(cu_seqlens);
 }
 
-// On a CPU a wrong border is an error; on a GPU the kernel keeps within the tensors instead.
+// A wrong border is an error on a CPU. On a GPU the kernel clamps its reads to the tensors instead.
 void check_borders(const int64_t* borders, int64_t sequences, int64_t tokens, int64_t max_seqlen) {
   for (int64_t i = 0; i <= sequences; ++i) {
     const int64_t length = i == 0 ? 0 : borders[i] - borders[i - 1];

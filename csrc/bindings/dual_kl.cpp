@@ -24,7 +24,7 @@ Logits logits_view(const char* op, const char* name, const Tensor& tensor, doubl
           static_cast<float>(scale), static_cast<float>(softcap)};
 }
 
-// On a GPU the kernels take logits of one dtype: others are copied to float32, which is exact.
+// The GPU kernels take logits of one dtype. Mixed dtypes are copied to float32, which is exact.
 Tensor as_the_other(const Tensor& logits, const Tensor& other) {
   if (!on_gpu(logits) || logits.scalar_type() == other.scalar_type()) return logits;
   return torch::stable::to(logits, ScalarType::Float);
@@ -52,7 +52,7 @@ DualKLParams input_params(const char* op, const Tensor& student, const Tensor& t
   return params;
 }
 
-// Allocates loss, grad_scale and rows, and runs.
+// Allocates loss, grad_scale and rows, and runs the kernel.
 std::tuple<Tensor, Tensor, Tensor> run_op(const char* op, DualKLParams& params, const Tensor& like,
                                           bool need_rows) {
   Tensor loss = new_tensor(like, {}, ScalarType::Float);
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_kl(Tensor student, Tensor teache
   return {loss, grad, grad_scale, rows};
 }
 
-// Of a gradient in the student's memory, whose rows start where the student's do.
+// The dtype of a gradient that overwrites the student's logits. Its rows start where theirs start.
 DType gradient_dtype(const Tensor& student, DType own, std::optional<ScalarType> wanted) {
   if (!wanted || *wanted == student.scalar_type()) return own;
   const bool narrower =

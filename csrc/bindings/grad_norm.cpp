@@ -5,7 +5,8 @@
 namespace leaf::bindings {
 namespace {
 
-// Whether dimensions 0 to dim - 3 are one dimension with the stride of the last of them.
+// Returns whether dimensions 0 to dim - 3 can be viewed as one, with the stride of the last of
+// them.
 bool outer_dimensions_collapse(const Tensor& tensor) {
   for (int64_t i = 0; i + 3 < tensor.dim(); ++i) {
     if (tensor.stride(i) != tensor.stride(i + 1) * tensor.size(i + 1)) return false;
@@ -34,7 +35,7 @@ Rows rows_of(const char* op, const char* name, const Tensor& tensor) {
   RowsView view{owner.const_data_ptr(), dtype, 1, 1, 0, 0, width};
   for (int64_t i = 0; i + 1 < dim; ++i) view.rows *= owner.size(i);
   if (!as_it_is) {
-    // Not by its strides: a contiguous tensor may have any along dimensions of size 1.
+    // The strides are not used: a contiguous tensor may have any along dimensions of size 1.
     view.inner = view.rows;
     view.inner_stride = width;
     return {owner, view};

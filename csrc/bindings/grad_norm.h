@@ -7,8 +7,8 @@
 
 namespace leaf::bindings {
 
-// The rows of `tensor` (its last dimension), and the tensor that holds them: `tensor` itself
-// wherever two strides can describe it, else a contiguous copy.
+// The rows of `tensor` (its last dimension) and the tensor that owns their memory: `tensor` itself
+// if two strides describe it, otherwise a contiguous copy.
 struct Rows {
   Tensor owner;
   RowsView view;
@@ -16,10 +16,10 @@ struct Rows {
 
 Rows rows_of(const char* op, const char* name, const Tensor& tensor);
 
-// [rows] float32
+// The norm of each row, [rows] float32.
 Tensor grad_norm_of_rows(const Rows& rows);
 
-// Both models', on a GPU in one launch.
+// The norms of both models, in one launch on a GPU.
 std::pair<Tensor, Tensor> grad_norms_of_rows(const Rows& first, const Rows& second);
 
 }  // namespace leaf::bindings

@@ -1,4 +1,4 @@
-// The module itself holds what the build is; the ops are reached through torch.ops.leaf_ext.
+// The module contains build_info() only; the ops are reached through torch.ops.leaf_ext.
 
 #include <pybind11/pybind11.h>
 
@@ -17,7 +17,7 @@ PYBIND11_MODULE(_C, module) {
       [] {
         py::dict info;
         info["version"] = LEAF_VERSION;
-        info["torch"] = LEAF_TORCH_VERSION;  // that it was built with
+        info["torch"] = LEAF_TORCH_VERSION;  // the version it was built with
         info["compiler"] = LEAF_COMPILER;
         const auto words = [](const char* text) {
           return py::tuple(py::str(text).attr("split")());

@@ -9,8 +9,8 @@
 
 namespace leaf::bindings {
 
-// Fresh memory is mapped page by page as it is first written, which for pages of 4 KiB takes longer
-// than the kernels do. Asks Linux for huge pages; a refusal changes nothing but the speed.
+// Asks Linux for huge pages for fresh memory. Memory is mapped page by page at its first write,
+// which takes longer than the kernels with pages of 4 KiB. A refusal costs speed only.
 inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 4096;

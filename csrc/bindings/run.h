@@ -2,8 +2,8 @@
 
 // Runs an op's kernel on the device of its tensors.
 //
-// LEAF_CUDA is set in a build with CUDA kernels. LEAF_EMULATE_CUDA is set in a build for tests, in
-// which these run on the memory of the CPU (tests/cuda_emulation).
+// LEAF_CUDA is set in a build with CUDA kernels. LEAF_EMULATE_CUDA is set in a test build that runs
+// the CUDA kernels on the CPU (tests/cuda_emulation).
 
 #include "check.h"
 #include "leaf/threads.h"
@@ -18,7 +18,7 @@
 
 namespace leaf::bindings {
 
-// The threads of torch: torch.set_num_threads governs them.
+// The threads of torch, whose number torch.set_num_threads sets.
 inline Threads torch_threads() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()),
           [](int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {

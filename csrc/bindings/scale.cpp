@@ -26,7 +26,7 @@ Tensor scaled(Tensor grad, Tensor factor, ScalarType dtype) {
   check_factor("scaled", factor, grad);
   const Tensor from = torch::stable::contiguous(grad);
   Tensor to = torch::stable::new_empty(grad, grad.sizes(), dtype);
-  // As a matrix of its last dimension, each of which is shorter than 2^31.
+  // View the tensor as a matrix over its last dimension, which is shorter than 2^31.
   const int64_t width = grad.dim() > 0 ? grad.size(grad.dim() - 1) : 1;
   const int64_t rows = width > 0 ? grad.numel() / width : 0;
   if (to.is_cpu()) {

@@ -4,7 +4,7 @@
 
 namespace leaf::cpu {
 
-// n elements of any dtype as float32: the source itself where it is float32, else `buffer`.
+// Returns n elements of any dtype as float32: the source itself if it is float32, else `buffer`.
 const float* load_floats(const void* source, DType dtype, int64_t n, float* buffer);
 
 // Rounds n float32 values to the dtype of the target.

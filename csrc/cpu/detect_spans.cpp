@@ -5,8 +5,8 @@
 //     score = (gap - min gap) / (max gap - min gap)
 //     confounder = prunable & (score <= cut) & (s_hat_teacher <= teacher_max)
 //
-// Each value is rounded once a step, so that masks are equal to those of any other implementation
-// of the same steps. A span is a maximal run of confounders.
+// Every step rounds each value once, so that the masks equal those of every other backend. A span
+// is a maximal run of confounders.
 
 #include "leaf/detect_spans.h"
 
@@ -33,7 +33,7 @@ struct Range {
   float width() const { return max - min; }
 };
 
-// Over the domain; +inf, -inf where it is empty. NaN does not show in min and max.
+// Returns min and max over the domain, (+inf, -inf) if it is empty. NaN values are ignored.
 LEAF_CLONES Range domain_range(const float* __restrict__ x, const uint8_t* __restrict__ domain,
                                int64_t n) {
   float min = kInfinity;
@@ -53,7 +53,7 @@ LEAF_CLONES Range domain_range(const float* __restrict__ x, const uint8_t* __res
   return {min, max, bad == 0};
 }
 
-// x and y may be the same. Outside the domain the value is arbitrary.
+// x and y may be the same array. Values outside the domain are arbitrary.
 LEAF_CLONES void normalize(const float* x, int64_t n, Range range, float* y) {
   const float width = range.max - range.min;
   if (!(width > 0.0f)) {
@@ -79,7 +79,7 @@ LEAF_CLONES void erase_outside(const uint8_t* __restrict__ domain, int64_t n,
   }
 }
 
-// A NaN score is below no cut.
+// A NaN score is never marked.
 LEAF_CLONES void mark_low(const float* __restrict__ score, float cut,
                           const float* __restrict__ teacher, float teacher_max,
                           const uint8_t* __restrict__ prunable, int64_t n,
@@ -99,7 +99,7 @@ template <class Visit>
 void for_runs(const uint8_t* mask, int64_t n, const Visit& visit) {
   static_assert(std::endian::native == std::endian::little);
   uint64_t last = 0;
-  int64_t start = -1;  // of the open run, -1: none
+  int64_t start = -1;  // start of the open run; -1 if there is none
   for (int64_t i = 0; i < n; i += 8) {
     uint64_t word = 0;
     if (i + 8 <= n) {
@@ -162,7 +162,7 @@ class Sequence {
              confounder_);
   }
 
-  // min(cap, score of rank floor(threshold n) among the n tokens of the domain).
+  // Returns min(cap, score of rank floor(threshold n) among the n tokens of the domain).
   float quantile_cut() const {
     std::vector<float> sorted;
     sorted.reserve(n_);
@@ -176,7 +176,7 @@ class Sequence {
     return std::min(static_cast<float>(p_.cap), *nth);
   }
 
-  // Runs of confounders, those joined that at most join_gap domain tokens separate.
+  // Writes the runs of confounders; joins runs that at most join_gap domain tokens separate.
   void write_spans() {
     int64_t* span = p_.span + index_ * p_.max_spans * 2;
     int64_t count = 0;
@@ -214,7 +214,7 @@ class Sequence {
 }  // namespace
 
 void detect_spans(const DetectSpansParams& params, const Threads& threads) {
-  // Tokens before the first and after the last sequence belong to none.
+  // Tokens before the first and after the last sequence belong to no sequence.
   const int64_t first = params.sequences > 0 ? params.border(0) : 0;
   const int64_t last = params.sequences > 0 ? params.border(params.sequences) : 0;
   std::fill(params.score, params.score + first, kNaN);

@@ -5,13 +5,13 @@
 //     KL   = sum_v p_s - p_t + p_t l
 //     grad = w T (p_s - p_t) dy_s/dz_s
 //
-// Where l is small, p_s - p_t = p_t (phi - l) and the term of the sum is p_t phi, with
-// phi = exp(-l) - 1 + l >= 0 by its series, so that nothing cancels and an error of d enters
-// squared. The maxima are subtracted first, so that an offset between the two models costs nothing.
+// If l is small, p_s - p_t = p_t (phi - l) and the term of the sum is p_t phi. The series of
+// phi = exp(-l) - 1 + l >= 0 avoids cancellation, and an error of d enters squared. The maxima are
+// subtracted first, so that an offset between the two models does not cost accuracy.
 //
-// Two phases, each block by block: the softmax of both models, then the terms of loss and gradient.
-// Between them the row pair stays in the second-level cache. Blocks are merged in their order,
-// whoever computed them, so that results do not depend on the threads.
+// There are two phases, each block by block: the softmax of both models, then the terms of loss and
+// gradient. The row pair stays in the second-level cache between them. Blocks are merged in a fixed
+// order, so that results do not depend on the number of threads.
 
 #include "leaf/dual_kl.h"
 
@@ -38,16 +38,17 @@ struct TermScalars {
   float grad_scale;
 };
 
-// One model's block: p = exps * factor.
+// A block of one model's probabilities: p = exps * factor.
 struct Side {
   const void* y;
   const float* exps;
   float factor;
 };
 
-// p_s - p_t, and p_s - p_t + p_t l in `term`.
+// Returns p_s - p_t and stores p_s - p_t + p_t l in `term`.
 LEAF_INLINE float difference_and_term(float ps, float pt, float log_ratio, float* term) {
-  const float l = pt == 0.0f ? 1.0f : log_ratio;  // it only must not be NaN, as where both are -inf
+  const float l =
+      pt == 0.0f ? 1.0f : log_ratio;  // any number but NaN, which arises if both are -inf
   float series = -1.0f / 5040;
   series = series * l + 1.0f / 720;
   series = series * l - 1.0f / 120;
@@ -115,7 +116,7 @@ int64_t common_vocab(const DualKLParams& params) {
   return std::min(params.student.vocab, params.teacher.vocab);
 }
 
-// The factor of p_s - p_t in a row's gradient, the chain factor of the softcap apart.
+// The factor of p_s - p_t in a row's gradient, without the derivative of the softcap.
 float gradient_bound(const DualKLParams& params, int64_t row) {
   return params.row_weight[row] * params.temperature * params.student.scale;
 }
@@ -153,7 +154,8 @@ class RowKernel {
                              scratch_.data() + SoftmaxRow::scratch_size(common_vocab(params)))),
         terms_(blocks_) {}
 
-  // `for_blocks(n, body)` calls body(begin, end) on ranges that cover [0, n): here or on threads.
+  // `for_blocks(n, body)` calls body(begin, end) on ranges that cover [0, n), in this thread or in
+  // several.
   template <class ForBlocks>
   void run(int64_t row, const ForBlocks& for_blocks) {
     for_blocks(blocks_, [&](int64_t begin, int64_t end) {
@@ -164,7 +166,7 @@ class RowKernel {
     });
     student_.merge();
     teacher_.merge();
-    // Now, as the gradient may overwrite the student.
+    // Computed now because the gradient may overwrite the student's logits.
     const bool agree =
         params_.row_results != nullptr && student_.argmax(row) == teacher_.argmax(row);
 
@@ -199,8 +201,9 @@ class RowKernel {
     const int64_t n = student_.block_size(block);
     const Side teacher{teacher_.load(row, block, teacher_y, slope), teacher_.exps(block),
                        teacher_.factor(block)};
-    const Side student{student_.load(row, block, student_y, slope),  // its slope is the one needed
-                       student_.exps(block), student_.factor(block)};
+    const Side student{
+        student_.load(row, block, student_y, slope),  // only the student's slope is needed
+        student_.exps(block), student_.factor(block)};
     const DType dtype = params_.student.dtype;
     void* target =
         params_.grad == nullptr
@@ -226,15 +229,15 @@ class RowKernel {
   const DualKLParams& params_;
   double* kl_;
   int64_t blocks_;
-  bool narrow_;  // both models' logits are used as they lie, in bfloat16
+  bool narrow_;  // both models' logits are read as bfloat16, without a float32 copy
   Scratch scratch_;
   SoftmaxRow student_;
   SoftmaxRow teacher_;
   std::vector<Lanes> terms_;
 };
 
-// The power of two that brings the largest possible entry of a float16 gradient, |p_s - p_t| being
-// at most 1, into (2^14, 2^15]: below its overflow, and as far from its underflow as can be.
+// Returns the power of two that scales the largest possible entry of a float16 gradient, at
+// |p_s - p_t| = 1, into (2^14, 2^15]: below overflow and as far from underflow as possible.
 float float16_gradient_scale(const DualKLParams& params, const std::vector<int64_t>& live) {
   if (params.grad == nullptr || params.student.dtype != DType::kFloat16) return 1.0f;
   float largest = 0.0f;
@@ -257,11 +260,11 @@ void dual_kl(const DualKLParams& params, const Threads& threads) {
   *params.grad_scale = float16_gradient_scale(params, live);
   std::vector<double> kl(params.rows, 0.0);
 
-  // As many rows as the threads can share evenly are computed by one thread each; the blocks of
-  // each row that is left over are shared. Both ways do the same arithmetic in the same order.
+  // Rows that divide evenly among the threads are computed by one thread each. The threads share
+  // the blocks of each remaining row. Both paths do the same arithmetic in the same order.
   const auto rows = static_cast<int64_t>(live.size());
   const int64_t blocks = SoftmaxRow::block_count(common_vocab(params));
-  constexpr int64_t kWorthwhile = 2 * kRowBlock;  // elements; less is not worth waking a thread
+  constexpr int64_t kWorthwhile = 2 * kRowBlock;  // elements; fewer do not repay waking a thread
   const bool share = blocks * kRowBlock >= 2 * kWorthwhile;
   const int64_t whole = share ? rows - rows % threads.count : rows;
   const int64_t grain = std::max<int64_t>(1, kWorthwhile / common_vocab(params));
@@ -283,7 +286,7 @@ void dual_kl(const DualKLParams& params, const Threads& threads) {
     for (int64_t i = whole; i < rows; ++i) kernel.run(live[i], on_threads);
   }
   const auto skipped = static_cast<int64_t>(dropped.size());
-  constexpr int64_t kUncached = int64_t{1} << 25;  // bytes, more than most caches hold for a core
+  constexpr int64_t kUncached = int64_t{1} << 25;  // bytes, more than a core's share of most caches
   const bool uncached = skipped * params.student.vocab * size_of(params.student.dtype) >= kUncached;
   threads.for_ranges(skipped, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) skip_row(params, dropped[i], uncached);

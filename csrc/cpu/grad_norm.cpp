@@ -1,7 +1,7 @@
-// norm = sqrt(sum_h g_h^2), each row read from memory once.
+// norm = sqrt(sum_h g_h^2). Each row is read from memory once.
 //
-// The plain sum of squares is right unless it left the range of float32. Only such a row is done
-// again, from the cache, scaled by the power of two that brings its largest entry into [1, 2).
+// The plain sum of squares is right unless it leaves the range of float32. Such a row is computed
+// again from the cache, scaled by the power of two that brings its largest entry into [1, 2).
 
 #include "leaf/grad_norm.h"
 
@@ -15,11 +15,10 @@
 namespace leaf::cpu {
 namespace {
 
-// Below this, squares that were flushed or lost digits could matter.
+// Below this sum, squares that underflowed could matter.
 constexpr double kSmallestPlainSum = 0x1p-100;
 
-// How far ahead of the sum memory is asked for, also beyond the end of the row: the next row is
-// likely to follow.
+// The prefetch distance. It may pass the end of the row, because the next row usually follows.
 constexpr int64_t kPrefetchBytes = 4096;
 
 // The sum of the squares of scale * load(x[i]).
@@ -90,7 +89,7 @@ float row_norm(const void* row, DType dtype, int64_t width) {
 
   const float largest = largest_of_row(row, dtype, width);
   if (largest == 0.0f || std::isinf(largest)) return largest;
-  // For a subnormal, 2^-exponent is itself out of range; 2^126 is enough.
+  // 2^-exponent of a subnormal is out of range; 2^126 is enough.
   const int shift = std::clamp(-std::ilogb(largest), -126, 126);
   const double scaled = scaled_sum(row, dtype, width, std::ldexp(1.0f, shift));
   return static_cast<float>(std::ldexp(std::sqrt(scaled), -shift));

@@ -5,7 +5,7 @@ namespace leaf::cpu {
 #ifdef LEAF_SINGLE_ISA
 const char* instruction_set() { return LEAF_SINGLE_ISA; }
 #else
-// The same dispatch as LEAF_CLONES, so that the answer is what the kernels do.
+// Dispatches as LEAF_CLONES does, so that the answer names the instructions of the kernels.
 namespace {
 __attribute__((target("arch=x86-64-v4"))) const char* chosen() { return "x86-64-v4"; }
 __attribute__((target("arch=x86-64-v3"))) const char* chosen() { return "x86-64-v3"; }

@@ -1,10 +1,10 @@
 #pragma once
 
-// Loops over float32 or bfloat16 elements as they lie in memory.
+// Loops over float32 or bfloat16 elements in memory, without conversion to a buffer.
 //
-// A loop that mixes elements of two widths makes a compiler shuffle, and choose shorter vectors. So
-// a stretch of kChains elements is handled as kPairs pairs: of float32 the elements i and kPairs +
-// i, of bfloat16 the two that share a 32-bit word, whose halves are the upper halves of two floats.
+// In a loop over elements of two widths a compiler shuffles and chooses shorter vectors. A stretch
+// of kChains elements is therefore handled as kPairs pairs: elements i and kPairs + i of float32,
+// or the two bfloat16 elements of a 32-bit word, each of which is the upper half of a float32.
 
 #include <bit>
 #include <cstdint>
@@ -24,7 +24,7 @@ LEAF_INLINE float load(const BFloat16* x) { return from_bfloat16(x->bits); }
 LEAF_INLINE void store(float value, float* x) { *x = value; }
 LEAF_INLINE void store(float value, BFloat16* x) { x->bits = to_bfloat16(value); }
 
-// Pair i of a stretch.
+// Loads the first or second element of pair i of a stretch.
 LEAF_INLINE float load_first(const float* stretch, int64_t i) { return stretch[i]; }
 LEAF_INLINE float load_second(const float* stretch, int64_t i) { return stretch[kPairs + i]; }
 LEAF_INLINE void store_pair(float first, float second, float* stretch, int64_t i) {
@@ -34,7 +34,7 @@ LEAF_INLINE void store_pair(float first, float second, float* stretch, int64_t i
 
 LEAF_INLINE uint32_t load_word(const BFloat16* stretch, int64_t i) {
   uint32_t word;
-  __builtin_memcpy(&word, stretch + 2 * i, sizeof(word));  // it may lie at any even address
+  __builtin_memcpy(&word, stretch + 2 * i, sizeof(word));  // the address may be any even one
   return word;
 }
 LEAF_INLINE float load_first(const BFloat16* stretch, int64_t i) {

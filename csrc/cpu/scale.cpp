@@ -1,4 +1,4 @@
-// to = from * factor, block by block: multiplied in float32, rounded once.
+// to = from * factor, block by block. The product is made in float32 and rounded once.
 
 #include "leaf/scale.h"
 
@@ -10,7 +10,7 @@
 namespace leaf::cpu {
 namespace {
 
-// x and y may be the same.
+// x and y may be the same array.
 LEAF_CLONES void multiply(const float* x, float factor, int64_t n, float* y) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor;

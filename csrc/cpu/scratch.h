@@ -7,8 +7,8 @@
 
 namespace leaf::cpu {
 
-// Aligned memory for some floats. A thread keeps it from call to call, unless it is large: mapping
-// fresh pages takes as long as computing some rows.
+// Aligned memory for some floats. A thread keeps it between calls, because mapping fresh pages
+// takes as long as computing several rows. Large buffers are released.
 class Scratch {
  public:
   explicit Scratch(int64_t size) : memory_(std::move(kept())) {

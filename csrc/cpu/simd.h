@@ -1,14 +1,14 @@
 #pragma once
 
-// What the vector loops share. Everything here is plain C++ that a compiler vectorises when it is
-// inlined into a loop under `#pragma omp simd`: no branches, only selects.
+// Functions shared by the vector loops. They are plain C++ that a compiler vectorises when it
+// inlines them into a loop under `#pragma omp simd`: they contain selects and no branches.
 
 #include <bit>
 #include <cstdint>
 
-// One body, compiled for AVX-512, AVX2 and the baseline; the loader picks one when the library is
-// loaded. LEAF_SINGLE_ISA is set where one instruction set is asked for, or where it is not
-// offered.
+// Compiles one body for AVX-512, AVX2 and the baseline; the loader picks one when it loads the
+// library. LEAF_SINGLE_ISA is set if one instruction set is requested, or if the compiler cannot
+// clone functions.
 #ifdef LEAF_SINGLE_ISA
 #define LEAF_CLONES
 #else
@@ -20,15 +20,15 @@
 
 namespace leaf::cpu {
 
-// Elements that are handled at once: a few float32 buffers of this size stay in the first-level
-// cache. It is also the unit of summation, so that results do not depend on how work is divided.
+// Elements of a block: a few float32 buffers of this size stay in the first-level cache. Sums are
+// made block by block, so that results do not depend on how the work is divided.
 constexpr int64_t kBlock = 1024;
 
 constexpr float kLog2e = 1.44269504088896341f;
 
-// A sum over a block is kept in kChains chains, one for each element of a stretch, then folded into
-// kLanes values, which are added up in float64. This is more exact than one chain per element of a
-// vector register, the same for every register width, and needs no horizontal operation per block.
+// A sum over a block has kChains partial sums, one for each element of a stretch. They are folded
+// into kLanes values, which are added up in float64. This is more accurate than one partial sum per
+// register element, equal for every register width, and needs no horizontal operation per block.
 constexpr int64_t kChains = 64;
 constexpr int64_t kLanes = 16;
 
@@ -55,8 +55,8 @@ LEAF_INLINE void for_stretches(int64_t n, const Body& body) {
   if (begin < n) body(begin, n - begin);
 }
 
-// Asks for the bytes [begin, end) of an array to be brought near; they need not exist. The
-// processor's own prefetching stops at the end of each page.
+// Prefetches the bytes [begin, end) of an array; the addresses need not be valid. The processor's
+// own prefetching stops at the end of each page.
 LEAF_INLINE void prefetch(const void* base, int64_t begin, int64_t end) {
   const auto address = reinterpret_cast<uintptr_t>(base);
   for (int64_t i = begin; i < end; i += 64) {
@@ -70,7 +70,7 @@ struct WideLanes {
   LEAF_INLINE void add(const Lanes& lanes, double factor = 1.0) {
     for (int64_t i = 0; i < kLanes; ++i) value[i] += factor * lanes.value[i];
   }
-  // In pairs, which do not wait for each other.
+  // Adds in pairs, which are independent of each other.
   LEAF_INLINE double total() const {
     double sum[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) sum[i] = value[i];
@@ -84,12 +84,12 @@ struct WideLanes {
 // The instruction set of the clones that run in this process.
 const char* instruction_set();
 
-// 2^(x scale) for x <= 0 < scale; 0 below 2^-126 (so for -inf), NaN for NaN. `lowest` is -127 /
-// scale. The product is never rounded where there is a fused multiply-add: 2^(x scale) = 2^n 2^f, n
-// the nearest integer and 2^f by a polynomial, whose relative error is 2e-9. The clamp makes the
-// exponent bits of 2^n zero, so that no select has to follow.
+// Returns 2^(x scale) for x <= 0 < scale; 0 below 2^-126 (also for -inf), NaN for NaN. `lowest` is
+// -127 / scale. 2^(x scale) = 2^n 2^f, where n is the nearest integer and 2^f is a polynomial with
+// a relative error of 2e-9. With a fused multiply-add the product x scale is never rounded. The
+// clamp makes the exponent bits of 2^n zero, which saves a select.
 LEAF_INLINE float exp2_nonpositive(float x, float scale, float lowest) {
-  // Adding it leaves the nearest integer, plus the bias of the exponent, in the low bits.
+  // Adding kRound leaves the nearest integer plus the exponent's bias in the low bits.
   constexpr float kRound = 0x1.8p23f + 127.0f;
   x = lowest > x ? lowest : x;
   const float shifted = x * scale + kRound;
@@ -104,7 +104,8 @@ LEAF_INLINE float exp2_nonpositive(float x, float scale, float lowest) {
   return p * std::bit_cast<float>(std::bit_cast<uint32_t>(shifted) << 23);
 }
 
-// tanh(u) and 1 - tanh(u)^2, both to a relative 5e-7: a polynomial near 0, else 1 - 2 / (e^2u + 1).
+// Returns tanh(u) and stores 1 - tanh(u)^2, both with a relative error of 5e-7: a polynomial near
+// 0, otherwise 1 - 2 / (e^2u + 1).
 LEAF_INLINE float tanh_and_slope(float u, float* slope) {
   const float z = u * u;
   float q = -5.66078070551157e-3f;
@@ -127,7 +128,7 @@ LEAF_INLINE float from_bfloat16(uint16_t bits) {
   return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
-// The upper half is the bfloat16: to nearest, ties to even; NaN stays NaN.
+// The upper half of the result is the bfloat16, rounded to nearest even; NaN stays NaN.
 LEAF_INLINE uint32_t bfloat16_bits(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -137,7 +138,7 @@ LEAF_INLINE uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>(bfloat16_bits(value) >> 16);
 }
 
-// Integer arithmetic instead of the conversion instructions, which the baseline does not have.
+// Uses integer arithmetic, because the baseline has no conversion instructions.
 LEAF_INLINE float from_float16(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
   const int32_t payload = bits & 0x7fff;

@@ -10,7 +10,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// NaN does not show in it. Chains, so that comparisons do not wait for each other.
+// Returns the maximum; NaN is ignored. Several partial maxima make the comparisons independent.
 template <class Element>
 LEAF_INLINE float largest(const Element* __restrict__ y, int64_t n) {
   alignas(64) float max[kChains];
@@ -40,8 +40,8 @@ LEAF_INLINE float largest(const Element* __restrict__ y, int64_t n) {
 
 LEAF_CLONES float maximum(const float* y, int64_t n) { return largest(y, n); }
 
-// What lies at `next`, where the following block is, is asked for during the arithmetic: all at
-// once it would fill the processor's queue of requests and stop it.
+// The following block, at `next`, is prefetched piece by piece during the arithmetic: all at once
+// would fill the processor's queue of memory requests and stall it.
 struct Next {
   const void* data;
   int64_t element_size;
@@ -98,13 +98,13 @@ LEAF_CLONES BlockStatistics bfloat16_with_moment(const void* y, int64_t n, float
   return exponentials<true>(static_cast<const BFloat16*>(y), n, temperature, next, exps);
 }
 
-// x and y may be the same.
+// x and y may be the same array.
 LEAF_CLONES void multiply(const float* x, int64_t n, float factor, float* y) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor;
 }
 
-// y = cap tanh(scale z / cap) and slope = dy/d(scale z); y and z may be the same.
+// Computes y = cap tanh(scale z / cap) and slope = dy/d(scale z); y and z may be the same array.
 LEAF_CLONES void cap_logits(const float* z, int64_t n, float scale, float cap, float* y,
                             float* __restrict__ slope) {
   const float inner = scale / cap;
@@ -157,7 +157,8 @@ void SoftmaxRow::merge() {
   WideLanes moment;
   for (int64_t i = 0; i < blocks; ++i) {
     const BlockStatistics& block = statistics_[i];
-    const bool empty = block.max == -kInfinity;  // only logits of -inf (or NaN: its sum is kept)
+    const bool empty =
+        block.max == -kInfinity;  // all logits are -inf or NaN; the sum of the latter is kept
     const double shift = empty ? 0.0 : block.max - max_;
     const double weight = std::exp(shift / temperature_);
     factor_[i] = static_cast<float>(weight);
@@ -172,7 +173,7 @@ void SoftmaxRow::merge() {
 }
 
 int64_t SoftmaxRow::argmax(int64_t row) const {
-  // A softcap, or the rounding of a scale, can make one number of two logits.
+  // A softcap, or the rounding of a scaled logit, can make two different logits equal.
   const bool distinct = logits_.softcap == 0.0f && logits_.scale == 1.0f;
   const int64_t first = distinct ? max_block_ : 0;
   const int64_t last = distinct ? max_block_ : block_count(vocab_) - 1;

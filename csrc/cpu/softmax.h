@@ -2,13 +2,13 @@
 
 // The softmax of one row of one model's logits, in blocks of kRowBlock.
 //
-// With y the scaled, capped logit, over the first `vocab` elements and with temperature T:
+// y is the scaled, capped logit; sums are over the first `vocab` elements; T is the temperature:
 //
 //     p = exp((y - m) / T) / d,    d = sum_v exp((y - m) / T)
 //     H(p) = log d - sum_v p (y - m) / T
 //
-// A block stores exp((y - its own maximum) / T); merging gives the factor of each block that turns
-// this into p. So each logit costs one exponential, and is read from memory once.
+// A block stores exp((y - its own maximum) / T). Merging the blocks gives each block the factor
+// that turns this into p. Each logit costs one exponential and is read from memory once.
 
 #include <algorithm>
 #include <cstdint>
@@ -20,10 +20,10 @@
 
 namespace leaf::cpu {
 
-// Long enough that what a block costs beside its elements is little.
+// Long enough to make the overhead of a block small.
 constexpr int64_t kRowBlock = 4096;
 
-// With x = y - max over a block: the sums of exp(x / T) and, for the entropy, of x exp(x / T).
+// Sums over a block, with x = y - max: of exp(x / T) and, for the entropy, of x exp(x / T).
 struct BlockStatistics {
   float max;
   Lanes sum;
@@ -32,7 +32,7 @@ struct BlockStatistics {
 
 class SoftmaxRow {
  public:
-  // `narrow`: logits of bfloat16 that need no arithmetic (see is_narrow) are used as they lie.
+  // `narrow`: bfloat16 logits that need no arithmetic (see is_narrow) are read without a copy.
   // `scratch`: memory for scratch_size(vocab) floats.
   SoftmaxRow(const Logits& logits, int64_t vocab, float temperature, bool with_entropy, bool narrow,
              float* scratch)
@@ -54,22 +54,22 @@ class SoftmaxRow {
     return std::min(kRowBlock, vocab_ - block * kRowBlock);
   }
 
-  // y of one block, in `buffer` or where the logits lie, float32 unless `narrow`; slope =
-  // dy/d(scale z), only with a softcap.
+  // Returns y of one block, in `buffer` or in the logits' memory, float32 unless `narrow`. Stores
+  // slope = dy/d(scale z) if there is a softcap.
   const void* load(int64_t row, int64_t block, float* buffer, float* slope) const;
 
-  // First phase: blocks in any order, by any thread; then merge, which keeps to their order.
+  // The first phase: any thread computes blocks in any order; merge() then uses a fixed order.
   void compute_block(int64_t row, int64_t block);
   void merge();
 
-  // Of the merged row. p of a block is exps * factor; exps has the elements of a stretch in the
-  // order first of each pair, second of each pair.
+  // After merge(): p of a block is exps * factor. In each stretch of exps the first elements of all
+  // pairs come before the second ones.
   const float* exps(int64_t block) const { return exps_ + block * kRowBlock; }
   float factor(int64_t block) const { return factor_[block]; }
   double max() const { return max_; }
   double log_sum() const { return log_sum_; }  // log d
-  double entropy() const { return entropy_; }  // where it was asked for
-  int64_t argmax(int64_t row) const;           // of the logits as they came; the first of equals
+  double entropy() const { return entropy_; }  // if it was requested
+  int64_t argmax(int64_t row) const;           // of the unscaled logits; the first of equal ones
 
  private:
   const void* address(int64_t row, int64_t block) const;

@@ -6,8 +6,8 @@
 
 namespace leaf::cpu {
 
-// While one exists, on x86 this thread's results below the normal numbers become 0. Such processors
-// take a hundred cycles for each of them, and of a peaked softmax most probabilities are such.
+// While an object exists, this thread's subnormal results become 0 on x86. These processors take a
+// hundred cycles for each, and most probabilities of a peaked softmax are subnormal.
 class [[maybe_unused]] FlushSubnormals {
 #ifdef __SSE__
  public:

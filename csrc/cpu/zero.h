@@ -10,8 +10,8 @@
 
 namespace leaf::cpu {
 
-// Zeroes memory that no cache will hold: on x86 past them, so that nothing is read to be
-// overwritten.
+// Zeroes memory that is too large for the caches. On x86 the stores bypass them, so that no cache
+// line is read before it is overwritten.
 inline void zero_uncached(void* memory, size_t bytes) {
 #ifdef __SSE2__
   auto* begin = static_cast<char*>(memory);

@@ -1,8 +1,8 @@
 #pragma once
 
-// Reductions and scans over a warp and over a block of one dimension, whole warps of it. The order
-// is fixed: combine(a, b) sees a from lower threads than b, in a tree that depends on the number of
-// threads alone. Values are trivially copyable and consist of 4-byte words.
+// Reductions and scans over a warp and over a one-dimensional block of whole warps. The order is
+// fixed: in combine(a, b) a comes from lower threads than b, and the tree depends on the number of
+// threads only. Values are trivially copyable and consist of 4-byte words.
 
 #include <cuda_runtime.h>
 
@@ -13,14 +13,14 @@
 
 namespace leaf::cuda {
 
-constexpr int kMaxWarps = 32;  // of a block
+constexpr int kMaxWarps = 32;  // in a block
 constexpr int kMaxThreads = kMaxWarps * kWarp;
 
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ __forceinline__ int warp_count() { return static_cast<int>(blockDim.x) / kWarp; }
 
-// Of integers.
+// Minimum, maximum and sum of integers.
 template <class T>
 __device__ __forceinline__ T smaller(T a, T b) {
   return b < a ? b : a;
@@ -34,11 +34,11 @@ __device__ __forceinline__ T plus(T a, T b) {
   return a + b;
 }
 
-// The value that another lane passes. All lanes of the warp call it.
+// Returns the value that another lane passes. All lanes of the warp must call it.
 template <class T>
 __device__ __forceinline__ T shuffle(const T& value, int from_lane) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % sizeof(unsigned) == 0);
-  // Not by memcpy, which takes the value through local memory.
+  // memcpy would take the value through local memory.
   struct Words {
     unsigned word[sizeof(T) / sizeof(unsigned)];
   };
@@ -50,7 +50,7 @@ __device__ __forceinline__ T shuffle(const T& value, int from_lane) {
   return __builtin_bit_cast(T, words);
 }
 
-// Over the first `lanes` lanes of the warp; the same bits in all of it.
+// Reduces over the first `lanes` lanes of the warp; all lanes get the same bits.
 template <class T, class Combine>
 __device__ __forceinline__ T warp_reduce(T value, const Combine& combine, int lanes = kWarp) {
   const int lane = lane_index();
@@ -60,11 +60,11 @@ __device__ __forceinline__ T warp_reduce(T value, const Combine& combine, int la
     const T theirs = shuffle(value, other);
     if (other < lanes) value = combine(value, theirs);
   }
-  // Above, only lane 0 had all its pairs in order.
+  // Only lane 0 has combined all pairs in order.
   return shuffle(value, 0);
 }
 
-// Over the warp, where combine(a, b) is combine(b, a): the same bits in all lanes.
+// Reduces over the warp for a commutative `combine`; all lanes get the same bits.
 template <class T, class Combine>
 __device__ __forceinline__ T warp_all(T value, const Combine& combine) {
 #pragma unroll
@@ -74,7 +74,7 @@ __device__ __forceinline__ T warp_all(T value, const Combine& combine) {
   return value;
 }
 
-// Over the lanes up to this one.
+// Inclusive scan over the lanes of the warp.
 template <class T, class Combine>
 __device__ __forceinline__ T warp_inclusive_scan(T value, const Combine& combine) {
   const int lane = lane_index();
@@ -86,8 +86,8 @@ __device__ __forceinline__ T warp_inclusive_scan(T value, const Combine& combine
   return value;
 }
 
-// Over all threads of the block; the same bits in all of them. Nothing need be done before `shared`
-// is used for this again; before anything else, a barrier. The block has at most kWarps warps.
+// Reduces over all threads of the block, of at most kWarps warps; all threads get the same bits.
+// `shared` may be used for this again at once; any other use needs a barrier first.
 template <class T, class Combine, int kWarps>
 __device__ __forceinline__ T block_reduce(T value, const Combine& combine, T (&shared)[kWarps]) {
   value = warp_reduce(value, combine);
@@ -100,11 +100,11 @@ __device__ __forceinline__ T block_reduce(T value, const Combine& combine, T (&s
 
 template <class T>
 struct Scan {
-  T before;  // over the threads before this one
-  T total;   // over all
+  T before;  // of the threads before this one
+  T total;   // of all threads
 };
 
-// As block_reduce. `identity`: combine(identity, x) is x.
+// Exclusive scan, with the rules of block_reduce. combine(identity, x) must be x.
 template <class T, class Combine>
 __device__ __forceinline__ Scan<T> block_scan(const T& value, const T& identity,
                                               const Combine& combine, T (&shared)[kMaxWarps]) {

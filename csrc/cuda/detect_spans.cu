@@ -5,12 +5,12 @@
 //     score = (gap - min gap) / (max gap - min gap)
 //     confounder = prunable & (score <= cut) & (s_hat_teacher <= teacher_max)
 //
-// Each value is rounded once a step, so that masks are equal to those of any other implementation
-// of the same steps. A span is a maximal run of confounders.
+// Every step rounds each value once, so that the masks equal those of every other backend. A span
+// is a maximal run of confounders.
 //
-// A block per sequence, of any length, goes over it in passes: both models' ranges; the gap and its
-// range; with the quantile rule, the digits of its rank; marks and spans. The gap is kept where the
-// score will stand.
+// One block processes a sequence of any length, in passes: the ranges of both models; the gap and
+// its range; with the quantile rule, the digits of the rank; marks and spans. The gap is stored in
+// the memory of the score.
 
 #include "leaf/detect_spans.h"
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ Range both(const Range& a, const Range& b) {
   return {fminf(a.low, b.low), fmaxf(a.high, b.high)};
 }
 
-// What the first pass learns about the domain.
+// The result of the first pass over a sequence's domain.
 struct Domain {
   Range teacher;
   Range student;
@@ -69,12 +69,12 @@ struct Shared {
 };
 
 __device__ __forceinline__ int64_t border(const DetectSpansParams& p, int64_t index) {
-  // Offsets are unchecked: no value may lead out of the tensors.
+  // Offsets are unchecked, so they are clamped to the tensors.
   const int64_t offset = p.offsets == nullptr ? index * p.max_length : p.offsets[index];
   return smaller(larger(offset, int64_t{0}), p.tokens);
 }
 
-// Of tokens that belong to no sequence.
+// Writes the results of tokens that belong to no sequence.
 __device__ __forceinline__ void erase(const DetectSpansParams& p, int64_t begin, int64_t stop) {
 #pragma unroll 1
   for (int64_t i = begin + threadIdx.x; i < stop; i += blockDim.x) {
@@ -85,8 +85,8 @@ __device__ __forceinline__ void erase(const DetectSpansParams& p, int64_t begin,
 
 __device__ __forceinline__ Domain read_domain(const Sequence& sequence, Shared& shared) {
   Domain domain{empty_range(), empty_range(), 0, 0};
-  // Nothing waits for whether a token counts, so that many loads are under way: the norms come from
-  // afar here, and from a cache in later passes.
+  // The loads do not depend on whether a token is in the domain, so that many are in flight. Here
+  // the norms come from memory; later passes find them in a cache.
   sequence.for_tokens<4>([&](int token) {
     const int place = smaller(token, sequence.size - 1);
     const float teacher = sequence.teacher(place);
@@ -119,8 +119,8 @@ __device__ __forceinline__ Range write_gap(const Sequence& sequence, const Domai
   return block_reduce(range, both, shared.ranges);
 }
 
-// The score of rank floor(threshold n) among the n >= 1 tokens of the domain. Scores are ordered as
-// their bits are: there is no negative one but -0.
+// Returns the score of rank floor(threshold n) among the n >= 1 tokens of the domain. Scores are in
+// the order of their bits, because none but -0 is negative.
 __device__ __forceinline__ float quantile(const Sequence& sequence, const Range& gap, int tokens,
                                           double threshold, Shared& shared) {
   const double wanted = threshold * tokens;
@@ -147,7 +147,7 @@ __device__ __forceinline__ float quantile(const Sequence& sequence, const Range&
   return __uint_as_float(digits.prefix);
 }
 
-// What makes a gap a score, and a score a mark.
+// The parameters that turn a gap into a score and a score into a mark.
 struct Rule {
   Range gap;
   bool finite;
@@ -158,13 +158,13 @@ struct Rule {
 
 __device__ __forceinline__ bool is_marked(const Sequence& sequence, const Rule& rule, int token,
                                           float score) {
-  if (!(score <= rule.cut)) return false;  // a NaN is below no cut
+  if (!(score <= rule.cut)) return false;  // false for NaN
   if (!sequence.prunable(token)) return false;
   return rule.teacher_max == kInfinity ||
          rule.teacher.normalized(sequence.teacher(token)) <= rule.teacher_max;
 }
 
-// Writes the scores and marks of a tile; each thread gets its own word of them.
+// Writes the scores and marks of a tile and returns this thread's word of marks.
 __device__ __forceinline__ Word mark_tile(const Sequence& sequence, const Rule& rule, int tile) {
   Word word{(sequence.first_word(tile) + lane_index()) * kWarp, 0, 0};
   sequence.for_tile<1>(tile, [&](int i, int token) {
@@ -191,10 +191,10 @@ __device__ __forceinline__ void write_span(int64_t* span, int64_t slot, int star
   span[2 * slot + 1] = stop;
 }
 
-// Marks, and the runs of them; the result is how many runs there are.
+// Writes the marks and their runs and returns the number of runs.
 __device__ __forceinline__ int write_spans(const DetectSpansParams& p, const Sequence& sequence,
                                            const Rule& rule, int64_t* span, Shared& shared) {
-  // Of the tiles done; the same in all threads.
+  // The latest positions in the finished tiles; equal in all threads.
   Latest done{-1, -1};
   int open = -1;
   int count = 0;
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kMaxThreads) detect_spans_kernel(DetectSpansPa
   detect(p, Sequence(p, begin, stop_read), *dynamic_shared<Shared>());
 }
 
-// Eight warps, more from four tokens a thread on: each warp makes barriers dearer.
+// Eight warps, or more if a thread would have over four tokens: every warp makes barriers slower.
 int threads_for(int64_t max_length) {
   const int64_t threads = std::min(max_length, std::max<int64_t>(256, max_length / 4));
   const int64_t warps = (threads + kWarp - 1) / kWarp;
@@ -273,7 +273,7 @@ int threads_for(int64_t max_length) {
 
 int detect_spans(const DetectSpansParams& params, void* stream) {
   if (params.max_length > kMaxLength) return cudaErrorInvalidValue;
-  // Without sequences there may be tokens.
+  // There may be tokens without a sequence, which one block erases.
   const int64_t blocks = std::max<int64_t>(params.sequences, params.tokens > 0 ? 1 : 0);
   if (blocks == 0) return cudaSuccess;
   return launch(detect_spans_kernel, {blocks, threads_for(params.max_length), sizeof(Shared)},

@@ -1,8 +1,7 @@
 #pragma once
 
-// The part of a GPU that the kernels use beyond plain CUDA C++. What is hardware's own stands here
-// behind small functions that tests/cuda_emulation has too, so that a host compiler can take the
-// kernels.
+// Hardware features beyond plain CUDA C++, behind small functions. tests/cuda_emulation implements
+// the same functions, so that a host compiler can compile the kernels.
 
 #include <cuda_runtime.h>
 
@@ -13,7 +12,7 @@ namespace leaf::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 
-// A launcher's dynamic shared memory: one symbol for all kernels, as T.
+// The dynamic shared memory of a launch as T. All kernels share one symbol.
 extern __shared__ __align__(16) unsigned char leaf_dynamic_shared[];
 
 template <class T>
@@ -21,7 +20,7 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(leaf_dynamic_shared);
 }
 
-// 2^x, subnormal results flushed to 0.
+// Returns 2^x; subnormal results become 0.
 __device__ __forceinline__ float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float result;
@@ -37,10 +36,10 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-// Bytes that reach a block's shared memory without a thread of it that carries them: a copy from
-// memory, and what other blocks of the cluster send. One use in a launch: `expect` says how many
-// bytes come, `wait` returns when all are there. Older GPUs than compute capability 9.0 copy by
-// threads, and have no clusters: there a block is one by itself.
+// A barrier for bytes that arrive in a block's shared memory asynchronously: copies from memory and
+// values sent by other blocks of the cluster. It is used once in a launch: `expect` states the
+// number of bytes, `wait` returns when all have arrived. GPUs older than compute capability 9.0
+// copy by threads and have no clusters: each block is a cluster of one.
 struct alignas(8) Arrivals {
   uint64_t state;
 };
@@ -74,8 +73,9 @@ __device__ __forceinline__ int cluster_rank() {
   return static_cast<int>(__clusterRelativeBlockRank());
 }
 __device__ __forceinline__ int cluster_size() { return static_cast<int>(__clusterSizeInBlocks()); }
-// All threads of the cluster's blocks announce themselves, then wait until all have: from then on
-// each of these blocks runs and has made its `expect` calls, so that it can be sent something.
+// All threads of the cluster call cluster_announce and then cluster_wait, which returns when all
+// have announced. Every block then runs and has made its `expect` calls, so that others may send to
+// it.
 __device__ __forceinline__ void cluster_announce() { __cluster_barrier_arrive_relaxed(); }
 __device__ __forceinline__ void cluster_wait() { __cluster_barrier_wait(); }
 
@@ -97,8 +97,8 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-// By one thread, before the bytes are on their way. Others of the block see it after a barrier,
-// other blocks after cluster_wait.
+// Called by one thread before the bytes are sent. Its block sees it after a barrier, other blocks
+// after cluster_wait.
 __device__ __forceinline__ void expect(Arrivals& arrivals, unsigned bytes) {
   const unsigned address = shared_address(&arrivals);
   asm volatile(
@@ -110,7 +110,7 @@ __device__ __forceinline__ void expect(Arrivals& arrivals, unsigned bytes) {
       : "memory");
 }
 
-// Returns when all expected bytes are there, to the threads that call it.
+// Blocks the calling threads until all expected bytes have arrived.
 __device__ __forceinline__ void wait(Arrivals& arrivals) {
   asm volatile(
       "{\n\t"
@@ -121,7 +121,7 @@ __device__ __forceinline__ void wait(Arrivals& arrivals) {
       : "memory");
 }
 
-// 16 bytes to the same place in the shared memory of another block of the cluster.
+// Sends 16 bytes to the same address in the shared memory of another block of the cluster.
 __device__ __forceinline__ void send(uint4* to, uint4 value, Arrivals& arrivals, int rank) {
   unsigned place, signal;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(shared_address(to)), "r"(rank));
@@ -135,7 +135,7 @@ __device__ __forceinline__ void send(uint4* to, uint4 value, Arrivals& arrivals,
       : "memory");
 }
 
-// Starts a copy to shared memory; all threads call it. Addresses and size are multiples of 16.
+// Starts a copy to shared memory. All threads call it; addresses and size are multiples of 16.
 __device__ __forceinline__ void copy_to_shared(char* shared, const char* global, unsigned bytes,
                                                Arrivals& arrivals) {
   if (threadIdx.x != 0 || bytes == 0) return;
@@ -146,7 +146,7 @@ __device__ __forceinline__ void copy_to_shared(char* shared, const char* global,
       : "memory");
 }
 
-// Brings bytes to the L2 cache, where later reads find them; by one thread, and as above.
+// Prefetches bytes into the L2 cache. One thread calls it, with the same alignment.
 __device__ __forceinline__ void prefetch(const void* global, unsigned bytes) {
   if (bytes == 0) return;
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)),

@@ -6,16 +6,16 @@
 //     KL     = sum_v p_s - p_t + p_t l
 //     grad   = w T (p_s - p_t) dy_s/dz_s
 //
-// Where l is small the term of the sum is p_t (exp(-l) - 1 + l), by its series, so that nothing
-// cancels. The sum hardly notices errors of log2 d: to first order they cancel between its parts,
-// but for a factor of p_t, which is known and taken out.
+// If l is small, the term of the sum is p_t (exp(-l) - 1 + l), computed by its series to avoid
+// cancellation. Errors of log2 d cancel in the sum to first order, except for a factor of p_t,
+// which is known and removed.
 //
-// A cluster of thread blocks holds a row of both models in its shared memory, a slice in each
-// block: a logit is read from memory once. Its softmax takes three passes over shared memory:
-// maxima, then sums of powers, then terms and gradient. Warps and blocks merge what they know once,
-// in a fixed order: one warp of each block sends its part to all blocks, and one thread what it has
-// summed up to the first block. What the shared memory of the largest cluster cannot hold is read
-// twice.
+// A row of both models is resident in the shared memory of a cluster of thread blocks, a slice in
+// each block: a logit is read from memory once. Three passes over shared memory compute maxima,
+// then sums of powers, then terms and gradient. Warps and blocks merge their parts once, in a fixed
+// order: one warp of each block sends its part to all blocks, and one thread sends the block's sums
+// to the first block. Logits beyond the shared memory of the largest cluster are streaming: they
+// are read from memory twice.
 
 #include "leaf/dual_kl.h"
 
@@ -32,10 +32,10 @@
 namespace leaf::cuda {
 namespace {
 
-constexpr int kPortableCluster = 8;  // whole GPUs that have clusters can run so many blocks
+constexpr int kPortableCluster = 8;  // the cluster size that every GPU with clusters can run
 constexpr int kFinishThreads = 1024;
 
-// Where a row has weight 0.
+// Writes the results of a row of weight 0.
 template <bool kMeasures>
 __device__ __forceinline__ void drop_row(const DualKLParams& params, int64_t index, float* row_kl,
                                          int size, int rank) {
@@ -49,8 +49,8 @@ __device__ __forceinline__ void drop_row(const DualKLParams& params, int64_t ind
              params.student.vocab * bytes, rank * blockDim.x + threadIdx.x, size * blockDim.x);
 }
 
-// A cluster for each row. `row_kl` [rows]: the divergence of each. `slots`: groups that a block has
-// room for.
+// One cluster computes a row. `row_kl` [rows] gets the divergences; `slots` is the number of groups
+// of logits that fit into a block's shared memory.
 template <class Kind>
 __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     rows_kernel(const DualKLParams params, float* row_kl, const int slots) {
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
   if (threadIdx.x == 0) finish_row(params, index, row_kl, shared);
 }
 
-// The power of two that brings the largest possible entry of a float16 gradient, |p_s - p_t| being
-// at most 1, into (2^14, 2^15]: below its overflow, and as far from its underflow as can be.
+// Computes the power of two that scales the largest possible entry of a float16 gradient, at
+// |p_s - p_t| = 1, into (2^14, 2^15]: below overflow and as far from underflow as possible.
 __global__ void __launch_bounds__(kFinishThreads)
     scale_kernel(const float* row_weight, int64_t rows, float bound, float* grad_scale) {
   __shared__ float warps[kMaxWarps];
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   *grad_scale = sound ? __int_as_float((exponent + 127) << 23) : 1.0f;
 }
 
-// The loss, from the divergence of each row: in float64, in a fixed order.
+// Sums the divergences of the rows to the loss, in float64 and in a fixed order.
 __global__ void __launch_bounds__(kFinishThreads)
     finish_kernel(const DualKLParams params, const float* row_kl) {
   __shared__ double warps[kMaxWarps];
@@ -121,13 +121,13 @@ __global__ void __launch_bounds__(kFinishThreads)
   if (params.grad == nullptr || params.grad_dtype != DType::kFloat16) *params.grad_scale = 1.0f;
 }
 
-// How a row is laid out on the device.
+// The layout of a row on the device.
 struct Plan {
   int threads;
   int cluster;
-  int slots;  // groups that a block has room for
+  int slots;  // groups of logits that fit into a block's shared memory
   size_t shared_bytes;
-  bool whole;  // the slots hold all of a row
+  bool whole;  // all of a row is resident in the slots
 
   Launch launch(int64_t rows) const { return {rows * cluster, threads, shared_bytes, cluster}; }
 };
@@ -139,17 +139,17 @@ int attribute(cudaDeviceAttr which) {
   return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
 }
 
-// Bytes of shared memory.
+// Available shared memory, in bytes.
 struct Room {
   int64_t of_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   int64_t of_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
 };
 
-// Where so many blocks share a multiprocessor.
+// The plan for clusters of `cluster` blocks, `blocks` of which share a multiprocessor.
 template <class Kind>
 Plan plan_of(const DualKLParams& params, const Room& room, int cluster, int blocks) {
   constexpr int64_t kElements = kGroup<typename Kind::Element>;
-  constexpr int64_t kReserved = 1024;  // bytes of each block, by the system
+  constexpr int64_t kReserved = 1024;  // bytes that the system takes of each block
   const int64_t most = std::min(room.of_block, room.of_multiprocessor / blocks - kReserved);
   const int64_t own = sizeof(Shared<Kind>);
   const int64_t groups = (common_vocab(params) + 2 * (kElements - 1)) / kElements;  // with any pad
@@ -160,9 +160,9 @@ Plan plan_of(const DualKLParams& params, const Room& room, int cluster, int bloc
           slots == wanted};
 }
 
-// The most blocks on a multiprocessor that hold a whole row, and the smallest cluster of such;
-// where none does, the largest cluster, whose blocks hold most of a row. A gradient that overwrites
-// wider logits must not reach logits that another block will read again.
+// Chooses the most blocks on a multiprocessor with which a whole row is resident, then the smallest
+// such cluster. If there is none, it chooses the largest cluster, with most of a row resident. A
+// gradient that overwrites wider logits must not reach logits that another block will read again.
 template <class Kind>
 Plan make_plan(const DualKLParams& params, int largest_cluster) {
   const Room room;
@@ -181,11 +181,11 @@ Plan make_plan(const DualKLParams& params, int largest_cluster) {
   return safe ? plan : plan_of<Kind>(params, room, 1, kFewestBlocks);
 }
 
-// The kernel with the shared memory and the cluster size of its plan.
+// Sets the kernel's attributes for the shared memory and the cluster size of its plan.
 template <class Kind>
 cudaError_t permit(const Plan& plan) {
   const auto kernel = rows_kernel<Kind>;
-  // The same in all calls: another thread may launch the kernel between this and our launch.
+  // Equal in all calls, because another thread may launch the kernel between this and our launch.
   const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
@@ -208,7 +208,7 @@ cudaError_t launch_rows(const DualKLParams& params, const Plan& plan, float* row
 
 template <class Kind>
 Plan plan_for(const DualKLParams& params) {
-  // Of the code that runs: a newer GPU may run what was compiled for an older one.
+  // Asks the code that runs, because a newer GPU may run code compiled for an older one.
   cudaFuncAttributes compiled{};
   const cudaError_t error = cudaFuncGetAttributes(&compiled, rows_kernel<Kind>);
   const bool clusters = reported(error) == cudaSuccess && compiled.ptxVersion >= 90;
@@ -223,7 +223,7 @@ template <class Kind>
 cudaError_t start_rows(const DualKLParams& params, float* row_kl, void* stream) {
   const Plan plan = plan_for<Kind>(params);
   const cudaError_t error = launch_rows<Kind>(params, plan, row_kl, stream);
-  // A part of a GPU may be too small for any cluster.
+  // A partition of a GPU may be too small for any cluster.
   if (error != cudaErrorInvalidClusterSize || plan.cluster == 1) return error;
   return launch_rows<Kind>(params, make_plan<Kind>(params, 1), row_kl, stream);
 }

@@ -1,7 +1,7 @@
 #pragma once
 
-// What the warps and blocks of dual_kl's kernel tell each other of a row, once before and once
-// after its gradient is written.
+// The exchange between the warps and blocks of dual_kl's kernel: one for the softmax of a row
+// before its gradient is written, one for its sums afterwards.
 
 #include "block.cuh"
 #include "device.cuh"
@@ -12,15 +12,15 @@
 namespace leaf::cuda {
 
 constexpr int kMaxCluster = 16;  // from compute capability 9.0 on
-// Of a multiprocessor, which three to six blocks share: one computes while another one waits for
-// memory.
+// Threads on a multiprocessor, which three to six blocks share: one block computes while another
+// one waits for memory.
 constexpr int kRowThreads = 768;
 constexpr int kFewestBlocks = 3;
 constexpr int kMostBlocks = 6;
-constexpr int kMostThreads = kRowThreads / kFewestBlocks;  // of a block
+constexpr int kMostThreads = kRowThreads / kFewestBlocks;  // in a block
 constexpr int kRowWarps = kMostThreads / kWarp;
 
-// What a warp, then a block, leaves of a row once its gradient is written.
+// The sums of a warp's, then of a block's, part of a row.
 template <bool kMeasures>
 struct alignas(16) Outcome {
   double kl;
@@ -68,8 +68,8 @@ __device__ __forceinline__ void send_all(T* to, const T& value, Arrivals& arriva
   }
 }
 
-// By one warp: merges the parts of the block's warps, then those of the cluster's blocks, which all
-// send theirs to all.
+// Called by one warp: merges the parts of the block's warps, sends the result to all blocks of the
+// cluster, and merges the parts of all blocks.
 template <class Kind>
 __device__ __forceinline__ void merge_parts(Shared<Kind>& shared, float exponent) {
   using Part = RowPart<Kind::kExact>;
@@ -119,13 +119,13 @@ __device__ __forceinline__ void store_row(const DualKLParams& params, int64_t in
     to[2 * params.rows] = entropy(outcome.sums.teacher_power, shared.teacher);
     to[3 * params.rows] = isnan(kl) ? kl : agree ? 1.0f : 0.0f;
   } else {
-    // Of the rests both models' errors cancel but for the factor of p_t.
+    // The errors of both models' rests cancel except for the factor of p_t.
     const double rest = Kind::kExact ? 0.0 : shared.teacher.rest;
     row_kl[index] = static_cast<float>(outcome.kl * (1.0 - kLn2 * rest));
   }
 }
 
-// By one thread: adds up what the warps leave of a row and, in the first block, the blocks.
+// Called by one thread: adds up the sums of the warps and, in the first block, those of the blocks.
 template <class Kind>
 __device__ __forceinline__ void finish_row(const DualKLParams& params, int64_t index, float* row_kl,
                                            Shared<Kind>& shared) {

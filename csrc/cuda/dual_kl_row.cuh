@@ -1,11 +1,11 @@
 #pragma once
 
-// A row of both models' logits, as one block of dual_kl's kernel works on it: softmax, terms and
-// gradient. The mathematics is at the head of dual_kl.cu.
+// The part of a row of both models' logits that one block of dual_kl's kernel computes: softmax,
+// terms and gradient. The mathematics is at the head of dual_kl.cu.
 //
-// The groups of a row that come first are resident: they lie in the shared memory of a cluster's
-// blocks, a slice in each. What is left, the overflow, the blocks share too, and read it from
-// memory twice, the second time mostly from the L2 cache.
+// The first groups of a row are resident in the shared memory of the cluster's blocks, a slice in
+// each. The remaining ones, the overflow, are streaming: the blocks share them as well and read
+// them from memory twice, the second time mostly from the L2 cache.
 
 #include <cstdint>
 #include <type_traits>
@@ -23,7 +23,7 @@ LEAF_HOST_DEVICE inline int common_vocab(const DualKLParams& params) {
                                                                       : params.teacher.vocab);
 }
 
-// kPlain: a logit is its own y; kMeasures: entropies and the places of the largest logits too.
+// kPlain: y is the logit itself. kMeasures: entropies and the positions of the largest logits too.
 template <class E, bool kIsPlain, bool kHasMeasures>
 struct RowKind {
   using Element = E;
@@ -41,7 +41,7 @@ class Row {
   using Normalizer = cuda::Normalizer<Kind::kExact>;
   static constexpr int N = kGroup<E>;
 
-  // `memory`: room for so many `slots` of groups of either model.
+  // `memory` has room for `slots` groups of each model.
   __device__ Row(const DualKLParams& params, int64_t index, int slots, char* memory)
       : p_(params),
         grouping_{common_vocab(params),
@@ -67,7 +67,7 @@ class Row {
     whole_end_ = grouping_.whole_end();
   }
 
-  // Starts to copy this block's slice; seen by all after wait_for_copies and a barrier.
+  // Starts to copy this block's slice. All threads see it after wait_for_copies and a barrier.
   __device__ void copy(Arrivals& arrivals) {
     const int first = max(begin_, grouping_.whole_begin());
     const int last = min(end_, grouping_.whole_end());
@@ -80,7 +80,7 @@ class Row {
     }
     copy_to_shared(slot(student_slots_, first), at(student_, first), bytes, arrivals);
     copy_to_shared(slot(teacher_slots_, first), at(teacher_, first), bytes, arrivals);
-    // Partial groups are at the ends of a row.
+    // Only the first and the last group of a row may be partial.
     if (thread() == 0 && begin_ < first) copy_group(begin_);
     if (thread() == kWarp && last < end_) copy_group(last);
     if (thread() == 0 && overflow_begin_ < overflow_end_) {
@@ -91,7 +91,7 @@ class Row {
     }
   }
 
-  // Of the groups of this thread's warp, the same in all of its lanes.
+  // Returns the part of the warp's groups; equal in all of its lanes.
   __device__ RowPart part() {
     RowPart part;
     Top student_top;
@@ -123,11 +123,11 @@ class Row {
     return part;
   }
 
-  // Writes the gradient of this thread's groups and sums up their terms. `factor`: of p_s - p_t.
+  // Writes the gradient of this thread's groups, factor * (p_s - p_t), and sums up their terms.
   __device__ Sums<float> terms(const Normalizer student, const Normalizer teacher, float factor) {
     Sums<float> sums;
     float excess = 0.0f;
-    // p_s - p_t is (e_s - even e_t) 2^-rest where probabilities are 2^rest times too large.
+    // The probabilities are 2^rest times too large: p_s - p_t is (e_s - even e_t) 2^-rest.
     const float even = Kind::kExact ? 1.0f : fmaf(kLn2, student.rest - teacher.rest, 1.0f);
     if constexpr (!Kind::kExact) factor *= fmaf(-kLn2, student.rest, 1.0f);
 #pragma unroll(N == 4 ? 2 : 1)
@@ -136,7 +136,7 @@ class Row {
       const Group<N> y_t = activated(teacher_activation(), g, resident_teacher(g));
       add_group(g, y_s, y_t, student, teacher, even, factor, sums, excess);
     }
-    // The same number of rounds in all threads, for the barrier.
+    // All threads make the same number of rounds, because each has a barrier.
 #pragma unroll 1
     for (int start = overflow_begin_; start < overflow_end_; start += threads()) {
       const int g = start + thread();
@@ -147,8 +147,8 @@ class Row {
         z_s = student_.read(grouping_, g);
         z_t = teacher_.read(grouping_, g);
       }
-      // The gradient may lie, narrower, in the student's memory: what this round overwrites was
-      // read in this round or before. Where there are several blocks it is resident.
+      // A narrower gradient may overwrite the student's logits. The logits that this round
+      // overwrites were read in this round or before; with several blocks they are resident.
       __syncthreads();
       if (!mine) continue;
       const Group<N> y_s = activated(student_activation(), g, z_s);
@@ -159,11 +159,11 @@ class Row {
     return sums;
   }
 
-  // The first of the largest logits of this warp's groups.
+  // Returns the first of the largest logits of this warp's groups.
   __device__ const Largest& student_top() const { return student_top_; }
   __device__ const Largest& teacher_top() const { return teacher_top_; }
 
-  // What the common vocabulary leaves of the gradient's row is 0.
+  // Zeroes the gradient beyond the common vocabulary.
   __device__ void zero_rest() {
     const int width = grouping_.width;
     if (p_.grad == nullptr || p_.student.vocab == width) return;
@@ -175,7 +175,7 @@ class Row {
   __device__ float exponent() const { return exponent_; }
 
  private:
-  // The largest logit of a thread, and the group that has it first.
+  // The largest logit of a thread, and the first group that contains it.
   struct Top {
     float value = -INFINITY;
     int group = -1;
@@ -263,7 +263,7 @@ class Row {
     part.add(y, exponent_);
   }
 
-  // The first of the largest logits, among all lanes.
+  // Returns the first of the largest logits of all lanes.
   __device__ __forceinline__ Largest over_warp(const Top& top, const RowOf<E, N>& row,
                                                char* slots) const {
     Largest all;
@@ -308,7 +308,7 @@ class Row {
       float ratio = power_t - power_s;
       if constexpr (Kind::kExact) ratio += student.shift - teacher.shift;
       difference.x[i] = Kind::kExact ? fmaf(e_s, student.inverse, -p_t) : fmaf(-even, p_t, e_s);
-      // The terms count on the same error in p and in its logarithm.
+      // The terms need the same error in p and in its logarithm.
       add_term(p_t, ratio, Kind::kExact ? difference.x[i] : e_s - p_t, sums.kl, excess);
       if constexpr (Kind::kMeasures) sums.add_measures(e_s, power_s, p_t, power_t);
     }
@@ -348,11 +348,11 @@ class Row {
   char* teacher_slots_;
   char* grad_;
   float exponent_;  // log2(e) / T
-  int begin_;       // the groups of this block
+  int begin_;       // the resident groups of this block: [begin_, end_)
   int end_;
   int overflow_begin_ = 0;
   int overflow_end_ = 0;
-  int whole_begin_;  // those whose gradient is written at once
+  int whole_begin_;  // the groups whose gradient is one store: [whole_begin_, whole_end_)
   int whole_end_;
   Largest student_top_;
   Largest teacher_top_;

@@ -1,6 +1,7 @@
 #pragma once
 
-// Element types of tensors: bits in memory, float32 in registers. Of 16 bits, two lie in a word.
+// Element types of tensors: bits in memory, float32 in registers. A word has two elements of 16
+// bits.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,7 +13,7 @@
 
 namespace leaf::cuda {
 
-// Two elements as one word; CUDA's types of pairs are no plain bits to a compiler.
+// Converts a pair of elements to one word; CUDA's pair types are classes, not plain bits.
 template <class Pair>
 __device__ __forceinline__ uint32_t word_of(const Pair& pair) {
   return *reinterpret_cast<const uint32_t*>(&pair);
@@ -47,7 +48,7 @@ struct Float16 {
   static __device__ __forceinline__ uint32_t pair(float low, float high) {
     return word_of(__floats2half2_rn(low, high));
   }
-  // The larger one of each half; a NaN loses.
+  // Returns the larger element of each half; a NaN loses.
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
     return word_of(__hmax2(pair_of<__half2>(a), pair_of<__half2>(b)));
   }

@@ -1,6 +1,6 @@
-// norm = sqrt(sum_h g_h^2): a warp per row, each row read from memory once.
+// norm = sqrt(sum_h g_h^2). One warp computes a row and reads it from memory once.
 //
-// The plain sum of squares is right unless it left the range of float32. Only such a row is done
+// The plain sum of squares is right unless it leaves the range of float32. Such a row is computed
 // again, scaled by the power of two that brings its largest entry into [1, 2).
 
 #include "leaf/grad_norm.h"
@@ -18,24 +18,24 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kRowsPerBlock = kThreads / kWarp;
-// Loads of 16 bytes that a lane has under way before it uses the first.
+// Loads of 16 bytes that a lane has in flight before it uses the first.
 constexpr int kInFlight = 4;
-// Of a multiprocessor: leaves each lane the registers for that.
+// Blocks on a multiprocessor: few enough to leave each lane the registers for these loads.
 constexpr int kBlocks = 5;
 
-// Outside of these, squares that vanished or overflowed could matter: a vanished one is below
-// 2^-126, so that even 2^17 of them are 2^-29 of the smallest plain sum.
+// Below this sum, squares that underflowed could matter: one is below 2^-126, so that 2^17 of them
+// are 2^-29 of the smallest plain sum.
 constexpr float kSmallestPlainSum = 0x1p-80f;
 constexpr float kLargestPlainSum = 0x1p127f;
-// 2^n and 2^-n are both normal numbers up to here.
+// The largest n for which 2^n and 2^-n are both normal numbers.
 constexpr int kLargestExponent = 126;
 
 __device__ __forceinline__ float power_of_two(int exponent) {
   return __uint_as_float(static_cast<unsigned>(exponent + 127) << 23);
 }
 
-// What 16 bytes hold. A lane takes every 32nd such group of a row, whole or not, aligned or not, so
-// that the order of the sum depends on the width alone.
+// The elements of 16 bytes. A lane takes every 32nd group of a row, also if it is partial or
+// unaligned, so that the order of the sum depends on the width only.
 template <class T>
 struct Group {
   static constexpr int kSize = sizeof(uint4) / sizeof(typename T::Bits);
@@ -44,10 +44,10 @@ struct Group {
 
 struct Squares {
   float sum;
-  float largest;  // magnitude; knows no NaN, the sum does
+  float largest;  // the largest magnitude; it ignores NaN, which the sum keeps
 };
 
-// A sum for each place in a group, added up at the end.
+// One sum for each position in a group; they are added up at the end.
 template <class T>
 struct LaneSquares {
   float sum[Group<T>::kSize] = {};
@@ -77,7 +77,7 @@ struct LaneSquares {
   }
 };
 
-// Group `g` of a row, zeros beyond its end: a zero changes no sum.
+// Loads group `g` of a row, with zeros beyond the row's end.
 template <class T>
 __device__ __forceinline__ uint4 load_group(const typename T::Bits* row, int64_t width, int64_t g) {
   Group<T> group;
@@ -91,7 +91,7 @@ __device__ __forceinline__ uint4 load_group(const typename T::Bits* row, int64_t
   return bits;
 }
 
-// Groups from `g` on, one by one: for what is rare.
+// Adds the groups from `g` on, one by one; for unaligned rows and the ends of rows.
 template <class T>
 __device__ __forceinline__ void add_groups(const typename T::Bits* row, int64_t width, int64_t g,
                                            float factor, LaneSquares<T>& squares) {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void add_groups(const typename T::Bits* row, int64_t 
   }
 }
 
-// The whole groups of an aligned row. The result is the first group that is left to this lane.
+// Adds the whole groups of an aligned row and returns the first group that this lane has left.
 template <class T>
 __device__ __forceinline__ int64_t add_vectors(const typename T::Bits* row, int64_t width,
                                                LaneSquares<T>& squares) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ float row_norm(const RowsView& grad, int64_t start) {
   add_groups<T>(row, grad.width, rest, 1.0f, plain_squares);
   const Squares plain = of_warp(plain_squares.total());
   const bool in_range = plain.sum >= kSmallestPlainSum && plain.sum <= kLargestPlainSum;
-  // What is out of range because of a zero, inf or NaN is right as it is.
+  // A sum that is out of range because of zeros, inf or NaN is right.
   const bool finite = !isnan(plain.sum) && isfinite(plain.largest);
   if (in_range || !finite || plain.largest == 0.0f) return __fsqrt_rn(plain.sum);
 
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 int64_t blocks_of(const RowsView& grad) { return (grad.rows + kRowsPerBlock - 1) / kRowsPerBlock; }
 
-// The same rows, in one dimension where they are equally far apart: it saves the division.
+// Describes equally spaced rows by one dimension, which saves the kernel a division.
 GradNormParams collapsed(GradNormParams params) {
   RowsView& grad = params.grad;
   if (grad.outer_stride == grad.inner * grad.inner_stride) grad.inner = grad.rows;

@@ -7,20 +7,20 @@
 
 namespace leaf::cuda {
 
-// The caller is told of an error; what runs after it on this thread must not find it again.
+// Returns the error to the caller and clears it, so that later calls on this thread do not see it.
 inline cudaError_t reported(cudaError_t error) {
   if (error != cudaSuccess) (void)cudaGetLastError();
   return error;
 }
 
-// Blocks of a kernel, in clusters of `cluster` of them, and their dynamic shared memory.
+// The number of blocks, their threads and dynamic shared memory, and the blocks of a cluster.
 struct Launch {
   int64_t blocks;
   int threads;
   size_t shared_bytes = 0;
   int cluster = 1;
 
-  // `attribute` must live as long as the result.
+  // `attribute` must outlive the result.
   cudaLaunchConfig_t config(cudaLaunchAttribute& attribute, void* stream) const {
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -46,7 +46,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& shape, void* str
   return reported(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
-// Whether the device can run at least one such cluster at a time.
+// Returns whether the device can run at least one such cluster at a time.
 template <class Kernel>
 bool fits(Kernel* kernel, const Launch& shape) {
   cudaLaunchAttribute attribute{};

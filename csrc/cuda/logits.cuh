@@ -1,11 +1,11 @@
 #pragma once
 
-// Rows of logits, and of their gradients, in groups: the 16 bytes of logits that a thread handles
-// at once, eight elements of 16 bits or four of 32.
+// Rows of logits and of their gradients, in groups. A group is 16 bytes of logits, which a thread
+// handles at once: eight elements of 16 bits or four of 32.
 //
-// Group g of N elements holds [N g - pad, N g - pad + N), pad being chosen so that groups start at
-// multiples of 16 bytes in the student's memory, whatever the row's address. Only the first and the
-// last group of a row may be partial.
+// Group g of N elements covers [N g - pad, N g - pad + N). The pad makes groups start at multiples
+// of 16 bytes in the student's memory, for every address of a row. Only the first and the last
+// group of a row may be partial.
 
 #include <type_traits>
 
@@ -18,7 +18,7 @@ namespace leaf::cuda {
 template <class E>
 constexpr int kGroup = 16 / sizeof(typename E::Bits);
 
-// Stands for the maximum of no logits: finite, so that no -inf - (-inf) arises.
+// The maximum of an empty set of logits. It is finite, so that -inf - (-inf) does not arise.
 constexpr float kLowest = -3.402823466e38f;
 
 template <int N>
@@ -26,7 +26,7 @@ struct Group {
   float x[N];
 };
 
-// As they lie in memory, N elements of 16 bits in N / 2 words, or of 32 in N.
+// The words of N elements in memory: N / 2 words for 16 bits, N words for 32.
 template <class E, int N>
 struct Words {
   static constexpr int kCount = N * sizeof(typename E::Bits) / 4;
@@ -61,7 +61,7 @@ __device__ __forceinline__ Words<E, N> packed(const Group<N>& group) {
   return words;
 }
 
-// At multiples of 16 bytes, or of their own size where that is less.
+// Aligned to 16 bytes, or to their own size if that is less.
 template <class E, int N>
 __device__ __forceinline__ Words<E, N> load_words(const void* from) {
   Words<E, N> words;
@@ -82,7 +82,7 @@ __device__ __forceinline__ Words<E, N> load_words(const void* from) {
   return words;
 }
 
-// Not read again by who writes: the cache is for others.
+// Stores data that the kernel does not read again, without keeping it in the cache.
 template <class E, int N>
 __device__ __forceinline__ void store_words(void* to, const Words<E, N>& words) {
   const uint32_t (&w)[Words<E, N>::kCount] = words.word;
@@ -96,7 +96,7 @@ __device__ __forceinline__ void store_words(void* to, const Words<E, N>& words) 
   }
 }
 
-// Where the groups of a row lie, for both models and the gradient alike.
+// The groups of a row. They are the same for both models and the gradient.
 template <int N>
 struct Grouping {
   int width;  // elements of the row
@@ -107,13 +107,13 @@ struct Grouping {
   __device__ bool has(int element) const {
     return static_cast<unsigned>(element) < static_cast<unsigned>(width);
   }
-  // The groups [whole_begin, whole_end) are whole, the others of the row partial.
+  // The groups [whole_begin, whole_end) are whole; the others of the row are partial.
   __device__ int whole_begin() const { return pad > 0 ? 1 : 0; }
   __device__ int whole_end() const { return (width + pad) / N; }
   __device__ bool whole(int group) const { return group >= whole_begin() && group < whole_end(); }
 };
 
-// The pad of a row: its distance from the multiple of 16 bytes before it, in elements.
+// Returns the pad of a row: its distance from the multiple of 16 bytes before it, in elements.
 template <class E>
 __device__ __forceinline__ int row_pad(const void* base, int64_t row, int64_t stride) {
   constexpr unsigned kSize = sizeof(typename E::Bits);
@@ -121,8 +121,8 @@ __device__ __forceinline__ int row_pad(const void* base, int64_t row, int64_t st
   return static_cast<int>(static_cast<unsigned>(address) % 16 / kSize);
 }
 
-// Whether groups of so many bytes, the first of which starts `pad` bytes before the address, can be
-// read and written at once.
+// Returns whether groups of `group_bytes`, the first of which starts `pad` bytes before the
+// address, are aligned for one load or store each.
 __device__ __forceinline__ bool is_aligned(const void* row, unsigned pad, unsigned group_bytes) {
   const unsigned mask = (group_bytes < 16 ? group_bytes : 16) - 1;  // both are powers of two
   return ((static_cast<unsigned>(reinterpret_cast<uintptr_t>(row)) - pad) & mask) == 0;
@@ -134,7 +134,7 @@ struct RowOf {
   using Bits = typename E::Bits;
 
   Bits* data;
-  bool aligned;  // groups can be read and written at once
+  bool aligned;  // a group is one load or store
 
   __device__ RowOf(const void* base, int64_t row, int64_t stride, int pad)
       : data(static_cast<Bits*>(const_cast<void*>(base)) + row * stride),
@@ -165,7 +165,7 @@ struct RowOf {
   }
 };
 
-// Zeroes bytes by the threads `index`, `index` + 1, ... of `count`; begin and bytes are even.
+// Zeroes bytes with `count` threads, of which this one is `index`. `begin` and `bytes` are even.
 __device__ __forceinline__ void zero_bytes(char* begin, int64_t bytes, int64_t index,
                                            int64_t count) {
   const int64_t gap = (16 - reinterpret_cast<uintptr_t>(begin) % 16) % 16;

@@ -1,7 +1,7 @@
 #pragma once
 
-// The value of a rank without sorting: digit by digit of its bits, from the highest on, by counting
-// the values that have all digits so far.
+// Selects the value of a given rank without sorting. It finds the digits of the value's bits from
+// the highest on, by counting the values that begin with the digits found so far.
 
 #include "block.cuh"
 
@@ -11,20 +11,20 @@ constexpr int kDigitBits = 8;
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kBinsOfLane = kBins / kWarp;
 
-// The highest digits of the value, and its rank among the values that begin with them.
+// The highest digits of the value, and its rank among the values that begin with these digits.
 struct Digits {
   unsigned prefix;
   int rank;
 };
 
-// Counts a value, of which all but `shift` bits are looked at, if it begins with the digits.
+// Counts a value if it begins with the digits; its lowest `shift` bits are ignored.
 __device__ __forceinline__ void count_digit(unsigned bits, int shift, const Digits& digits,
                                             int (&histogram)[kBins]) {
   const unsigned high = bits >> shift;
   if (high >> kDigitBits == digits.prefix) atomicAdd(&histogram[high % kBins], 1);
 }
 
-// One more digit, from the counts; by one warp. Leaves the counts zero for the next.
+// Called by one warp: finds the next digit from the counts and resets them to zero.
 __device__ __forceinline__ Digits next_digit(const Digits& digits, int (&histogram)[kBins]) {
   const int first = lane_index() * kBinsOfLane;
   int counts[kBinsOfLane];

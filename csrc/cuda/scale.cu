@@ -1,5 +1,5 @@
-// to = from * factor. The factor lies on the device, and nothing waits for it: a gradient that is
-// scaled in place by 1, as by a plain loss.backward(), costs a launch and no traffic.
+// to = from * factor. The factor is on the device, and the host does not wait for it. Scaling in
+// place by 1, as in a plain loss.backward(), costs a launch and no memory traffic.
 
 #include "leaf/scale.h"
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// A sequence of tokens and how a block's threads share it.
+// A sequence of tokens and its division among the threads of a block.
 
 #include <cstdint>
 #include <limits>
@@ -10,18 +10,18 @@
 
 namespace leaf::cuda {
 
-// Positions within a sequence are int, those of a last round that reaches beyond it too.
+// Positions within a sequence fit into int, also those of a last round that passes its end.
 constexpr int64_t kMaxLength = std::numeric_limits<int>::max() - 2 * kMaxThreads * kWarp;
 
-// One sequence as its block sees it. Tokens go to threads in words of 32, which are the lanes of a
-// warp; a warp has up to 32 words in a row, and all warps together have a tile. All passes do it
-// alike, so that a thread finds the scores that it wrote itself.
+// One sequence, which one block processes. The 32 lanes of a warp take the tokens of a word. A warp
+// has up to 32 consecutive words; the words of all warps are a tile. All passes use the same
+// division, so that a thread reads the scores that it has written itself.
 struct Sequence {
   const DetectSpansParams& params;
   int64_t begin;
   int size;
   int words;
-  int words_of_warp;  // within a tile
+  int words_of_warp;  // words of a warp in a tile
 
   __device__ __forceinline__ Sequence(const DetectSpansParams& params, int64_t begin, int64_t stop)
       : params(params),

@@ -1,10 +1,10 @@
 #pragma once
 
-// The softmax of a row that many threads hold parts of.
+// The softmax of a row whose parts are computed by many threads.
 //
-// With y the scaled, capped logit: a part is its maximum m and its sum d = sum exp((y - m) / T).
-// Where logits are resident the threads of a warp agree on a maximum before they add up powers;
-// warps and blocks merge their parts once.
+// y is the scaled, capped logit. A part is its maximum m and its sum d = sum exp((y - m) / T). For
+// resident logits the threads of a warp agree on a maximum before they add up powers. Warps and
+// blocks merge their parts once.
 
 #include "block.cuh"
 #include "logits.cuh"
@@ -14,12 +14,12 @@ namespace leaf::cuda {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-// What makes y of a logit z: softcap * tanh(scale * z / softcap), or scale * z where softcap is 0.
+// Computes y of a logit z: softcap * tanh(scale * z / softcap), or scale * z if softcap is 0.
 struct Activation {
   float scale;
   float softcap;
 
-  // Elements that the row does not have stay -inf.
+  // Elements beyond the row stay -inf.
   template <int N>
   __device__ __forceinline__ void apply(const Grouping<N>& grouping, int index,
                                         Group<N>& group) const {
@@ -36,7 +36,7 @@ struct Activation {
     }
   }
 
-  // dy/d(scale z) of the y of a group, times `value`.
+  // Multiplies `value` by dy/d(scale z) of a group.
   template <int N>
   __device__ __forceinline__ void multiply_slope(const Group<N>& y, Group<N>& value) const {
     if (softcap == 0.0f) return;
@@ -49,7 +49,7 @@ struct Activation {
   }
 };
 
-// Over the elements of a group, in pairs.
+// Reduces the elements of a group, in pairs.
 template <int N, class Combine>
 __device__ __forceinline__ float folded(const Group<N>& group, const Combine& combine) {
   if constexpr (N == 8) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ float sum(const Group<N>& group) {
   return folded(group, sum_of);
 }
 
-// The largest of logits in memory words: NaN loses. Of 16 bits two are compared at once.
+// The largest of logits in memory words; NaN loses. Two logits of 16 bits are compared at once.
 template <class E>
 class Maximum {
  public:
@@ -102,19 +102,19 @@ class Maximum {
   uint32_t pair_ = E::kMinusInfinities;
 };
 
-// One model's part of a row, in units of which a power of two is taken: `max` is m log2(e) / T,
-// rounded, unless kExact: then it is m. A NaN does not show in `max`, but in `total`; a part
-// without a logit above -inf has total 0.
+// One model's part of a row. `max` is m if kExact, otherwise m log2(e) / T rounded, which is the
+// unit of the exponents of 2. A NaN is ignored by `max` and kept by `total`. A part without a logit
+// above -inf has total 0.
 //
-// Exact, the largest logit has a power of 1, and a distribution that is all but certain keeps its
-// digits: what entropies and float32 gradients need. Else a logit takes one operation less, and the
-// few last bits that all probabilities of a row share are set right by their `rest`.
+// With kExact the largest logit has a power of 1, and a nearly certain distribution keeps its
+// digits, which entropies and float32 gradients need. Without it a logit takes one operation less,
+// and `rest` corrects the last bits, whose error all probabilities of a row share.
 template <bool kExact>
 struct SoftmaxPart {
   float max = kLowest;
   float total = 0.0f;
 
-  // Of y = max(y, the largest of some). `exponent`: log2(e) / T
+  // Converts a maximum y to the unit of `max`. `exponent` is log2(e) / T.
   static __device__ __forceinline__ float unit(float y, float exponent) {
     return fmaxf(kLowest, kExact ? y : y * exponent);
   }
@@ -133,19 +133,19 @@ struct SoftmaxPart {
   }
 };
 
-// Both models'; what warps and blocks exchange.
+// The parts of both models, which warps and blocks exchange.
 template <bool kExact>
 struct alignas(16) RowPart {
   SoftmaxPart<kExact> student;
   SoftmaxPart<kExact> teacher;
 
-  // Relative to the largest maximum of all lanes.
+  // Makes both parts relative to the largest maximum of all lanes.
   __device__ __forceinline__ void raise_to_warp(float exponent) {
     student.raise(warp_all(student.max, larger_of), exponent);
     teacher.raise(warp_all(teacher.max, larger_of), exponent);
   }
 
-  // The parts of all lanes as one.
+  // Merges the parts of all lanes.
   __device__ __forceinline__ RowPart over_warp(float exponent) const {
     RowPart all = *this;
     all.raise_to_warp(exponent);
@@ -155,23 +155,23 @@ struct alignas(16) RowPart {
   }
 };
 
-// What makes probabilities of logits once a row's softmax is known: log2 p = power - shift.
+// Computes probabilities from logits and the softmax of the whole row: log2 p = power - shift.
 template <bool kExact>
 struct Normalizer {
-  float max;      // subtracted from a logit first, if kExact
-  float shift;    // then, of its logarithm
-  float inverse;  // of the total
-  float rest;     // what `shift` lacks, unless kExact: p is taken 2^rest times too large
+  float max;      // subtracted from y first, if kExact
+  float shift;    // subtracted from the power
+  float inverse;  // 1 / total
+  float rest;     // the rounding error of `shift`, unless kExact: p is 2^rest times too large
 
   __device__ explicit Normalizer(const SoftmaxPart<kExact>& part)
       : max(part.max), inverse(1.0f / part.total) {
-    // Apart from the exponent, the logarithm of a number near 1 has more digits.
+    // The exponent is split off, because the logarithm of a number near 1 has more digits.
     const int bits = __float_as_int(part.total);
     const int exponent = (bits - 0x3f3504f3) >> 23;  // so that the rest is in [sqrt(1/2), sqrt(2))
     const bool normal = part.total >= 0x1p-126f && part.total < INFINITY;
     const float low = log2f(normal ? __int_as_float(bits - exponent * (1 << 23)) : part.total);
     const float high = normal ? static_cast<float>(exponent) : 0.0f;
-    // max + high + low as a sum of two numbers.
+    // Computes max + high + low as a sum of two numbers.
     const float base = kExact ? 0.0f : part.max;
     const float upper = base + high;
     const float of_high = upper - base;
@@ -181,7 +181,7 @@ struct Normalizer {
   }
   Normalizer() = default;
 
-  // Which power of two a logit is, probability() makes p of it.
+  // Returns the exponent of 2 of a logit; probability() makes p of 2 to this power.
   __device__ __forceinline__ float power(float y, float exponent) const {
     return kExact ? (y - max) * exponent : fmaf(y, exponent, -shift);
   }
@@ -190,7 +190,7 @@ struct Normalizer {
   }
 };
 
-// The first of the largest logits, as they came; index INT32_MAX: there is none above -inf.
+// The first of the largest unscaled logits; index INT32_MAX if none is above -inf.
 struct Largest {
   float value = -INFINITY;
   int index = INT32_MAX;
@@ -199,7 +199,7 @@ struct Largest {
     if (other.value > value || (other.value == value && other.index < index)) *this = other;
   }
 
-  // Where all are -inf, the first one.
+  // If all are -inf, the first one counts.
   __device__ __forceinline__ int place() const { return value == -INFINITY ? 0 : index; }
 };
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// From marks to runs of them, 32 tokens a thread, as bits.
+// Finds runs of marks. A thread has the marks of 32 tokens as the bits of a word.
 
 #include "block.cuh"
 
@@ -10,10 +10,10 @@ namespace leaf::cuda {
 struct Word {
   int base;
   unsigned marks;
-  unsigned walls;  // outside the domain
+  unsigned walls;  // tokens outside the domain
 };
 
-// The position of the latest confounder, and of the latest token outside the domain; -1: none yet.
+// The positions of the latest confounder and of the latest token outside the domain; -1 = none yet.
 struct Latest {
   int mark;
   int wall;
@@ -25,12 +25,12 @@ __device__ __forceinline__ Latest later(const Latest& a, const Latest& b) {
 
 __device__ __forceinline__ unsigned bits_below(int bit) { return (1u << bit) - 1; }
 
-// The position of the highest of the bits, or else of what was before them.
+// Returns the position of the highest set bit, or `before` if there is none.
 __device__ __forceinline__ int latest(unsigned bits, int base, int before) {
   return bits == 0 ? before : base + 31 - __clz(static_cast<int>(bits));
 }
 
-// The marks that continue no run.
+// Returns the marks that start a run.
 __device__ __forceinline__ unsigned starts_of(const Word& word, const Latest& before,
                                               int64_t join_gap) {
   unsigned starts = 0;
@@ -44,7 +44,7 @@ __device__ __forceinline__ unsigned starts_of(const Word& word, const Latest& be
   return starts;
 }
 
-// A start closes the run before it: calls visit(start, stop) for each of these that is long enough.
+// Calls visit(start, stop) for each run that a start closes and that is long enough.
 template <class Visit>
 __device__ __forceinline__ void for_closed(const Word& word, unsigned starts, int mark_before,
                                            int start_before, int64_t min_length,

@@ -1,16 +1,16 @@
 #pragma once
 
-// What a pair of logits adds to the sums of a row, of its probabilities and their logarithms to
-// base 2.
+// The terms of a pair of logits in the sums of a row, from the probabilities and their logarithms
+// to base 2.
 
 #include "device.cuh"
 #include "softmax.cuh"
 
 namespace leaf::cuda {
 
-// What is summed over a row once its softmax is known, by a thread in float32: the divergence in
-// nats, and powers of two times what they are the logarithms of, the student's not yet divided by
-// its total. By the logarithms of the totals they become entropies.
+// The sums over a row, by a thread in float32: the divergence in nats, and for both models the sum
+// of 2^power * power, the student's not yet divided by its total. The logarithms of the totals turn
+// these into entropies.
 template <class T>
 struct Sums {
   T kl = 0;
@@ -24,12 +24,11 @@ struct Sums {
   }
 };
 
-// Adds p_s - p_t + p_t l, as excess + ln(2) kl, for l = log p_t - log p_s, of which `ratio` is l /
-// ln(2).
+// Adds p_s - p_t + p_t l as excess + ln(2) kl, with l = log p_t - log p_s and `ratio` = l / ln(2).
 //
-// Where l is small, that is p_t phi with phi = exp(-l) - 1 + l = l^2 (1/2 - l/6 + l^2/24 - l^3/120
-// ...), to a relative 3e-6 for |l| < 0.0866. The last term is spread over l as Chebyshev's T3 does
-// it.
+// If l is small, the term is p_t phi with phi = exp(-l) - 1 + l = l^2 (1/2 - l/6 + l^2/24 - l^3/120
+// ...), with a relative error of 3e-6 for |l| < 0.0866. The last term is economized by Chebyshev's
+// T3.
 __device__ __forceinline__ void add_term(float p_t, float ratio, float difference, float& kl,
                                          float& excess) {
   constexpr float kNear = 0.125f;

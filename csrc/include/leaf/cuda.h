@@ -1,7 +1,7 @@
 #pragma once
 
-// What every CUDA launcher has in common: work is queued on `stream` (a cudaStream_t) of the
-// current device, nothing waits for it, and the result is 0 or a cudaError_t.
+// Every CUDA launcher queues its work on `stream` (a cudaStream_t) of the current device, does not
+// wait for it, and returns 0 or a cudaError_t.
 
 namespace leaf::cuda {
 

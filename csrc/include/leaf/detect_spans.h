@@ -6,7 +6,7 @@
 
 namespace leaf {
 
-// Below this range of the gap, rounding decides which token is lowest: no evidence, so no span.
+// If the gap's range is smaller, rounding decides which token is lowest, and no span is reported.
 constexpr float kSmallestGapRange = 1e-6f;
 
 enum DetectStatus : int64_t { kTeacherNotFinite = 1, kStudentNotFinite = 2 };
@@ -14,11 +14,11 @@ enum DetectStatus : int64_t { kTeacherNotFinite = 1, kStudentNotFinite = 2 };
 struct DetectSpansParams {
   const float* teacher;  // [tokens] norms
   const float* student;  // [tokens] norms
-  // Masks are bytes, 0 where false: loops over bool do not vectorize.
+  // Masks are bytes, 0 = false, because loops over bool do not vectorize.
   const uint8_t* domain;    // [tokens]
   const uint8_t* prunable;  // [tokens], or null: the whole domain
-  // [sequences + 1], ascending: sequence b is [offsets[b], offsets[b + 1]); or null, where it is
-  // [b * max_length, (b + 1) * max_length). On a GPU they lie there, and nobody has checked them.
+  // [sequences + 1], ascending: sequence b is [offsets[b], offsets[b + 1]). If null, it is
+  // [b * max_length, (b + 1) * max_length). On a GPU they are in its memory and unchecked.
   const int64_t* offsets;
   int64_t tokens;
   int64_t sequences;

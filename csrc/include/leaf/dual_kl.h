@@ -7,8 +7,8 @@
 
 namespace leaf {
 
-// One model's logits: rows of `vocab` contiguous elements. A logit z acts as
-// softcap * tanh(scale * z / softcap), or scale * z where softcap is 0.
+// One model's logits: rows of `vocab` contiguous elements. A logit z is used as
+// softcap * tanh(scale * z / softcap), or as scale * z if softcap is 0.
 struct Logits {
   const void* data;
   DType dtype;
@@ -25,14 +25,14 @@ struct DualKLParams {
   int64_t rows;
   float temperature;
 
-  // [rows, student.vocab]; null: none. May be the memory of the student, also as rows of a narrower
-  // dtype, each of which starts where the student's does (on a GPU).
+  // [rows, student.vocab], or null for no gradient. It may be the memory of the student's logits.
+  // On a GPU its dtype may then be narrower; each row starts where the row of logits starts.
   void* grad;
-  DType grad_dtype;  // on a CPU the student's
+  DType grad_dtype;  // the student's dtype on a CPU
   int64_t grad_row_stride;
   float* loss;         // []
   float* grad_scale;   // []
-  float* row_results;  // [4, rows] KL, student entropy, teacher entropy, agreement; null: none
+  float* row_results;  // [4, rows] KL, student entropy, teacher entropy, agreement; or null
 };
 
 namespace cpu {
@@ -40,7 +40,7 @@ void dual_kl(const DualKLParams& params, const Threads& threads);
 }  // namespace cpu
 
 namespace cuda {
-// A launcher needs so many floats of scratch memory on the device.
+// Returns how many floats of scratch memory on the device the launcher needs.
 int64_t dual_kl_scratch(const DualKLParams& params);
 int dual_kl(const DualKLParams& params, float* scratch, void* stream);
 }  // namespace cuda

@@ -29,7 +29,7 @@ void grad_norm(const GradNormParams& params, const Threads& threads);
 }  // namespace cpu
 
 namespace cuda {
-// One tensor, or two in one launch: `second` may be null.
+// Computes one tensor, or two in one launch; `second` may be null.
 int grad_norm(const GradNormParams& first, const GradNormParams* second, void* stream);
 }  // namespace cuda
 

@@ -7,8 +7,8 @@
 
 namespace leaf {
 
-// to = from * factor, multiplied in float32 and rounded once. Rows of `width` contiguous elements;
-// `to` may be `from`, where a factor of 1 leaves the memory untouched.
+// to = from * factor, multiplied in float32 and rounded once, in rows of `width` contiguous
+// elements. `to` may be `from`; a factor of 1 then leaves the memory untouched.
 struct ScaleParams {
   const void* from;
   DType from_dtype;

@@ -4,9 +4,8 @@
 
 namespace leaf {
 
-// How a CPU kernel gets threads without knowing whose they are. `run` calls body(begin, end,
-// context) on disjoint ranges that cover [0, n), none but the last shorter than `grain`, and waits
-// for all.
+// The threads that a CPU kernel is given. `run` calls body(begin, end, context) on disjoint ranges
+// that cover [0, n), and waits for all of them. Only the last range may be shorter than `grain`.
 struct Threads {
   int64_t count;
   void (*run)(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
