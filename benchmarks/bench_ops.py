@@ -1,4 +1,4 @@
-"""Every op against the reference, eager PyTorch and torch.compile, forward and backward.
+"""Times every op, the reference, eager PyTorch and torch.compile, forward and backward.
 
 No result is timed before it has been compared with the reference in float64.
 """
@@ -30,13 +30,13 @@ import leaf_ext
 from leaf_ext.schema import OPS
 from leaf_ext.testing import cases, eager, inputs
 
-# Rounds of a line of the table: as many as fit into the seconds, 2 to 7 (the call is warm by then).
+# Rounds of a line of the table: as many as fit into the seconds, 2 to 7, after a warm-up.
 ROUNDS, SECONDS = 7, 6.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """One line of the table. `prepare` makes fresh arguments of `step`, and is not timed."""
+    """One line of the table. `prepare` makes fresh arguments for `step` and is not timed."""
 
     op: str
     case: str
@@ -96,7 +96,7 @@ def bench_grad_norm(
 def bench_detect_spans(
     benchmark: Any, case: cases.SpansCase, variant: str, copy_bandwidth: float, tiny: bool
 ) -> None:
-    """Eager makes the spans by cumulative sums; compiled stops at the scores."""
+    """Eager PyTorch makes spans by cumulative sums; the compiled variant stops at the scores."""
     case = replace(case, batch=2, length=32) if tiny else case
     given = inputs.spans_inputs(case)
     tensors = (given.teacher, given.student, given.domain)
@@ -123,7 +123,7 @@ def bench_detect_spans(
 
 @lru_cache(maxsize=1)
 def kl_truth(case: cases.KLCase) -> tuple[inputs.KLInputs, float, Tensor]:
-    """Inputs, the loss in float64, and the gradient of all rows."""
+    """Return inputs, the loss in float64, and the gradient of all rows."""
     given = inputs.kl_inputs(case)
     return given, *exact_kl(given.student, given.teacher, given.row_weight, at_once=16)
 
@@ -176,7 +176,7 @@ def bench_dual_kl(
 
 
 def bare_products(*tensors: Tensor) -> Callable[..., Tensor]:
-    """The four products that the mathematics needs, each of all rows at once, and nothing else."""
+    """Compute only the four products that the mathematics needs, each of all rows at once."""
     hidden, head, teacher_hidden, teacher_head, _ = tensors
     student, teacher = (head.new_empty(hidden.shape[0], head.shape[0]) for _ in range(2))
     hidden_grad, head_grad = torch.empty_like(hidden), torch.empty_like(head)
@@ -259,14 +259,14 @@ def bench_linear_dual_kl(
     refuse_unless(abs(value - truth) / abs(truth), 1e-3, "loss")
     for ours, theirs in zip(arguments[:trained], exact, strict=False):
         assert ours.grad is not None
-        # bfloat16 logits: their rounding, up to 2^-8 of a logit of 10, is the library's.
+        # The library rounds bfloat16 logits: by up to 2^-8 of a logit of 10.
         refuse_unless(relative(ours.grad, theirs), 0.03, "gradient")
     del arguments, exact
     products = bare_products(*tensors)
     alternating: list[float] = []
 
     def prepare_after_products() -> tuple[Tensor, ...]:
-        """The machine's speed of products changes by the second: both are timed in turn."""
+        """Time bare products and the op in turn, because the machine's speed varies."""
         start = time.perf_counter()
         products()
         alternating.append(time.perf_counter() - start)

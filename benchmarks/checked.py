@@ -1,4 +1,4 @@
-"""What is timed, and the float64 truth that a result is compared with before it is timed."""
+"""The timed functions, and the float64 results that they are compared with before timing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import leaf_ext
 
 def on_backend(function: Callable[..., Any], backend: str, **options: Any) -> Callable[..., Any]:
     def call(first: Tensor, *rest: Any) -> Any:
-        # The step's argument is a leaf, which `inplace_grad` must not overwrite; its view may be.
+        # The argument is a leaf, which `inplace_grad` must not overwrite; it may overwrite a view.
         first = first.view_as(first) if options.get("inplace_grad") else first
         return function(first, *rest, backend=backend, **options)
 
@@ -21,13 +21,13 @@ def on_backend(function: Callable[..., Any], backend: str, **options: Any) -> Ca
 
 
 def compiled(function: Callable[..., Any], tiny: bool) -> Callable[..., Any]:
-    """For the shapes of the first call: what was compiled before is forgotten."""
+    """Compile for the shapes of the first call; earlier compilations are discarded."""
     torch.compiler.reset()
     return torch.compile(function, backend="aot_eager" if tiny else "inductor", dynamic=False)
 
 
 def backward(loss: Callable[..., Tensor], trained: int) -> Callable[..., Tensor]:
-    """Forward and backward, with the first `trained` arguments as leaves."""
+    """Return a step of forward and backward, with the first `trained` arguments as leaves."""
 
     def step(*tensors: Tensor) -> Tensor:
         for tensor in tensors[:trained]:
@@ -44,21 +44,21 @@ def relative(result: Tensor, truth: Tensor) -> float:
 
 
 def worst_relative(result: Tensor, truth: Tensor, rows: int, scale: float = 1.0) -> float:
-    """The largest of blocks of rows: the whole of it in float64 would take gigabytes.
+    """Return the largest relative error, block by block: all in float64 would take gigabytes.
 
-    `scale` is that of the result: 1/N where the truth is a sum and the result a mean.
+    `scale` is the factor of the result: 1/N if the truth is a sum and the result a mean.
     """
     blocks = zip(result.split(rows), truth.split(rows), strict=True)
     found = [relative(ours.double() / scale, theirs) for ours, theirs in blocks]
-    return next((error for error in found if error != error), max(found))  # a NaN is the worst
+    return next((error for error in found if error != error), max(found))  # NaN is the worst
 
 
 class WrongResult(AssertionError):
-    """What is wrong gets no speed."""
+    """A result is wrong, so that it is not timed."""
 
 
 def refuse_unless(close: float, bound: float, what: str) -> None:
-    if not close <= bound:  # a NaN is not close either
+    if not close <= bound:  # NaN is not close
         raise WrongResult(f"{what} is off by {close:.2g} (bound {bound:.2g}): no speed for it")
 
 
@@ -69,7 +69,7 @@ def _blocks(rows: int, at_once: int) -> Iterator[slice]:
 def exact_kl(
     student: Tensor, teacher: Tensor, weight: Tensor, at_once: int
 ) -> tuple[float, Tensor]:
-    """The loss in float64, and the gradient of all rows, rounded to float32 only."""
+    """Return the loss in float64, and the gradient of all rows rounded to float32."""
     total, gradient = 0.0, torch.empty_like(student, dtype=torch.float32)
     for rows in _blocks(student.shape[0], at_once):
         leaf = student[rows].double().requires_grad_()
@@ -83,7 +83,7 @@ def exact_kl(
 
 
 def exact_linear(tensors: Sequence[Tensor], at_once: int) -> tuple[float, list[Tensor]]:
-    """Loss and gradients (hidden states, head) of `linear_dual_kl`'s five tensors, in float64."""
+    """Return `linear_dual_kl`'s loss and gradients (hidden states, head) in float64."""
     student_hidden, student_head, teacher_hidden, teacher_head, weight = tensors
     head, frozen = student_head.double().requires_grad_(), teacher_head.double()
     total, gradient = 0.0, torch.empty_like(student_hidden, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and what their JSON says of the machine."""
+"""Options of the benchmarks, and the description of the machine in their JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tiny(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(scope="session")
 def copy_bandwidth(tiny: bool) -> float:
-    """GB/s of a tensor copy, bytes read plus bytes written: the best of several, in this run."""
+    """The best of several tensor copies in this run, in GB/s of bytes read plus written."""
     source = torch.ones((1 if tiny else 256) * 2**20 // 4)
     target = torch.empty_like(source)
     best = float("inf")

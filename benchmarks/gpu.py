@@ -1,12 +1,12 @@
-"""All that a GPU has to show, in one go: build, smoke test, timings, counters, tests, sanitizers.
+"""Runs everything that needs a GPU: build, smoke test, timings, counters, tests, sanitizers.
 
     python benchmarks/gpu.py [--output build/gpu] [--minutes 9] [--steps build,smoke,...] [--tiny]
 
-Uses the Python that runs it as it is, and installs nothing. Every step has a time limit and keeps
-what it had when it was stopped; one that fails does not keep the later ones from running. OUTPUT
-gets summary.md, results.jsonl and the page made of it (which goes to benchmarks/results/ too),
-counters.txt, failures.txt, sanitizer.txt and logs.txt. `--tiny` rehearses all of it without a GPU,
-with the CPU kernels in place of the CUDA ones.
+It uses the Python that runs it and installs nothing. Every step has a time limit; a step that is
+stopped keeps its output, and later steps run after one that fails. OUTPUT gets summary.md,
+results.jsonl and its page (also written to benchmarks/results/), counters.txt, failures.txt,
+sanitizer.txt and logs.txt. `--tiny` rehearses all steps without a GPU, with the CPU kernels instead
+of the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from steps import Command, Outcome, judged_by_sanitizer, summary
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / f"gpu-{sys.implementation.cache_tag}"
 NEEDED = ("torch", "triton", "pytest", "hypothesis")
-# The files whose tests ask for a backend: "-k cuda" alone would match names of files too.
+# The files with tests of a backend. "-k cuda" alone would match names of files too.
 TESTS = (
     *("ops", "contract", "inner_ops", "autograd", "hard_values", "compile"),
     "detect_spans_properties",
@@ -40,7 +40,7 @@ _CUDA = "/usr/local/cuda/bin"
 
 
 class Run:
-    """One call of this script: its options, its environment, and what has come out so far."""
+    """One call of this script: its options, its environment and its results so far."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.tiny: bool = arguments.tiny
@@ -54,7 +54,7 @@ class Run:
         self.outcomes: list[Outcome] = []
         self.commands: list[Command] = []
         self.targets = ""
-        # A rehearsal takes the package that is there, unless it builds one.
+        # A rehearsal uses the installed package, unless it builds one.
         built = [] if self.tiny and "build" not in arguments.steps else [str(BUILD / "python")]
         self.environment = environment(self.tiny, built)
         self.environment["LEAF_FAILURES"] = str(self.output / "failures.txt")
@@ -79,7 +79,7 @@ class Run:
             file.write(f"==> {command.name}\n{command.text()[-(2**21) :]}\n")
 
     def note(self, outcome: Outcome) -> None:
-        """Written down at once: whoever stops this script keeps what it had."""
+        """Write an outcome at once, so that it is kept if this script is stopped."""
         self.outcomes.append(outcome)
         step, state, seconds, note = outcome
         print(f"{state:13} {step} ({seconds:.0f} s): {note}", flush=True)
@@ -92,19 +92,19 @@ class Run:
 
 
 def environment(tiny: bool, packages: list[str]) -> dict[str, str]:
-    """The tools of this Python and of the CUDA toolkit on PATH; our modules importable."""
+    """Return variables with this Python's and CUDA's tools on PATH and our modules importable."""
     known = dict(os.environ)
     path = [str(Path(sys.executable).parent), known.get("PATH", "")]
     if shutil.which("nvcc") is None and Path(_CUDA, "nvcc").exists():
         path.append(_CUDA)
         known.setdefault("CUDACXX", f"{_CUDA}/nvcc")
-    # The sources come last: after a build that failed what needs no build is measured all the same.
+    # The sources come last: if the build fails, everything that needs no build is still measured.
     folders = [*packages, str(ROOT / "benchmarks"), str(ROOT / "tests"), known.get("PYTHONPATH")]
     known |= {
         "PATH": os.pathsep.join(path),
         "PYTHONPATH": os.pathsep.join(filter(None, [*folders, str(ROOT)])),
         "PYTHONUNBUFFERED": "1",
-        # Nothing that is compiled depends on what earlier runs of others left in a home folder.
+        # Compilation caches are not shared with other runs in the home folder.
         "TRITON_CACHE_DIR": str(BUILD / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(BUILD / "inductor"),
     }
@@ -116,21 +116,21 @@ def tool(name: str) -> str | None:
 
 
 def missing() -> list[str]:
-    """What this Python lacks, packages and tools."""
+    """Return the packages and tools that this Python lacks."""
     path = environment(False, [])["PATH"]
     tools = [name for name in ("cmake", "ninja") if not shutil.which(name, path=path)]
     return [name for name in NEEDED if find_spec(name) is None] + tools
 
 
 def architecture() -> str | None:
-    """The GPU's, as CMake writes it; None without a GPU that torch can use."""
+    """Return the GPU's architecture as CMake writes it, or None if torch can use no GPU."""
     code = "import torch; print(*torch.cuda.get_device_capability(), sep='')"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return asked.stdout.strip() if asked.returncode == 0 else None
 
 
 def build(run: Run) -> None:
-    """For this GPU alone: CI compiles for the others. ninja keeps what is up to date."""
+    """Build for this GPU only (CI compiles for the others); ninja keeps what is up to date."""
     cuda = "-DLEAF_CUDA=0" if run.tiny else "-DLEAF_CUDA=1"
     options = [cuda, *([] if run.tiny else [f"-DLEAF_CUDA_ARCHS={architecture()}"])]
     # pytest is only asked for its version: the tests are a step of their own.
@@ -148,8 +148,8 @@ def smoke(run: Run) -> None:
 
 
 def timings(run: Run, name: str = "timings", limit: float = 210, *options: str) -> None:
-    """The worker, and after a crash another one; then the page of all that is known by now."""
-    reserve = 25  # seconds for the last job and the page
+    """Run the worker, and another one after a crash; then write the page of all results so far."""
+    reserve = 25  # seconds, for the last job and the page
     until, crashes, lines = time.monotonic() + run.left(limit + reserve) - reserve, 0, -1
     options = (str(run.results), *options, *(["--tiny"] if run.tiny else []))
     while True:
@@ -162,7 +162,7 @@ def timings(run: Run, name: str = "timings", limit: float = 210, *options: str) 
         if outcome.state != "failed" or lines <= before or crashes == MOST_CRASHES:
             break
         crashes += 1
-    if outcome.state == "out of time":  # the page says what was left out
+    if outcome.state == "out of time":  # the page lists the jobs without a result
         outcome = outcome.but("unfinished", f"stopped in {outcome.note}")
     if crashes:
         outcome = outcome.but(outcome.state, f"{crashes} workers crashed; {outcome.note}")
@@ -175,11 +175,11 @@ def timings(run: Run, name: str = "timings", limit: float = 210, *options: str) 
 
 
 def counters(run: Run) -> None:
-    """A profiler looks at one launch of each of our kernels that training runs."""
+    """Profile one launch of each of our kernels that training runs."""
     ncu = tool("ncu") or next(map(str, Path("/opt/nvidia").glob("nsight-compute/*/ncu")), None)
     if ncu is None:
         return run.note(Outcome("counters", "not available", 0, "ncu is not on PATH"))
-    # Every kernel in our namespace is launched once: no name of a kernel stands here.
+    # Every kernel in our namespace is launched once, so no kernel has to be named here.
     options = ["--clock-control", "none", "--kernel-name-base", "demangled", "-k", "regex:leaf"]
     options += ["-c", "12", *(word for name in SECTIONS for word in ("--section", name))]
     started = run.start("counters", [ncu, *options, *run.smoke("--hot")], 60)
@@ -191,7 +191,7 @@ def counters(run: Run) -> None:
 
 
 def tests(run: Run, backend: str) -> Command:
-    """The op tests of one backend, and its one slow case, which only a GPU can run."""
+    """Run the op tests of one backend, and its slow case, which only a GPU can run."""
     names = backend
     if backend == "triton":
         names = "triton and not every_kernel_compiles"
@@ -203,7 +203,7 @@ def tests(run: Run, backend: str) -> Command:
         *(sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--durations=5"),
         *(str(ROOT / "tests" / f"test_{name}.py") for name in files),
         *("-p", "on_gpu.failures", "-p", "no:cacheprovider", "-m", "", "-k", names),
-        # With several processes a fault costs one test; with a timeout a hang does too.
+        # With several processes a fault costs one test; with a timeout so does a hang.
         *(["-n", str(workers)] if find_spec("xdist") and not run.tiny else []),
         *(["--timeout=90", "--timeout-method=thread"] if find_spec("pytest_timeout") else []),
     ]
@@ -211,15 +211,15 @@ def tests(run: Run, backend: str) -> Command:
 
 
 def checks(run: Run) -> None:
-    """Tests and compute-sanitizer at the same time: nothing is timed any more."""
+    """Run tests and compute-sanitizer in parallel, because nothing is timed any more."""
     started, looking, sanitizer = tests(run, "cuda"), [], tool("compute-sanitizer")
     if sanitizer is None and not run.tiny:
         run.note(Outcome("sanitizer", "not available", 0, "compute-sanitizer is not on PATH"))
-    # API errors are left out: torch makes some calls in vain, and ours are checked.
+    # API errors are not reported: torch makes calls that fail, and ours are checked.
     options = ["--show-backtrace", "no", "--report-api-errors", "no", "--print-limit", "200"]
     for name in ("memcheck", "racecheck") if sanitizer and not run.tiny else ():
         command = [str(sanitizer), "--tool", name, *options, *run.smoke("--small")]
-        # Allocations one by one, so that it sees their borders.
+        # Allocations are made one by one, so that the sanitizer sees their borders.
         looking.append(run.start(name, command, 120, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
     if run.tiny:
         looking.append(run.start("smoke-small", run.smoke("--small"), 120))
@@ -256,7 +256,9 @@ def main() -> int:
         parser.error(f"--steps knows {', '.join(STEPS)}, got {', '.join(unknown)}")
     if not arguments.tiny and architecture() is None:
         parser.error("torch can use no CUDA GPU here; --tiny rehearses without one")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs the finally
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # runs the `finally` block
     run = Run(arguments)
     try:
         for name in filter(arguments.steps.__contains__, STEPS):

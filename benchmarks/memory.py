@@ -1,4 +1,4 @@
-"""Peak extra memory of a call, as Linux counts it."""
+"""Peak extra memory of a call, measured by Linux."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _PROCESS = Path("/proc/self")
 
 
 def peak_extra_mib(run: Callable[..., object], *arguments: object) -> float | None:
-    """How far the process's resident memory rises above its level before `run`, in MiB.
+    """Return by how many MiB the process's resident memory rises during `run`.
 
-    Linux's own peak counter is reset first, so that scratch memory of C++ code counts as well. None
-    where the counter cannot be reset.
+    Linux's peak counter is reset first, so that scratch memory of C++ code counts too. The result
+    is None if the counter cannot be reset.
     """
     gc.collect()
-    # Freed blocks that the C library keeps would hide what is allocated in them.
+    # New allocations would be hidden in freed blocks that the C library keeps.
     ctypes.CDLL(None).malloc_trim(0)
     try:
         (_PROCESS / "clear_refs").write_text("5")

@@ -2,8 +2,8 @@
 
     python benchmarks/report.py build/benchmark.json [--output FILE]
 
-The table is printed and written to benchmarks/results/<processor>.md. What was written by hand
-below it, from the first heading "## " on, stays.
+The table is printed and written to benchmarks/results/<processor>.md. Notes below it, from the
+first heading "## " on, are kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def rows(benchmarks: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
         best[info["op"], info["case"], info["variant"]] = benchmark["stats"]["min"]
 
     def ratio(info: dict[str, Any], baseline: str) -> str:
-        """How many times faster than the baseline, of the same kind if there is one."""
+        """Return the speed relative to the baseline, of the same kind if there is one."""
         own, same = (info["op"], info["case"]), info["variant"].partition(" ")[2]
         time = best.get((*own, f"{baseline} {same}"), best.get((*own, baseline)))
         if baseline == "bare products":
@@ -86,7 +86,7 @@ def table(data: dict[str, Any]) -> str:
 
 
 def notes(output: Path) -> str:
-    """What stands below the table of an earlier run."""
+    """Return the notes below the table of an earlier run."""
     _, heading, text = (output.read_text() if output.exists() else "").partition("\n## ")
     return heading + text
 

@@ -1,4 +1,4 @@
-"""The steps of `gpu.py`: a command with a time limit and a log, and what to make of its end."""
+"""The steps of `gpu.py`: commands with a time limit and a log, and their outcomes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from on_gpu import FINISHED, STARTED
 
 
 class Outcome(NamedTuple):
-    """`state`: passed, failed, out of time, and what is no fault: unfinished, not available."""
+    """The end of a step: passed, failed, out of time; or no fault: unfinished, not available."""
 
     step: str
     state: str
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
 
 
 class Command:
-    """A process with its children, its output in a file."""
+    """A process with its children, whose output goes to a file."""
 
     def __init__(
         self, name: str, command: Sequence[str], log: Path, limit: float, known: Mapping[str, str]
@@ -37,13 +37,13 @@ class Command:
         self.deadline = self.started + limit
         with log.open("w") as output:
             print("$", *command, file=output, flush=True)
-            # In no folder that has a package leaf_ext: Python would take that one.
+            # The folder must not contain a package leaf_ext, which Python would import.
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
             options = {"cwd": log.parent, "env": known, "start_new_session": True}
             self.process = subprocess.Popen(command, **streams, **options)
 
     def end(self) -> None:
-        """Asks it to end, so that it ends what it has started; then insists."""
+        """Terminate the process so that it can end its children; kill it if it does not end."""
         for insistence in (signal.SIGTERM, signal.SIGKILL):
             if self.process.poll() is None:
                 os.killpg(self.process.pid, insistence)
@@ -54,7 +54,7 @@ class Command:
         return self.log.read_text(errors="replace")
 
     def outcome(self) -> Outcome:
-        """By its exit status, at its end or when its time is up."""
+        """Wait until the end or the time limit, and judge by the exit status."""
         try:
             status = self.process.wait(max(0.0, self.deadline - time.monotonic()))
             state = "failed" if status else "passed"
@@ -66,8 +66,8 @@ class Command:
 
 
 def judged_by_sanitizer(made: Outcome, text: str) -> Outcome:
-    """What it reports of our kernels is a failure; that it cannot run on a machine is none."""
-    # A report is a block of lines behind "=========", and names its kernel.
+    """Count reports about our kernels as a failure, and a sanitizer that cannot run as none."""
+    # A report is a block of lines that begin with "=========" and name the kernel.
     heads = r"^========= (?:Invalid|Error: Race|Warning: Race|Uninitialized|Barrier|Misaligned)"
     blocks = re.split(r"^=========\s*$", text, flags=re.M)
     reports = [block for block in blocks if re.search(heads, block, re.M)]

@@ -1,4 +1,4 @@
-"""Which implementation runs: `resolve(op, device, backend)`."""
+"""Choice of the implementation of an op: `resolve(op, device, backend, dtype)`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 
 # The compiled kernels of all devices share a namespace: torch picks by the tensors.
 _NAMESPACE = {"reference": REFERENCE, "cpu": "leaf_ext", "cuda": "leaf_ext", "triton": TRITON}
-# The order of preference of "auto" on each kind of device; elsewhere the reference runs.
+# The order of preference of "auto" on a device type; the reference runs on all others.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _log = logging.getLogger("leaf_ext")
 _said: set[str] = set()
 
 
 def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run on this device and dtype, or None."""
+    """Return why a backend cannot run on this device and dtype, or None if it can."""
     if backend == "reference":
         return None
     elsewhere = backend == "triton"
@@ -35,11 +35,14 @@ def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
 
 
 def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> str:
-    """The namespace under torch.ops in which `op` runs.
+    """Return the namespace under torch.ops in which `op` runs.
 
-    Raises ValueError for an unknown backend, and RuntimeError with the reason where a backend that
-    was asked for by name is not available. "auto" falls back to the reference and logs it once
-    (float64, which only the reference has, is no fallback).
+    "auto" falls back to the reference and logs it once. float64, which only the reference supports,
+    is not logged.
+
+    Raises:
+        ValueError: the backend is unknown.
+        RuntimeError: a backend that was requested by name is not available; the message says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -63,7 +66,7 @@ def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> 
 def implementation(
     op: str, device: torch.device, backend: str, dtype: torch.dtype
 ) -> Callable[..., Any]:
-    """The op of the resolved namespace."""
+    """Return the op of the resolved namespace."""
     packet: Callable[..., Any] = getattr(
         getattr(torch.ops, resolve(op, device, backend, dtype)), op
     )

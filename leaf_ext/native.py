@@ -11,10 +11,10 @@ import torch  # first: it loads the libraries that the compiled module is linked
 
 
 class BuildInfo(TypedDict):
-    """What was compiled, and what of it this machine uses."""
+    """Description of the build and of the instruction set that this machine uses."""
 
     version: str
-    torch: str  # that the extension was built with
+    torch: str  # the version the extension was built with
     compiler: str
     backends: tuple[str, ...]
     architectures: tuple[str, ...]
@@ -23,7 +23,7 @@ class BuildInfo(TypedDict):
 
 
 def _load() -> tuple[BuildInfo, None] | tuple[None, str]:
-    """The build's own description, or why there is none."""
+    """Return the build's description, or the reason why there is none."""
     try:
         module = importlib.import_module("leaf_ext._C")
     except ModuleNotFoundError as error:
@@ -41,7 +41,7 @@ def _load() -> tuple[BuildInfo, None] | tuple[None, str]:
 
 
 def prefer_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor, fresh memory on a CPU that is about to be written, in huge pages if it can.
+    """Ask for huge pages for a tensor on a CPU that has not been written yet, and return it.
 
     Pages of 4 KiB are mapped one by one at their first write, which takes longer than most kernels.
     """
@@ -51,12 +51,12 @@ def prefer_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-# ERROR: why the compiled kernels are not available; None where they are.
+# ERROR says why the compiled kernels are not available; it is None if they are.
 _INFO, ERROR = _load()
 
 
 def missing(backend: str, device: torch.device) -> str | None:
-    """Why the compiled kernels of a backend cannot run on a device, or None."""
+    """Return why the compiled kernels of a backend cannot run on a device, or None if they can."""
     if _INFO is None:
         return ERROR
     if backend == "cuda" and "cuda" not in _INFO["backends"]:
@@ -83,10 +83,10 @@ def _missing_on_gpu(index: int) -> str | None:
 
 
 def lacks_architecture(built: tuple[str, ...], capability: int) -> str | None:
-    """Why a GPU of this compute capability (90 for 9.0) cannot run such a build, or None.
+    """Return why a GPU of this compute capability (90 for 9.0) cannot run the build, or None.
 
-    Machine code runs on its own generation from its minor version on, and PTX, which is there for
-    the newest architecture, on all that come later.
+    Machine code runs on its own major version, from its minor version on. The newest architecture
+    is also included as PTX, which runs on all later GPUs.
     """
     numbers = [int(architecture) for architecture in built]
     native = any(n // 10 == capability // 10 and n <= capability for n in numbers)
@@ -99,7 +99,11 @@ def lacks_architecture(built: tuple[str, ...], capability: int) -> str | None:
 
 
 def build_info() -> BuildInfo:
-    """Version, backends, compiled architectures and the instruction set that the CPU kernels use.
+    """Describe the build that is installed.
+
+    Returns:
+        A dict of version, torch version and compiler, backends, compiled CPU and CUDA
+        architectures, and the instruction set that the CPU kernels use on this machine.
 
     Raises:
         RuntimeError: there is no compiled module; the message says why.

@@ -1,7 +1,7 @@
 """The one table of ops: schema, dtypes, error budget and bytes moved.
 
-Every namespace implements the same schemas, so they are written once, here, and defined in a loop.
-A backend only implements them; `leaf_ext/ops` registers fakes and autograd for all of them at once.
+Every namespace has the same schemas, which are defined here in a loop. A backend implements them;
+`leaf_ext/ops` registers fake kernels and autograd for all backends at once.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ Sizes = Mapping[str, int]
 
 
 def accum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which results of inputs of this dtype come."""
+    """Return the dtype of accumulation and of results for inputs of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def hidden_grad_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which `linear_dual_kl` keeps the gradient of hidden states for its backward.
+    """Return the dtype in which `linear_dual_kl` keeps the gradient of hidden states.
 
-    A float16 one stays float32: rounded before it is multiplied, most of its entries (about 1/N)
-    would vanish.
+    It is float32 for float16 inputs. Most entries (about 1/N) would become 0 if they were rounded
+    to float16 before the backward multiplies them.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def gradient_rows(logits: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Where `dual_kl_` leaves the gradient of `logits` [N, V]: in their memory.
+    """Return the view [N, V] of the logits' memory to which `dual_kl_` writes the gradient.
 
-    As rows of `dtype`, no wider than the logits', each of which starts where theirs does.
+    `dtype` is no wider than the logits' dtype. Each row starts where the row of logits starts.
     """
     if dtype is None or dtype == logits.dtype:
         return logits
@@ -48,11 +48,11 @@ def gradient_rows(logits: torch.Tensor, dtype: torch.dtype | None) -> torch.Tens
 
 @dataclass(frozen=True)
 class Budget:
-    """How far a result may lie from the float64 reference.
+    """The largest allowed error against the float64 reference.
 
-    An error is a maximum over the tensor. It may be `factor` times the error that torch makes on
-    the inputs upcast to float32, plus `roundings` roundings (half a unit in the last place of the
-    output's dtype, at the tensor's largest magnitude).
+    The error is the maximum over the tensor. It may be `factor` times the error of torch on inputs
+    upcast to float32, plus `roundings` times half a unit in the last place of the output's dtype at
+    the tensor's largest magnitude.
     """
 
     factor: float = 2.0
@@ -80,7 +80,7 @@ class Op:
 
 
 class LogitScalars(NamedTuple):
-    """From logits z to softcap * tanh(scale * z / softcap) / temperature; a softcap of 0: none."""
+    """The scalars of softcap * tanh(scale * z / softcap) / temperature; softcap 0 means none."""
 
     temperature: float
     student_scale: float
@@ -104,12 +104,12 @@ def _detect_spans_bytes(s: Sizes) -> int:
 
 
 def _dual_kl_bytes(s: Sizes) -> int:
-    """Both logits read once, the gradient written once."""
+    """Count both logits once and the gradient once."""
     return s["N"] * (s["V_s"] * 2 + s["V_t"]) * s["itemsize"] + s["N"] * 4
 
 
 def _linear_dual_kl_bytes(s: Sizes) -> int:
-    """Heads and hidden states read once, gradients written once; the op is compute-bound."""
+    """Count heads, hidden states and gradients once; the op is compute-bound."""
     student = s["V_s"] * s["H_s"] + s["N"] * s["H_s"]
     teacher = s["V_t"] * s["H_t"] + s["N"] * s["H_t"]
     return (2 * student + teacher) * s["itemsize"]
@@ -152,7 +152,7 @@ OPS: dict[str, Op] = {
             "(Tensor loss, Tensor hidden_grad, Tensor head_grad, Tensor bias_grad, Tensor rows)",
             _linear_dual_kl_bytes,
         ),
-        # What the backwards of the losses do: multiply by the gradient of the loss, on the device.
+        # The backward passes of the losses multiply by the gradient of the loss, on the device.
         Op("scaled", "Tensor grad, Tensor factor, ScalarType dtype", "Tensor", _scale_bytes),
         Op("scale_", "Tensor(a!) grad, Tensor factor", "()", _scale_bytes),
     )
@@ -169,5 +169,5 @@ def _define() -> dict[str, torch.library.Library]:
     return libraries
 
 
-# Kept alive for the process: a library that is collected takes its ops with it.
+# Kept for the process, because the ops of a library are removed when it is collected.
 LIBRARIES = _define()

@@ -1,4 +1,4 @@
-"""Which backends run on this machine, and where."""
+"""The backends that run on this machine, and their devices."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import os
 
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter. Triton asks for this when it is
-# imported, so it is said before anything imports leaf_ext; on a GPU they run on the GPU.
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton reads the variable when it is
+# imported, so it is set before anything imports leaf_ext.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from leaf_ext import dispatch, native
 from leaf_ext.triton import INTERPRETED
 
-# A build whose CPU ops are the CUDA kernels in tests/cuda_emulation, thread by thread.
+# True in a build whose CPU ops are the emulated CUDA kernels (tests/cuda_emulation).
 EMULATED = native.ERROR is None and "cuda-emulation" in native.build_info()["backends"]
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend runs in the tests."""
+    """Return the device of a backend in the tests."""
     on_gpu = backend == "cuda" or (backend == "triton" and not INTERPRETED)
     return torch.device("cuda" if on_gpu else "cpu")
 
 
-# Every backend that runs on this machine. That "cpu" is among them is a test of its own, and what
+# Every backend that runs on this machine. A separate test requires "cpu", and the test that
 # compiles the Triton kernels fails without Triton.
 BACKENDS = tuple(
     name

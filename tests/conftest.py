@@ -17,15 +17,16 @@ if INTERPRETED and "triton" in BACKENDS:
 
 
 def left_to_gpus(name: str) -> bool:
-    """More than 2^31 logits, which would take the interpreter and the emulation hours."""
+    """Return whether a case of over 2^31 logits would take interpreter or emulation hours."""
     slow = (["triton"] if INTERPRETED else []) + (["cpu"] if EMULATED else [])
     return any(f"{backend}-above_2_31" in name for backend in slow)
 
 
 @pytest.hookimpl(tryfirst=True)  # before "-m" looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes the interpreter or the emulation long is slow: a case that says so, and hundreds
-    of examples.
+    """Mark as slow what takes long in the interpreter or the emulation.
+
+    These are cases that say so, and tests with hundreds of examples.
     """
     if INTERPRETED or EMULATED:
         items[:] = [item for item in items if not left_to_gpus(item.name)]
@@ -46,13 +47,13 @@ def seeded() -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the Triton kernels run."""
+    """Return the device of the Triton kernels."""
     return device_of("triton")
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Tensors that the test makes lie where the backend runs."""
+    """Make the backend's device the default for tensors of the test."""
     torch.set_default_device(device_of(request.param))
     yield str(request.param)
     torch.set_default_device(None)
@@ -61,10 +62,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def wait_for_the_gpu() -> None:
-    """So that a kernel's fault is one of the test that launched it.
+    """Wait, so that a kernel's fault is reported by the test that launched it.
 
-    After a fault no CUDA call of the process succeeds any more. pytest-xdist starts another process
-    for the tests to come; elsewhere they fail too.
+    After a fault no CUDA call of the process succeeds. pytest-xdist starts another process for the
+    remaining tests; without it they fail too.
     """
     try:
         torch.cuda.synchronize()
@@ -76,16 +77,16 @@ def wait_for_the_gpu() -> None:
 
 @pytest.fixture
 def namespace(backend: str) -> str:
-    """The namespace of the backend's ops."""
+    """Return the namespace of the backend's ops."""
     return dispatch.resolve("grad_norm", device_of(backend), backend, torch.float32)
 
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Memory that an op allocates and forgets to write holds NaN (or the largest integer)."""
+    """Fill memory that an op allocates with NaN (or the largest integer)."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    # On a GPU torch's own products and sums count as not deterministic, and would raise.
+    # On a GPU torch's own products and sums are not deterministic, and would raise.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -1,4 +1,4 @@
-"""Small inputs of every op, for tests of the contract rather than of the numbers."""
+"""Small inputs of every op, for tests of the contract."""
 
 from __future__ import annotations
 

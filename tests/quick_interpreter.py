@@ -1,4 +1,4 @@
-"""Triton's interpreter, without looking for the same functions over and over, under any numpy."""
+"""Makes Triton's interpreter faster, and compatible with every numpy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def quicken_the_interpreter() -> None:
-    """Halves the time of tests that interpret small kernels, and mends what is broken by numpy.
+    """Halve the time of tests that interpret small kernels, and repair Triton under new numpy.
 
-    At each call of a device function Triton lists all of its language's builtins in order to
-    replace them. The list is always the same. And Triton up to 3.6 calls int() on arrays of one
-    element, which numpy refuses from 2.4 on.
+    At each call of a device function Triton lists all builtins of its language to replace them; the
+    list never changes. Triton up to 3.6 calls int() on arrays of one element, which numpy refuses
+    from 2.4 on.
     """
     import triton.language as tl
     from triton.runtime import interpreter

@@ -1,4 +1,4 @@
-"""Bad arguments: one sentence with op, argument, what was needed and what came."""
+"""Bad arguments raise one sentence: "op: argument must be X, got Y"."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "kl_device": (
         lambda: leaf_ext.dual_kl(ONES(4, 9), ONES(4, 9, device="meta"), ONES(4)),
-        "teacher_logits must be on cpu, like the first, got meta",
+        "teacher_logits must be on cpu like the first argument, got meta",
     ),
     "kl_temperature": (
         lambda: leaf_ext.dual_kl(*kl_tensors(), temperature=0.0),
@@ -176,7 +176,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "weights_kd": (
         lambda: leaf_ext.row_weights(ONES(3).bool(), ONES(3).bool(), kd_weight=1.5),
-        r"kd_weight must be a finite number in \[0, 1\], got 1.5",
+        r'kd_weight must be "pool" or a number in \[0, 1\], got 1.5',
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Gradients of the losses: first order right, everything else refused."""
+"""Gradients of the losses: the first order is right, everything else is refused."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_logits_that_others_need_are_not_overwritten(backend: str) -> None:
 
 
 def test_neighbours_in_memory_are_overwritten_alone(backend: str) -> None:
-    """Rows and columns of one tensor that have no element in common are taken, and right."""
+    """Disjoint rows or columns of one tensor are accepted, with the right result."""
     for student_part, teacher_part in (
         ((slice(0, 4), slice(None)), (slice(4, 8), slice(None))),
         ((slice(None), slice(0, 5)), (slice(None), slice(5, 11))),
@@ -299,7 +299,7 @@ def test_float16_hidden_gradients_of_small_weights_survive(backend: str) -> None
 
 
 def test_a_frozen_head_gets_no_gradient_and_its_product_is_not_made() -> None:
-    """Counted: one product a model in the forward, one each for hidden states and head."""
+    """There is one product a model in the forward, and one each for hidden states and head."""
     counts = {}
     for trained in (False, True):
         hidden = torch.randn(6, 4, requires_grad=True)

@@ -1,6 +1,6 @@
-"""Every benchmark runs, at tiny size, and its report has a line for each.
+"""Every benchmark runs at tiny size, and its report has a line for each.
 
-What a GPU is to show is rehearsed here without one.
+The run on a GPU is rehearsed without one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_every_benchmark_runs_and_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton elsewhere")
 def test_the_run_on_a_gpu_is_rehearsed(tmp_path: Path) -> None:
-    """All but the build: the CPU kernels stand for the CUDA ones, which peers cannot do."""
+    """Rehearse all but the build, with the CPU kernels instead of the CUDA kernels."""
     # The package that this test has imported, from wherever it was built.
     package = str(Path(importlib.import_module("leaf_ext").__file__ or "").parents[1])
     command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--output", str(tmp_path)]
@@ -97,7 +97,7 @@ def test_a_job_that_ended_its_process_is_not_tried_again(tmp_path: Path) -> None
 
 
 def test_failures_are_written_as_they_happen(tmp_path: Path) -> None:
-    """A run that is stopped prints none."""
+    """A run that is stopped prints no failures."""
     (tmp_path / "test_it.py").write_text(
         "import os\ndef test_a():\n    assert 1 == 2\ndef test_b():\n    os._exit(1)\n"
     )

@@ -1,4 +1,4 @@
-"""The compiled ops called directly: what would read or write foreign memory raises."""
+"""A direct call of a compiled op raises if it would read or write memory outside its tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def kl(*, inplace: bool = False, **changed: Tensor) -> Any:
 
 
 def spans(*, packed: bool = False, **changed: Any) -> Any:
-    """20 tokens a sequence of a batch of 3, or 60 packed ones in 3 sequences."""
+    """Return 3 sequences: a batch of 20 tokens each, or 60 packed tokens."""
     names = ("teacher", "student", "domain")
     tensors = dict(zip(names, span_tensors(), strict=True))
     arguments: dict[str, Any] = {
@@ -39,7 +39,7 @@ def spans(*, packed: bool = False, **changed: Any) -> Any:
 
 
 def test_the_unchanged_calls_are_right() -> None:
-    """So that each call below fails because of the one argument that it changes."""
+    """The calls below therefore fail because of the one argument that each changes."""
     for result in (kl(), kl(inplace=True), spans(), spans(packed=True)):
         assert result[0].numel()
 

@@ -1,4 +1,4 @@
-"""Every op under torch.compile, whole, forward and backward."""
+"""Every op under torch.compile(fullgraph=True), forward and backward."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_linear_dual_kl_compiles_whole(backend: str, dynamic: bool) -> None:
 
 
 def test_linear_dual_kl_compiles_with_rows_that_data_decide() -> None:
-    """Hidden states at the label positions: nobody knows their number before they are there."""
+    """The number of hidden states at label positions is unknown before they are computed."""
     torch.compiler.reset()
     tensors = linear_tensors(torch.bfloat16)
     chosen = torch.arange(tensors[0].shape[0]) % 2 == 0

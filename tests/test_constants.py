@@ -1,4 +1,4 @@
-"""Numbers of the definitions that a caller relies on, each pinned from both sides."""
+"""Constants of the definitions that callers rely on, each tested from both sides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_gap_is_evidence_from_a_range_of_1e_6(
 
 
 def confounders(tokens: int, backend: str, **options: Any) -> int:
-    """How many of n tokens with the scores 0, 1 / (n - 1), ..., 1 the options cut."""
+    """Return how many of n tokens with the scores 0, 1 / (n - 1), ..., 1 the options cut."""
     teacher, domain = torch.arange(tokens)[None].float(), torch.ones(1, tokens, dtype=torch.bool)
     spans = leaf_ext.detect_spans(
         teacher, torch.zeros_like(teacher), domain, backend=cast(Backend, backend), **options
@@ -62,6 +62,6 @@ def test_the_default_chunk_is_fast_and_bounded(vocabulary: int, on_cpu: int, on_
     cpu, cuda, dtype = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
     assert default_chunk_size(vocabulary, cpu, dtype) == on_cpu
     assert default_chunk_size(vocabulary, cuda, dtype) == on_gpu
-    # Half as many logits: float16 has as many of the teacher.
+    # float16 has half as many logits, because the teacher's take as much memory.
     half = default_chunk_size(vocabulary // 2, cuda, torch.float16)
     assert default_chunk_size(vocabulary, cuda, dtype) == half

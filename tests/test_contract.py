@@ -1,4 +1,4 @@
-"""The contract of the ops, clause by clause."""
+"""The contract of the ops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from leaf_ext.testing.inputs import strided
 SCALARS = (1.5, 0.9, 1.1, 20.0, 0.0)
 
 assert_equal_bits = partial(torch.testing.assert_close, rtol=0, atol=0)
-# On a GPU a row is summed up in another order where it starts elsewhere, modulo 16 bytes.
+# On a GPU the order of a row's sum depends on the row's address modulo 16 bytes.
 assert_close_in_any_order = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 
 
@@ -47,7 +47,7 @@ def test_every_namespace_has_every_op(namespace: str, name: str) -> None:
     assert tuple(argument.name for argument in registered.arguments) == OPS[name].argument_names
 
 
-# Whole domains: opcheck compares with ==, and a score outside the domain is NaN.
+# The domains are whole, because opcheck compares with ==, and scores outside are NaN.
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "grad_norm": lambda: (torch.randn(3, 5, 7),),
     "detect_spans": lambda: (
@@ -166,7 +166,7 @@ def test_float64_in_the_reference_is_no_fallback(
 
 
 def test_the_reference_detects_without_waiting_for_the_device() -> None:
-    """On a device without values nothing can depend on one, as the size of a selection would."""
+    """The size of a selection, for instance, would need values, which a meta tensor lacks."""
     tensors = [t.reshape(60).to("meta") for t in span_tensors()]
     borders = torch.tensor([0, 20, 60], device="meta")
     spans = reference.detect_spans(*tensors, tensors[2], 0.4, True, 0.5, 0.7, 1, 2, borders, 40)
@@ -178,7 +178,7 @@ def test_build_info_names_the_backend() -> None:
 
 
 def test_import_needs_only_torch_and_is_cheap() -> None:
-    """Beyond torch's own modules it loads leaf_ext's and the standard library's, nothing else."""
+    """Only modules of torch, leaf_ext and the standard library are loaded."""
     code = (
         "import sys, torch, torch.library; before = set(sys.modules)\n"
         "import leaf_ext\n"
@@ -244,7 +244,7 @@ def test_a_live_row_without_a_distribution_is_nan(
 
 
 def test_nearly_equal_models_keep_three_digits(backend: str) -> None:
-    """KL of about 1e-6, where sum p_t log p_t - p_t log p_s in float32 keeps one digit."""
+    """At a KL of about 1e-6 the sum of p_t log p_t - p_t log p_s in float32 keeps one digit."""
     teacher = torch.randn(4, 50_000) * 3
     student = teacher + torch.randn(4, 50_000) * 1.4e-3
     weight = torch.ones(4)
@@ -301,7 +301,7 @@ def test_chunks_do_not_change_the_loss(backend: str) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The elements of the largest tensor that any operation inside returns."""
+    """Records the size of the largest tensor that an operation returns."""
 
     elements = 0
 
@@ -330,7 +330,7 @@ def test_memory_of_the_linear_loss_does_not_grow_with_the_logits(run: Callable[.
 
 
 def test_a_head_gradient_accumulates_in_float32() -> None:
-    """1000 chunks: beside their sum in bfloat16 each part of it would vanish."""
+    """With 1000 chunks each part would vanish beside a sum in bfloat16."""
     rows = 1000
     hidden, head = torch.ones(rows, 1).bfloat16(), torch.tensor([[0.5], [0.0]]).bfloat16()
     teacher = torch.ones(rows, 1).bfloat16(), torch.tensor([[0.0], [0.5]]).bfloat16()
@@ -357,14 +357,14 @@ def test_strides_do_not_change_values(backend: str) -> None:
     gradients = [torch.autograd.grad(x, z)[0] for x, z in zip(losses, (plain, turned), strict=True)]
     assert torch.equal(*gradients)
     for width, assert_same in ((12, assert_equal_bits), (9, assert_close_in_any_order)):
-        # Copies of 12 floats lie as the one row does, modulo 16 bytes; copies of 9 do not.
+        # Rows of 12 floats have the same address modulo 16 bytes; rows of 9 floats do not.
         broadcast = torch.randn(1, width).expand(4, width)
         one = leaf_ext.dual_kl(broadcast, teacher, weight, backend=backend)
         assert_same(one, leaf_ext.dual_kl(broadcast.clone(), teacher, weight, backend=backend))
 
 
 class Addresses(TorchDispatchMode):
-    """The memory of the tensors that the project's ops are given."""
+    """Records the addresses of the tensors that the project's ops are given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -381,7 +381,7 @@ class Addresses(TorchDispatchMode):
 def test_rows_that_lie_apart_are_read_in_place(backend: str) -> None:
     student, teacher, weight = kl_tensors()
     expected = leaf_ext.dual_kl(student, teacher, weight, backend=backend)
-    # 8 floats before and 8 behind each row leave its start as it was, modulo 16 bytes.
+    # 8 floats before and after each row keep its address modulo 16 bytes.
     for before, assert_same in ((8, assert_equal_bits), (3, assert_close_in_any_order)):
         apart = [strided(student, before), strided(teacher, before)]
         with Addresses() as addresses:
@@ -407,7 +407,7 @@ def test_detection_is_not_differentiable(backend: str) -> None:
 
 
 def test_kernels_leave_subnormal_numbers_to_others(backend: str) -> None:
-    """They flush their own; in torch's threads these live on."""
+    """The kernels flush their own subnormal results; those of torch's threads are kept."""
     logits = torch.randn(3, 40000)
     leaf_ext.dual_kl(logits, logits.flip(1), torch.ones(3), backend=backend)
     tiny = torch.full((2**18,), 1e-39)

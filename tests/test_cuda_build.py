@@ -1,4 +1,4 @@
-"""The whole extension, built with its CUDA kernels and imported where there is no driver."""
+"""The whole extension is built with its CUDA kernels and imported without a driver."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Builds of torch for CUDA 13, the oldest that leaf_ext supports and a newer one; they are large.
+# Builds of torch for CUDA 13: the oldest that leaf_ext supports, and a newer one. Both are large.
 TORCH = ("2.11.0", "2.14.1")
 PACKAGES = ("numpy", "setuptools>=77", "wheel", "cmake", "ninja")
 

@@ -46,7 +46,7 @@ def normalized(values: list[float]) -> list[float]:
 
 
 def confounders(tokens: list[Token], options: Options) -> list[int]:
-    """Positions of confounding tokens: the definition, token by token."""
+    """Return the positions of confounding tokens, by the definition for single tokens."""
     inside = [i for i, token in enumerate(tokens) if token.domain]
     if not inside:
         return []
@@ -71,7 +71,7 @@ def confounders(tokens: list[Token], options: Options) -> list[int]:
 
 
 def spans(tokens: list[Token], positions: list[int], options: Options) -> list[tuple[int, int]]:
-    """Runs of confounders, joined over short stretches of the domain."""
+    """Return the runs of confounders, joined over short stretches of the domain."""
     found: list[list[int]] = []
     for position in positions:
         if found:
@@ -83,7 +83,7 @@ def spans(tokens: list[Token], positions: list[int], options: Options) -> list[t
     return [(start, stop) for start, stop in found if stop - start >= options.min_length]
 
 
-# Quarters are exact in binary: where both models' extremes are 0 and 1, so is every score.
+# Quarters are exact in binary. If both models' extremes are 0 and 1, every score is exact too.
 quarters = st.integers(0, 4).map(lambda n: n / 4)
 tokens = st.builds(
     Token,
@@ -117,7 +117,7 @@ PADDING = Token(math.nan, math.inf, False, True)
 def detect(
     sequences: list[list[Token]], options: Options, backend: str, *, packed: bool = True
 ) -> leaf_ext.Spans:
-    """All sequences packed, or as a padded batch; in float64 where the reference runs."""
+    """Detect in all sequences, packed or padded; in float64 with the reference."""
     lengths = [len(sequence) for sequence in sequences]
     longest = max(lengths, default=0)
     if not packed:
@@ -143,7 +143,7 @@ def detect(
 
 
 def anchored(sequence: list[Token]) -> list[Token]:
-    """With both extremes of both models present, float32 and exact arithmetic agree to the bit."""
+    """Add both models' extremes, with which float32 and exact arithmetic agree to the bit."""
     anchors = [Token(0.0, 1.0, True, False), Token(1.0, 0.0, True, False)]
     return [anchors[0], *sequence, anchors[1]]
 

@@ -1,4 +1,4 @@
-"""Inputs on which a kernel that looks right goes wrong; every backend answers for them."""
+"""Inputs on which plausible kernels go wrong, for every backend."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_norms_do_not_trust_the_strides_of_single_elements(
 def test_an_offset_between_nearly_equal_models_costs_no_digits(
     offset: float, temperature: float, backend: str
 ) -> None:
-    """Logits are defined up to a constant; the loss must not cancel because of it."""
+    """Logits are defined up to a constant, which must not cost the loss accuracy."""
     torch.manual_seed(0)
     teacher = torch.randn(8, 3001)
     student = teacher + 1.4e-3 * torch.randn(8, 3001) + offset
@@ -68,7 +68,7 @@ def test_agreement_looks_at_the_logits_that_a_softcap_makes_equal(backend: str) 
 def test_confident_models_that_nearly_agree_have_the_right_small_gradient(
     offset: float, return_rows: bool, backend: str
 ) -> None:
-    """Also of 16 bits the difference of two probabilities near 1 is exact to float32."""
+    """The difference of two probabilities near 1 is exact to float32, also from 16-bit logits."""
     torch.manual_seed(0)
     teacher = 2 * torch.randn(16, 3000)
     teacher[:, 7] = 18.0

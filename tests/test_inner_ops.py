@@ -1,4 +1,4 @@
-"""What the losses are made of and no public function shows: narrow gradients, scaling."""
+"""Parts of the losses without a public function: narrow gradients, scaling, products."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NARROW = (torch.float16, torch.bfloat16)
 
 
 def logits(rows: int, student: int, teacher: int) -> tuple[Tensor, Tensor, Tensor]:
-    """float32, the student in rows that lie apart; one row in three is dropped and holds NaN."""
+    """Return float32 logits; the student's rows are not adjacent, every third row is NaN."""
     weight = (torch.arange(rows) % 3 != 1).float() / max(1, rows)
     z_s, z_t = torch.randn(rows, student) * 4, torch.randn(rows, teacher) * 4
     z_s[weight == 0] = float("nan")
@@ -31,7 +31,7 @@ def logits(rows: int, student: int, teacher: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def narrows(backend: str) -> bool:
-    """The CPU's kernels share a row's blocks among threads, which narrowing in place forbids."""
+    """Return whether a backend narrows in place; the CPU's threads share rows and cannot."""
     return backend != "cpu" or "cpu" not in leaf_ext.build_info()["backends"]
 
 
@@ -83,7 +83,7 @@ def test_scaling_of_any_number_of_dimensions(namespace: str) -> None:
 
 @pytest.fixture
 def products_into_float32(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Gives a CPU what a GPU's library has, where the other tests run it: products in float32."""
+    """Give a CPU the products into float32 of a GPU's library, and record their shapes."""
     made: list[torch.Size] = []
 
     def of(function: Any) -> Any:
@@ -128,13 +128,13 @@ BFLOAT16_CASES = [case for case in cases.LINEAR_CASES if case.logits.dtype == to
 def test_linear_dual_kl_on_processors_with_and_without_bfloat16_products(
     case: cases.LinearCase, multiplies_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the processor has none, the baseline of the budget is float32 throughout."""
+    """Without bfloat16 products the baseline of the budget is float32 throughout."""
     monkeypatch.setattr(linear_chunks, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
     check_linear_dual_kl(case, "cpu")
 
 
 def test_emulated_bfloat16_products_are_made_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradients then differ from the reference's by the rounding of their dtype at most."""
+    """The gradients differ from the reference's by the rounding of their dtype at most."""
     monkeypatch.setattr(linear_chunks, "_multiplies_bfloat16", lambda: False)
     shapes = ((40, 16), (700, 16), (40, 24), (720, 24))
     tensors = [torch.randn(shape).bfloat16() for shape in shapes]
@@ -164,7 +164,7 @@ def test_the_check_of_the_processor_agrees_with_linux() -> None:
 def test_linear_dual_kl_in_small_pieces_and_slabs(
     case: cases.LinearCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with large vocabularies on a CPU; a chunk has two pieces and a smaller one."""
+    """Large vocabularies on a CPU have pieces; here a chunk has two and a smaller one."""
     monkeypatch.setattr(linear_chunks, "_SLAB", 37)
     monkeypatch.setattr(linear_chunks, "_piece_size", lambda vocabulary: 2)
     vocabulary = case.logits.student_vocabulary

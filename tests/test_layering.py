@@ -1,4 +1,4 @@
-"""Who may import whom: the arrows of the architecture, read from the sources themselves."""
+"""The import rules of the architecture, checked on the sources."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Each part of leaf_ext may import the parts on its right, and nothing else of the project.
+# A part of leaf_ext may import the parts on its right, and nothing else of the project.
 ALLOWED = {
     "schema": set(),
     "native": {"schema"},
@@ -46,7 +46,7 @@ ROOMS = {
 
 
 def imported_modules(path: Path) -> Iterator[str]:
-    """The absolute names of all modules that a file imports, at any depth of its code."""
+    """Yield the absolute names of all modules that a file imports, at any depth."""
     package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
     package = package.removeprefix("python.")
     for node in ast.walk(ast.parse(path.read_text())):
@@ -65,7 +65,7 @@ def python_files(folder: str) -> list[Path]:
 
 
 def part_of(module: str) -> str | None:
-    """`leaf_ext.ops.dual_kl` -> `ops`; a public name of the package itself -> `__init__`."""
+    """Map `leaf_ext.ops.dual_kl` to `ops`, and a public name of leaf_ext to `__init__`."""
     parts = module.split(".")
     if parts[0] != "leaf_ext":
         return None

@@ -1,4 +1,4 @@
-"""The helpers for a training loop of one's own, on real models."""
+"""The helpers for other training loops, on real models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def llama() -> Any:
 
 
 def ctrl() -> Any:
-    """Scales the output of its embedding in place."""
+    """Return a model that scales the output of its embedding in place."""
     config = CTRLConfig(
         vocab_size=16, n_embd=8, dff=16, n_layer=2, n_head=2, n_positions=16,
         resid_pdrop=0, embd_pdrop=0, tie_word_embeddings=False,

@@ -1,4 +1,4 @@
-"""What the linear loss holds in memory, counted by the allocator."""
+"""The memory of the linear loss, counted by the allocator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH, VOCABULARY, CHUNK = 1024, 64, 256
 
 
 def peak_bytes(run: Callable[[], object], trace: Path) -> int:
-    """The most that was allocated at once beyond what there was before."""
+    """Return the peak of allocated memory above the level before the call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     recorded.export_chrome_trace(str(trace))
@@ -27,14 +27,14 @@ def peak_bytes(run: Callable[[], object], trace: Path) -> int:
     return max(accumulate(int(event["args"]["Bytes"]) for event in events))
 
 
-# Kept for the backward, and returned.
+# Bytes of an element that are kept for the backward.
 @pytest.mark.parametrize(
     ("dtype", "kept"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 4)], ids=str
 )
 def test_only_the_hidden_gradient_grows_with_the_rows(
     dtype: torch.dtype, kept: int, tmp_path: Path
 ) -> None:
-    """Once in the forward and twice in the backward: as kept and as returned, nothing between."""
+    """One copy after the forward; in the backward a second one that is returned, no other."""
     forward, both = [], []
     sizes = (8192, 32768)
     for rows in sizes:

@@ -1,4 +1,4 @@
-"""Every op, backend and case of the one table against the reference in float64."""
+"""Every op, backend and case of the table against the reference in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from leaf_ext.testing import cases, inputs
 from leaf_ext.testing.budget import assert_within_budget, error
 from leaf_ext.testing.eager import eager_grad_norm, eager_kl_rows
 
-# Half units in the last place by which two computed norms may be off together.
+# The error of two computed norms together, in half units in the last place.
 NORM_UNITS = 4
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -31,7 +31,7 @@ def table(rows: Sequence[Any]) -> list[Any]:
 def test_grad_norm(case: cases.NormCase, backend: str) -> None:
     grad = inputs.norm_inputs(case)
     oracle = leaf_ext.grad_norm(grad.double(), backend="reference")
-    # torch's own squares overflow and vanish where ours must not: measure it at magnitude 1.
+    # torch's squares overflow or underflow where ours must not, so it is measured at magnitude 1.
     unit = (grad.float() / case.magnitude).contiguous()
     exact = torch.linalg.vector_norm(unit.double(), dim=-1)
     baseline = error(eager_grad_norm(unit), exact) * case.magnitude
@@ -65,9 +65,9 @@ def eager_results(
 def float32_errors(
     case: cases.KLCase, given: inputs.KLInputs, oracle: dict[str, Tensor]
 ) -> dict[str, float]:
-    """The worst error of torch in float32, plain and as the reference computes.
+    """Return the worst error of torch in float32, in plain torch and in the reference.
 
-    One order of summation can be right by luck: the vocabulary is also turned around and shuffled.
+    One order of summation can be right by chance, so the vocabulary is also reversed and shuffled.
     """
     live = given.row_weight != 0
     weight = given.row_weight[live]
@@ -104,7 +104,7 @@ def test_dual_kl(case: cases.KLCase, backend: str, inplace_grad: bool) -> None:
 
     student = given.student.requires_grad_()
     loss, rows = leaf_ext.dual_kl(
-        student.view_as(student),  # a leaf must not be overwritten
+        student.view_as(student),  # inplace_grad refuses a leaf
         given.teacher,
         weight,
         inplace_grad=inplace_grad,
@@ -117,7 +117,7 @@ def test_dual_kl(case: cases.KLCase, backend: str, inplace_grad: bool) -> None:
     assert loss.dtype == rows.kl.dtype == torch.float32
     assert student.grad is not None and student.grad.dtype == case.dtype
     for part, counts in zip(student.grad.split(512), live.split(512), strict=True):
-        assert not part[~counts].any()  # in parts: the slow case fills most of the memory
+        assert not part[~counts].any()  # in parts, because the slow case fills most of the memory
     assert not torch.stack(rows)[:, ~live].any()
     torch.testing.assert_close(
         rows.agreement[live], oracle["agreement"].float(), rtol=0, atol=0, equal_nan=True
@@ -159,7 +159,7 @@ def test_linear_dual_kl(case: cases.LinearCase, backend: str) -> None:
     everything = torch.ones_like(live)
     oracle = run(torch.float64, "reference", None, live)
     result = run(case.logits.dtype, backend, case.chunk_size, everything)
-    # Products are the library's: the baseline has its logits, in the inputs' dtype.
+    # The library makes the products, so the baseline has the same logits, in the inputs' dtype.
     plain = eager_linear(case, given, live)
     assert not result[1][~live].any() and not result[2][~live].any()
     result[1], result[2] = result[1][live], result[2][live]
@@ -174,7 +174,7 @@ def test_linear_dual_kl(case: cases.LinearCase, backend: str) -> None:
 
 
 def eager_linear(case: cases.LinearCase, given: inputs.LinearInputs, live: Tensor) -> list[Tensor]:
-    """Loss, KL of the rows and gradients in plain torch on the live rows, its products as ours."""
+    """Return loss, KL and gradients in plain torch on the live rows, with products as ours."""
     dtype = linear_chunks._factor_dtype(given.student_hidden.device, case.logits.dtype)
     hidden = given.student_hidden[live].to(dtype).requires_grad_()
     head = given.student_head.to(dtype).requires_grad_()
@@ -219,7 +219,7 @@ def test_detect_spans(case: cases.SpansCase, backend: str) -> None:
     assert torch.equal(spans.status, oracle.status)
     assert spans.span.shape == oracle.span.shape and spans.score.dtype == torch.float32
     assert torch.equal(spans.score.isnan(), oracle.score.isnan())
-    if case.hidden is None:  # from the same norms come the same bits
+    if case.hidden is None:  # equal norms give equal bits
         same = detect(case, given, "reference")
         assert torch.equal(spans.span, same.span) and torch.equal(spans.count, same.count)
         assert torch.equal(spans.confounder, same.confounder)
@@ -265,10 +265,10 @@ def test_detect_spans(case: cases.SpansCase, backend: str) -> None:
 
 
 def rounding_band(norms: list[Tensor], *, computed: bool) -> float:
-    """How far a score may lie from the exact one: the rounding of the gap over the gap's range.
+    """Return the allowed error of a score: the rounding of the gap divided by the gap's range.
 
-    s_hat is two differences and a quotient of norms; where these are computed from gradients each
-    of them is off by a few units itself, which the division by max - min magnifies.
+    s_hat is two differences and a quotient of norms. Norms computed from gradients are off by a few
+    units, which the division by max - min magnifies.
     """
     if norms[0].numel() == 0 or not all(bool(norm.isfinite().all()) for norm in norms):
         return 0.0

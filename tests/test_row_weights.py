@@ -1,4 +1,4 @@
-"""The weights that make two terms one loss."""
+"""Row weights that combine two terms into one loss."""
 
 from __future__ import annotations
 

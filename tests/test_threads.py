@@ -17,7 +17,7 @@ from leaf_ext.schema import DTYPES
 def test_losses_are_bitwise_the_same_for_any_number_of_threads(
     dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
-    """Many rows are shared out whole; the few that are left over are split along the vocabulary."""
+    """Many rows are divided among threads; the few left over are split along the vocabulary."""
     student, teacher = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     weight = torch.rand(shape[0])
 
@@ -42,7 +42,7 @@ def test_losses_are_bitwise_the_same_for_any_number_of_threads(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_detection_is_bitwise_the_same_for_any_number_of_threads(dtype: torch.dtype) -> None:
-    """Enough rows and sequences that they are shared out among threads."""
+    """There are enough rows and sequences to divide them among threads."""
     grad, domain = torch.randn(40, 600, 64).to(dtype), torch.rand(400, 50) > 0.1
     pair = torch.randn(400, 50, 32).to(dtype), torch.randn(400, 50, 16).to(dtype)
 

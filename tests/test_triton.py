@@ -1,4 +1,4 @@
-"""The Triton backend beyond the case table: what its kernels compile to, and their seams."""
+"""The Triton backend beyond the case table: compiled kernels, and borders of blocks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_triton_runs_on_no_other_device() -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small that every loop of the kernels turns, and every carry is used, on small inputs."""
+    """Make blocks so small that small inputs run every loop and use every carry."""
     for name in ("detect_spans", "grad_norm"):
         monkeypatch.setattr(importlib.import_module(f"leaf_ext.triton.{name}"), "_BLOCK", 16)
     module = importlib.import_module("leaf_ext.triton.dual_kl")
@@ -77,7 +77,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_spans_cross_blocks(
     small_blocks: None, device: torch.device, rule: str, join_gap: int
 ) -> None:
-    """Spans, joins and walls that lie across one or several borders of blocks."""
+    """Spans, joins and walls cross one or several borders of blocks."""
     length = 100
     teacher, student = torch.rand(3, length), torch.rand(3, length)
     domain = torch.rand(3, length) > 0.02
@@ -120,7 +120,7 @@ def test_losses_and_norms_cross_blocks(small_blocks: None, device: torch.device)
 
 
 def test_borders_on_a_gpu_are_not_trusted(device: torch.device) -> None:
-    """There nobody has looked at them: they lead out of no tensor, and what they miss is NaN."""
+    """Unchecked borders never lead outside a tensor, and the scores of missed tokens are NaN."""
     importlib.import_module("leaf_ext.triton")
     norms, inside = torch.rand(10, device=device), torch.ones(10, dtype=torch.bool, device=device)
     borders = torch.tensor([2, 1000, -5, 8], device=device)

@@ -1,12 +1,12 @@
-"""Compiles the Triton kernels for a GPU that need not be there, and prints what each one uses.
+"""Compiles the Triton kernels for a GPU that need not exist, and prints their resources.
 
     TRITON_INTERPRET=0 python tests/triton_compile.py 90 [--all] [--ones]
 
---all: every dtype and flag instead of the largest variant. --ones: every integer argument is 1,
-which Triton makes a constant of.
+--all compiles every dtype and flag instead of the largest variant. With --ones every integer
+argument is 1, which Triton turns into a constant.
 
-Run by `test_triton.py` in a process of its own, as triton interprets or compiles, never both. One
-line of JSON a kernel: registers a thread, bytes spilled (stack and local memory), shared bytes.
+`test_triton.py` runs it in a separate process, because Triton either interprets or compiles. It
+prints a line of JSON for each kernel: registers a thread, spilled bytes, and shared bytes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ DTYPES = ("fp32", "fp16", "bf16")
 
 
 class Variant(NamedTuple):
-    """A kernel; the types of those arguments that are no 32-bit integer; its constants."""
+    """A kernel, the types of its arguments other than 32-bit integers, and its constants."""
 
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int
-    registers: int | None = None  # the most of a thread, by default as the compiler likes
+    registers: int | None = None  # the limit for a thread; by default the compiler chooses
 
 
 def _named(type_: str, names: str) -> dict[str, str]:
@@ -59,7 +59,7 @@ def norm_variants(dtypes: tuple[str, ...]) -> Iterator[Variant]:
 def kl_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[Variant]:
     names = ("NEED_GRAD", "NEED_ROWS", "STUDENT_CAPPED", "TEACHER_CAPPED")
     scalars = "temperature inv_temperature student_scale teacher_scale student_softcap"
-    # The gradient in the logits' dtype, or in a narrower one in the memory of float32 logits.
+    # The gradient has the logits' dtype, or is narrower in the memory of float32 logits.
     pairs = [(dtype, dtype) for dtype in dtypes]
     pairs += [("fp32", dtype) for dtype in dtypes if dtype != "fp32"]
     sizes = (dual_kl._LONG, 2 * dual_kl._LONG)

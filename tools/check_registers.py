@@ -1,9 +1,9 @@
-"""Compiles the CUDA kernels and says what each one takes of a GPU; a spilled register is an error.
+"""Compiles the CUDA kernels and reports their registers; a spilled register is an error.
 
     python tools/check_registers.py [--json] [80 90 100]
 
-Needs nvcc and no GPU. Prints a Markdown table, or a list in JSON, of what the assembler reports:
-registers a thread; bytes of a thread's own memory (stack), of it spilled; static shared bytes.
+It needs nvcc and no GPU. It prints a Markdown table, or JSON, of the assembler's report: registers
+a thread, bytes of a thread's stack, of spilled registers, and of static shared memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ENTRY = re.compile(
 
 
 def report(source: Path, architecture: str) -> str:
-    """What nvcc says when it compiles a source. A warning is an error."""
+    """Return nvcc's report on a source. A warning is an error."""
     command = ["nvcc", f"-arch=sm_{architecture}", "-std=c++17", f"-I{CSRC / 'include'}"]
     command += ["--Werror=all-warnings", "-Xptxas=-v", "-cubin", "-o", "/dev/null", str(source)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -40,14 +40,14 @@ def report(source: Path, architecture: str) -> str:
 
 
 def readable(kernel: str) -> str:
-    """Name and template arguments of a mangled kernel, without namespaces and parameters."""
+    """Return name and template arguments of a mangled kernel, without namespaces and parameters."""
     name = subprocess.check_output(["c++filt", kernel], text=True).strip()
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
     return re.sub(r"\w+::", "", re.sub(r"\(.*", "", name))
 
 
 def kernels(text: str, source: Path, architecture: str) -> Iterator[dict[str, str | int]]:
-    """One row a kernel of a report."""
+    """Yield one row for each kernel of a report."""
     if text.count("Compiling entry function") != len(found := list(ENTRY.finditer(text))):
         sys.exit(f"nvcc's report reads differently from what was expected:\n{text}")
     for entry in found:

@@ -4,11 +4,10 @@
     cmake -S . -B build/vec -G Ninja -DPython_EXECUTABLE="$(which python)" -DLEAF_VEC_REPORT=ON
     cmake --build build/vec --target leaf_cpu && python tools/check_vectorized.py build/vec
 
-Reads GCC's own reports, <build>/<source>.vec. `make vectorized` does all of it. The widths in these
-reports are those of a loop's narrowest type, so they say nothing; "couldn't vectorize loop" does.
-GCC places a loop where its first statement stands. That must be in the loop itself, not in a
-function that is inlined there (hence `j` in the loops over pairs), and a loop around it needs a
-first statement of its own.
+`make vectorized` runs these commands. The script reads GCC's reports, <build>/<source>.vec. Their
+widths are those of a loop's narrowest type and are ignored; "couldn't vectorize loop" counts. GCC
+places a loop at its first statement. That must be in the loop itself, not in a function inlined
+there (hence `j` in the loops over pairs), and an outer loop needs a first statement of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "cpu"
 
 
 def marked_loops(source: Path) -> list[range]:
-    """The lines of each loop that a pragma marks, from its head to its closing brace."""
+    """Return the lines of each loop that a pragma marks, from its head to its closing brace."""
     lines = source.read_text().splitlines()
     loops = []
     for pragma, line in enumerate(lines):
@@ -36,7 +35,7 @@ def marked_loops(source: Path) -> list[range]:
 
 
 def reported(report: Path, source: Path, message: str) -> set[int]:
-    """The lines of a source for which GCC says `message`."""
+    """Return the lines of a source for which GCC reports `message`."""
     pattern = rf"{re.escape(source.name)}:(\d+):\d+: {message}"
     return {int(line) for line in re.findall(pattern, report.read_text())}
 
@@ -46,7 +45,7 @@ def main(build: Path) -> int:
     for source in sorted(KERNELS.glob("*.[ch]*")):
         marked = marked_loops(source)
         loops += len(marked)
-        # A header's loops are reported in each source that uses them.
+        # The loops of a header are reported in each source that uses them.
         reports = sorted(build.glob("*.vec" if source.suffix == ".h" else f"{source.stem}.vec"))
         done = set().union(*(reported(r, source, "optimized: loop vectorized") for r in reports))
         # Loops of a known, small number of steps are unrolled into vectors, not looped.

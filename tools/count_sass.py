@@ -3,11 +3,12 @@
     python tools/count_sass.py [--source csrc/cuda/dual_kl.cu] [--sm 90] [--blocks] [kernel]...
 
 A kernel is a regular expression for demangled names. The table has a line for each inner loop that
-reads 16 bytes at once, named by its address. Of `all` its instructions `hot` are on the shortest
-way round with most of the 16-byte accesses of the loop, so without softcap, scale, other dtypes and
-ends of rows; these are counted by class. A pair is a logit of each model. Outside of loops the way
-is the one with most exponentials, shuffles, barriers and such loops, again the shortest. A row is
-what a thread executes of one: `--groups` of 8 pairs, as of 128256 on 256 threads in 8 blocks.
+reads 16 bytes at once, named by its address. `all` counts its instructions. `hot` counts those on
+the shortest path round the loop with most of its 16-byte accesses, which excludes softcap, scale,
+other dtypes and ends of rows; these are also counted by class. A pair is a logit of each model.
+Outside of loops the path is the shortest one with most exponentials, shuffles, barriers and such
+loops. A row is a thread's part of one: `--groups` of 8 pairs, as in 128256 logits on 256 threads in
+8 blocks.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Way(NamedTuple):
 
 
 def blocks_of(function: str) -> dict[int, Block]:
-    """The basic blocks that are reached, by address; each before what it leads to, loops aside."""
+    """Return the reachable basic blocks by address, in topological order except for loops."""
     code: dict[int, Block] = {}
     starts: set[int] = set()
     lines = [(int(a, 16), guard, op, rest) for a, guard, op, rest in LINE.findall(function)]
@@ -87,7 +88,7 @@ def blocks_of(function: str) -> dict[int, Block]:
 
 
 def loops_of(blocks: dict[int, Block]) -> dict[int, set[int]]:
-    """The blocks of each loop, by the one it begins with."""
+    """Return the blocks of each loop, by its first block."""
     loops: dict[int, set[int]] = {}
     before = set()
     for last, block in blocks.items():
@@ -102,7 +103,7 @@ def loops_of(blocks: dict[int, Block]) -> dict[int, set[int]]:
 
 
 def best_way(blocks: dict[int, Block], steps: dict[int, Way], end: int | None) -> Way:
-    """The shortest one with most marks, from the first of `steps`, never back, to before `end`."""
+    """Return the shortest forward path with most marks, from the first of `steps` to `end`."""
     place = {a: n for n, a in enumerate(a for a in blocks if a in steps)}
     best: dict[int | None, Way] = {next(iter(place)): Way()}
     for a in (a for a in place if a in best):
@@ -115,7 +116,7 @@ def best_way(blocks: dict[int, Block], steps: dict[int, Way], end: int | None) -
 
 
 def rows_of(name: str, function: str, groups: float, show: bool) -> Iterator[list[str]]:
-    """The table's rows of a kernel, without its name."""
+    """Return the table's rows of a kernel, without its name."""
     blocks = blocks_of(function)
     loops = loops_of(blocks)
     in_loops = {a for body in loops.values() for a in body}
@@ -158,7 +159,7 @@ def rows_of(name: str, function: str, groups: float, show: bool) -> Iterator[lis
 
 
 def output_of(program: str, *arguments: str) -> str:
-    """Of a program that is on the PATH, or in Triton's package."""
+    """Return the output of a program on the PATH or in Triton's package."""
     triton = importlib.util.find_spec("triton")
     folder = Path(triton.origin or "").parent / "backends/nvidia/bin" if triton else ""
     command = [shutil.which(program) or shutil.which(program, path=str(folder)) or program]

@@ -2,8 +2,8 @@
 
     python tools/test_build.py build/v3 -DLEAF_ISA=x86-64-v3 -- tests/test_ops.py
 
-Configures and compiles into the folder, puts a copy of the Python package beside the module, runs
-pytest there. With LEAF_SANITIZE=ON the runtime of the sanitizers is preloaded: Python lacks it.
+It configures and compiles into the folder, copies the Python package beside the module, and runs
+pytest there. With LEAF_SANITIZE=ON it preloads the runtime of the sanitizers, which Python lacks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build(folder: Path, options: list[str]) -> Path:
-    """The folder of the package with the module in it, to be put on Python's path."""
+    """Build, and return the folder that is put on Python's path."""
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
     subprocess.run([*configure, f"-DPython_EXECUTABLE={sys.executable}", *options], check=True)
     subprocess.run(["cmake", "--build", str(folder)], check=True)
@@ -40,7 +40,7 @@ def environment(packages: Path, options: list[str]) -> dict[str, str]:
             for name in ("libasan.so", "libubsan.so", "libstdc++.so")
         ]
         variables["LD_PRELOAD"] = " ".join(libraries)
-        variables.setdefault("ASAN_OPTIONS", "detect_leaks=0")  # Python's own
+        variables.setdefault("ASAN_OPTIONS", "detect_leaks=0")  # of Python itself
     return variables
 
 
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     (folder, *options), tests = arguments[:split], arguments[split + 1 :]
     packages = build(Path(folder), options)
     run = environment(packages, options)
-    # Python looks in the current folder first, which therefore must not be the root.
+    # The current folder must not be the root, because Python looks there first.
     where = "import leaf_ext; print(leaf_ext.__file__, leaf_ext.build_info())"
     subprocess.run([sys.executable, "-c", where], env=run, cwd=packages, check=True)
     paths = [str(ROOT / test) if (ROOT / test).exists() else test for test in tests]

@@ -1,8 +1,8 @@
 """The modules that `benchmarks/gpu.py` runs on a GPU.
 
-table.py says what is timed and in which order, worker.py times it, report.py makes the page;
+table.py lists the jobs in their order, worker.py times them, report.py writes the page, and
 smoke.py calls every kernel once.
 """
 
-# The log of smoke.py has the first where a device works, the second where nothing failed.
+# The log of smoke.py contains the first if the device works, the second if nothing failed.
 STARTED, FINISHED = "the device works", "all calls were made"

@@ -1,4 +1,4 @@
-"""Time and memory on a device. A CPU has a time too, so that a rehearsal runs all of it."""
+"""Time and memory on a device. A CPU is timed too, so that a rehearsal runs all of the code."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-# Of one line of the table: repetitions, and the seconds that they may take together.
+# Limits of one line of the table: repetitions, and the seconds they may take together.
 REPETITIONS, SECONDS = 40, 0.4
-# A kernel that idles so many cycles, about a millisecond, while the host queues what is timed.
+# Cycles, about a millisecond, that a kernel idles while the host queues the timed work.
 _IDLE_CYCLES = 2_000_000
 
 Step = Callable[..., Any]
@@ -19,7 +19,7 @@ Prepare = Callable[[], tuple[Any, ...]]
 
 
 class Clock:
-    """Times work on a GPU by its own events; what the host needs for launches is not in it."""
+    """Times work on a GPU by its events, without the host's time for launches."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
@@ -28,11 +28,11 @@ class Clock:
             self._evicting = torch.zeros(4 * cache, dtype=torch.uint8, device=device)
 
     def seconds(self, step: Step, prepare: Prepare) -> list[float]:
-        """Every repetition's time, on fresh arguments and with none of them in the L2 cache."""
+        """Return each repetition's time, on fresh arguments that are not in the L2 cache."""
         if not self.on_gpu:
             arguments, begin = prepare(), time.perf_counter()
             step(*arguments)
-            return [time.perf_counter() - begin] * 2  # its number means nothing
+            return [time.perf_counter() - begin] * 2  # the value is not used
         times: list[float] = []
         begin = time.perf_counter()
         while len(times) < 5 or (
@@ -40,17 +40,17 @@ class Clock:
         ):
             arguments = prepare()
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._evicting.sum()  # read: nothing is left to be written back while it is timed
+            self._evicting.sum()  # reading leaves nothing to be written back during the timing
             torch.cuda._sleep(_IDLE_CYCLES)
             start.record()
             step(*arguments)
             stop.record()
             torch.cuda.synchronize(self.device)
             times.append(start.elapsed_time(stop) / 1e3)
-        return times[2:]  # the first two warm up
+        return times[2:]  # the first two are warm-up
 
     def peak_extra(self, step: Step, prepare: Prepare) -> int | None:
-        """The most that was allocated during a call beyond what is still there after it.
+        """Return the peak of memory during a call above what remains allocated after it.
 
         So arguments, results and the gradients that the call leaves behind do not count.
         """
@@ -67,14 +67,14 @@ class Clock:
         return extra
 
     def release(self) -> None:
-        """Gives what no tensor holds back to a GPU, and waits for it."""
+        """Release a GPU's unused memory and wait for the GPU."""
         if self.on_gpu:
             gc.collect()
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
     def captured(self, step: Step, arguments: tuple[Any, ...]) -> Step:
-        """The step as a CUDA graph, which takes its arguments from where they lie now."""
+        """Return the step as a CUDA graph, which reads its arguments at their present addresses."""
         if not self.on_gpu:
             return step
         step(*arguments)

@@ -1,7 +1,7 @@
-"""A plugin of pytest (-p on_gpu.failures) that writes each failure down as it happens.
+"""A plugin of pytest (-p on_gpu.failures) that writes each failure as it happens.
 
-pytest itself prints them at its end, which a run that is stopped does not reach. With pytest-xdist
-the process that collects the results writes.
+pytest prints failures at its end, which a run that is stopped does not reach. With pytest-xdist the
+process that collects the results writes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class _Writer:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             text = str(report.longrepr).strip().splitlines()
-            # The assertion and where it stands; the way to it is in the log.
+            # The assertion and its line; the log has the traceback.
             shown = [line for line in text if line.startswith(("E ", ">"))] or text[-5:]
             with _FILE.open("a") as file:
                 print(f"{report.nodeid} ({report.when})", *shown[:12], sep="\n  ", file=file)

@@ -1,7 +1,6 @@
-"""Other projects' kernels, where they are installed, as what is timed.
+"""Other projects' kernels, which are timed if they are installed.
 
-Each function imports what it needs when it is asked; whatever it raises becomes a line of the
-table.
+Each function imports its project when it is called; an exception becomes a line of the table.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def version(package: str) -> str:
 
 
 def liger_kldiv(_: bool) -> Callable[..., Tensor]:
-    """It takes log-probabilities: torch makes them, in float32 as ours are."""
+    """Liger's KLDiv takes log-probabilities, which torch computes in float32, as our kernels do."""
     from liger_kernel.transformers.kl_div import LigerKLDIVLoss
 
     divergence = LigerKLDIVLoss(reduction="sum", log_target=True)
@@ -38,7 +37,7 @@ def liger_kldiv(_: bool) -> Callable[..., Tensor]:
 
 
 def liger_fused_jsd(_: bool) -> Callable[..., Tensor]:
-    """At beta = 0 it is the forward KL divergence; a mean over the rows."""
+    """Liger's JSD at beta = 0 is the forward KL divergence, a mean over the rows."""
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     fused = LigerFusedLinearJSD(jsd_beta=0.0)
@@ -46,7 +45,7 @@ def liger_fused_jsd(_: bool) -> Callable[..., Tensor]:
 
 
 def liger_chunked(on_gpu: bool) -> Callable[..., Tensor]:
-    """Its distillation loss with all the weight on the soft labels; a mean over the rows."""
+    """Liger's distillation loss with all weight on the soft labels, a mean over the rows."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     fused: Any = LigerFusedLinearJSDLoss(
@@ -63,7 +62,7 @@ def liger_chunked(on_gpu: bool) -> Callable[..., Tensor]:
 
 
 def orda_linear(_: bool) -> Callable[..., Tensor]:
-    """Cross-entropies off; its check of the labels, which are not used, is off too."""
+    """orda's linear loss without cross-entropies and without the check of the unused labels."""
     from orda_kernel import KernelConfig, SeparateTeacher, distillation_loss
 
     config = KernelConfig(assume_valid_labels=True)
@@ -80,7 +79,7 @@ def orda_linear(_: bool) -> Callable[..., Tensor]:
 
 
 def orda_rows() -> Callable[..., tuple[Tensor, Tensor]]:
-    """The kernel under it, which has no public name: logits in, the gradient in their place."""
+    """orda's kernel below it, without a public name: the gradient overwrites the logits."""
     from orda_kernel.ops._kernels.separate import frozen
 
     def step(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +94,7 @@ def orda_rows() -> Callable[..., tuple[Tensor, Tensor]]:
     return step
 
 
-# From logits, or from hidden states and heads: differentiable losses, by the variant's name.
+# Differentiable losses from logits, or from hidden states and heads, by the variant's name.
 LOSSES: dict[str, Callable[[bool], Callable[..., Tensor]]] = {
     "liger KLDiv": liger_kldiv,
     "liger chunked JSD": liger_chunked,

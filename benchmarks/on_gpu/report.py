@@ -1,8 +1,8 @@
-"""The page of results: what was to be reached, what was measured, and what has no number.
+"""Writes the page of results: targets, measurements, and jobs without a number.
 
     python -m on_gpu.report OUTPUT/results.jsonl [--tiny]
 
-Prints the targets. Exit status 1: one of our own lines failed.
+It prints the targets. The exit status is 1 if one of our own lines failed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = ("op", "case", "variant", "ms", "10 %", "90 %", "error", "of copy", "e
 COMPARED = ("x eager", "x compiled", "x liger KLDiv", "x liger chunked JSD", "x orda")
 _BF16, _TRAINING = cases.GPU_KL_CASES, cases.GPU_TRAINING_CASES
 _LINEAR, _LONG = cases.GPU_LINEAR_CASES, cases.GPU_LONG_LINEAR_CASES
-# For an H100: op, variant, measure, limit (a lower one of "of copy" and "x", else an upper), cases.
+# For an H100: op, variant, measure, limit (lower for "of copy" and "x", otherwise upper), cases.
 TARGETS: list[tuple[str, str, str, float, Sequence[object]]] = [
     ("dual_kl", "cuda narrow rows", "of copy", 0.80, _TRAINING[:3]),
     ("dual_kl", "cuda inplace", "of copy", 0.85, _BF16),
@@ -57,7 +57,7 @@ TARGETS: list[tuple[str, str, str, float, Sequence[object]]] = [
 
 
 class Results:
-    """Lines by job; a measure is None where one of its numbers is missing."""
+    """Lines by job; a measure is None if one of its numbers is missing."""
 
     def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
         self.rows = {table.Job(*row["job"]): row for row in rows}
@@ -109,7 +109,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[
 
 
 def page(path: Path, tiny: bool) -> str:
-    """Makes the page of a file of results; it says which jobs were not reached in time."""
+    """Return the page of a file of results, with the jobs that were not reached in time."""
     results, machine = Results(rows_of(path)), json.loads(path.read_text().splitlines()[0])
     planned = [job for group in table.groups(tiny) for job in table.jobs(group)]
     lines = [f"# Ops on {machine['GPU']}", "", "## Targets", "", "For an H100, of one run.", ""]
@@ -133,7 +133,7 @@ def main() -> int:
     gpu = json.loads(results.read_text().splitlines()[0])["GPU"].split(",")[0]
     text, name = page(results, tiny), re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".md"
     (results.parent / name).write_text(text)
-    if not tiny:  # what was written below the last table stays
+    if not tiny:  # notes below the last table are kept
         kept = Path(__file__).resolve().parents[1] / "results" / name
         notes = kept.read_text().partition("\n## Notes\n") if kept.exists() else ("", "", "")
         kept.write_text(text + notes[1] + notes[2])

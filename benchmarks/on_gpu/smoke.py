@@ -1,10 +1,10 @@
-"""Every kernel once on small inputs, each call awaited and compared as the benchmarks compare.
+"""Runs every kernel once on small inputs; waits for each call and compares its result.
 
     python -m on_gpu.smoke [--small | --hot] [--backend cuda] [--device cuda:0]
 
-Prints a line a call, at once: a fault is that of the line it stands on. `--small`: what
-compute-sanitizer can look at in a minute. `--hot`: one launch of each kernel that training runs, at
-size, for a profiler; nothing is compared. Exit status 1: something failed.
+It prints a line before each call, so that a fault belongs to the last line. `--small` runs what
+compute-sanitizer can check in a minute. `--hot` launches each kernel of training once at full size,
+for a profiler, and compares nothing. The exit status is 1 if something failed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from . import FINISHED, STARTED
 from .clock import Clock
 from .subjects import SUBJECTS
 
-# Float32 rows that a cluster of 1, 2, 4, 8 or 16 blocks holds on an H100, and that none does; of 16
-# bits it holds twice as many elements. Rows of an odd width start everywhere modulo 16 bytes.
+# Widths of float32 rows that are resident in a cluster of 1, 2, 4, 8 or 16 blocks on an H100, and
+# of rows that are not. Twice as many 16-bit elements fit. Rows of an odd width start at all
+# offsets modulo 16 bytes.
 WIDTHS = (4_001, 15_001, 30_001, 60_001, 120_001, 262_145)
 Line = tuple[str, Callable[[], object]]
 
@@ -37,17 +38,17 @@ def check(op: str, variant: str, clock: Clock, case: Any) -> None:
 
 
 def kl_cases(small: bool) -> Iterator[tuple[KLCase, str]]:
-    """Every third row has weight 0 and holds NaN."""
+    """Return cases in which every third row has weight 0 and contains NaN."""
     rows, widths = (3, WIDTHS[:2]) if small else (9, WIDTHS)
     for dtype in DTYPES:
         for width in widths:
             width = width * 4 // dtype.itemsize - (dtype.itemsize == 2)
             yield KLCase(f"{width}", rows, width, width, dtype), "inplace rows"
-        # The teacher's rows start where the student's do, on multiples of 16 bytes, or elsewhere.
+        # Both models' rows start at multiples of 16 bytes, or at different offsets.
         for other in (4001, 4008, 4003):
             for variant in ("inplace", "rows"):
                 yield KLCase(f"4001_{other}", 9, 4001, other, dtype), variant
-    for width in widths:  # the gradient in bfloat16
+    for width in widths:  # the gradient is bfloat16
         yield KLCase(f"{width}", rows, width, width), "narrow rows"
         yield KLCase(f"{width}", rows, width, width - 6), "narrow"
 
@@ -63,7 +64,7 @@ def without_rows(clock: Clock, backend: str) -> None:
 
 
 def products(clock: Clock, dtype: torch.dtype) -> None:
-    """The library's, of 16-bit factors into float32, as linear_dual_kl uses them."""
+    """Check the library's products of 16-bit factors into float32, which linear_dual_kl uses."""
     a, b = (torch.randn(64, 64, device=clock.device).to(dtype) for _ in range(2))
     out, exact = torch.ones(64, 64, device=a.device), a.double() @ b.double()
     added = torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
@@ -100,7 +101,7 @@ def lines(clock: Clock, backend: str, small: bool) -> Iterator[Line]:
     for dtype in DTYPES[1:]:
         yield f"{dtype} products into float32", partial(products, clock, dtype)
     yield "on a side stream", partial(on_a_side_stream, clock)
-    if not small:  # a sanitizer sees allocations one by one, which a graph cannot hold
+    if not small:  # a sanitizer needs separate allocations, which a graph cannot have
         yield line("dual_kl", KLCase("30000", 9, 30_000, 30_000), "narrow rows graph")
         yield line("grad_norm", NormCase("4099", (3, 3, 4099)), "graph")
         yield line("detect_spans", SpansCase("4096", 3, 4096), "graph")

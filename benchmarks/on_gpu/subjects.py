@@ -1,4 +1,4 @@
-"""Inputs, variants and truths of each op. Nothing is timed that has not been compared before."""
+"""Inputs, variants and expected results of each op. A variant is compared before it is timed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from leaf_ext.testing import cases, eager
 from . import peers
 from .clock import Clock, Step
 
-# A peer may be as inexact as it is (the table says how inexact), but not compute something else.
+# A peer may be inexact (the table shows its error), but must not compute something else.
 _PEER_BOUND = 0.3
-# So many rows, spread over all of them, are compared in float64; all of them would take seconds.
+# So many rows, spread evenly, are compared in float64; all rows would take seconds.
 _SOME = 64
 _OURS = ("cuda", "triton", "cpu")
-Truth = tuple[str, Tensor, Tensor, float]  # what, the result, the truth, the bound of ours
+Truth = tuple[str, Tensor, Tensor, float]  # name, result, truth, bound for our kernels
 
 
 def some(clock: Clock, count: int) -> Tensor:
@@ -45,7 +45,7 @@ class Random:
 
 
 def tensors_in(result: Any) -> list[Tensor]:
-    """Finds the tensors of a tensor, a tuple or a dataclass."""
+    """Yield the tensors of a tensor, a tuple or a dataclass."""
     if result is None or isinstance(result, Tensor):
         return [] if result is None else [result]
     parts = result if isinstance(result, tuple) else vars(result).values()
@@ -53,7 +53,7 @@ def tensors_in(result: Any) -> list[Tensor]:
 
 
 def differentiated(loss: Step, leaves: int) -> Step:
-    """Loss and gradients of the first tensors, which are leaves; then what else there is."""
+    """Return a step with loss, gradients of the first tensors (leaves), and further results."""
 
     def step(*tensors: Tensor) -> tuple[Any, ...]:
         found = loss(*tensors)
@@ -65,7 +65,7 @@ def differentiated(loss: Step, leaves: int) -> Step:
 
 
 class Subject:
-    """The inputs of one case. A variant is a backend or another project, and how it is called."""
+    """The inputs of one case. A variant is a backend or another project, with its options."""
 
     op: Callable[..., Any]
     eager: Callable[..., Any]
@@ -76,11 +76,11 @@ class Subject:
         self.case, self.clock, self.random = case, clock, Random(case, clock)
 
     def backend(self, name: str) -> str:
-        """A CPU's rehearses for a GPU's."""
+        """Return the backend, or the CPU's in a rehearsal of the GPU's."""
         return "cpu" if name == "cuda" and not self.clock.on_gpu else name
 
     def arguments(self, variant: str) -> tuple[Tensor, ...]:
-        """Fresh ones where a call overwrites them."""
+        """Return the arguments; fresh ones if a call overwrites them."""
         return self.tensors
 
     def step(self, variant: str) -> Step:
@@ -101,7 +101,7 @@ class Subject:
         raise NotImplementedError
 
     def check(self, variant: str, step: Step) -> dict[str, Any]:
-        """How far off a result is, and the bytes that must move for it."""
+        """Return the error of a result, and the bytes that must be moved for it."""
         arguments = self.arguments(variant)
         size, result = sum(t.nbytes for t in arguments), step(*arguments)
         ours, off = variant.startswith(_OURS), 0.0
@@ -112,7 +112,7 @@ class Subject:
 
 
 class Copy(Subject):
-    """A copy shows what a device's memory can do."""
+    """A copy, which shows the bandwidth of the device's memory."""
 
     def step(self, variant: str) -> Step:
         size = 2**30 if self.clock.on_gpu else 2**20
@@ -127,7 +127,7 @@ class Copy(Subject):
 class KL(Subject):
     """Logits of both models; the weights are 1, so that the loss is a sum over the rows.
 
-    Where a case has rows that are not live, every third has weight 0 and holds NaN.
+    If a case has rows that are not live, every third row has weight 0 and contains NaN.
     """
 
     op, eager, leaves = leaf_ext.dual_kl, eager.eager_dual_kl, 1
@@ -156,11 +156,11 @@ class KL(Subject):
             return peers.orda_rows()
         if "narrow" not in how:
             return super().step(variant)
-        # The call that linear_dual_kl makes in training.
+        # linear_dual_kl makes this call in training.
         rows = "rows" in how
         namespace = resolve("dual_kl_", self.clock.device, self.backend(name), self.case.dtype)
         op = getattr(torch.ops, namespace).dual_kl_
-        # A CPU has no narrower one.
+        # A CPU has no narrower gradient.
         dtype = torch.bfloat16 if self.clock.on_gpu else None
 
         def step(*tensors: Tensor) -> tuple[Any, ...]:
@@ -200,9 +200,9 @@ class Linear(Subject):
         self.total, self.head_grad = self.sums()
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Sums over all rows: the loss, and the head's gradient of some words.
+        """Return sums over all rows: the loss, and the head's gradient of some words.
 
-        From logits in float32: the products of all rows in float64 would take seconds.
+        The logits are float32, because the products of all rows in float64 would take seconds.
         """
         hidden, head, teacher_hidden, teacher_head, weight = self.tensors
         heads = head.float(), teacher_head.float()
@@ -223,7 +223,7 @@ class Linear(Subject):
     def step(self, variant: str) -> Step:
         if variant != "bare products":
             return super().step(variant)
-        # The four that the mathematics needs, each of all rows at once.
+        # The four products that the mathematics needs, each of all rows at once.
         hidden, head, teacher_hidden, teacher_head = (t.detach() for t in self.tensors[:4])
         student, teacher = (head.new_empty(len(hidden), len(head)) for _ in range(2))
         hidden_grad, head_grad = torch.empty_like(hidden), torch.empty_like(head)
@@ -238,7 +238,7 @@ class Linear(Subject):
 
     def truths(self, result: Any) -> Iterator[Truth]:
         loss, hidden_grad, head_grad, *_ = result
-        # 16-bit logits: their rounding is the library's, and averages out over many rows.
+        # The library rounds 16-bit logits; the error averages out over many rows.
         yield "loss", loss, self.total, 1e-3 if self.clock.on_gpu else 1e-2
         yield "head's gradient", head_grad[self.words], self.head_grad, 0.03
         yield "hidden states' gradient", hidden_grad[self.some], self.hidden_grad, 0.03
@@ -260,7 +260,7 @@ class Norm(Subject):
 
 
 class Spans(Subject):
-    """Norms, or gradients, of both models. Eager makes the spans, compiled stops at the scores."""
+    """Norms or gradients of both models. Eager PyTorch makes spans, compiled stops at scores."""
 
     op, eager = leaf_ext.detect_spans, eager.eager_scores
 
@@ -268,7 +268,7 @@ class Spans(Subject):
         super().__init__(case, clock)
         shape = case.batch, case.length
         norms = [self.random.uniform(*shape).square() for _ in range(2)]
-        if case.hidden:  # each token's gradient has a magnitude of its own, as in reality
+        if case.hidden:  # gradients of tokens differ in magnitude, as those of a model do
             normal = (self.random.normal(case.dtype, *shape, width) for width in case.hidden)
             norms = [x.mul_(norm[..., None]) for x, norm in zip(normal, norms, strict=True)]
         self.tensors = (*norms, self.random.uniform(*shape) < case.in_domain)
@@ -281,7 +281,7 @@ class Spans(Subject):
             for dtype in (torch.float64, torch.float32)
         )
         if isinstance(result, leaf_ext.Spans) and self.case.hidden is None:
-            yield "spans", result.span, single.span, 0.0  # of the same norms the same spans
+            yield "spans", result.span, single.span, 0.0  # equal norms give equal spans
         score = result.score if isinstance(result, leaf_ext.Spans) else result
         yield "score", score[domain], exact.score[domain], 1e-5
 

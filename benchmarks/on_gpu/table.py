@@ -1,4 +1,4 @@
-"""The one table of what is timed on a GPU, in the order of its importance."""
+"""The table of jobs that are timed on a GPU, the most important first."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from leaf_ext.testing import cases
 
-# A variant is a backend or another project, and how it is called. `narrow`: the gradient of
-# float32 logits in bfloat16, in their memory, as linear_dual_kl asks for it in training.
+# A variant is a backend or another project, with its options. `narrow`: the bfloat16 gradient
+# overwrites float32 logits, as in linear_dual_kl in training.
 _TRAINING = ("cuda narrow rows", "cuda narrow", "triton narrow rows")
 _OURS = ("cuda inplace", "cuda inplace rows", "cuda", "triton inplace")
 _PEERS = ("liger KLDiv", "orda")
@@ -19,7 +19,7 @@ _LINEAR = (
 )
 _NORM = ("cuda", "triton")
 _SPANS = ("cuda graph", "cuda", "triton graph")
-# torch.compile takes up to a minute for a shape: it gets one shape of each op, and is static.
+# torch.compile takes up to a minute for a shape, so it gets one static shape of each op.
 _TORCH = ("compiled", "eager")
 
 Case = cases.KLCase | cases.LinearCase | cases.NormCase | cases.SpansCase | str
@@ -34,7 +34,7 @@ class Job(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Jobs that share their inputs and the truth about them. `late`: after all other steps."""
+    """Jobs that share inputs and expected results. `late` jobs run after all other steps."""
 
     op: str
     case: Case
@@ -43,7 +43,7 @@ class Group(NamedTuple):
 
 
 def groups(tiny: bool) -> Iterator[Group]:
-    """When tiny, some of them, at sizes that are a thousandth and less."""
+    """Return the groups; if tiny, some of them, at a thousandth of the size or less."""
     training, kl, linear = cases.GPU_TRAINING_CASES, cases.GPU_KL_CASES, cases.GPU_LINEAR_CASES
     norms, spans, others = cases.GPU_NORM_CASES, cases.GPU_SPANS_CASES, cases.GPU_OTHER_KL_CASES
     found = [
@@ -68,7 +68,7 @@ def groups(tiny: bool) -> Iterator[Group]:
 
 
 def shrunk(case: Case) -> Case:
-    """For a rehearsal, of the same name."""
+    """Return a smaller case of the same name, for a rehearsal."""
     if isinstance(case, cases.KLCase):
         padding = case.teacher_vocabulary - case.student_vocabulary
         return replace(case, rows=8, student_vocabulary=129, teacher_vocabulary=129 + padding)

@@ -2,8 +2,8 @@
 
     python -m on_gpu.worker RESULTS [--seconds 200] [--late] [--tiny]
 
-A line says that a job has begun, and a second one how it ended: after a crash another worker goes
-on with the next job. A job that hangs ends the process, which prints its stack.
+One line is written when a job begins and another when it ends, so that after a crash another worker
+continues with the next job. A job that hangs ends the process, which prints its stack.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from . import peers, table
 from .clock import Clock
 from .subjects import SUBJECTS, Subject
 
-# Seconds after which a job counts as hung. The longest that is right is a compilation by torch.
+# Seconds after which a job counts as hung. The longest legitimate wait is a torch compilation.
 PATIENCE = 75.0
-# What stands of a job that has begun and not ended.
+# The result of a job that has begun and not ended.
 BEGUN = "the process ended in it"
 
 
 def facts() -> dict[str, str]:
-    """What the page says of the machine, and of what has run on it."""
+    """Return the page's description of the machine and the software."""
     found = {"GPU": "none (a rehearsal)", "torch": f"{torch.__version__}"}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -63,7 +63,7 @@ def facts() -> dict[str, str]:
 
 
 def measure(subject: Subject, variant: str, clock: Clock) -> dict[str, Any]:
-    """The comparison with the truth comes first, and its failure is the end of it."""
+    """Compare the result with the truth first, and time it only if it is right."""
     step = subject.step(variant)
     found, prepare = subject.check(variant, step), partial(subject.arguments, variant)
     clock.release()
@@ -81,7 +81,7 @@ def outcome(error: BaseException) -> dict[str, str]:
 
 
 class Worker:
-    """Appends to the file of results; keeps the inputs of one group, which its jobs share."""
+    """Appends to the file of results; keeps the inputs that the jobs of a group share."""
 
     def __init__(self, path: Path, clock: Clock) -> None:
         self.path, self.clock = path, clock
@@ -95,7 +95,7 @@ class Worker:
 
     def measured(self, job: table.Job, group: table.Group) -> dict[str, Any]:
         if self.group != group:
-            self.group = self.subject = None  # the old inputs go before the new ones come
+            self.group = self.subject = None  # free the old inputs before the new ones are made
             self.clock.release()
             self.subject = SUBJECTS[group.op](group.case, self.clock)
             self.group = group
@@ -105,7 +105,7 @@ class Worker:
     def run(self, job: table.Job, group: table.Group) -> None:
         print(*job, flush=True)
         self.write(job, status="failed", note=BEGUN)
-        # The watchdog needs no interpreter: it ends the process from a hanging call too.
+        # The watchdog does not need the interpreter, so it can end a hanging call.
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
         try:
             found = self.measured(job, group)
@@ -113,12 +113,12 @@ class Worker:
             traceback.print_exc()
             found = outcome(error)
         self.write(job, **found)
-        self.clock.release()  # raises after a fault: no later call would reach the device
+        self.clock.release()  # raises after a fault, when no later call would reach the device
         faulthandler.cancel_dump_traceback_later()
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The last line of each job. The first line of the file is the machine's."""
+    """Return the last line of each job. The first line of the file describes the machine."""
     lines = path.read_text().splitlines()[1:] if path.exists() else []
     rows = (json.loads(line) for line in lines)
     return list({tuple(row["job"]): row for row in rows}.values())
@@ -134,7 +134,7 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
     if not arguments.results.exists():
         arguments.results.write_text(json.dumps(facts()) + "\n")
-    if arguments.tiny:  # Triton's kernels are interpreted
+    if arguments.tiny:  # the Triton kernels are interpreted
         from quick_interpreter import quicken_the_interpreter
 
         quicken_the_interpreter()

@@ -1,4 +1,4 @@
-"""Argument checks: one sentence with op, argument, what was needed and what came."""
+"""Argument checks. An error is one sentence, "op: argument must be X, got Y"."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def require_tensor(op: str, argument: str, value: object) -> None:
 
 
 def require_float(op: str, argument: str, tensor: Tensor, backend: str) -> None:
-    """One of the ops' dtypes; float64 where the reference may run."""
+    """Require a dtype of the ops; float64 is allowed if the reference may run."""
     require_tensor(op, argument, tensor)
     allowed = REFERENCE_DTYPES if backend in ("auto", "reference") else DTYPES
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -38,18 +38,20 @@ def require_matrix(op: str, argument: str, tensor: Tensor, layout: str) -> None:
 
 
 def require_device(op: str, argument: str, tensor: Tensor, device: torch.device) -> None:
-    require(tensor.device == device, op, argument, f"on {device}, like the first", tensor.device)
+    require(
+        tensor.device == device, op, argument, f"on {device} like the first argument", tensor.device
+    )
 
 
 def require_same_width(op: str, argument: str, tensor: Tensor, first: Tensor) -> None:
-    """float64 only in company of float64: a result has one precision."""
+    """Require float64 of both models or of none, so that the result has one precision."""
     wide = first.dtype == torch.float64
     needed = "float64 like the other model's" if wide else "no wider than the other model's"
     require((tensor.dtype == torch.float64) == wide, op, argument, needed, tensor.dtype)
 
 
 def require_row_weight(op: str, weight: Tensor, rows: int, like: Tensor) -> None:
-    """float32 [N] (float64 for float64 inputs), and a constant: no gradient flows to it."""
+    """Require float32 [N] (float64 for float64 inputs) that needs no gradient."""
     require_tensor(op, "row_weight", weight)
     wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
     require(weight.dtype == wanted, op, "row_weight", str(wanted), weight.dtype)
@@ -62,11 +64,11 @@ def require_row_weight(op: str, weight: Tensor, rows: int, like: Tensor) -> None
 def require_number(
     op: str, argument: str, value: object, low: float, high: float, *, strict: bool = False
 ) -> float:
-    """A finite number in [low, high], or above `low` with `strict`."""
+    """Return a finite number in [low, high], or above `low` if `strict`, as a float."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     bound = f"> {low:g}" if strict else f"in [{low:g}, {high:g}]"
     needed = f"a finite number {bound}"
-    got = "a Tensor" if isinstance(value, Tensor) else value
+    got = "a Tensor" if isinstance(value, Tensor) else repr(value)
     require(number, op, argument, needed, got)
     assert isinstance(value, numbers.Real)
     converted = float(value)
@@ -84,10 +86,10 @@ def require_integer(op: str, argument: str, value: object, low: int) -> int:
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors on one device have a byte in common.
+    """Return whether two tensors on one device have a byte in common.
 
-    Exact for contiguous tensors and for matrices with rows of adjacent elements; otherwise every
-    byte between a tensor's first and last element counts as its own.
+    The answer is exact for contiguous tensors and for matrices whose rows are contiguous. Otherwise
+    every byte between a tensor's first and last element counts as its own.
     """
     if a.numel() == 0 or b.numel() == 0 or a.is_meta:
         return False
@@ -108,11 +110,11 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _byte_range(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte and of the one behind the last."""
+    """Return the addresses of the first byte and of the one after the last."""
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor with elements of a row next to each other; a copy only where they are not."""
+    """Return the tensor with contiguous rows, copied only if they are not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

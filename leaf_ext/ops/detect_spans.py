@@ -21,12 +21,17 @@ _SHOWN = 8  # sequences whose counts `print` shows
 
 @dataclass(frozen=True, repr=False)
 class Spans:
-    """Spans of confounding tokens, of fixed shapes, on the inputs' device.
+    """Spans of confounding tokens, in tensors of fixed shapes on the inputs' device.
 
-    span: [B, ceil(T/2), 2] int64, [start, stop) within the sequence, sorted, unused rows -1.
-    count: [B] int64. score: like domain, float32, NaN outside the domain and in flagged sequences.
-    confounder: like domain, bool. status: [B] int64, bits that say whose values in the sequence's
-    domain are NaN or inf: 1 the teacher's, 2 the student's; 0 is a sound sequence.
+    Attributes:
+        span: [B, ceil(T/2), 2] int64, [start, stop) token positions within the sequence, sorted;
+            unused rows are -1.
+        count: [B] int64, the number of spans.
+        score: like domain, float32 in [0, 1] (Eq. 5); NaN outside the domain and in sequences whose
+            status is not 0.
+        confounder: like domain, bool.
+        status: [B] int64. Bit 1 is set if a value of the teacher in the domain is NaN or inf, bit 2
+            for the student. Such a sequence has no spans.
     """
 
     span: Tensor
@@ -36,7 +41,7 @@ class Spans:
     status: Tensor
 
     def tolist(self) -> list[list[tuple[int, int]]]:
-        """The spans of each sequence as (start, stop); waits for the device."""
+        """Return the spans of each sequence as (start, stop), in tokens. Waits for the device."""
         counts = self.count.tolist()
         longest = max(counts, default=0)
         rows = self.span[:, :longest].tolist()
@@ -46,7 +51,7 @@ class Spans:
         ]
 
     def __repr__(self) -> str:
-        """One line, of the first sequences at most; waits for the device."""
+        """Return one line with the counts of the first sequences. Waits for the device."""
         batch, shape = self.count.shape[0], tuple(self.score.shape)
         text = f"Spans(batch={batch}, shape={shape}, device={str(self.count.device)!r}"
         if type(self.count) is not Tensor or self.count.is_meta:  # a traced tensor has no values
@@ -73,7 +78,7 @@ def detect_spans(
     max_seqlen: int | None = None,
     backend: Backend = "auto",
 ) -> Spans:
-    """Spans of tokens to which the student reacts far more than the teacher.
+    """Detect spans of tokens to which the student reacts far more than the teacher.
 
         s_hat = (s - min s) / (max s - min s)   over the domain     (LeaF, arXiv:2506.07851, Eq. 3)
         gap   = s_hat_teacher - s_hat_student                                               (Eq. 4)
@@ -84,19 +89,22 @@ def detect_spans(
         teacher, student: norms [B, T] float32, or gradients [B, T, H_teacher], [B, T, H_student]
             in float32, float16 or bfloat16; packed: [N] or [N, H] with `cu_seqlens`. float64 with
             backend="reference".
-        domain: [B, T] or [N] bool, the tokens that take part in min and max.
-        prunable: like domain, the tokens that may be cut; default: all of the domain.
-        threshold: with rule "absolute" the cut itself, in [0, 1]; with "quantile" (the authors'
+        domain: [B, T] or [N] bool, the tokens over which minima and maxima are taken.
+        prunable: like domain, the tokens that may be cut; by default all of the domain.
+        threshold: in [0, 1]. With rule "absolute" it is the cut; with "quantile" (the authors'
             release) cut = min(cap, sorted(score)[min(n - 1, floor(threshold * n))]) of n tokens.
-        teacher_max: the largest normalized teacher saliency of a confounder.
-        join_gap: joins runs that at most so many domain tokens separate.
-        min_length: drops shorter spans, in tokens.
-        cu_seqlens: [B + 1] int32 or int64, borders of the packed sequences; needs `max_seqlen`, an
-            integer of at least the longest sequence, which stands for T. Its values are checked on
-            a CPU.
+        rule: "absolute" or "quantile".
+        cap: the largest cut of rule "quantile", in [0, 1].
+        teacher_max: the largest normalized teacher saliency of a confounder, in [0, 1].
+        join_gap: the largest number of domain tokens between runs that are joined.
+        min_length: the shortest span that is kept, in tokens.
+        cu_seqlens: [B + 1] int32 or int64, the borders of packed sequences. The values are checked
+            on a CPU only.
+        max_seqlen: an upper bound on the length of a packed sequence, which stands for T; required
+            with `cu_seqlens`.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
     Returns:
-        `Spans`; nothing waits for the device until `tolist()`. Not differentiable.
+        `Spans`, not differentiable. The host does not wait for the device until `tolist()`.
     Raises:
         ValueError: wrong dtype, shape, device or range.
         RuntimeError: the backend is not available (says why).
@@ -167,7 +175,7 @@ def _check_tensors(
 
 
 def _sequence_length(domain: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
-    """T: the width of a padded batch, or the given bound of a packed one."""
+    """Return T: the width of a padded batch, or the bound given for a packed one."""
     if cu_seqlens is None:
         needed = "None without cu_seqlens"
         checks.require(max_seqlen is None, _OP, "max_seqlen", needed, max_seqlen)

@@ -16,10 +16,13 @@ from leaf_ext.schema import LIBRARIES, LogitScalars, accum_dtype
 
 
 class DualKLRows(NamedTuple):
-    """Measures of each row, [N] each, detached; 0 on rows of weight 0.
+    """Measures of each row, [N] float32 each, detached; 0 on rows of weight 0.
 
-    kl: KL(teacher, student) in nats. student_entropy, teacher_entropy: of the tempered
-    distributions, in nats. agreement: 1 where both have their largest logit at the same index.
+    Attributes:
+        kl: KL(teacher, student), in nats.
+        student_entropy: of the student's softmax at the temperature, in nats.
+        teacher_entropy: of the teacher's softmax at the temperature, in nats.
+        agreement: 1 if both models have their largest logit at the same index, otherwise 0.
     """
 
     kl: Tensor
@@ -70,7 +73,7 @@ def dual_kl(
     return_rows: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, DualKLRows]:
-    """Both terms of LeaF's loss as one KL divergence with a weight on each row.
+    """Compute both terms of LeaF's loss as one KL divergence with a weight on each row.
 
         loss = temperature^2 * sum_i row_weight_i * KL(p_teacher_i, p_student_i)
 
@@ -80,15 +83,16 @@ def dual_kl(
         student_logits, teacher_logits: [N, V_s], [N, V_t], each float32, float16 or bfloat16 (both
             float64 with backend="reference"). p is the softmax over the common vocabulary,
             min(V_s, V_t): vocabularies may differ by padding.
-        row_weight: [N] float32, see `row_weights`. A row of weight 0 is never read and gets a
-            gradient of 0.
-        temperature: divides the logits, after scale and softcap.
-        logit_scale, logit_softcap: a number, or a pair (student, teacher).
-        inplace_grad: the gradient overwrites the student's logits, which hold nothing else
-            afterwards. They must not be a leaf that requires grad, nor share memory with another
-            argument. The backward scales the gradient in place, so a second backward raises. Inside
-            torch.compile the backward scales into new memory, and a second one is right.
-        return_rows: adds a `DualKLRows` from the same pass.
+        row_weight: [N] float32 (float64 for float64 inputs), see `row_weights`. A row of weight 0
+            is never read and gets a gradient of 0.
+        temperature: > 0, divides the logits after scale and softcap.
+        logit_scale: > 0, multiplies the logits; a number, or a pair (student, teacher).
+        logit_softcap: > 0, z becomes softcap * tanh(z / softcap), or None; a number, or a pair.
+        inplace_grad: overwrites the student's logits with the gradient. They must not be a leaf
+            that requires grad, nor share memory with another argument. The backward scales the
+            gradient in place, so that a second backward raises. Inside torch.compile the backward
+            scales into new memory, and a second one is right.
+        return_rows: also returns a `DualKLRows`, computed in the same pass.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
     Returns:
         The loss, [] float32, in nats; with `return_rows` a pair (loss, rows). First-order
@@ -138,7 +142,7 @@ def _check(student: Tensor, teacher: Tensor, row_weight: Tensor, backend: str) -
 
 
 def _check_overwritten(student: Tensor, teacher: Tensor, row_weight: Tensor) -> None:
-    """`inplace_grad` destroys the student's logits: nobody else may need them."""
+    """Check that nothing else needs the logits that `inplace_grad` overwrites."""
     op = "dual_kl"
     strides = student.stride()
     separate = strides[1] == 1 and (student.shape[0] <= 1 or strides[0] >= student.shape[1])
@@ -156,7 +160,7 @@ def _check_overwritten(student: Tensor, teacher: Tensor, row_weight: Tensor) -> 
 
 
 class _Overwrite(torch.autograd.Function):
-    """The gradient in the student's own memory."""
+    """Writes the gradient to the memory of the student's logits."""
 
     @staticmethod
     def forward(
@@ -170,7 +174,7 @@ class _Overwrite(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         loss, scale, rows = run(student, teacher, weight, *options, True, need_rows)
         if not torch.compiler.is_compiling():
-            # A node that saved the logits for its own backward must notice that they are gone.
+            # A node that saved the logits for its own backward must detect that they have changed.
             torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(student, scale)
         ctx.mark_non_differentiable(rows)
@@ -182,7 +186,7 @@ class _Overwrite(torch.autograd.Function):
         refuse_second_order("dual_kl")
         refuse_forward_mode("dual_kl", grad_loss)
         nothing = (None,) * 5
-        if torch.compiler.is_compiling():  # a graph has no state in which to note that it has run
+        if torch.compiler.is_compiling():  # a graph cannot store whether it has run
             grad, scale = ctx.saved_tensors
             return (scaled(grad.detach(), grad_loss / scale, grad.dtype), *nothing)
         if ctx.spent:

@@ -11,7 +11,7 @@ from leaf_ext.schema import LIBRARIES
 
 
 def refuse_second_order(op: str) -> None:
-    """A graph of the gradient itself (create_graph=True) would silently lack this op's part."""
+    """Raise if a graph of the gradient is built: it would silently lack this op's part."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{op}: only first-order gradients exist; the backward was asked for a graph of the "
@@ -20,8 +20,9 @@ def refuse_second_order(op: str) -> None:
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """A custom op drops the tangents of its inputs, so that the derivative would be 0."""
-    if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
+    """Raise for an input with a tangent: a custom op drops it, and the derivative would be 0."""
+    given = (tensor for tensor in tensors if tensor is not None)
+    if any(unpack_dual(tensor).tangent is not None for tensor in given):  # type: ignore[no-untyped-call]
         raise RuntimeError(
             f"{op}: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) must not "
             "be asked for, got an input with a tangent; use the backward (torch.autograd.grad)"
@@ -29,16 +30,16 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in float32, rounded once to `dtype`; `grad` itself stays as it is.
+    """Return grad * factor, computed in float32 and rounded once to `dtype`.
 
-    The factor lies on the device, and nothing waits for it.
+    The factor is on the device, and the host does not wait for it.
     """
     result: Tensor = implementation("scaled", grad.device, "auto", grad.dtype)(grad, factor, dtype)
     return result
 
 
 def scale_(grad: Tensor, factor: Tensor) -> Tensor:
-    """The same in place; a factor of 1 leaves the memory untouched."""
+    """Multiply in place and return `grad`; a factor of 1 leaves the memory untouched."""
     implementation("scale_", grad.device, "auto", grad.dtype)(grad, factor)
     return grad
 

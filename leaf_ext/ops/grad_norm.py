@@ -11,7 +11,7 @@ from leaf_ext.schema import LIBRARIES, accum_dtype
 
 
 def grad_norm(grad: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """L2 norm of each token's embedding gradient.
+    """Compute the L2 norm of each token's embedding gradient.
 
         g[i] = || dL/de[i, :] ||_2          (LeaF, arXiv:2506.07851, Eq. 2)
 
@@ -19,8 +19,8 @@ def grad_norm(grad: Tensor, *, backend: Backend = "auto") -> Tensor:
         grad: [*, H], float32, float16 or bfloat16 (float64 with backend="reference").
         backend: "auto", "cpu", "cuda", "triton" or "reference".
     Returns:
-        [*] float32 (float64 for float64), in the gradient's unit (nats per unit of embedding).
-        Right for entries from 1e-30 to 1e30; NaN gives NaN, inf gives inf. Not differentiable.
+        [*] float32 (float64 for float64), in the gradient's unit (nats per unit of embedding), not
+        differentiable. Accurate for entries from 1e-30 to 1e30; NaN gives NaN, inf gives inf.
     Raises:
         ValueError: wrong dtype, or no dimension.
         RuntimeError: the backend is not available (says why).

@@ -1,4 +1,4 @@
-"""`linear_dual_kl` over chunks of rows: library products around the backend's own `dual_kl_`."""
+"""`linear_dual_kl` over chunks of rows: matrix products around the backend's `dual_kl_`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from leaf_ext.native import prefer_huge_pages
 from leaf_ext.schema import accum_dtype, gradient_rows, hidden_grad_dtype
 
-# Rows of a head's gradient that are made at once where products cannot be added to it, and need
-# memory of their own.
+# Rows of a head's gradient that are computed at once if products cannot be added to it directly and
+# need separate memory.
 _SLAB = 8192
 
 
 def default_chunk_size(vocabulary: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Rows of a chunk, 32 to 4096, that fill no more than 2^27 logits, on a GPU 2^28.
+    """Return the rows of a chunk, 32 to 4096, for at most 2^27 logits, on a GPU 2^28.
 
-    Of bfloat16 2^29 there: the teacher's logits then take a quarter of the student's.
+    It is 2^29 for bfloat16 on a GPU, where the teacher's logits take a quarter of the student's.
     """
     exponent = 27 if device.type == "cpu" else 29 if dtype == torch.bfloat16 else 28
     most = (1 << exponent) // max(1, vocabulary)
@@ -31,16 +31,16 @@ def default_chunk_size(vocabulary: int, device: torch.device, dtype: torch.dtype
 
 
 def _piece_size(vocabulary: int) -> int:
-    """Rows for which a CPU's library makes the gradient of hidden states fastest."""
+    """Return the rows with which a CPU computes the gradient of hidden states fastest."""
     return max(256, min(4096, 2**23 // max(1, vocabulary) // 32 * 32))
 
 
 def kept_head_dtype(hidden: Tensor, chunk_size: int) -> torch.dtype:
-    """The dtype in which the gradient of a head is kept for the backward.
+    """Return the dtype in which the gradient of a head is kept for the backward.
 
-    The sum of several chunks is float32. The product of a single one is kept in bfloat16 where the
-    library makes no wider one. Under torch.compile the number of rows may not be known: float32 is
-    always right.
+    The sum of several chunks is float32. The product of a single chunk is kept in bfloat16 if the
+    library gives no wider one. Under torch.compile the number of rows may be unknown, and float32
+    is used.
     """
     wide = accum_dtype(hidden.dtype)
     if hidden.dtype != torch.bfloat16 or torch.compiler.is_compiling():
@@ -52,9 +52,9 @@ def kept_head_dtype(hidden: Tensor, chunk_size: int) -> torch.dtype:
 
 @functools.cache
 def _multiplies_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device's library multiplies this dtype into float32 (CUDA's does)."""
+    """Return whether the device's library multiplies this dtype into float32, as CUDA's does."""
     if dtype == torch.float32:
-        return False  # it does nothing else
+        return False  # products of float32 are float32 anyway
     ones, sums = (torch.ones(8, 8, dtype=d, device=device) for d in (dtype, torch.float32))
     try:
         torch.addmm(sums, ones, ones, out_dtype=torch.float32, out=sums)
@@ -67,9 +67,9 @@ def _multiplies_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products (AVX-512, AMX, AVX10.2, Arm).
+    """Return whether this CPU has instructions for bfloat16 products (AVX-512, AMX, AVX10.2, Arm).
 
-    Without them the library's are slower than float32 products, and less accurate.
+    Without them bfloat16 products are slower than float32 products, and less accurate.
     """
     capabilities = torch.cpu.get_capabilities()
     names = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
@@ -77,17 +77,17 @@ def _multiplies_bfloat16() -> bool:
 
 
 def _factor_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype to which the factors of a product are converted."""
+    """Return the dtype to which the factors of a product are converted."""
     if _multiplies_to_float32(device, dtype):
         return dtype
-    # float16 products overflow and lose small gradients; those of float32 copies do not.
+    # float16 products overflow and lose small gradients; products of float32 copies do not.
     emulated = dtype == torch.bfloat16 and device.type == "cpu" and not _multiplies_bfloat16()
     return torch.float32 if dtype == torch.float16 or emulated else dtype
 
 
 @dataclass(frozen=True)
 class _Products:
-    """How matrices are multiplied on a device: into float32 where it can."""
+    """Matrix products of a device, into float32 if it can."""
 
     device: str
     dtype: torch.dtype  # of the factors
@@ -103,10 +103,10 @@ class _Products:
         )
 
     def piece_size(self, vocabulary: int, chunk_size: int) -> int:
-        """Rows of the teacher's logits."""
+        """Return the rows of the teacher's logits that are computed at once."""
         if self.device == "cpu" and not self.to_float32:
             return min(chunk_size, _piece_size(vocabulary))
-        # float16 gradients have one scale a call: all of a chunk, which a product needs at once.
+        # A call gives float16 gradients one scale, which must hold for all rows of a product.
         several = self.to_float32 and self.dtype != torch.float16
         return -(-chunk_size // 4) if several else chunk_size
 
@@ -126,7 +126,7 @@ class _Products:
 
 @dataclass(frozen=True)
 class _Head:
-    """A linear head as its products need it, with one workspace for the logits of a chunk."""
+    """A linear head in the dtype of its products, and a workspace for the logits of a chunk."""
 
     weight: Tensor
     bias: Tensor | None
@@ -137,8 +137,8 @@ class _Head:
     def of(weight: Tensor, bias: Tensor | None, products: _Products, rows: int) -> _Head:
         weight = weight.to(products.dtype)
         width = weight.shape[0]
-        # A GPU's fast products, and our kernels there, need rows at multiples of 16 bytes. A CPU's
-        # library reads beyond the end of such rows, where there may be a NaN.
+        # On a GPU fast products and our kernels need rows at multiples of 16 bytes. A CPU's library
+        # would read the padding of such rows, which may contain NaN.
         stride = -(-width // 8) * 8 if products.to_float32 else width
         workspace = weight.new_empty(rows, stride, dtype=products.logits)
         bias = None if bias is None else bias.to(products.logits)
@@ -157,15 +157,15 @@ class _Head:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """The gradients that were asked for; the others are empty."""
+    """The requested gradients; the others are empty."""
 
     hidden: Tensor
     head: Tensor
     bias: Tensor
-    product: Tensor | None  # of a slab, where it cannot be added to the head's at once
+    product: Tensor | None  # of a slab, if it cannot be added to the head's gradient directly
 
     def add_rows(self, slope: Tensor, scale: Tensor, head: _Head, index: Tensor) -> None:
-        """`slope` is the gradient of the logits of these rows; of float16, times `scale`."""
+        """Add the part of rows; `slope` is their logits' gradient (times `scale` if float16)."""
         unscaled = self._unscaled(slope.dtype, scale)
         if self.hidden.dim() == 2:
             shape = (index.numel(), self.hidden.shape[1])
@@ -178,7 +178,7 @@ class _Gradients:
     def add_chunk(
         self, slope: Tensor, scale: Tensor, head: _Head, hidden: Tensor, first: bool
     ) -> None:
-        """The part of the head's gradient; the first chunk fills it."""
+        """Add the chunk's part to the head's gradient; the first chunk overwrites it."""
         products = head.products
         if self.head.dim() != 2:
             return
@@ -201,7 +201,7 @@ class _Gradients:
 def make_linear_dual_kl(
     namespace: str,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """The op for a namespace, on that namespace's `dual_kl` and `dual_kl_`."""
+    """Return the op of a namespace, which calls that namespace's `dual_kl` and `dual_kl_`."""
 
     def linear_dual_kl(
         student_hidden: Tensor,
@@ -227,11 +227,11 @@ def make_linear_dual_kl(
         products = _Products.of(student_hidden)
         vocabulary = max(student_head.shape[0], teacher_head.shape[0])
         piece = max(1, min(products.piece_size(vocabulary, chunk_size), live.numel()))
-        # A CPU's products for the gradient of hidden states are fastest with few rows.
+        # A CPU computes the gradient of hidden states fastest with few rows at once.
         few = products.device == "cpu" and not products.to_float32
         size = piece if few and not need_head else max(1, min(chunk_size, live.numel()))
-        loss = row_weight.new_zeros((), dtype=torch.float64)  # many parts are added up
-        scale = row_weight.new_ones((), dtype=wide)  # of a chunk without rows
+        loss = row_weight.new_zeros((), dtype=torch.float64)  # the sum of many parts
+        scale = row_weight.new_ones((), dtype=wide)  # the scale of a chunk without rows
         rows = scale.new_zeros(4, row_weight.shape[0] if need_rows else 0)
         with torch.autocast(student_hidden.device.type, enabled=False):
             student = _Head.of(student_head, student_bias, products, size)
@@ -257,7 +257,7 @@ def make_linear_dual_kl(
                     loss += part
                     if need_rows:
                         rows.index_copy_(1, index, measures)
-                # One scale for all of it: a float16 slope has one piece a chunk.
+                # A float16 slope has one scale, because it is one piece a chunk.
                 slope = gradient_rows(logits, dtype)
                 if need_grad and not few:
                     grads.add_rows(slope, scale, student, chunk)
@@ -276,8 +276,8 @@ def _gradients(
     need_bias: bool,
 ) -> _Gradients:
     wide, weight = accum_dtype(hidden.dtype), head.weight
-    # Of float16 factors each chunk has its own scale; other narrow factors are multiplied into
-    # float32 only where the library can.
+    # Each chunk of float16 factors has its own scale. Other narrow factors are multiplied into
+    # float32 only if the library can.
     to_float32 = head.products.to_float32
     needs_product = weight.dtype == torch.float16 if to_float32 else weight.dtype != head_dtype
 

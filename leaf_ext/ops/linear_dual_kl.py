@@ -71,35 +71,37 @@ def linear_dual_kl(
     chunk_size: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, DualKLRows]:
-    """`dual_kl` of two linear heads that never holds the logits of more than `chunk_size` rows.
+    """Compute `dual_kl` of two linear heads with the logits of at most `chunk_size` rows at a time.
 
-        z_s = student_hidden @ student_head^T + student_bias,     z_t alike
+        z_s = student_hidden @ student_head^T + student_bias,     z_t likewise
         loss = dual_kl(z_s, z_t, row_weight)
 
-    The gradients are made in the forward and only multiplied in the backward. Rows of weight 0 are
-    dropped before the first product (one host synchronization). On a GPU logits come out of the
-    product in float32. A CPU's library gives no wider product, so there they have the inputs'
-    dtype; float16 inputs, and bfloat16 inputs on a processor without bfloat16 products, are
-    multiplied in float32, through a float32 copy of the head. backend="reference" multiplies in
-    float32 throughout. The head's gradient accumulates over chunks in float32. A frozen head
-    costs no product, and without gradients only the loss is computed. Beyond a few numbers a row,
-    only the gradient of the hidden states grows with N: memory holds it once until the backward (in
-    float32 for float16 inputs) and during the backward a second time, as it is returned.
+    The forward computes the gradients; the backward multiplies them by the gradient of the loss.
+    Rows of weight 0 are dropped before the first product (one host synchronization). A frozen head
+    costs no product, and without gradients only the loss is computed.
+
+    Precision: on a GPU the products give float32 logits. On a CPU logits have the inputs' dtype,
+    except that float16 inputs, and bfloat16 inputs on a processor without bfloat16 products, are
+    multiplied in float32, with a float32 copy of the head. backend="reference" multiplies in
+    float32. The head's gradient accumulates over chunks in float32.
+
+    Memory: besides a few numbers a row, only the gradient of the hidden states grows with N. It is
+    kept until the backward (in float32 for float16 inputs), which returns a second copy.
 
     Args:
         student_hidden, student_head: [N, H_s], [V_s, H_s] of one dtype: float32, float16 or
             bfloat16 (float64 with backend="reference"). Under autocast they are cast to its dtype,
             as torch.nn.functional.linear would.
-        teacher_hidden, teacher_head: [N, H_t], [V_t, H_t] of one dtype. Of vocabularies that differ
-            (by padding) the common part counts, min(V_s, V_t).
+        teacher_hidden, teacher_head: [N, H_t], [V_t, H_t] of one dtype. If the vocabularies differ
+            (by padding), the first min(V_s, V_t) logits are used.
         row_weight: [N] float32 (float64 for float64 inputs), see `row_weights`.
         student_bias, teacher_bias: [V_s], [V_t], of their head's dtype.
-        chunk_size: an upper bound. By default on a CPU 512 rows, more for vocabularies below 2^15
-            (up to 4096) and fewer above 2^18 (2^27 logits of the student); on a GPU 32 to 4096
-            rows: of bfloat16 inputs 2^29 logits of the student and a quarter as many of the
-            teacher, where the library multiplies into float32; of others 2^28 of each (in float32
-            2.5 or 2 GiB). The head's gradient is read and written once a chunk. Where all N rows
-            are one chunk, a CPU with bfloat16 products keeps that of bfloat16 inputs in bfloat16.
+        chunk_size: the largest number of rows of a chunk. The default on a CPU is 512 rows, up to
+            4096 for vocabularies below 2^15, and fewer above 2^18 (2^27 logits of the student). On
+            a GPU it is 32 to 4096 rows: with bfloat16 inputs 2^29 logits of the student and a
+            quarter as many of the teacher (2.5 GiB in float32), otherwise 2^28 of each (2 GiB). The
+            head's gradient is read and written once a chunk. If all N rows are one chunk, a CPU
+            with bfloat16 products keeps the head's gradient of bfloat16 inputs in bfloat16.
         temperature, logit_scale, logit_softcap, return_rows, backend: as in `dual_kl`.
     Returns:
         The loss, [] float32, in nats; with `return_rows` a pair (loss, rows).
@@ -153,7 +155,7 @@ Model = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _autocast(side: str, hidden: Tensor, head: Tensor, bias: Tensor | None) -> Model:
-    """The three tensors as a linear layer under the current autocast would see them."""
+    """Cast the three tensors as a linear layer under the current autocast would."""
     named = (("hidden", hidden), ("head", head), *(() if bias is None else (("bias", bias),)))
     for name, tensor in named:
         checks.require_tensor(_OP, f"{side}_{name}", tensor)

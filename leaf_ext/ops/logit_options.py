@@ -1,4 +1,4 @@
-"""Temperature, scale and softcap as the losses take them."""
+"""Checks of the losses' temperature, scale and softcap."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def logit_options(
     logit_scale: float | Pair,
     logit_softcap: float | PairOfCaps | None,
 ) -> LogitScalars:
-    """The checked scalars; a scale or softcap is one number for both models or a pair."""
+    """Return the checked scalars. A scale or softcap is one number for both models, or a pair."""
     infinity = float("inf")
     scales = _pair(op, "logit_scale", logit_scale)
     caps = _pair(op, "logit_softcap", logit_softcap)
@@ -32,7 +32,7 @@ def logit_options(
 
 
 def _pair(op: str, argument: str, value: object) -> tuple[object, object]:
-    if not isinstance(value, (tuple, list)):  # a list is what a YAML file gives
+    if not isinstance(value, (tuple, list)):  # a pair in a YAML file is a list
         return value, value
     require(len(value) == 2, op, argument, "a number or a pair (student, teacher)", repr(value))
     return value[0], value[1]

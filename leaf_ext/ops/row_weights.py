@@ -1,4 +1,4 @@
-"""The weights that make LeaF's two terms one loss."""
+"""Row weights that combine the two terms of LeaF's loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from leaf_ext.ops.checks import (
     require,
     require_device,
-    require_number,
     require_shape,
     require_tensor,
 )
@@ -27,19 +26,19 @@ def row_weights(
     n_kd: Count | None = None,
     n_cd: Count | None = None,
 ) -> Tensor:
-    """Row weights: kd_weight / n_kd on originals, (1 - kd_weight) / n_cd on counterfactuals.
+    """Return kd_weight / n_kd for originals and (1 - kd_weight) / n_cd for counterfactuals.
 
         L = kd_weight * L_kd + (1 - kd_weight) * L_cd     (LeaF, arXiv:2506.07851, section 3)
 
-    "pool" is kd_weight = n_kd / (n_kd + n_cd): each row counts the same. Where one term has no rows
-    the other one stands alone, with weight 1 / n.
+    "pool" means kd_weight = n_kd / (n_kd + n_cd): every row has the same weight. If one term has no
+    rows, the rows of the other have weight 1 / n.
 
     Args:
         branch: [N] bool or integer, 1 = counterfactual.
         live: [N] bool, True = the row counts.
         kd_weight: "pool" or a number in [0, 1].
         n_kd, n_cd: live rows of each term in the whole optimizer step, integers or 0-dim tensors
-            (nothing waits for the device); default: counted here.
+            (the host does not wait for the device). By default they are counted in this batch.
     Returns:
         [N] float32; 0 on rows that do not count.
     Raises:
@@ -68,10 +67,10 @@ def _check(branch: Tensor, live: Tensor, kd_weight: object) -> None:
     require(live.dtype == torch.bool, op, "live", "torch.bool", live.dtype)
     require_shape(op, "live", live, tuple(branch.shape), f"[N] with N = {branch.shape[0]}")
     require_device(op, "live", live, branch.device)
-    if isinstance(kd_weight, str):
-        require(kd_weight == "pool", op, "kd_weight", '"pool" or a number', repr(kd_weight))
-    else:
-        require_number(op, "kd_weight", kd_weight, 0, 1)
+    number = isinstance(kd_weight, numbers.Real) and not isinstance(kd_weight, bool)
+    inside = number and 0 <= float(kd_weight) <= 1  # type: ignore[arg-type]  # a number
+    needed = '"pool" or a number in [0, 1]'
+    require(inside or kd_weight == "pool", op, "kd_weight", needed, repr(kd_weight))
 
 
 def _count(argument: str, given: Count | None, rows: Tensor) -> Tensor:

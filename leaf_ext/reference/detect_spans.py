@@ -11,7 +11,7 @@ from torch import Tensor
 from leaf_ext.reference.grad_norm import grad_norm
 from leaf_ext.reference.upcast import upcast
 
-# A gap that varies by less than this over a whole sequence is rounding, not evidence.
+# If the gap varies by less over a whole sequence, its order is due to rounding: no spans.
 MIN_GAP_RANGE = 1e-6
 # Bits of `status`.
 TEACHER_NOT_FINITE, STUDENT_NOT_FINITE = 1, 2
@@ -41,7 +41,7 @@ def detect_spans(
     cu_seqlens: Tensor | None,
     max_seqlen: int,
 ) -> SpanTensors:
-    """Spans of tokens to which the student reacts far more than the teacher.
+    """Detect spans of tokens to which the student reacts far more than the teacher.
 
         s_hat = (s - min s) / (max s - min s)   over the domain     (LeaF, arXiv:2506.07851, Eq. 3)
         gap   = s_hat_teacher - s_hat_student                                               (Eq. 4)
@@ -90,7 +90,7 @@ def detect_spans(
 
 
 def _positions(domain: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
-    """Where each [B, T] position lies in the flat input; one past it for those of no token."""
+    """Return the index of each [B, T] position in the flat input, or its size if there is none."""
     step = torch.arange(length, device=domain.device)
     if cu_seqlens is None:
         sequences = torch.arange(domain.shape[0], device=domain.device)
@@ -100,7 +100,7 @@ def _positions(domain: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor
 
 
 def min_max(values: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Values normalized over the tokens inside, 0 where they are all equal; and max - min."""
+    """Return the values normalized over the tokens inside (0 if all are equal), and max - min."""
     if values.shape[1] == 0:
         return values, values.new_zeros(values.shape[0], 1)
     lowest = values.masked_fill(~inside, math.inf).amin(1, keepdim=True)
@@ -111,7 +111,7 @@ def min_max(values: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cut(score: Tensor, inside: Tensor, threshold: float, cap: float) -> Tensor:
-    """The authors' rank rule: the score at rank floor(threshold * n), at most `cap`."""
+    """Apply the authors' rank rule: the score at rank floor(threshold * n), at most `cap`."""
     if score.shape[1] == 0:
         return score.new_zeros(score.shape[0], 1)
     tokens = inside.sum(1, keepdim=True)
@@ -124,7 +124,7 @@ def _cut(score: Tensor, inside: Tensor, threshold: float, cap: float) -> Tensor:
 def spans_of(
     confounder: Tensor, inside: Tensor, join_gap: int, min_length: int
 ) -> tuple[Tensor, Tensor]:
-    """Maximal runs of confounders as [start, stop), sorted, unused rows -1; and their number.
+    """Return the maximal runs of confounders as [start, stop), unused rows -1, and their number.
 
     A confounder continues the run of the one before it when at most `join_gap` tokens lie between
     them and none of these is outside the domain.

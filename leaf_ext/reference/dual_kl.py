@@ -11,9 +11,9 @@ from torch import Tensor
 from leaf_ext.reference.upcast import upcast
 from leaf_ext.schema import gradient_rows
 
-# Below this distance of two log-probabilities the series form is the accurate one.
+# Below this difference of two log-probabilities the `expm1` form is the accurate one.
 _CLOSE = 0.5
-# A float16 gradient is scaled so that its bound lies at 2**15, one binade below overflow.
+# A float16 gradient is scaled so that its bound is 2**15, one binade below overflow.
 _FLOAT16_EXPONENT = 15
 
 
@@ -27,7 +27,7 @@ class DualKL(NamedTuple):
 
 
 def apply_temperature(logits: Tensor, scale: float, softcap: float, temperature: float) -> Tensor:
-    """x = softcap * tanh(scale * z / softcap) / temperature; a softcap of 0 means none."""
+    """Return x = softcap * tanh(scale * z / softcap) / temperature; a softcap of 0 means none."""
     scaled = upcast(logits) * scale
     if softcap:
         scaled = softcap * torch.tanh(scaled / softcap)
@@ -35,12 +35,12 @@ def apply_temperature(logits: Tensor, scale: float, softcap: float, temperature:
 
 
 def kl_rows(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(p_t, p_s) of each row of tempered logits, differentiable.
+    """Return KL(p_t, p_s) of each row of logits x, differentiable.
 
         kl[i] = sum_v (p_s - p_t + p_t * l),     l = log p_t - log p_s
 
     Each term is at least 0, so nothing cancels between terms. Within a term
-    p_s - p_t = p_t * (e^-l - 1), which `expm1` gives to full precision where l is small.
+    p_s - p_t = p_t * (e^-l - 1), which `expm1` computes to full precision if l is small.
     """
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
     p_s, p_t = log_s.exp(), log_t.exp()
@@ -65,13 +65,13 @@ def dual_kl(
     need_grad: bool,
     need_rows: bool,
 ) -> DualKL:
-    """Both terms of LeaF's loss as one KL divergence with a weight on each row.
+    """Compute both terms of LeaF's loss as one KL divergence with a weight on each row.
 
         loss         = temperature^2 * sum_i row_weight_i * KL(p_t, p_s)
         dloss/dz_s   = row_weight_i * temperature * (p_s - p_t) * dx/dz
 
-    p = softmax of the tempered logits over the common vocabulary (LeaF, arXiv:2506.07851, the
-    objective of section 3; the weights hold lambda and both denominators).
+    p = softmax of the logits x over the common vocabulary (LeaF, arXiv:2506.07851, the objective of
+    section 3; the weights include lambda and both denominators).
     """
     student_options = (student_scale, student_softcap, temperature)
     teacher_options = (teacher_scale, teacher_softcap, temperature)
@@ -94,7 +94,7 @@ def dual_kl_(
     need_rows: bool,
     grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same; the gradient overwrites the student's logits (see `gradient_rows`)."""
+    """As `dual_kl`, but the gradient overwrites the student's logits (see `gradient_rows`)."""
     student_options = (student_scale, student_softcap, temperature)
     teacher_options = (teacher_scale, teacher_softcap, temperature)
     dtype = (grad_dtype or student.dtype) if need_grad else None
@@ -117,7 +117,7 @@ def _dual_kl(
 ) -> DualKL:
     rows, vocabulary = student.shape[0], min(student.shape[1], teacher.shape[1])
     live = row_weight.nonzero().squeeze(1)
-    # Indexing first: a dropped row may hold anything, NaN included, and is never read.
+    # Indexing comes first: a dropped row may contain anything, also NaN, and is never read.
     raw_s, raw_t = student[live, :vocabulary], teacher[live, :vocabulary]
     x_s, x_t = (
         apply_temperature(raw_s, *student_options),
@@ -147,7 +147,7 @@ def _dual_kl(
 
 
 def float16_scale(weight: Tensor, bound: float) -> Tensor:
-    """The power of two by which a float16 gradient of at most max|weight| * bound is multiplied."""
+    """Return the power of two that scales a float16 gradient of at most max|weight| * bound."""
     if weight.numel() == 0:
         return weight.new_ones(())
     exponent = _FLOAT16_EXPONENT - (weight.abs().amax() * bound).log2().ceil()
@@ -156,13 +156,16 @@ def float16_scale(weight: Tensor, bound: float) -> Tensor:
 
 
 def entropy(x: Tensor) -> Tensor:
-    """-sum_v p log p of each row of tempered logits, in nats; 0 log 0 = 0."""
+    """Return -sum_v p log p of each row of logits x, in nats; 0 log 0 = 0."""
     log_p = x.log_softmax(-1)
     p = log_p.exp()
     return -torch.where(p == 0, torch.zeros_like(p), p * log_p).sum(-1)
 
 
 def agreement(student: Tensor, teacher: Tensor, kl: Tensor) -> Tensor:
-    """1 where both have their largest logit at the same index (of ties the lowest); NaN stays."""
+    """Return 1 if both have their largest logit at the same index (the lowest of ties), else 0.
+
+    NaN where `kl` is NaN.
+    """
     same = (student.argmax(-1) == teacher.argmax(-1)).to(kl.dtype)
     return torch.where(kl.isnan(), torch.full_like(kl, math.nan), same)

@@ -9,7 +9,7 @@ from leaf_ext.reference.upcast import upcast
 
 
 def grad_norm(grad: Tensor) -> Tensor:
-    """L2 norm over the last dimension.
+    """Compute the L2 norm over the last dimension.
 
         g[i] = || dL/de[i, :] ||_2          (LeaF, arXiv:2506.07851, Eq. 2)
 

@@ -29,7 +29,7 @@ def linear_dual_kl(
     need_rows: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same loss from hidden states.
+    """Compute `dual_kl` from hidden states.
 
         z_s = h_s W_s^T + b_s,   z_t = h_t W_t^T + b_t
         dloss/dh_s = g W_s,   dloss/dW_s = g^T h_s,   dloss/db_s = sum_i g_i,   g = dloss/dz_s
@@ -79,6 +79,6 @@ def linear_dual_kl(
 
 
 def project(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden @ head^T + bias in the precision of `hidden`."""
+    """Return hidden @ head^T + bias in the precision of `hidden`."""
     logits = hidden @ head.T
     return logits if bias is None else logits + bias.to(logits.dtype)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in the factor's dtype, float32 or float64, rounded once to `dtype`."""
+    """Return grad * factor in the factor's dtype, float32 or float64, rounded once to `dtype`."""
     return (grad.to(factor.dtype) * factor).to(dtype)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
-    """The same in place."""
+    """Multiply `grad` in place."""
     grad.copy_(scaled(grad, factor, grad.dtype))

@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """float64 stays float64; everything else becomes float32."""
+    """Return float64 as it is and every other dtype as float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,4 +1,4 @@
-"""The error budget: is a result as close to the float64 reference as torch in float32?"""
+"""The error budget: a result must be as close to the float64 reference as torch in float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from leaf_ext.schema import OPS
 
 
 def error(result: Tensor, oracle: Tensor) -> float:
-    """The largest distance; equal infinities and NaNs in the same places count as equal."""
+    """Return the largest difference; equal infinities and NaN in the same places are equal."""
     result = result.to(oracle.dtype)
     same = (result == oracle) | (result.isnan() & oracle.isnan())
     distance = (result - oracle).abs().masked_fill(same, 0.0)
@@ -17,7 +17,7 @@ def error(result: Tensor, oracle: Tensor) -> float:
 
 
 def rounding(oracle: Tensor, dtype: torch.dtype) -> float:
-    """Half a unit in the last place of `dtype` at the largest finite magnitude."""
+    """Return half a unit in the last place of `dtype` at the largest finite magnitude."""
     finite = oracle[oracle.isfinite()]
     largest = float(finite.abs().amax()) if finite.numel() else 0.0
     limits = torch.finfo(dtype)
@@ -27,7 +27,7 @@ def rounding(oracle: Tensor, dtype: torch.dtype) -> float:
 def assert_within_budget(
     op: str, what: str, result: Tensor, oracle: Tensor, baseline_error: float
 ) -> None:
-    """|result - oracle| <= factor * |torch in float32 - oracle| + roundings of its dtype."""
+    """Assert |result - oracle| <= factor * |torch in float32 - oracle| + roundings."""
     assert result.shape == oracle.shape, f"{op}: {what} has shape {tuple(result.shape)}"
     budget = OPS[op].budget
     allowed = budget.factor * baseline_error + budget.roundings * rounding(oracle, result.dtype)

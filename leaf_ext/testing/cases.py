@@ -1,4 +1,4 @@
-"""The one table of cases, by op. A case is data; `inputs.py` makes tensors of it."""
+"""The table of cases, by op. A case is data; `inputs.py` makes its tensors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-# Triton's interpreter takes up to a second for so many elements or tokens: a case with more of them
-# is slow there (and only there).
+# Triton's interpreter takes up to a second for so many elements or tokens. A larger case is marked
+# slow for the interpreter only.
 _INTERPRETED_ELEMENTS = 2**16
 _INTERPRETED_TOKENS = 2**9
 
@@ -19,7 +19,7 @@ DTYPES = tuple(_SHORT)
 
 @dataclass(frozen=True)
 class NormCase:
-    """Gradients of a shape, whose entries have a magnitude."""
+    """Gradients of a shape, with entries of a magnitude."""
 
     name: str
     shape: tuple[int, ...]
@@ -79,7 +79,7 @@ class SpansCase:
 
 @dataclass(frozen=True)
 class KLCase:
-    """Logits of both models. `noise`: the student is the teacher plus so much noise."""
+    """Logits of both models. With `noise` the student is the teacher plus so much noise."""
 
     name: str
     rows: int
@@ -214,7 +214,7 @@ KL_CASES = [
     KLCase("near", 16, 3000, 3000, noise=1.4e-3),
     KLCase("near_bf16", 16, 3000, 3000, torch.bfloat16, noise=2e-2),
     *_each_dtype(KLCase("minus_infinity", 8, 600, 610, minus_infinity=0.3)),
-    # A softcap makes numbers of them: all of a row may be -inf.
+    # A softcap makes -inf finite, so that all of a row may be -inf.
     *_each_dtype(KLCase("capped_infinity", 17, 2, 1, minus_infinity=0.3, logit_softcap=30.0)),
     *_each_dtype(KLCase("strided", 8, 513, 517, strided=True)),
     KLCase("above_2_31", 65_600, 32_768, 32_768, torch.bfloat16, live=1.0, slow=True),
@@ -236,7 +236,7 @@ LINEAR_CASES = [
 _WIDE = (torch.float32, torch.bfloat16)
 _BENCH_SIZES = ((64, 128256), (256, 32000), (4096, 49152))  # the last exceeds every cache
 
-# What `make bench` times.
+# The cases of `make bench`.
 BENCH_NORM_CASES = [NormCase("8x2048x2048", (8, 2048, 2048), dtype) for dtype in _WIDE]
 BENCH_SPANS_CASES = [SpansCase("64x2048", batch=64, length=2048)]
 BENCH_KL_CASES = [
@@ -244,7 +244,7 @@ BENCH_KL_CASES = [
     for rows, vocabulary in _BENCH_SIZES
     for dtype in _WIDE
 ]
-# Against the same with all rows: what dropped rows save.
+# Compared with the same case with all rows live, it shows what dropped rows save.
 BENCH_HALF_CASE = KLCase("4096x49152_half", 4096, 49152, 49152, torch.bfloat16, live=0.5)
 
 
@@ -254,18 +254,18 @@ def _bench_linear_case(rows: int, student: int, teacher: int, vocabulary: int) -
 
 
 BENCH_LINEAR_CASES = [_bench_linear_case(512, 576, 576, 49152)]
-# Too large for all but ours, eager torch and the bare products.
+# Too large for all variants but ours, eager torch and the bare products.
 BENCH_LARGE_LINEAR_CASES = [_bench_linear_case(512, 2048, 4096, 128256)]
-# With the first of them: memory does not grow with the rows.
+# Compared with the first of them, it shows that memory does not grow with the rows.
 BENCH_LONG_LINEAR_CASES = [_bench_linear_case(8192, 576, 576, 49152)]
 
 
-# What `make gpu` times, the most important first. The names of cases are what its table of targets
-# asks for. Every row is live: no peer can drop one.
+# The cases of `make gpu`, the most important first. Its table of targets uses their names. All rows
+# are live, because no peer can drop one.
 def _gpu_kl_case(
     rows: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16, padding: int = 0
 ) -> KLCase:
-    """With padding the teacher's rows start elsewhere, modulo 16 bytes, than the student's."""
+    """With padding, the rows of teacher and student start differently modulo 16 bytes."""
     name = f"{rows}x{vocabulary}" + (f"_{vocabulary + padding}" if padding else "")
     return KLCase(name, rows, vocabulary, vocabulary + padding, dtype, live=1.0)
 
@@ -275,14 +275,14 @@ def _gpu_linear_case(rows: int, student_hidden: int, teacher_hidden: int) -> Lin
     return LinearCase(name, logits, student_hidden, teacher_hidden)
 
 
-# Chunks of training: linear_dual_kl's logits are float32 and leave a bfloat16 gradient.
+# Chunks of training: linear_dual_kl has float32 logits and bfloat16 gradients.
 GPU_TRAINING_CASES = [
     _gpu_kl_case(rows, vocabulary, torch.float32)
     for rows, vocabulary in ((4096, 128256), (4096, 151936), (4096, 32000), (2048, 262144))
 ]
 GPU_KL_CASES = [_gpu_kl_case(8192, vocabulary) for vocabulary in (128256, 32000, 151936)]
 GPU_OTHER_KL_CASES = [
-    _gpu_kl_case(8192, 50257),  # odd: no two rows in turn start alike
+    _gpu_kl_case(8192, 50257),  # odd: consecutive rows start differently modulo 16 bytes
     _gpu_kl_case(8192, 50257, padding=7),
     _gpu_kl_case(8192, 262144),
     _gpu_kl_case(8192, 128256, torch.float16),
@@ -290,7 +290,7 @@ GPU_OTHER_KL_CASES = [
     *(_gpu_kl_case(1024, vocabulary) for vocabulary in (128256, 32000)),
 ]
 GPU_LINEAR_CASES = [_gpu_linear_case(8192, *h) for h in ((2048, 4096), (2048, 8192), (4096, 4096))]
-# With the first of those: memory does not grow with the rows.
+# Compared with the first of those, they show that memory does not grow with the rows.
 GPU_LONG_LINEAR_CASES = [_gpu_linear_case(rows, 2048, 4096) for rows in (32768, 2048)]
 GPU_NORM_CASES = [
     NormCase(f"8x4096x{width}", (8, 4096, width), torch.bfloat16, magnitude=1e-3)

@@ -1,4 +1,4 @@
-"""What one writes in plain PyTorch: the baseline of the error budget and of the benchmarks."""
+"""Plain PyTorch versions of the ops: the baseline of the error budget and of the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Stands for a logit of -inf: its probability is 0 in float32, and 0 * log 0 stays 0.
+# Replaces a logit of -inf: its probability is 0 in float32, and 0 * log 0 stays 0.
 _ABSENT = -1e5
 
 
@@ -22,7 +22,7 @@ def eager_kl_rows(
     logit_scale: float | tuple[float, float] = 1.0,
     logit_softcap: float | tuple[float | None, float | None] | None = None,
 ) -> Tensor:
-    """KL(teacher, student) of each row over the common vocabulary, in float32."""
+    """Return KL(teacher, student) of each row over the common vocabulary, in float32."""
     vocabulary = min(student.shape[1], teacher.shape[1])
     scales = logit_scale if isinstance(logit_scale, tuple) else (logit_scale, logit_scale)
     caps = logit_softcap if isinstance(logit_softcap, tuple) else (logit_softcap, logit_softcap)
@@ -36,7 +36,7 @@ def eager_kl_rows(
 
 
 def eager_dual_kl(student: Tensor, teacher: Tensor, row_weight: Tensor) -> Tensor:
-    """The shortest way to write it, and the fastest."""
+    """Compute the loss in the shortest and fastest way."""
     log_s = functional.log_softmax(student, -1, dtype=torch.float32)
     log_t = functional.log_softmax(teacher, -1, dtype=torch.float32)
     kl = functional.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
@@ -56,7 +56,7 @@ def eager_linear_dual_kl(
 
 
 def eager_scores(teacher: Tensor, student: Tensor, domain: Tensor) -> Tensor:
-    """The score of each token of a padded batch of norms."""
+    """Return the score of each token of a padded batch of norms."""
 
     def normalized(values: Tensor) -> Tensor:
         low = values.masked_fill(~domain, torch.inf).amin(1, keepdim=True)
@@ -69,7 +69,7 @@ def eager_scores(teacher: Tensor, student: Tensor, domain: Tensor) -> Tensor:
 def eager_spans(
     teacher: Tensor, student: Tensor, domain: Tensor, threshold: float = 0.10
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, spans [B, ceil(T/2), 2] (unused -1) and their count, without a Python loop."""
+    """Return scores, spans [B, ceil(T/2), 2] (unused -1) and counts, without a Python loop."""
     score = eager_scores(teacher, student, domain)
     confounder = domain & (score <= threshold)
     edge = functional.pad(confounder, (1, 1)).to(torch.int8).diff(dim=1)

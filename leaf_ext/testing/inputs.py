@@ -1,4 +1,4 @@
-"""Tensors of a case, seeded by its name."""
+"""Makes the tensors of a case, seeded by its name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def generator(case: object) -> torch.Generator:
 
 
 def normal(seed: torch.Generator, *shape: int) -> Tensor:
-    """The same numbers on every device: drawn on the CPU, moved to the default device."""
+    """Draw numbers on the CPU, so that they are equal on every device, and move them there."""
     return torch.randn(shape, generator=seed, device="cpu").to(torch.get_default_device())
 
 
@@ -53,7 +53,7 @@ def uniform(seed: torch.Generator, *shape: int) -> Tensor:
 
 
 def strided(tensor: Tensor, before: int = 3, after: int = 8) -> Tensor:
-    """The same values in rows that lie apart in memory, with NaN before and after each."""
+    """Copy to rows that are separate in memory, with NaN before and after each."""
     width = tensor.shape[-1]
     room = tensor.new_full((*tensor.shape[:-1], before + width + after), float("nan"))
     view = room[..., before : before + width]
@@ -68,13 +68,13 @@ def norm_inputs(case: NormCase) -> Tensor:
 
 
 def row_weight(rows: int, live: float, seed: torch.Generator) -> Tensor:
-    """Weights of about 1/rows, 0 on the share of rows that are not live."""
+    """Draw weights of about 1/rows; a share `live` of them is not 0."""
     weight = uniform(seed, rows).add(0.5).div(max(1, rows))
     return weight * (uniform(seed, rows) < live)
 
 
 def kl_inputs(case: KLCase) -> KLInputs:
-    """Rows of weight 0 hold NaN: an op that reads one shows it."""
+    """Rows of weight 0 contain NaN, which reveals an op that reads them."""
     seed = generator(case)
     if case.slow:
         return _large_kl_inputs(case, seed)
@@ -83,7 +83,7 @@ def kl_inputs(case: KLCase) -> KLInputs:
     if case.noise is not None:
         student = teacher + student / case.std * case.noise
     if case.minus_infinity:
-        # Where the student has no probability the teacher has none, so that the KL is finite.
+        # The teacher has no probability where the student has none, so that the KL is finite.
         common = min(case.teacher_vocabulary, case.student_vocabulary)
         absent = uniform(seed, case.rows, common) < case.minus_infinity
         both = uniform(seed, case.rows, common) < 0.5

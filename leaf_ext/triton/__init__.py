@@ -1,7 +1,7 @@
 """Triton kernels: for GPUs, and in Triton's interpreter for a CPU.
 
-Importing this package implements the namespace `leaf_ext_triton` and costs nothing: triton and the
-kernels are imported by the first op that runs.
+Importing this package implements the namespace `leaf_ext_triton`. The first op that runs imports
+triton and the kernels.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from leaf_ext.schema import LIBRARIES, TRITON
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
-# Triton reads the variable when it decorates a function, its own library's at its import included.
+# Triton reads the variable when it decorates a function, also for its own library at import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 _DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 def missing(device: str) -> str | None:
-    """Why the kernels cannot run on this type of device, or None."""
+    """Return why the kernels cannot run on this type of device, or None if they can."""
     if device in _DEVICES:
         return None if _INSTALLED else "triton is not installed (`pip install triton`)"
     if device == "cpu":
@@ -33,7 +33,7 @@ def missing(device: str) -> str | None:
 
 
 def _lazily(module: str, op: str) -> Callable[..., Any]:
-    """The op's host function, imported when it is first called."""
+    """Return the op's host function, which is imported when it is first called."""
 
     def run(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"leaf_ext.triton.{module}"), op)(*arguments)

@@ -1,14 +1,14 @@
-"""From two models' norms to spans: one program a sequence, which goes over it block by block.
+"""From two models' norms to spans. One program processes a sequence, block by block.
 
     s_hat = (s - min s) / (max s - min s)       for teacher and student; 0 where max = min
     gap   = s_hat_teacher - s_hat_student
     score = (gap - min gap) / (max gap - min gap)
     confounder = prunable & (score <= cut) & (s_hat_teacher <= teacher_max)
 
-Any length runs; what does not fit one block is read again, from the cache, in each of the passes:
-both ranges; the gap's range; with the quantile rule four digits of its rank; marks and spans. Each
-value is computed again from the norms rather than kept, with divisions that round as IEEE asks, so
-that every pass sees the same bits. Nothing waits for the host.
+A sequence may have any length. If it does not fit into one block, every pass reads it again from
+the cache: both ranges; the gap's range; with the quantile rule four digits of the rank; marks and
+spans. Each pass computes the values again from the norms, with IEEE 754 divisions, so that all
+passes see the same bits. The host does not wait.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from leaf_ext.triton.launch import check, on_device_of, options
 
 _BLOCK = 4096
 _WARPS = 8
-# A gap that varies by less than this over a whole sequence is rounding, not evidence.
+# If the gap varies by less over a whole sequence, its order is due to rounding: no spans.
 _MIN_GAP_RANGE = tl.constexpr(1e-6)
 _INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
 def _unit(x, low, width):
-    """x normalized to [0, 1], 0 where the width is."""
+    """Return x normalized to [0, 1]; 0 if the width is 0."""
     varies = width > 0.0
     return tl.where(varies, tl.div_rn(x - low, tl.where(varies, width, 1.0)), 0.0)
 
@@ -44,14 +44,14 @@ def _load(values, inside, positions):
 
 @triton.jit
 def _gap(teacher, student, inside, positions, low_t, width_t, low_s, width_s):
-    """The gap, and the teacher's normalized saliency; anything outside the domain."""
+    """Return the gap and the teacher's normalized saliency; arbitrary outside the domain."""
     hat = _unit(_load(teacher, inside, positions), low_t, width_t)
     return hat - _unit(_load(student, inside, positions), low_s, width_s), hat
 
 
 @triton.jit
 def _later(a_wall, a_before, a_mark, b_wall, b_before, b_mark):
-    """Latest wall, latest mark but the last token's, latest mark, of two stretches in a row."""
+    """Combine adjacent stretches: latest wall, latest mark before the last token, latest mark."""
     return tl.maximum(a_wall, b_wall), tl.maximum(a_mark, b_before), tl.maximum(a_mark, b_mark)
 
 
@@ -91,7 +91,7 @@ def spans_kernel(
     begin = sequence * length
     stop = begin + length
     if PACKED:
-        # Borders are checked on a CPU only; here no value may lead out of the tensors.
+        # Borders are checked on a CPU only; here they are clamped to the tensors.
         begin = tl.minimum(tl.maximum(tl.load(borders + sequence), 0), tokens)
         stop = tl.minimum(tl.maximum(tl.load(borders + sequence + 1), begin), tokens)
         stop = tl.minimum(stop, begin + length)
@@ -104,7 +104,7 @@ def spans_kernel(
     confounder += begin
     span += sequence * capacity * 2
 
-    # The range of both models, and whether all of it is finite.
+    # The ranges of both models, and whether all values are finite.
     low_t = tl.full([BLOCK], _INFINITY, tl.float32)
     high_t = tl.full([BLOCK], -_INFINITY, tl.float32)
     low_s = tl.full([BLOCK], _INFINITY, tl.float32)
@@ -141,12 +141,12 @@ def spans_kernel(
         high_lanes = tl.maximum(high_lanes, tl.where(inside, gap, -_INFINITY))
     low_gap = tl.min(low_lanes)
     width_gap = tl.max(high_lanes) - low_gap
-    # Makes each score of a broken sequence NaN, and a NaN is below no cut.
+    # Makes all scores of a sequence with NaN or inf NaN, so that no token is marked.
     poison = tl.where(broken == 0, 0.0, float("nan"))
 
     cut = threshold
     if QUANTILE:
-        # The score of a rank, digit by digit of its bits: scores are >= 0 and order like integers.
+        # Finds the score of a rank digit by digit: the bits of scores >= 0 are in their order.
         rank = tl.floor(share * inside_count.to(tl.float64)).to(tl.int32)
         rank = tl.maximum(tl.minimum(rank, inside_count - 1), 0)
         prefix = tl.full([], 0, tl.int32)
@@ -167,9 +167,11 @@ def spans_kernel(
             rank -= tl.sum(tl.where(bins < digit, histogram, 0))
             prefix = (prefix << 8) | digit
         cut = tl.minimum(prefix.to(tl.float32, bitcast=True), cap)
-    cut = tl.where(width_gap >= _MIN_GAP_RANGE, cut, -1.0)  # without evidence no score is below
+    cut = tl.where(
+        width_gap >= _MIN_GAP_RANGE, cut, -1.0
+    )  # no token is marked if the gap's range is too small
 
-    # Marks, and the runs of them: a run is written when the next one starts.
+    # Finds marks and their runs; a run is written when the next one starts.
     wall_before = tl.full([], -1, tl.int32)
     mark_before = tl.full([], -1, tl.int32)
     start_before = tl.full([], -1, tl.int32)
@@ -237,7 +239,7 @@ def detect_spans(
     cu_seqlens: Tensor | None,
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op: one launch from norms, two from gradients."""
+    """Run the op, with one launch for norms and two for gradients."""
     _check(teacher, student, domain, prunable, cu_seqlens, max_seqlen)
     if teacher.dim() > domain.dim():
         teacher, student = grad_norm_pair(teacher, student)
@@ -246,7 +248,7 @@ def detect_spans(
     where = {"device": domain.device}
     span = torch.empty((sequences, capacity, 2), dtype=torch.int64, **where)
     count, status = (torch.empty(sequences, dtype=torch.int64, **where) for _ in range(2))
-    # Tokens that no sequence holds, as borders on a GPU are not checked, are outside the domain.
+    # Tokens outside all sequences (borders are unchecked on a GPU) are outside the domain.
     covered = cu_seqlens is None
     score = _filled(domain, torch.float32, math.nan, covered)
     confounder = _filled(domain, torch.bool, False, covered)

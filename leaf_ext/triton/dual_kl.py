@@ -1,21 +1,22 @@
 """loss = T^2 sum_i w_i KL(p_t, p_s) over the common vocabulary, and its gradient.
 
-One program a row, in two passes over blocks of its logits: of both models the maximum m of the
-scaled, capped logits y and the sum d = sum_v exp((y - m) / T), then, with p = exp((y - m) / T) / d,
-the terms of loss and gradient,
+One program computes a row, in two passes over blocks of its logits. The first pass computes, for
+both models, the maximum m of the scaled, capped logits y and the sum d = sum_v exp((y - m) / T).
+The second pass computes, with p = exp((y - m) / T) / d, the terms of loss and gradient:
 
     l    = log p_t - log p_s = ((y_t - m_t) - (y_s - m_s)) / T + log d_s - log d_t
     KL   = sum_v p_s - p_t + p_t l
     grad = w T (p_s - p_t) dy_s/dz_s
 
-Where l is small, the term of the sum is p_t phi, with phi = exp(-l) - 1 + l >= 0 by its series, so
-that nothing cancels. p_s, p_t and l come of the same two logarithms, to the base 2 (of d they are
-rounded once): what is wrong with one model's d, terms make good among each other. The maxima are
-subtracted first, so that an offset between the two models costs no digits.
+If l is small, the term of the sum is p_t phi; the series of phi = exp(-l) - 1 + l >= 0 avoids
+cancellation. p_s, p_t and l are computed from the same two logarithms to base 2 (log2 d is rounded
+once), so that the error of a model's d cancels in the sum of the terms. The maxima are subtracted
+first, so that an offset between the two models does not cost accuracy.
 
-The first pass goes backwards, so that the second begins with what the cache still holds. The second
-one goes forwards, as the gradient may lie, narrower, in the student's memory: what a block
-overwrites was read in this block or before, and a barrier stands between reading and writing it.
+The first pass goes backwards, so that the second begins with blocks that are still in the cache.
+The second pass goes forwards, because a narrower gradient may overwrite the student's logits: the
+logits that a block overwrites were read in this block or before. A barrier separates reads and
+writes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from leaf_ext.triton.launch import check, check_adjacent, on_device_of, options
 from leaf_ext.triton.softmax import first_of_largest, fold, no_logits
 
 _LONG = 2**16
-# All that 16 warps can have: with a softcap ptxas else aims at fewer, and spills some.
+# The most registers that 16 warps can have. Without the limit ptxas uses fewer, and spills.
 REGISTERS = 128
 _SUM_BLOCK = 1024
 _SUM_WARPS = 4
@@ -95,10 +96,10 @@ def rows_kernel(
             _zero(grad, 0, student_vocabulary, BLOCK)
         return
 
-    # A group is what a thread loads at once: 16 bytes of logits.
+    # A thread loads a group of logits, 16 bytes, at once.
     GROUP: tl.constexpr = min(128 // student.dtype.element_ty.primitive_bitwidth, BLOCK // THREADS)
     exponent = inv_temperature * _LOG2E
-    # Without a softcap a logit is its own y, and its scale part of the exponent.
+    # Without a softcap y is the logit itself, and the scale is part of the exponent.
     exponent_s = exponent if STUDENT_CAPPED else exponent * student_scale
     exponent_t = exponent if TEACHER_CAPPED else exponent * teacher_scale
     model_s = (student, student_scale, student_softcap, exponent_s)
@@ -153,7 +154,7 @@ def rows_kernel(
 
 @triton.jit
 def loss_kernel(row_weight, kl, loss, rows, temperature: tl.float64, BLOCK: tl.constexpr):
-    """temperature^2 * sum_i row_weight_i * kl_i in float64, in a fixed order."""
+    """Compute temperature^2 * sum_i row_weight_i * kl_i in float64, in a fixed order."""
     lanes = tl.arange(0, BLOCK)
     total = tl.full([BLOCK], 0.0, tl.float64)
     for start in range(0, rows, BLOCK):
@@ -167,7 +168,7 @@ def loss_kernel(row_weight, kl, loss, rows, temperature: tl.float64, BLOCK: tl.c
 
 @triton.jit
 def scale_kernel(row_weight, grad_scale, rows, bound, BLOCK: tl.constexpr):
-    """The power of two that brings the bound of a float16 gradient into (2^14, 2^15]."""
+    """Compute the power of two that scales the bound of a float16 gradient into (2^14, 2^15]."""
     lanes = tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], 0.0, tl.float32)
     for start in range(0, rows, BLOCK):
@@ -188,7 +189,7 @@ def dual_kl(
     row_weight: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op with a gradient of its own memory."""
+    """Run the op with a gradient in new memory."""
     *scalars, need_grad, need_rows = arguments
     size = student.shape if need_grad else (0,)
     grad = torch.empty(size, dtype=student.dtype, device=student.device)
@@ -204,7 +205,7 @@ def dual_kl_(
     row_weight: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same; the gradient overwrites the student's logits (see `gradient_rows`)."""
+    """Run the op with a gradient that overwrites the student's logits (see `gradient_rows`)."""
     scalars = LogitScalars(*arguments[: len(LogitScalars._fields)])
     need_grad, need_rows, *rest = arguments[len(scalars) :]
     grad_dtype = rest[0] if rest else None  # the dispatcher leaves a default out
@@ -217,15 +218,15 @@ def dual_kl_(
 
 
 def block_of(vocabulary: int, need_rows: bool, capped: bool, lanes: int) -> tuple[int, int]:
-    """Elements of a block, and warps of so many lanes: what leaves each value a register.
+    """Return the elements of a block and its warps of `lanes`, which leave each value a register.
 
-    Up to _LONG logits three rows share a multiprocessor; a longer one is alone there, which leaves
-    more of it in the L2 cache.
+    Three rows of up to _LONG logits share a multiprocessor. A longer row has it alone, so that more
+    of the row stays in the L2 cache.
     """
     long = vocabulary > _LONG and not need_rows and not capped and lanes == 32
     block, warps = (8192, 32) if long else (4096, 16)
     block = min(block, triton.next_power_of_2(vocabulary))
-    # No two threads hold the same element: one could read in place what the other has written.
+    # No element is in two threads: one could read what the other has written in place.
     return block, max(1, min(warps, block // lanes))
 
 
@@ -238,7 +239,7 @@ def _run(
     scalars: LogitScalars,
     need_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, grad_scale, rows; the gradient is written to `grad`."""
+    """Return loss, grad_scale and rows; write the gradient to `grad`."""
     _check(op, student, teacher, row_weight)
     rows, vocabulary = student.shape[0], min(student.shape[1], teacher.shape[1])
     wide = {"dtype": torch.float32, "device": student.device}

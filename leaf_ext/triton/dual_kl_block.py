@@ -8,7 +8,7 @@ import triton.language as tl
 from leaf_ext.triton.narrow import narrow
 from leaf_ext.triton.softmax import add, capped, sums_of_threads
 
-# phi = ln(2) r^2 (_LINE + _SQUARE r + _CUBE r^2) of r = l / ln(2), below _NEAR to a relative 3e-6.
+# phi = ln(2) r^2 (_LINE + _SQUARE r + _CUBE r^2), r = l / ln(2); relative error 3e-6 below _NEAR.
 _NEAR = tl.constexpr(0.125)
 _LINE = tl.constexpr(0.34657359027997264)
 _SQUARE = tl.constexpr(-0.08009804480979624)
@@ -17,7 +17,7 @@ _CUBE = tl.constexpr(0.013876027166205394)
 
 @triton.jit
 def _load(row, columns, end, MASKED: tl.constexpr, POLICY: tl.constexpr):
-    """Logits in float32; -inf from `end` on, so that p and all terms are 0 there."""
+    """Load logits as float32; -inf from `end` on, so that p and all terms are 0 there."""
     if MASKED:
         inside = columns < end
         z = tl.load(row + columns, mask=inside, other=float("-inf"), eviction_policy=POLICY)
@@ -32,7 +32,7 @@ def parts_with_block(
     STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Adds a block to both models' parts of each thread. A model: row, scale, softcap, exponent."""
+    """Add a block to both models' parts of each thread. A model: row, scale, softcap, exponent."""
     part_s, part_t = parts
     row_s, scale_s, softcap_s, exponent_s = student
     row_t, scale_t, softcap_t, exponent_t = teacher
@@ -46,14 +46,14 @@ def parts_with_block(
 
 @triton.jit
 def _terms(log_s, log_t):
-    """p_s and p_t of their log2; p_s - p_t + p_t l in two parts, the first of them in bits."""
+    """Return p_s, p_t (from their log2), and p_s - p_t + p_t l in two parts, the first in bits."""
     p_s = tl.exp2(log_s)
     p_t = tl.exp2(log_t)
     ratio = log_t - log_s
     series = _CUBE * ratio + _SQUARE
     series = series * ratio + _LINE
     near = tl.abs(ratio) < _NEAR
-    far = tl.where(p_t == 0.0, 0.0, ratio)  # else NaN or infinite
+    far = tl.where(p_t == 0.0, 0.0, ratio)  # otherwise NaN or infinite
     slope = tl.where(near, series * ratio * ratio, far)
     return p_s, p_t, p_t * slope, tl.where(near, 0.0, p_s - p_t)
 
@@ -65,7 +65,7 @@ def sums_with_block(
     STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, NARROWED: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Adds the terms of a block to each thread's sums, and writes its gradient."""
+    """Add the terms of a block to each thread's sums, and write its gradient."""
     bits, rest, entropy_s, entropy_t = sums
     row_s, scale_s, softcap_s, exponent_s = student
     row_t, scale_t, softcap_t, exponent_t = teacher

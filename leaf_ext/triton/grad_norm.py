@@ -1,6 +1,6 @@
-"""L2 norm of each token's embedding gradient: one program a row, each row read once.
+"""L2 norm of each token's embedding gradient. One program computes a row and reads it once.
 
-The plain sum of squares is right unless it left the range of float32. Only such a row is done
+The plain sum of squares is right unless it leaves the range of float32. Such a row is computed
 again, scaled by the power of two that brings its largest entry into [1, 2).
 """
 
@@ -17,8 +17,8 @@ from leaf_ext.triton.launch import check, check_adjacent, on_device_of, options
 
 _BLOCK = 2048
 _WARPS = 4
-# Outside of these, squares that vanished or overflowed could matter: a vanished one is below
-# 2^-126, so that even 2^17 of them are 2^-29 of the smallest plain sum.
+# Outside of this range, squares that underflowed or overflowed could matter. An underflowed one is
+# below 2^-126, so that 2^17 of them are 2^-29 of the smallest plain sum.
 _SMALLEST_PLAIN_SUM = tl.constexpr(2.0**-80)
 _LARGEST_PLAIN_SUM = tl.constexpr(2.0**127)
 _LARGEST_EXPONENT = tl.constexpr(126)
@@ -31,7 +31,7 @@ def _power_of_two(exponent):
 
 @triton.jit
 def _sum_of_squares(row, width, factor, BLOCK: tl.constexpr):
-    """The sum of (factor * x)^2, and the largest |x| (which knows no NaN; the sum does)."""
+    """Return the sum of (factor * x)^2, and the largest |x|, which ignores NaN unlike the sum."""
     lanes = tl.arange(0, BLOCK)
     total = tl.full([BLOCK], 0.0, tl.float32)
     largest = tl.full([BLOCK], 0.0, tl.float32)
@@ -49,7 +49,7 @@ def _row_norm(row, width, BLOCK: tl.constexpr):
     total, largest = _sum_of_squares(row, width, 1.0, BLOCK)
     norm = tl.sqrt_rn(total)
     plain = (total >= _SMALLEST_PLAIN_SUM) & (total <= _LARGEST_PLAIN_SUM)
-    # Not plain: too small, too large, zero, inf or NaN; the last three are right as they are.
+    # The sum is too small, too large, zero, inf or NaN; the last three are right.
     if (~plain) & (largest > 0) & (largest < float("inf")) & (total == total):
         exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
         exponent = tl.minimum(tl.maximum(exponent, -_LARGEST_EXPONENT), _LARGEST_EXPONENT)
@@ -80,7 +80,7 @@ def norm_pair_kernel(
     student_width,
     BLOCK: tl.constexpr,
 ):
-    """Both models' rows in one launch: the second grid axis tells them apart."""
+    """Compute the rows of both models in one launch; the second grid axis is the model."""
     i = tl.program_id(0).to(tl.int64)
     outer = i // inner
     step = i % inner
@@ -93,7 +93,7 @@ def norm_pair_kernel(
 
 
 def grad_norm(grad: Tensor) -> Tensor:
-    """The op on one tensor."""
+    """Run the op on one tensor."""
     check_adjacent("grad_norm", "grad", grad)
     norm = torch.empty(grad.shape[:-1], dtype=torch.float32, device=grad.device)
     rows = _rows_of(grad)
@@ -107,7 +107,7 @@ def grad_norm(grad: Tensor) -> Tensor:
 
 
 def grad_norm_pair(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """The op on both models' gradients of the same tokens, in one launch."""
+    """Run the op on both models' gradients of the same tokens, in one launch."""
     shape = teacher.shape[:-1]
     check(student.shape[:-1] == shape, "detect_spans: both models must have the same tokens")
     for name, tensor in (("teacher", teacher), ("student", student)):
@@ -124,7 +124,7 @@ def grad_norm_pair(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows_of(grad: Tensor) -> Tensor:
-    """[outer, inner, H] of the same memory (more dimensions than three are flattened)."""
+    """Return the view [outer, inner, H]; more than three dimensions are flattened."""
     shape = grad.shape[:-1]
     outer = math.prod(shape[:-1])
     return grad.reshape(outer, shape[-1] if shape else 1, grad.shape[-1])

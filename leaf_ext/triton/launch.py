@@ -1,4 +1,4 @@
-"""What the host functions share: the device of a launch, and checks of memory safety."""
+"""Functions shared by the host functions: device of a launch, checks of memory safety."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device; the tensors' may be another one."""
+    """Make the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def options(warps: int) -> dict[str, int]:
-    """Launch options; fused multiply-adds are said explicitly, as Triton's default will change."""
+    """Return launch options. Fused multiply-adds are explicit: Triton's default will change."""
     return {"num_warps": warps, "enable_fp_fusion": True}
 
 
 def check(condition: bool, message: str) -> None:
-    """The public functions check meaning; this keeps a direct call from reading foreign memory."""
+    """Raise if a direct call of the op would read memory outside its tensors."""
     if not condition:
         raise RuntimeError(message)
 

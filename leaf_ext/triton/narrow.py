@@ -10,9 +10,9 @@ _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 rounded to the nearest number of `dtype`, to even where two are as near."""
+    """Round float32 to the nearest number of `dtype`, ties to even."""
     if _INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter cuts digits off instead, so there the rounding is done on the bits.
+        # The interpreter truncates, so the rounding is done on the bits there.
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(x == x, rounded, 0x7FC0)

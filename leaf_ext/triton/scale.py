@@ -1,5 +1,5 @@
-"""to = from * factor. The factor lies on the device, and nothing waits for it: a gradient that is
-scaled in place by 1, as by a plain loss.backward(), costs a launch and no traffic.
+"""to = from * factor. The factor is on the device, and the host does not wait for it. Scaling in
+place by 1, as in a plain loss.backward(), costs a launch and no memory traffic.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def multiply_kernel(
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The op with a result of its own memory."""
+    """Run the op with a result in new memory."""
     result = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     width = grad.shape[-1] if grad.dim() else 1
     _run("scaled", grad.reshape(-1, max(1, width)), result.view(-1, max(1, width)), factor)
@@ -49,7 +49,7 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
-    """The same in place."""
+    """Run the op in place."""
     check(grad.dim() == 2, f"scale_: grad must be [N, V], got shape {tuple(grad.shape)}")
     _run("scale_", grad, grad, factor)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Stands for the maximum of no logits: finite, so that no -inf - (-inf) arises.
+# The maximum of an empty set of logits. It is finite, so that -inf - (-inf) does not arise.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Below this magnitude tanh is its series, whose next term is 1e-8 of the value.
+# Below this magnitude tanh is computed by its series, whose next term is 1e-8 of the value.
 _SMALL = tl.constexpr(0.25)
 
 
 @triton.jit
 def tanh_and_slope(a):
-    """tanh(a) and 1 - tanh(a)^2, neither of which cancels."""
+    """Return tanh(a) and 1 - tanh(a)^2, both without cancellation."""
     e = tl.exp(-2.0 * tl.abs(a))
     outer = 1.0 - 2.0 * e / (1.0 + e)
     a2 = a * a
@@ -27,16 +27,16 @@ def tanh_and_slope(a):
 
 @triton.jit
 def capped(z, inside, scale, softcap):
-    """softcap * tanh(scale * z / softcap), and its derivative for scale * z; -inf outside."""
+    """Return y = softcap * tanh(scale * z / softcap), -inf outside, and dy/d(scale * z)."""
     tanh, slope = tanh_and_slope(z * scale / softcap)
     return tl.where(inside, softcap * tanh, float("-inf")), slope
 
 
 @triton.jit
 def by_threads(x, THREADS: tl.constexpr, GROUP: tl.constexpr):
-    """A block as it lies in registers: [groups of a thread, threads, elements of a group].
+    """Return the register layout of a block: [groups of a thread, threads, elements of a group].
 
-    Over the first and the last dimension a reduction stays within its thread.
+    A reduction over the first and the last dimension stays within a thread.
     """
     return tl.reshape(x, [x.shape[0] // (THREADS * GROUP), THREADS, GROUP])
 
@@ -53,7 +53,7 @@ def largest_of_threads(x, THREADS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def no_logits(THREADS: tl.constexpr):
-    """What `add` begins with: the largest y, the sum, the largest z, the block it is in."""
+    """Return the initial part: the largest y, the sum, the largest z, the block it is in."""
     lowest = tl.full([THREADS], LOWEST, tl.float32)
     nothing = tl.full([THREADS], float("-inf"), tl.float32)
     return lowest, tl.full([THREADS], 0.0, tl.float32), nothing, tl.full([THREADS], 0, tl.int32)
@@ -61,10 +61,10 @@ def no_logits(THREADS: tl.constexpr):
 
 @triton.jit
 def add(part, z, start, end, scale, softcap, exponent, CAPPED: tl.constexpr, GROUP: tl.constexpr):
-    """A block of logits into each thread's part of a row; -inf from `end` on.
+    """Add a block of logits, which are -inf from `end` on, to each thread's part of a row.
 
     A thread finds its largest y first, so that each of its logits takes one exponential,
-    exp2((y - largest) * exponent), and no choice. Blocks come in falling order.
+    exp2((y - largest) * exponent), and no select. Blocks must come in descending order.
     """
     top, total, best, first = part
     THREADS: tl.constexpr = top.shape[0]
@@ -81,7 +81,7 @@ def add(part, z, start, end, scale, softcap, exponent, CAPPED: tl.constexpr, GRO
 
 @triton.jit
 def fold(part, exponent):
-    """The row's largest y and its sum of exp2((y - largest) * exponent), 0 where all are -inf."""
+    """Return the row's largest y and sum of exp2((y - largest) * exponent), 0 if all are -inf."""
     top, total, _best, _first = part
     largest = tl.max(top)
     return largest, tl.sum(total * tl.exp2((top - largest) * exponent))
@@ -89,7 +89,7 @@ def fold(part, exponent):
 
 @triton.jit
 def first_of_largest(part, row, end, BLOCK: tl.constexpr):
-    """The lowest index of the row's largest z."""
+    """Return the lowest index of the row's largest z."""
     _top, _total, best, first = part
     largest = tl.max(best)
     columns = tl.min(tl.where(best == largest, first, end)) + tl.arange(0, BLOCK)
