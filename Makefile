@@ -1,4 +1,4 @@
-# What people and CI run. Every target does its own set-up, in .venv; nothing outside it is changed.
+# The commands of developers and CI. Every target sets up what it needs in .venv and changes nothing else.
 #
 #   make demo        the whole method on a tiny embedded pair: detect, cut, distil, report
 #   make test        the fast tests                    make test-slow   the rest, real models included
@@ -6,7 +6,7 @@
 #   make gpu         on a machine with a GPU: build, smoke test, timings, counters, tests, in 9 minutes
 #   make vectorized  proof from the compiler's report (GCC) that the kernels' loops are vector code;
 #                    make aarch64: the same, cross-compiled
-#   make registers   what each CUDA kernel takes of a GPU (needs nvcc); spilled registers are an error
+#   make registers   registers of each CUDA kernel (needs nvcc); spilled registers are an error
 #   make isa         the op tests on builds for one instruction set each
 #   make emulate     the op tests on the CUDA kernels, executed on the CPU, with the same sanitizers
 #   make sanitize    the op tests with AddressSanitizer and UndefinedBehaviorSanitizer
@@ -14,14 +14,14 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# A torch that the machine already has is used (on a GPU machine: its CUDA build); otherwise this one.
+# The torch of PYTHON is used if it has one (on a GPU machine a CUDA build); otherwise this one.
 TORCH  ?= torch==2.13.0
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # Waiting threads that spin take the cores from those that work.
 export OMP_WAIT_POLICY ?= passive
 
-# Stamps, so that a change redoes only what it must: the product, and what developing it needs besides.
+# Stamps, so that a change repeats only the necessary steps: the product, and its development tools.
 BUILT := $(VENV)/.built
 DEV   := $(VENV)/.dev
 
@@ -40,7 +40,7 @@ bench: $(DEV)
 	pytest benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	python benchmarks/report.py build/benchmark.json
 
-# A Python that has all that it takes is used as it is: no index is asked.
+# PYTHON is used directly if it has all packages, without asking an index.
 GPU_OUT ?= build/gpu
 
 gpu:
@@ -64,7 +64,7 @@ vectorized aarch64: $(DEV)
 registers: $(DEV)
 	python tools/check_registers.py
 
-# Each build has its own copy of the Python files, so that the one of .venv stays as it is.
+# Each build has its own copy of the Python files, so that .venv is not changed.
 OP_TESTS := tests/test_ops.py tests/test_contract.py tests/test_detect_spans_properties.py
 ISAS     ?= x86-64 x86-64-v3 x86-64-v4
 
@@ -76,8 +76,8 @@ isa: $(DEV)
 sanitize: $(DEV)
 	python tools/test_build.py build/sanitize -DLEAF_SANITIZE=ON -- $(OP_TESTS)
 
-# In this build the backend "cpu" is the CUDA kernels: on a device with clusters; on one where rows of
-# these sizes need them; on one without them.
+# In this build the backend "cpu" runs the CUDA kernels: on a device with clusters; on a device where rows
+# of these sizes need clusters; on a device without clusters.
 EMULATED := python tools/test_build.py build/emulate -DLEAF_EMULATE_CUDA=ON -DLEAF_SANITIZE=ON --
 
 emulate: $(DEV)
@@ -99,7 +99,7 @@ format: $(DEV)
 clean:
 	rm -rf $(VENV) build dist *.egg-info leaf_ext/*.so
 
-# Where PYTHON has torch, its packages are seen, also where it is of a virtual environment itself.
+# If PYTHON has torch, its packages are visible, also if PYTHON is in a virtual environment.
 SITE  = import sysconfig; print(sysconfig.get_path("purelib"))
 TORCH_SITE = import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))
 

@@ -52,17 +52,17 @@ class CMakeBuild(build_ext):
         configure = [
             *(cmake, "-S", ROOT, "-B", folder, "-G", "Ninja"),
             f"-DPython_EXECUTABLE={sys.executable}",
-            # An isolated build leaves a cached path of a ninja that is gone.
+            # An isolated build leaves the cached path of a ninja that no longer exists.
             f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
             f"-DLEAF_CUDA={os.environ.get('LEAF_BUILD_CUDA', 'auto')}",
-            # Without the variable the default, not what an earlier build was told.
+            # Without the variable the default is used, not the value of an earlier build.
             f"-DLEAF_CUDA_ARCHS={archs}" if archs else "-ULEAF_CUDA_ARCHS",
         ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         self.run_tool(configure)
         self.run_tool([cmake, "--build", folder, "--parallel", jobs])
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place: a running process keeps the file that it has mapped.
+        # The file is renamed into place, because a running process keeps the mapped old file.
         fresh = output.with_suffix(".new")
         shutil.copy2(folder / output.name, fresh)
         fresh.replace(output)

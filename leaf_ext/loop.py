@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from numbers import Integral
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from leaf_ext.ops import Spans
-from leaf_ext.ops.checks import require, require_integer, require_tensor
+from leaf_ext.ops.checks import require, require_tensor
 
 T = TypeVar("T")
 _CAPTURE, _CUT = "capture_embedding_grad", "cut_spans"
@@ -132,7 +133,6 @@ def cut_spans(
 def _checked(span: Sequence[int], length: int) -> tuple[int, int]:
     needed = f"pairs (start, stop) with 0 <= start < stop <= T = {length}"
     pair = isinstance(span, Sequence) and len(span) == 2
-    require(pair, _CUT, "spans", needed, span)
-    start, stop = (require_integer(_CUT, "spans", border, 0) for border in span)
-    require(start < stop <= length, _CUT, "spans", needed, tuple(span))
-    return start, stop
+    whole = pair and all(isinstance(border, Integral) for border in span)
+    require(whole and 0 <= span[0] < span[1] <= length, _CUT, "spans", needed, span)
+    return int(span[0]), int(span[1])

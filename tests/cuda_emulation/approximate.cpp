@@ -1,4 +1,4 @@
-// What a GPU computes only nearly.
+// Functions that a GPU computes approximately.
 
 #include <cuda_runtime.h>
 
@@ -9,7 +9,7 @@ namespace leaf::emulation {
 namespace {
 
 struct Exp2Error {
-  double most = 0.0;  // relative
+  double most = 0.0;  // the largest relative error
   uint64_t seed = 0;
 
   Exp2Error() {
@@ -17,7 +17,7 @@ struct Exp2Error {
     if (const char* value = std::getenv("LEAF_EMULATION_SEED")) seed = std::atoll(value);
   }
 
-  // Of this argument: from -most to most, the same in every call.
+  // Returns the error for an argument, from -most to most; equal in every call.
   double of(float x) const {
     uint64_t bits = __float_as_uint(x) + (seed << 32);  // mixed as splitmix64 does it
     bits += 0x9e3779b97f4a7c15;
@@ -32,7 +32,7 @@ struct Exp2Error {
 
 float exp2_nearly(float x) {
   static const Exp2Error error;
-  if (error.most == 0.0 || x == 0.0f) return exp2f(x);  // of 0 a GPU has exactly 1, too
+  if (error.most == 0.0 || x == 0.0f) return exp2f(x);  // 2^0 is exactly 1, as on a GPU
   return static_cast<float>(std::exp2(static_cast<double>(x)) * (1.0 + error.of(x)));
 }
 

@@ -1,5 +1,5 @@
-// Bytes that copies and other blocks bring to a block's shared memory. They come as late as can be:
-// when all are on their way and somebody waits.
+// Bytes that arrive in a block's shared memory from copies and other blocks. They arrive as late as
+// possible: when all have been sent and a thread waits for them.
 
 #include <limits>
 
@@ -69,7 +69,7 @@ void copy(char* shared, const char* global, unsigned bytes, void* address) {
   check_shared(shared, 16, call);
   check_multiple(global, 16, call);
   const auto* from = reinterpret_cast<const uint4*>(global);
-  // To who waits it shows the bytes, and not what this thread has done before.
+  // A waiting thread sees the bytes, and not the earlier accesses of this thread.
   start(find(*active->running->block, address, call),
         {reinterpret_cast<uint4*>(shared), from, bytes / 16, {}}, false, call);
 }

@@ -1,4 +1,4 @@
-"""Builds programs out of CUDA sources with the host's compiler and the emulation.
+"""Builds programs from CUDA sources with the host's compiler and the emulation.
 
     python tests/cuda_emulation/build.py build/cuda_emulation [plain] [asan] [race] ...
 
@@ -21,15 +21,15 @@ COMPILER = os.environ.get("CXX", "g++")
 
 # nvcc has no strict aliasing either.
 FLAGS = ["-std=c++20", "-g", "-fno-strict-aliasing", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-# With calls instead of inlined checks it compiles twice as fast. Its look at the variables of
-# functions that have returned believes in one stack, where here are many.
+# Calls instead of inlined checks compile twice as fast. The check of returned functions' variables
+# assumes one stack, but the emulation has many.
 ADDRESS = ["-fsanitize=address", "-fno-omit-frame-pointer"]
 ADDRESS += ["--param=asan-instrumentation-with-call-threshold=0", "--param=asan-use-after-return=0"]
 UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
 
 
 class Kind(NamedTuple):
-    """Flags for the CUDA sources. The inputs are small: to optimize takes longer than it saves."""
+    """Flags for the CUDA sources. Optimizing small runs takes longer than it saves."""
 
     compile: list[str]
     link: list[str]
@@ -39,7 +39,7 @@ KINDS = {
     "plain": Kind(["-O0"], []),
     "address": Kind(["-O0", *ADDRESS], ADDRESS),  # compiles faster than with both
     "asan": Kind(["-O0", *ADDRESS, *UNDEFINED], [*ADDRESS, *UNDEFINED]),
-    "race": Kind(["-O0", "-fsanitize=thread"], []),  # race.cpp takes the library's place
+    "race": Kind(["-O0", "-fsanitize=thread"], []),  # race.cpp replaces the library
 }
 
 
@@ -55,7 +55,7 @@ def newest(folders: Iterable[Path]) -> float:
 
 
 def compile_all(sources: Iterable[Path], folder: Path, flags: Sequence[str]) -> list[Path]:
-    """Object files, made anew where a source or any header is newer."""
+    """Return object files; they are compiled again if a source or any header is newer."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, *flags, f"-I{HERE / 'include'}", f"-I{CSRC / 'include'}", f"-I{CSRC}"]
     headers = newest([HERE, CSRC])
@@ -88,14 +88,14 @@ def selftest(folder: Path, kind: str) -> Path:
 
 
 def driver(folder: Path, kind: str, instead: Path | None = None, out: Path | None = None) -> Path:
-    """The program that compares the ops with the CPU's.
+    """Build the program that compares the ops with the CPU's.
 
     `instead` of the source of the same name in csrc/cuda another one can be taken, for runs of its
     op alone. Then `out` is where its object file and the program go.
     """
-    # First, as the linker keeps the first one of equal inline functions.
+    # It comes first, because the linker keeps the first of equal inline functions.
     objects = compile_all([instead], out, KINDS[kind].compile) if instead and out else []
-    others = "race" if instead else kind  # these are there
+    others = "race" if instead else kind  # these exist
     ours = [s for s in (CSRC / "cuda").glob("*.cu") if not instead or s.name != instead.name]
     objects += compile_all(sorted(ours), folder / others / "cuda", KINDS[others].compile)
     cpu = sorted([*(CSRC / "cpu").glob("*.cpp"), *HERE.glob("driver*.cpp")])

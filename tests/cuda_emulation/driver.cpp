@@ -9,8 +9,8 @@ namespace leaf::driver {
 
 namespace {
 
-// Rows [outer, inner] with gaps between them, and values so large, small or special that the plain
-// sum of squares is wrong.
+// Rows [outer, inner] with gaps between them. Some values are so large, small or special that the
+// plain sum of squares is wrong.
 void compare_norms(DType dtype, int64_t outer, int64_t inner, int64_t width, int64_t gap,
                    int64_t shift) {
   const std::string which = std::string("grad_norm ") + name_of(dtype) + " [" +

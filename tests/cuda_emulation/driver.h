@@ -22,11 +22,11 @@ namespace leaf::driver {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Of all comparisons that failed.
+// The number of comparisons that failed.
 inline int failures = 0;
 
-// Memory of exactly the size that is asked for, `shift` elements off its natural alignment, every
-// byte 0xFF. AddressSanitizer guards its end; its start only where it is not shifted.
+// Memory of exactly the requested size, `shift` elements off its natural alignment, filled with
+// bytes 0xFF. AddressSanitizer guards its end, and its start if it is not shifted.
 template <class T>
 class Array {
  public:
@@ -44,7 +44,7 @@ class Array {
   int64_t size_;
 };
 
-// A tensor of any dtype, contents as float32.
+// A tensor of any dtype; its contents are read and written as float32.
 class Tensor {
  public:
   Tensor(DType dtype, int64_t size, int64_t shift = 0)
@@ -85,7 +85,7 @@ inline const char* name_of(DType dtype) {
   return dtype == DType::kFloat32 ? "float32" : dtype == DType::kFloat16 ? "float16" : "bfloat16";
 }
 
-// Half a unit in the last place, relative.
+// Half a unit in the last place, as a relative error.
 inline float rounding(DType dtype) {
   return dtype == DType::kFloat32 ? 0x1p-24f : dtype == DType::kFloat16 ? 0x1p-11f : 0x1p-8f;
 }
@@ -108,7 +108,7 @@ inline void expect_launched(int error, const std::string& which) {
   expect(error == 0, which, "error " + std::to_string(error));
 }
 
-// The shared memory that blocks may have, and whether there are clusters, until the next call.
+// Sets the shared memory of blocks, and whether there are clusters, until the next call.
 inline void set_device(const char* capability, int64_t shared_bytes) {
   setenv("LEAF_EMULATION_CAPABILITY", capability, 1);
   setenv("LEAF_EMULATION_SHARED", std::to_string(shared_bytes).c_str(), 1);

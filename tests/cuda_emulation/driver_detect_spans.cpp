@@ -5,7 +5,7 @@ namespace leaf::driver {
 namespace {
 
 struct Case {
-  std::vector<int64_t> offsets;  // empty: sequences of max_length
+  std::vector<int64_t> offsets;  // if empty, sequences have max_length
   int64_t sequences;
   int64_t max_length;
   double domain_share;

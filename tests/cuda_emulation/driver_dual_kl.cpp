@@ -9,15 +9,15 @@ enum class Gradient { kNone, kOwn, kInPlace, kNarrower };
 
 struct Case {
   const char* capability;
-  int64_t shared_bytes;  // decides on the size of the clusters, and how much of a row overflows
+  int64_t shared_bytes;  // determines the size of the clusters and the overflow of a row
   DType dtype;
   int64_t student_vocab;
   int64_t teacher_vocab;
   int64_t gap;    // between rows
-  int64_t shift;  // of the start
+  int64_t shift;  // of the first row
   Gradient gradient;
   bool measures;
-  float scale = 1.0f;  // of the student
+  float scale = 1.0f;  // of the student's logits
   float softcap = 0.0f;
 };
 
@@ -32,7 +32,7 @@ class Inputs {
     std::vector<float> z_s = normal(kRows * (c.student_vocab + c.gap), 3.0f, 1);
     std::vector<float> z_t = normal(kRows * (c.teacher_vocab + c.gap), 3.0f, 2);
     for (int64_t v = 0; v < c.student_vocab && v < c.teacher_vocab; ++v) {
-      // The second row's models nearly agree, the fourth's teacher knows few tokens.
+      // In the second row the models nearly agree; in the fourth the teacher allows few tokens.
       const auto second = static_cast<size_t>(c.student_vocab + c.gap + v);
       z_s[second] = z_t[static_cast<size_t>(c.teacher_vocab + c.gap + v)] + 0.01f * z_s[second];
       if (v % 3 != 0) z_t[static_cast<size_t>(3 * (c.teacher_vocab + c.gap) + v)] = -kInfinity;
@@ -74,7 +74,7 @@ void compare(const Case& c, const std::string& which) {
   Inputs inputs(c);
   const int64_t step = c.student_vocab + c.gap;
 
-  // The CPU's gradient is in the student's dtype.
+  // The CPU's gradient has the student's dtype.
   Results wanted(c.measures);
   Tensor wanted_grad(c.dtype, kRows * c.student_vocab);
   DualKLParams params = params_of(c, inputs, wanted);

@@ -268,7 +268,7 @@ PLANTED = {
 }
 
 
-# Whose like is among the others.
+# Similar to one of the others.
 SLOW_FAULTS = {
     "histogram_not_cleared",
     "digit_read_early",

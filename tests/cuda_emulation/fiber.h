@@ -1,8 +1,8 @@
 #pragma once
 
-// One GPU thread's own flow of control on a stack of its own. Switching takes some 20 instructions,
-// where the C library's ucontext takes a system call. x86-64 only; nothing else here depends on the
-// processor.
+// The control flow of one GPU thread, on its own stack. Switching takes about 20 instructions; the
+// C library's ucontext would need a system call. This file is for x86-64 only; nothing else here
+// depends on the processor.
 
 #include <sys/mman.h>
 
@@ -13,17 +13,17 @@
 #error "the CUDA emulation switches stacks in x86-64 assembly for Linux"
 #endif
 
-// Saves the registers that a function must keep on this stack and this stack in *from; goes on
+// Saves the callee-saved registers on this stack and the stack pointer in *from, and continues
 // where `to` was saved.
 extern "C" __attribute__((visibility("hidden"))) void leaf_switch_stacks(void** from, void* to);
 
-// AddressSanitizer's, where the program has it.
+// Functions of AddressSanitizer, if the program has it.
 extern "C" __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* begin,
                                                                     size_t size);
 
 namespace leaf::emulation {
 
-// Stacks, each above a page that may not be touched. Memory is used where it was written only.
+// Stacks, each above an inaccessible page. Only pages that were written use memory.
 class Stacks {
  public:
   void reserve(size_t count) {
@@ -39,11 +39,11 @@ class Stacks {
     for (size_t i = 0; i < count; ++i) mprotect(base_ + i * kSize, kPage, PROT_NONE);
   }
 
-  // What leaf_switch_stacks takes to enter `function` on stack `index`. It must never return.
+  // Returns the pointer with which leaf_switch_stacks enters `function`, which must not return.
   void* start(size_t index, void (*function)()) const {
     auto** top = reinterpret_cast<void**>(base_ + (index + 1) * kSize);
-    forget(base_ + (index + 1) * kSize - kPage, kPage);  // the frame that the last one ended in
-    top[-1] = nullptr;                                   // where a caller's address would be
+    forget(base_ + (index + 1) * kSize - kPage, kPage);  // the last frame of the previous thread
+    top[-1] = nullptr;                                   // the place of a caller's address
     top[-2] = reinterpret_cast<void*>(function);
     for (int i = 3; i <= 8; ++i) top[-i] = nullptr;  // registers
     return top - 8;
@@ -55,8 +55,8 @@ class Stacks {
   }
 
  private:
-  // AddressSanitizer remembers variables of frames that nobody returned from, also when the memory
-  // has become somebody else's.
+  // AddressSanitizer keeps the variables of frames that did not return, also after the memory has
+  // been reused.
   static void forget(const void* begin, size_t size) {
     if (__asan_unpoison_memory_region != nullptr) __asan_unpoison_memory_region(begin, size);
   }

@@ -1,9 +1,9 @@
 // Finds accesses to the same memory, one of them a write, that no barrier orders.
 //
-// Where kernels are compiled with -fsanitize=thread, the compiler puts a call of a function named
-// __tsan_* before each access. These functions are here, and the sanitizer's own library is not
-// linked: of barriers of a GPU it knows nothing. It does not matter in which order the threads of
-// this run came: what counts is which barriers lay between two accesses.
+// In kernels compiled with -fsanitize=thread, the compiler calls a function __tsan_* before each
+// access. These functions are defined here. The sanitizer's library is not linked, because it does
+// not know a GPU's barriers. The order of the threads in this run does not matter: two accesses are
+// ordered only by the barriers between them.
 
 #include <algorithm>
 #include <array>
@@ -15,14 +15,14 @@ namespace leaf::emulation {
 namespace {
 
 struct Access {
-  const void* code = nullptr;  // that made it; null: there was none
-  unsigned block;              // of all of the grid
+  const void* code = nullptr;  // the code that made it; null if there was none
+  unsigned block;              // its number in the grid
   Moment moment;
   bool atomic;
 };
 
-// What is remembered of a byte. Of a block's readers since the last write two are enough, as at
-// least one of them is not the thread that writes next, or that tells the one that does.
+// The recorded accesses of a byte. Two of a block's readers since the last write suffice, because
+// at least one of them is not the next writer or the thread that signals the next writer.
 struct Byte {
   Access write;
   std::vector<Access> reads;
@@ -42,7 +42,7 @@ Access access_now(const void* code, bool atomic) {
           atomic};
 }
 
-// Whether an access was over before what is done now.
+// Returns whether an access is ordered before the present one.
 bool is_before(const Access& access) {
   const unsigned blocks = active->blocks_in_cluster;
   const Block& block = *active->running->block;
@@ -70,7 +70,7 @@ void check(const Access& earlier, const char* was, const Access& later, const ch
 
 void note_read(Byte& byte, const Access& access) {
   check(byte.write, "write", access, "read");
-  // Who waits for a copy learns nothing of what lay before the copy.
+  // Waiting for a copy does not order the accesses before the copy.
   if (!active->arriving) std::erase_if(byte.reads, is_before);
   const auto of_block = [&](const Access& read) { return read.block == access.block; };
   if (std::count_if(byte.reads.begin(), byte.reads.end(), of_block) < 2) {
@@ -87,7 +87,7 @@ void note_write(Byte& byte, const Access& access) {
 }
 
 void note(const void* address, size_t size, const void* code, bool is_write, bool atomic = false) {
-  // Not of the host's code, and not of variables of this thread alone.
+  // Accesses of host code and of a thread's own variables are ignored.
   if (!stacks.contain(__builtin_frame_address(0)) || stacks.contain(address)) return;
   const bool shared = active->shared.contains(address);
   Memory& memory = shared ? shared_memory[active->running->block->rank] : global_memory;
@@ -134,6 +134,6 @@ LEAF_ACCESS(8)
 LEAF_ACCESS(16)
 void __tsan_read_range(void* address, size_t size) { note(address, size, LEAF_CALLER, false); }
 void __tsan_write_range(void* address, size_t size) { note(address, size, LEAF_CALLER, true); }
-// Of the host code: whether a function's static variable is there.
+// Called by host code for static variables of functions.
 char __tsan_atomic8_load(const char* address, int) { return *address; }
 }

@@ -1,4 +1,4 @@
-// What a person reads.
+// Messages for people.
 
 #include <dlfcn.h>
 
@@ -12,7 +12,7 @@
 
 namespace leaf::emulation {
 
-// A compiler may have several copies of one call.
+// A compiler may make several copies of one call.
 bool same_place(const Call& a, const Call& b) {
   if (a.code == b.code) return true;
   return a.where.line() == b.where.line() &&
@@ -36,7 +36,7 @@ std::string describe(const void* code) {
   std::snprintf(line, sizeof line, "addr2line -Cfip -e '%s' %#tx", module.dli_fname, offset - 1);
   if (FILE* pipe = popen(line, "r"); pipe != nullptr) {
     while (std::fgets(line, sizeof line, pipe) != nullptr) {
-      // Of the stand-in headers nobody wants to hear.
+      // Frames of the replacement headers are left out.
       if (std::strstr(line, "/cuda_runtime.h:") != nullptr) continue;
       std::string entry(line, std::strcspn(line, "\n"));
       entry.resize(std::min(entry.size(), entry.find(" (discriminator")));
@@ -48,8 +48,8 @@ std::string describe(const void* code) {
   return text;
 }
 
-// Not by abort: AddressSanitizer looks at the stack before a function that does not return, and
-// does not know this one.
+// Does not call abort: AddressSanitizer checks the stack before a function that does not return,
+// and does not know this stack.
 void fail(const std::string& message) {
   std::fprintf(stderr, "CUDA emulation: %s\n", message.c_str());
   if (active->running != nullptr) {

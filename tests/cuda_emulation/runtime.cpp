@@ -1,4 +1,4 @@
-// The device that the host code sees.
+// The device seen by host code.
 
 #include <cuda_runtime.h>
 
@@ -42,8 +42,8 @@ constexpr size_t kSharedByDefault = 48 << 10;
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kPortableCluster = 8;
 
-// An H100 or an A100: LEAF_EMULATION_CAPABILITY=9.0|8.0. LEAF_EMULATION_SHARED=bytes gives a block
-// less shared memory than it has, so that small inputs do not fit either.
+// An H100 or an A100: LEAF_EMULATION_CAPABILITY=9.0|8.0. LEAF_EMULATION_SHARED=bytes limits the
+// shared memory of a block, so that small inputs do not fit.
 struct Device {
   int major = 9;
   int processors = 132;
@@ -68,7 +68,7 @@ struct Attributes {
   bool any_cluster = false;
 };
 
-// One launch at a time, from whatever thread. `last_error` as on a GPU, for who asks later.
+// One launch at a time, from any thread. `last_error` is kept until it is read, as on a GPU.
 std::mutex mutex;
 std::map<const void*, Attributes> attributes;
 cudaError_t last_error = cudaSuccess;
@@ -137,7 +137,7 @@ cudaError_t active_clusters(int* clusters, const void* kernel, const cudaLaunchC
   *clusters = 0;
   const cudaError_t error = check(config, attributes[kernel]);
   if (error != cudaSuccess) return error;
-  constexpr size_t kReserved = 1 << 10;  // of each block, for the system
+  constexpr size_t kReserved = 1 << 10;  // bytes that the system takes of each block
   constexpr size_t kThreadsOfProcessor = 2048;
   const size_t blocks =
       std::min(kThreadsOfProcessor / config.blockDim.x,

@@ -141,7 +141,7 @@ bool Launch::run_warp(Block& block, unsigned warp) {
   return any;
 }
 
-// Where every thread starts, on its own stack.
+// The entry point of every thread, on its own stack.
 void Launch::thread_main() {
   active->body_();
   active->exit_thread();

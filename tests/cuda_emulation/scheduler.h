@@ -1,7 +1,7 @@
 #pragma once
 
-// What the parts of the emulation know of a running launch. One thread of the GPU runs at a time,
-// on the CPU thread that launched, until it waits for others; so nothing here needs a lock.
+// The state of a running launch, which the parts of the emulation share. One thread of the GPU runs
+// at a time, on the CPU thread that launched it, until it waits for others. No lock is needed.
 
 #include <cuda_runtime.h>
 
@@ -30,12 +30,13 @@ struct Block;
 // A call of the emulation by a kernel.
 struct Call {
   Where where;
-  const void* code = nullptr;  // to which it returns
+  const void* code = nullptr;  // the return address
 };
 
-// Who did something, and when: after so many barriers of the block, and after the thread had shown
-// so many times what it had done. Bytes on their way have numbers beyond those of threads, one for
-// each Arrivals; their clock counts them, and barriers say nothing of them.
+// The author and time of an access: the number of barriers of its block before it, and the thread's
+// clock, which counts how often the thread has published its accesses. Bytes in flight have numbers
+// beyond those of threads, one for each Arrivals. Their clock counts them; barriers do not order
+// them.
 struct Moment {
   unsigned rank;
   unsigned thread;
@@ -43,8 +44,8 @@ struct Moment {
   unsigned clock;
 };
 
-// What is known to be over: what lies before so many barriers of a block, and before a thread's
-// clock said so much.
+// The accesses known to be over: those before a number of barriers of a block, and those before a
+// time of a thread's clock.
 struct Knowledge {
   std::array<unsigned, kMaxCluster> barriers{};              // by rank
   std::map<std::pair<unsigned, unsigned>, unsigned> clocks;  // by rank and thread
@@ -53,23 +54,23 @@ struct Knowledge {
   void add(const Knowledge& more);
 };
 
-// A transfer that has been asked for and is not over.
+// A transfer that has been requested and is not over.
 struct UnderWay {
   Transfer transfer;
   Call call;
   Moment moment;
-  Knowledge known;  // to who asked
+  Knowledge known;  // of the thread that requested it
 };
 
-// What a block expects at one of its Arrivals.
+// The state of one of a block's Arrivals.
 struct Arrivals {
-  unsigned number;            // of its bytes, among threads
-  Moment expected;            // when it was said,
-  unsigned cluster_arrivals;  // by a thread that had arrived so often in its cluster
-  unsigned missing;           // bytes that are not under way
+  unsigned number;            // of its bytes, in the numbering of threads
+  Moment expected;            // the time of `expect`
+  unsigned cluster_arrivals;  // arrivals at cluster barriers before `expect`
+  unsigned missing;           // bytes that have not been sent
   unsigned transfers = 0;
   std::vector<UnderWay> under_way = {};
-  Knowledge known = {};  // to who waits
+  Knowledge known = {};  // of the threads that wait
 };
 
 struct Thread {
@@ -79,9 +80,9 @@ struct Thread {
   unsigned index;
   void* stack;
   State state = State::kReady;
-  Call call;  // that waits, or the last one that did
+  Call call;  // the call that waits, or the last one that did
 
-  // In an operation of the warp: what it is, the own value and the lane whose value is wanted.
+  // In an operation of the warp: its kind, this thread's value and the lane whose value it needs.
   Warp operation;
   unsigned mask;
   unsigned value;
@@ -92,16 +93,16 @@ struct Thread {
   unsigned cluster_arrivals = 0;
   unsigned cluster_waits = 0;
 
-  Knowledge known;  // besides its block's
+  Knowledge known;  // in addition to its block's
   unsigned clock = 0;
 
   unsigned lane() const { return index % kWarp; }
   Moment now() const;
   bool knows(const Moment& moment) const;
-  void show();  // adds to `known` what it has done; others get that
+  void show();  // publishes its accesses in `known`, which others receive
 };
 
-// One bit a lane.
+// One bit for each lane.
 struct WarpState {
   unsigned waiting = 0;  // in an operation of the warp
   unsigned exited = 0;
@@ -118,18 +119,18 @@ struct Block {
   unsigned waiting = 0;  // at the block's barrier
   unsigned exited = 0;
   bool started = false;
-  Knowledge known;                           // since its last barrier, to all its threads
+  Knowledge known;                           // of all its threads since the last barrier
   std::map<const void*, Arrivals> arrivals;  // by address
 };
 
-// The order in which what could run at once runs: LEAF_EMULATION_ORDER=forward|reverse|random,
-// LEAF_EMULATION_SEED=number. In the fixed orders everything runs as far ahead of the others as
-// barriers allow.
+// The order of threads that are ready to run: LEAF_EMULATION_ORDER=forward|reverse|random,
+// LEAF_EMULATION_SEED=number. In the fixed orders each runs as far ahead of the others as barriers
+// allow.
 class Order {
  public:
   Order();
   std::vector<unsigned> of(unsigned count);
-  bool pause();  // whether to look elsewhere before going on here
+  bool pause();  // returns whether another thread should run first
 
  private:
   enum { kForward, kReverse, kRandom } kind_ = kForward;
@@ -144,7 +145,7 @@ class Launch {
   ~Launch();
   void run();
 
-  // For the thread that runs.
+  // Called by the running thread.
   void sync_block(const Call& call);
   void arrive_in_cluster(const Call& call);
   void wait_for_cluster(const Call& call);
@@ -155,9 +156,9 @@ class Launch {
   const unsigned threads;
   const unsigned blocks_in_cluster;
   SharedMemory shared;
-  std::vector<Block> cluster;  // that runs
+  std::vector<Block> cluster;  // the running one
   Thread* running = nullptr;
-  std::optional<UnderWay> arriving;  // what the thread that runs writes, instead of its own
+  std::optional<UnderWay> arriving;  // the transfer whose bytes the running thread writes
 
  private:
   static void thread_main();
@@ -171,29 +172,29 @@ class Launch {
   const std::function<void()>& body_;
   Order order_;
   unsigned cluster_arrivals_ = 0;
-  unsigned cluster_barriers_ = 0;  // that have been passed
+  unsigned cluster_barriers_ = 0;  // barriers that have been passed
   void* scheduler_stack_ = nullptr;
 };
 
 // The stacks of all threads.
 extern Stacks stacks;
 
-// The launch that runs now, or null.
+// The running launch, or null.
 extern Launch* active;
 
-// Says what is wrong, in which thread and in which call, and aborts.
+// Reports an error with its thread and call, and aborts.
 void fail(const std::string& message);
 void fail(const std::string& message, const Call& call);
 std::string describe(const Thread& thread);
-// Functions, files and lines of the call that returns to `code`, as far as debug information goes.
+// Returns functions, files and lines of the call that returns to `code`, from debug information.
 std::string describe(const void* code);
 bool same_place(const Call& a, const Call& b);
 std::string name_of(Warp operation);
 
-// Of the block of the thread that runs, which ends.
+// Called at the end of the running thread's block.
 void check_arrivals();
 
-// What race.cpp knows ends with a launch, and of shared memory with a cluster.
+// Clears the records of race.cpp: all after a launch, those of shared memory after a cluster.
 void forget_accesses();
 void forget_shared_accesses();
 

@@ -1,5 +1,6 @@
-// Small kernels that are right, and that are wrong in one way each: `selftest NAME` runs one of
-// them. The right ones end with 0; of the others test_cuda_emulation.py says what must be reported.
+// Small kernels that are right, or wrong in one way each. `selftest NAME` runs one of them. The
+// right ones return 0; test_cuda_emulation.py lists the report that is expected of each of the
+// others.
 
 #include <cmath>
 #include <cstdio>
@@ -21,8 +22,8 @@ __device__ float warp_sum(float x) { return warp_reduce(x, plus<float>); }
 
 enum class Exchange { kRight, kNoBarrier, kOneSlot, kNotWaited, kWritesEarly };
 
-// In each place of a cluster's numbers their sum, which its blocks send each other. Where a number
-// was, another block writes: it has heard of the block that read it.
+// Replaces each number of a cluster by the sum of all, which the blocks send each other. Another
+// block may overwrite a number, because it has been signalled by the block that read it.
 template <Exchange how>
 __global__ void sum_kernel(float* x) {
   __shared__ Arrivals arrivals;
@@ -72,7 +73,7 @@ int run_sum() {
   return 0;
 }
 
-// Launches from several threads of the CPU at once.
+// Launches from several CPU threads at the same time.
 int run_threads() {
   int results[3];
   std::vector<std::thread> threads;
@@ -90,7 +91,7 @@ __device__ unsigned larger(unsigned a, unsigned b) {
   return word(__hmax2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b)));
 }
 
-// Everything that a warp can do, on threads that hold their own number.
+// All operations of a warp, on threads whose value is their number.
 __global__ void warp_kernel(int* wrong) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const auto expect = [&](bool right) {
@@ -107,7 +108,7 @@ __global__ void warp_kernel(int* wrong) {
   } else {
     expect(__shfl_sync(0xffff0000u, lane, lane ^ 8) == (lane ^ 8));
   }
-  expect(larger<__half2>(0x3c00fe00u, 0xc000bc00u) == 0x3c00bc00u);         // NaN is left out
+  expect(larger<__half2>(0x3c00fe00u, 0xc000bc00u) == 0x3c00bc00u);         // NaN is ignored
   expect(larger<__nv_bfloat162>(0x80003f80u, 0x0000bf80u) == 0x00003f80u);  // +0 and 1
   expect(larger<__nv_bfloat162>(0xffc0ff80u, 0xffc0c000u) == 0x7fffc000u);  // NaN and -2
   expect(word(__floats2half2_rn(1.0f, -2.0f)) == 0xc0003c00u);
@@ -124,7 +125,7 @@ int run_warp() {
   return error == cudaSuccess ? wrong : 1;
 }
 
-// One block of a launch that does what is wrong.
+// One block of a launch with an error.
 template <class... Parameters, class... Arguments>
 int run(int threads, size_t bytes, int cluster, void (*kernel)(Parameters...),
         const Arguments&... arguments) {
@@ -150,8 +151,8 @@ int run_reversed(bool with_barrier) {
   return 0;
 }
 
-// The first block reads, the second one hears of it and tells the third one, which writes. One
-// thread of a block may wait for all.
+// The first block reads and signals the second one, which signals the third one, which writes. One
+// thread may wait for all threads of its block.
 __global__ void passed_on(int* x, bool waits_first) {
   __shared__ Arrivals arrivals;
   __shared__ uint4 place;
@@ -180,7 +181,7 @@ int run_unwritten() {
   return error != 0 ? error : isnan(x) ? 3 : 0;
 }
 
-// Two lanes of a warp, the first hands the second a number.
+// The first of two lanes passes a number to the second.
 __global__ void handed(int* x, bool with_barrier) {
   int* kept = dynamic_shared<int>();
   if (threadIdx.x == 0) *kept = 7;
@@ -204,7 +205,7 @@ int run_counts() {
 
 enum class Copied { kAllWait, kOneWaits, kFewWait, kNobodyWaits, kOverwritten };
 
-// Turned around in place, by way of shared memory.
+// Reverses numbers in place, through shared memory.
 __global__ void copied(uint4* x, Copied how) {
   __shared__ Arrivals arrivals;
   uint4* kept = dynamic_shared<uint4>();
@@ -238,7 +239,7 @@ int run_copied_wrongly(unsigned first, unsigned bytes) {
 
 __global__ void powers(float* x) { x[threadIdx.x] = exp2_fast(x[threadIdx.x]); }
 
-// As inexact as the environment asks for, and the same in the next call.
+// Tests that the error is the requested one, and equal in the next call.
 int run_powers() {
   constexpr unsigned kCount = 512;
   const char* asked = std::getenv("LEAF_EMULATION_EXP2_ERROR");
@@ -268,7 +269,7 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// What is asked of the host's calls, on whatever device the environment names.
+// Tests the host calls on the device that the environment selects.
 int run_limits() {
   const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const bool clusters = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
@@ -284,7 +285,7 @@ int run_limits() {
   constexpr auto kAny = cudaFuncAttributeNonPortableClusterSizeAllowed;
   if (cudaFuncSetAttribute(nothing, kAny, 1) != cudaSuccess) return 9;
   if ((run(32, 0, 16, nothing) == 0) != clusters) return 10;
-  // A launch that was refused has said so; nobody finds its error again.
+  // A refused launch returns its error, and a later call does not see it.
   return std::strcmp(cudaGetErrorString(cudaGetLastError()), "no error") == 0 ? 0 : 11;
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// Kernels for selftest.cu, each of which does one thing that no kernel may do.
+// Kernels for selftest.cu, each with one error.
 
 #include "cuda/device.cuh"
 
@@ -67,7 +67,7 @@ __global__ void expected_by_another() {
   if (threadIdx.x == 1) wait(arrivals);
 }
 
-// 16 bytes to a block of the cluster.
+// Sends 16 bytes to a block of the cluster.
 struct Sent {
   Arrivals arrivals;
   uint4 place;

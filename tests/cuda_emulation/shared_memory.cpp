@@ -2,13 +2,13 @@
 
 #include <link.h>
 
-// AddressSanitizer's, where the program has it.
+// Functions of AddressSanitizer, if the program has it.
 extern "C" {
 __attribute__((weak)) void __asan_poison_memory_region(const volatile void* begin, size_t size);
 __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* begin, size_t size);
 }
 
-// The kernels' one dynamic symbol (csrc/cuda/device.cuh).
+// The symbol of dynamic shared memory, common to all kernels (csrc/cuda/device.cuh).
 namespace leaf::cuda {
 alignas(128) thread_local unsigned char leaf_dynamic_shared[leaf::emulation::kSharedCapacity];
 }
@@ -21,8 +21,8 @@ struct Stretch {
   size_t size;
 };
 
-// All thread_local variables of the program or library that this code is part of, as this CPU
-// thread has them. Those that are not a kernel's are put back when the launch ends.
+// All thread_local variables of this program or library in this CPU thread. Variables that do not
+// belong to a kernel are restored when the launch ends.
 Stretch thread_local_variables() {
   Stretch found{};
   const auto visit = [](dl_phdr_info* info, size_t, void* result) {
@@ -42,7 +42,7 @@ Stretch thread_local_variables() {
   return found;
 }
 
-// Not by memcpy and memset, which sanitizers watch.
+// memcpy and memset are not used, because sanitizers check them.
 void copy_bytes(unsigned char* to, const unsigned char* from, size_t size) {
   asm volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(size) : : "memory");
 }

@@ -1,4 +1,4 @@
-// What the 32 threads of a warp do together.
+// Operations of the 32 threads of a warp.
 
 #include <algorithm>
 #include <bit>
@@ -40,7 +40,7 @@ bool meets(const Thread& thread, const Thread& other) {
          other.mask == thread.mask && same_place(other.call, thread.call);
 }
 
-// All lanes of the mask are there: gives each its result.
+// Gives each lane its result when all lanes of the mask have arrived.
 void complete(const Thread& thread, Thread* warp) {
   unsigned ballot = 0;
   unsigned least = thread.value;
@@ -59,7 +59,7 @@ void complete(const Thread& thread, Thread* warp) {
   }
 }
 
-// Only __syncwarp orders memory; what a shuffle hands over says nothing of it.
+// Only __syncwarp orders memory; a shuffle does not.
 void order_memory(unsigned mask, Thread* warp) {
   Knowledge known;
   for (unsigned lane = 0; lane < kWarp; ++lane) {

@@ -1,13 +1,13 @@
 #pragma once
 
-// bfloat16 is converted as the CPU kernels convert it, which their own tests hold against torch.
+// bfloat16 is converted by the CPU kernels' functions, which are tested against torch.
 
 #include "cuda_fp16.h"
 
 struct __nv_bfloat16 {
   unsigned short bits;
 };
-// As CUDA's it is not trivially copyable.
+// Like CUDA's type it is not trivially copyable.
 struct alignas(4) __nv_bfloat162 {
   __nv_bfloat16 x, y;
   __nv_bfloat162() = default;

@@ -1,6 +1,6 @@
 #pragma once
 
-// float16 is converted as the CPU kernels convert it, which their own tests hold against torch.
+// float16 is converted by the CPU kernels' functions, which are tested against torch.
 
 #include <type_traits>
 
@@ -9,7 +9,7 @@
 struct __half {
   unsigned short bits;
 };
-// As CUDA's it is not trivially copyable.
+// Like CUDA's type it is not trivially copyable.
 struct alignas(4) __half2 {
   __half x, y;
   __half2() = default;
@@ -28,7 +28,7 @@ inline __half2 __floats2half2_rn(float x, float y) {
 }
 
 namespace leaf::emulation {
-// NaN only where both are; +0 before -0.
+// The result is NaN only if both are; +0 is larger than -0.
 template <float value(uint16_t)>
 unsigned short larger(unsigned short a, unsigned short b) {
   if (value(a) != value(a)) return value(b) != value(b) ? 0x7fff : b;

@@ -1,8 +1,8 @@
 #pragma once
 
-// Stands in for CUDA's header of this name where a host compiler compiles the kernels: the part of
-// CUDA that csrc/cuda uses and no more. What needs to know of threads is in ../scheduler.cpp, what
-// needs to know of a device in ../runtime.cpp.
+// Replaces CUDA's header of this name when a host compiler compiles the kernels. It has only the
+// part of CUDA that csrc/cuda uses. Functions that need the threads are in ../scheduler.cpp,
+// functions that need the device in ../runtime.cpp.
 
 #include <math.h>
 #include <stddef.h>
@@ -13,7 +13,7 @@
 #include <source_location>
 #include <type_traits>
 
-#define LEAF_CUDA_EMULATION  // for what csrc/cuda/device.cuh writes in assembly
+#define LEAF_CUDA_EMULATION  // replaces the assembly of csrc/cuda/device.cuh
 
 #define __global__
 #define __device__
@@ -21,8 +21,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// Not for the threads: all shared variables of a program then lie in one place, whose extent can be
-// asked for. There a block finds its own whenever one of its threads runs.
+// thread_local is used to place all shared variables of a program in one range of memory with a
+// known extent. The range contains a block's variables whenever one of its threads runs.
 #define __shared__ thread_local
 
 struct uint3 {
@@ -42,7 +42,7 @@ struct dim3 {
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-// Functions on numbers; the rest is in <math.h>.
+// Numeric functions that <math.h> lacks.
 
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -74,8 +74,8 @@ void __stcs(T* address, T value) {
   *address = value;
 }
 
-// Device calls. Those that wait know where they were called, for reports; they are inlined even
-// where nothing is optimized, so that what calls the emulation is the kernel.
+// Device calls. Those that wait record their caller for reports. They are inlined even without
+// optimization, so that the kernel itself calls the emulation.
 
 extern uint3 threadIdx;
 extern uint3 blockIdx;
@@ -92,15 +92,15 @@ unsigned blocks_in_cluster();
 void sync_block(Where where);
 void arrive_in_cluster(Where where);
 void wait_for_cluster(Where where);
-// One operation of a warp; `lane` is the one whose value a shuffle wants.
+// One operation of a warp; `lane` is the source of a shuffle.
 unsigned sync_warp(Warp operation, unsigned mask, unsigned value, int lane, Where where);
 void note_atomic(const void* address, size_t size);
 
-// What csrc/cuda/device.cuh says of Arrivals. All accesses are made here, where the compiler
-// instruments them: by who waits, for those who asked.
+// Implements Arrivals of csrc/cuda/device.cuh. The waiting thread makes all accesses here, where
+// the compiler instruments them, on behalf of the threads that requested them.
 struct Transfer {
   uint4* to;
-  const uint4* from;  // null: `value` comes
+  const uint4* from;  // null if `value` is sent
   unsigned words;
   uint4 value;
 };
@@ -108,7 +108,7 @@ void note_expected(const void* arrivals, unsigned bytes);
 void copy(char* shared, const char* global, unsigned bytes, void* arrivals);
 void send(uint4* to, uint4 value, void* arrivals, int rank);
 void wait_for_bytes(const void* arrivals);
-bool next_transfer(Transfer* transfer);  // of those that the thread has waited for
+bool next_transfer(Transfer* transfer);  // the next of those that the thread has waited for
 
 __forceinline__ void expect(void* arrivals, unsigned bytes) {
   note_expected(arrivals, bytes);
@@ -122,10 +122,10 @@ __forceinline__ void wait(void* arrivals) {
   }
 }
 
-// 2^x with an error that is asked for (../approximate.cpp).
+// Returns 2^x with the requested error (../approximate.cpp).
 float exp2_nearly(float x);
 
-// Uninstrumented, so that the race build takes it for one access that no other can interrupt.
+// Not instrumented, so that the race build treats it as one atomic access.
 template <class T, class Update>
 __attribute__((no_sanitize("thread"), noinline)) T atomic(T* address, const Update& update) {
   static_assert(std::is_integral_v<T> && sizeof(T) >= 4, "a sum of floats has no fixed order");
@@ -151,7 +151,7 @@ __forceinline__ unsigned __reduce_min_sync(unsigned mask, unsigned value, LEAF_H
   return ::leaf::emulation::sync_warp(::leaf::emulation::Warp::kMin, mask, value, 0, where);
 }
 __forceinline__ int __reduce_min_sync(unsigned mask, int value, LEAF_HERE) {
-  constexpr unsigned kSign = 1u << 31;  // inverted, it keeps the order
+  constexpr unsigned kSign = 1u << 31;  // inverting it keeps the order
   const unsigned least = __reduce_min_sync(mask, static_cast<unsigned>(value) ^ kSign, where);
   return static_cast<int>(least ^ kSign);
 }
@@ -176,7 +176,7 @@ T atomicAdd(T* address, std::type_identity_t<T> value) {
   return ::leaf::emulation::atomic(address, [&](T old) { return static_cast<T>(old + value); });
 }
 
-// Host calls. The numbers are CUDA's.
+// Host calls, with CUDA's numbers.
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -224,7 +224,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 struct cudaFuncAttributes {
   int ptxVersion;
 };
-// What a kernel was compiled for is here what the device is.
+// The kernels count as compiled for the device's architecture.
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   int major = 0;
