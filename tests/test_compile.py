@@ -89,6 +89,18 @@ def test_detection_compiles_whole(backend: str, dynamic: bool) -> None:
             assert torch.equal(eager, traced)
 
 
+def test_row_weights_compile_whole() -> None:
+    torch.compiler.reset()
+    branch, live = torch.tensor([0, 1, 0, 1]), torch.tensor([True, True, False, True])
+
+    def weights(kd_weight: float, n_kd: int) -> Tensor:
+        return leaf_ext.row_weights(branch, live, kd_weight=kd_weight, n_kd=n_kd)
+
+    compiled = torch.compile(weights, fullgraph=True, dynamic=True, backend="aot_eager")
+    for arguments in ((0.5, 3), (0.7, 5)):
+        assert torch.equal(compiled(*arguments), weights(*arguments))
+
+
 def test_the_default_compiler_runs_it() -> None:
     torch.compiler.reset()
     student, teacher, weight = kl_tensors()

@@ -68,8 +68,10 @@ def require_number(
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     bound = f"> {low:g}" if strict else f"in [{low:g}, {high:g}]"
     needed = f"a finite number {bound}"
-    got = "a Tensor" if isinstance(value, Tensor) else repr(value)
-    require(number, op, argument, needed, got)
+    if not number:  # torch.compile cannot trace the repr of a number
+        require(
+            False, op, argument, needed, "a Tensor" if isinstance(value, Tensor) else repr(value)
+        )
     assert isinstance(value, numbers.Real)
     converted = float(value)
     inside = converted > low if strict else low <= converted <= high

@@ -69,8 +69,8 @@ def _check(branch: Tensor, live: Tensor, kd_weight: object) -> None:
     require_device(op, "live", live, branch.device)
     number = isinstance(kd_weight, numbers.Real) and not isinstance(kd_weight, bool)
     inside = number and 0 <= float(kd_weight) <= 1  # type: ignore[arg-type]  # a number
-    needed = '"pool" or a number in [0, 1]'
-    require(inside or kd_weight == "pool", op, "kd_weight", needed, repr(kd_weight))
+    if not (inside or kd_weight == "pool"):  # torch.compile cannot trace the repr of a number
+        require(False, op, "kd_weight", '"pool" or a number in [0, 1]', repr(kd_weight))
 
 
 def _count(argument: str, given: Count | None, rows: Tensor) -> Tensor:
@@ -80,5 +80,6 @@ def _count(argument: str, given: Count | None, rows: Tensor) -> Tensor:
         require(given.dim() == 0, "row_weights", argument, "0-dim", f"shape {tuple(given.shape)}")
         return given.to(rows.device)
     whole = isinstance(given, numbers.Integral) and not isinstance(given, bool) and given >= 0
-    require(whole, "row_weights", argument, "an integer >= 0 or a 0-dim tensor", repr(given))
+    if not whole:
+        require(False, "row_weights", argument, "an integer >= 0 or a 0-dim tensor", repr(given))
     return torch.tensor(int(given), device=rows.device)
