@@ -26,14 +26,13 @@ ALLOWED = {
 
 # The same for the rooms of the loop.
 _BASE = {"io", "config", "data"}
-_STAGES = _BASE | {"models", "grading", "grade"}
+_STAGES = _BASE | {"models", "grading"}
 ROOMS = {
     "io": set(),
     "config": set(),
     "data": {"io", "config", "data"},
     "models": _BASE | {"models"},
     "grading": {"io", "config", "grading"},
-    "grade": {"config"},
     "detection": _STAGES | {"detection"},
     "training": _BASE | {"models", "training"},
     "evaluation": _STAGES | {"detection", "training", "evaluation"},

@@ -12,7 +12,7 @@ import pyarrow as pa
 from leaf_distill.config import GradeRule
 from leaf_distill.data.dataset import Message, Rejection, Row
 from leaf_distill.detection.pair import ROLES, Pair, chunks
-from leaf_distill.grade import Grader
+from leaf_distill.grading import Grader
 from leaf_distill.io import Stage, digest
 from leaf_distill.models.generation import generate, plan_batches
 from leaf_distill.models.saliency import saliency

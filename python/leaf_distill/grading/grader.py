@@ -1,0 +1,123 @@
+"""Is the answer right? By mathematics, by the last number, or by the text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import get_args
+
+from leaf_distill.config import GradeRule
+from leaf_distill.grading.math import judge_quickly
+from leaf_distill.grading.pool import Pool
+from leaf_distill.grading.text import (
+    Kind,
+    Verdict,
+    gold_kind,
+    grade_exact,
+    grade_number,
+    grade_words,
+)
+
+
+class Grader:
+    """Grades (gold, prediction) pairs by one rule; use it as a context manager.
+
+    Each side's final answer counts: what stands in the last `\\boxed{}`, or else after the last
+    `####`, or else ("math" only) after "the answer is", or else in the whole text.
+
+    - "math": equal as mathematics, by LaTeX and math-verify; a gold answer that is a letter, a word
+      or a text (`gold_kind`) is compared as such.
+    - "number": the last numbers are equal; a gold answer without one is compared as for "math".
+    - "exact": the same text but for white space around it.
+
+    Args:
+        rule: "math", "number" or "exact".
+        timeout_s: CPU seconds that math-verify may take for one pair.
+        workers: processes for math-verify at most; None takes one a core.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(
+        self, rule: GradeRule, *, timeout_s: float = 5.0, workers: int | None = None
+    ) -> None:
+        if rule not in get_args(GradeRule):
+            names = ", ".join(get_args(GradeRule))
+            raise ValueError(f"grade: must be one of {names}, got {rule!r}; choose one of them.")
+        if not 0 < timeout_s < float("inf"):
+            raise ValueError(
+                f"grade_timeout: must be above 0 and finite, got {timeout_s}; 5 seconds suit most."
+            )
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers: must be at least 1, got {workers}; None takes one a core.")
+        self.rule = rule
+        self._pool = Pool(timeout_s, workers)
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes; grading again starts new ones."""
+        self._pool.close()
+
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Return one verdict a pair, in order.
+
+        Args:
+            pairs: gold answers, each with a prediction. Either may be a whole completion.
+
+        Returns:
+            "right" or "wrong"; "no_answer" where the prediction has nothing to compare; "timeout"
+            where math-verify came to no result in two attempts.
+
+        Raises:
+            ValueError: A gold answer is empty.
+            RuntimeError: math-verify cannot be loaded.
+        """
+        for index, (gold, _) in enumerate(pairs):
+            if not gold.strip():
+                raise ValueError(
+                    f"gold: must be a text with an answer, got {gold!r} in pair {index}; "
+                    "give the row an answer or leave it out."
+                )
+        verdicts = [self._quickly(gold, prediction) for gold, prediction in pairs]
+        left = [index for index, verdict in enumerate(verdicts) if verdict is None]
+        if left:
+            judged = self._pool.judge([pairs[index] for index in left])
+            for index, verdict in zip(left, judged, strict=True):
+                verdicts[index] = verdict
+        return [verdict for verdict in verdicts if verdict is not None]
+
+    def _quickly(self, gold: str, prediction: str) -> Verdict | None:
+        """The verdict where it takes no math-verify, else None."""
+        if not prediction.strip():
+            return "no_answer"
+        if self.rule == "exact":
+            return grade_exact(gold, prediction)
+        if self.rule == "number":
+            return grade_number(gold, prediction)
+        if gold_kind(gold) in ("choice", "word", "text"):
+            return grade_words(gold, prediction)
+        return judge_quickly(gold, prediction)
+
+
+def gold_kinds(golds: Iterable[str]) -> Counter[Kind]:
+    """Count the kinds of gold answers: how many are no mathematics, for example.
+
+    Args:
+        golds: gold answers, or completions that end in one.
+
+    Returns:
+        How often each kind of `gold_kind` occurs.
+    """
+    return Counter(map(gold_kind, golds))

@@ -1,0 +1,198 @@
+"""Is one expression another? By its LaTeX, and else by math-verify. It runs in a worker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from leaf_distill.grading.answer import JOINT, expression, find_answer
+from leaf_distill.grading.quantity import quantity, same_quantity, split_unit, units_agree
+from leaf_distill.grading.text import Verdict, gold_expression
+
+NAMES = [  # a pattern, and the one form that it is written in
+    (r"\\\$", "$"),
+    (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
+    (r"\\(?:displaystyle|limits)(?![A-Za-z])", ""),
+    (r",\s*\\!\s*|\{,\}|\\,(?=\d{3})", ","),
+    (r"\\[,!;: ]|~|\\quad|\\qquad", " "),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\(?:mbox|textrm|mathrm|textbf)\s*(?=\{)", r"\\text"),
+    (r"\\ge(?:q|qslant)?(?![A-Za-z])", r"\\ge"),
+    (r"\\le(?:q|qslant)?(?![A-Za-z])", r"\\le"),
+    (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
+    (r"\\%", "%"),
+    (r"\\lbrace|\\lbrack", r"\\{"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2"),
+    (r"\*\*", "^"),
+    (r"\^(-?\d{2,})", r"^{\1}"),  # 2^10 is no 2^{1}0
+    (r"(?<![\d,])\s+|\s+(?!\d)", ""),  # 1, 234 is no 1,234
+]
+MEMBER_OF = re.compile(r"^[A-Za-z]\\in(?![A-Za-z])")  # x \in [0, 1] is [0, 1]
+NEAR = 1e-5  # how far, relatively, a rounded decimal may be from the exact value
+
+
+def judge(gold: str, prediction: str) -> Verdict:
+    """Grade mathematics by the final answers' expressions.
+
+    Args:
+        gold: a gold answer in LaTeX or plain text, or a completion that ends in one.
+        prediction: a model's text.
+
+    Returns:
+        "right", "wrong", or "no_answer" where the prediction has no expression.
+    """
+    verdict = judge_quickly(gold, prediction)
+    if verdict is not None:
+        return verdict
+    wanted, found = _both(gold, prediction)
+    return "right" if same(wanted, found) else "wrong"
+
+
+def judge_quickly(gold: str, prediction: str) -> Verdict | None:
+    """Return the verdict where text and plain numbers decide it, None where math-verify must."""
+    if normal(gold) == normal(prediction):
+        return "right"
+    wanted, found = _both(gold, prediction)
+    if not found:
+        return "no_answer"
+    if normal(wanted) == normal(found):
+        return "right"
+    whole = normal(find_answer(gold).text)  # "$f(x)=ax$, where $a$ is an integer"
+    if whole == normal(find_answer(prediction).text):
+        return "right"
+    numbers = (
+        quantity(normal(wanted, words=True)),
+        quantity(normal(found, words=True), letters=True),
+    )
+    if numbers[0] and numbers[1]:
+        return "right" if same_quantity(numbers[0], numbers[1]) else "wrong"
+    return None
+
+
+def normal(latex: str, *, words: bool = False) -> str:
+    """Return one form of LaTeX that is written in many: `\\dfrac 12` and `\\frac{1}{2}`.
+
+    words: keep the spaces, which plain words need.
+    """
+    for pattern, form in NAMES[:-1] if words else NAMES:
+        latex = re.sub(pattern, form, latex)
+    return latex.replace("$", "").strip(" .") if not words else latex.strip()
+
+
+def same(gold: str, found: str) -> bool:
+    """Whether two expressions, or two lists of them in any order, are equal."""
+    wanted, given = items(gold), items(found)
+    # Brackets around all of it may be left out or put in, but a pair keeps its order.
+    if len(wanted) == 1 != len(given):
+        wanted = _members(wanted[0])
+        return len(wanted) == len(given) and all(map(same_item, wanted, given))
+    if len(given) == 1 != len(wanted):
+        given = _members(given[0])
+    if len(wanted) != len(given):
+        return False
+    for item in wanted:
+        at = next((at for at, other in enumerate(given) if same_item(item, other)), None)
+        if at is None:
+            return False
+        given.pop(at)
+    return True
+
+
+def items(latex: str) -> list[str]:
+    """Return the members of a list, its braces and `and` gone, `a \\pm b` as two."""
+    latex = JOINT.sub(", ", normal_spaces(latex)) if re.search(r"\b(?:and|or)\b", latex) else latex
+    inner = re.fullmatch(r"\\\{(.*)\\\}", normal(latex))
+    parts = list(_split(inner[1] if inner else normal(latex)))
+    return [
+        MEMBER_OF.sub("", part).replace(r"\pm", sign).replace(r"\mp", "-" if sign == "+" else "+")
+        for part in parts
+        for sign in ("+-" if r"\pm" in part else "+")
+    ]
+
+
+def normal_spaces(latex: str) -> str:
+    return " ".join(latex.split())
+
+
+def _split(latex: str) -> Iterator[str]:
+    if quantity(latex):
+        yield latex
+        return
+    depth, start = 0, 0
+    for at, char in enumerate(latex):
+        depth += (char in "([{") - (char in ")]}")
+        if char in ",;" and depth <= 0 and not re.match(r"(?<=\d),\d{3}(?!\d)", latex[at - 1 :]):
+            yield latex[start:at].strip()
+            start = at + 1
+    yield latex[start:].strip()
+
+
+def same_item(gold: str, found: str) -> bool:
+    """Whether two expressions are equal, with their units and brackets."""
+    if normal(gold) == normal(found):
+        return True
+    numbers = quantity(gold), quantity(found)
+    if numbers[0] and numbers[1]:
+        return same_quantity(numbers[0], numbers[1])
+    (gold, unit), (found, other) = split_unit(gold), split_unit(found)
+    if "%" in (unit, other) and unit != other:
+        if unit and other:
+            return False
+        return equal(gold, rf"\frac{{{found}}}{{100}}") or (
+            equal(rf"\frac{{{gold}}}{{100}}", found) if unit else equal(gold, found)
+        )
+    brackets = {_brackets(gold), _brackets(found)} - {""}
+    return units_agree(unit, other) and len(brackets) < 2 and equal(gold, found)
+
+
+def _members(latex: str) -> list[str]:
+    return list(_split(latex[1:-1])) if latex[:1] == "(" and latex[-1:] == ")" else []
+
+
+def _brackets(latex: str) -> str:
+    """The brackets of a pair, which may be an interval."""
+    pair = re.fullmatch(r"[(\[].*[)\]]", latex) and len(list(_split(latex[1:-1]))) == 2
+    return latex[0] + latex[-1] if pair else ""
+
+
+def equal(gold: str, found: str) -> bool:
+    """Whether math-verify takes two expressions for equal, the gold answer first."""
+    from math_verify import verify
+
+    wanted, given = _parsed(gold), _parsed(found)
+    if wanted is None or given is None or not verify(wanted, given, timeout_seconds=None):
+        return False
+    # math-verify rounds to six places, which makes all small numbers equal.
+    try:
+        exact, near = complex(wanted), complex(given)
+    except (TypeError, ValueError, OverflowError):
+        return True
+    return abs(exact - near) <= NEAR * abs(exact)
+
+
+@lru_cache(maxsize=256)
+def _parsed(latex: str) -> Any:
+    from math_verify import LatexExtractionConfig, parse
+
+    # Units are split off before: math-verify would take the m of 6m for metres.
+    config = LatexExtractionConfig()
+    config = replace(config, normalization_config=replace(config.normalization_config, units=False))
+    found = parse(
+        f"${latex}$",
+        [config],
+        fallback_mode="no_fallback",
+        parsing_timeout=None,
+    )
+    return found[0] if found else None
+
+
+def _both(gold: str, prediction: str) -> tuple[str, str]:
+    answer = find_answer(prediction)
+    return gold_expression(find_answer(gold)), expression(
+        answer.text, first=answer.place != "whole"
+    )
