@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
-from leaf_distill.grading.quantity import FUNCTIONS, MULTIPLES, UNITS
+from leaf_distill.grading.quantity import FUNCTIONS, MULTIPLES, TEXT, UNITS
 
 TAIL = 4000  # characters: the end of a text that may hold its answer, and an answer's length
 Place = Literal["box", "mark", "phrase", "whole"]
@@ -43,12 +43,12 @@ BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 JOINT = re.compile(r"\s*\$*\s*(?:,?\s*(?:\\text\{)?\s*\b(?:and|or)\b\s*\}?|,)\s*\$*\s*")
 MARK = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 PHRASE = re.compile(
-    r"(?:\banswers?\b(?:[^.:=\n]{0,60}?\b(?:is|are|was)\b|[^\w\n.]{0,4}[:=]|[*#_: \t]{0,4}\n)"
+    r"(?:\bfinal[ _]?answer\W{1,4}(?=[\d\\$(-])|\banswers?\b(?:[^.,:=\n]{0,60}?\b(?:is|are|was)\b|[^\w\n.]{0,4}[:=]|[*#_: \t]{0,4}\n)"
     r"|\u7b54\u6848\s*(?:\u662f|\u4e3a|\u70ba|:))(?!\s*(?:correct|right|wrong|not)\b)[\s*_:=]*",
     re.IGNORECASE,
 )
 BLOCK = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]", re.DOTALL)
-SENTENCE_END = re.compile(r"(?<!\\)[.!?][*_\"')]*(?:\s|$)|\n")
+SENTENCE_END = re.compile(r"(?<!\\)[.!?][*_\"')]*(?:\s|$)|\n|</\w|<\|")
 # A dollar before a digit may be money: a span neither ends in a space nor is followed by a digit.
 SPAN = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)"
@@ -59,13 +59,17 @@ NOT_PROSE = re.compile(
     r"\\(?:begin|end|text|mbox|mathrm|textrm|textbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+"
 )
 WORD = re.compile(
-    r"[^\W\d_]{3,}|(?i:\b(?:it|is|so|he|we|be|of|to|at|by|an|as|on|if|my|no)\b)|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]"
+    r"[^\W\d_]{3,}|(?i:(?<!\S)(?:it|is|so|he|we|be|of|to|on|if|my|no)(?![^\s,.:;]))|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]"
 )
-TERM = r"(?:[-+(\[$\u20ac\u00a3\u00a5]|\\\$)*[0-9.]*[0-9](?:[0-9.,/*^()\[\]!]|\\[!,])*[A-Za-z%^]*"
-TERM = rf"(?:(?<!\S)\S*\\[A-Za-z]\S*|(?<![A-Za-z0-9_.]){TERM})"
+OPEN = r"(?:[-+(\[$\u20ac\u00a3\u00a5]|\\\$)*"
+DIGITS = r"[0-9.]*[0-9](?:[0-9.,/*^()\[\]!]|[-+](?=[0-9(])|\\[!,])*[A-Za-z%^]*"
+TERM = rf"(?:(?<!\S)[^\s\\^]*[\\^]\S*|(?<![A-Za-z0-9_.^*/]){OPEN}{DIGITS})"
+LETTER = r"(?<![\w\\'])[A-Za-z](?![\w'])"
+MORE = rf"(?:(?:\s+[-+*/^=]\s+|\s*=\s*)(?:{TERM}|{LETTER}))"
 AFTER = "|".join(sorted((re.escape(name) for name in [*UNITS, *MULTIPLES]), key=len, reverse=True))
+LIST = rf"{TERM}(?:,\s+{TERM})*,?\s+(?:and|or)\s+{TERM}"
 TERMS = re.compile(
-    rf"{TERM}(?:\s+[-+*/^=]\s+{TERM}|\s*=\s*{TERM})*(?:\s?(?:{AFTER})(?![A-Za-z]))*", re.IGNORECASE
+    rf"(?:{LIST}|{TERM}{MORE}*|{LETTER}{MORE}+)(?:\s?(?:{AFTER})(?![A-Za-z]))*", re.IGNORECASE
 )
 
 
@@ -85,7 +89,7 @@ def find_answer(text: str) -> Answer:
     text = text.rpartition("</think>")[2]
     marked = marked_answer(text)
     if marked is not None:
-        return marked
+        return Answer(readable(marked.text).strip(), marked.place)
     text = readable(text[-TAIL:])
     phrase = last_match(PHRASE, text)
     if phrase and text[phrase.end() :].strip():
@@ -103,18 +107,19 @@ def marked_answer(text: str) -> Answer | None:
         while boxes and JOINT.fullmatch(text[boxes[-1][1] : start]):
             start, _, before = boxes.pop()
             content = f"{before}, {content}"
-        return Answer(readable(content).strip(), "box")
+        return Answer(content.strip(), "box")
     mark = last_match(MARK, text)
     # A heading of the fourth level starts with the same mark; more text follows it.
     if mark and (not text[mark.end() :].strip() or not is_prose(mark[1])):
-        return Answer(readable(mark[1]).strip(), "mark")
+        return Answer(mark[1].strip(), "mark")
     return None
 
 
 def readable(text: str) -> str:
-    """Return a text with LaTeX in place of Unicode's mathematics, `sqrt(2)` included."""
+    """Return a text with LaTeX in place of Unicode's and Python's mathematics, without emphasis."""
     text = ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text.translate(CHARACTERS))
-    return re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", text)
+    text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", text)
+    return re.sub(r"(?<![\w)\]])\*\*|\*\*(?![\w(])", " ", text)  # emphasis, no power
 
 
 def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -136,7 +141,8 @@ def expression(text: str, *, first: bool) -> str:
 
     An empty text says that there is none.
     """
-    text = text[:TAIL]
+    words = re.fullmatch(rf"{TEXT}\{{([^{{}}]*)\}}", text)
+    text = (words[1] if words else text)[:TAIL]
     outside = SPAN.sub(lambda found: " " * len(found[0]), text)
     if not is_prose(outside):
         return without_delimiters(text)
@@ -162,7 +168,8 @@ def without_delimiters(text: str) -> str:
     if text.count("$") == 1:
         text = re.sub(r"(?<!\\)\$(?=\s*[0-9.])", r"\\$", text)  # money
     text = re.sub(r"(?<!\\)\$", "", text).strip(" \n\t*_`\"'")
-    return re.sub(r"\s*[.,;:]$", "", text)
+    text = re.sub(r"^=\s*|\s*[.,;:]$", "", text)
+    return text.rstrip("}") if text.count("{") < text.count("}") else text
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:

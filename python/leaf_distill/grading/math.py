@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from leaf_distill.grading.answer import JOINT, expression, find_answer
@@ -28,11 +28,13 @@ NAMES = [  # a pattern, and the one form that it is written in
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
     (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2"),
+    (r"(?<![\d./])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
     (r"\*\*", "^"),
     (r"\^(-?\d{2,})", r"^{\1}"),  # 2^10 is no 2^{1}0
     (r"(?<![\d,])\s+|\s+(?!\d)", ""),  # 1, 234 is no 1,234
 ]
 MEMBER_OF = re.compile(r"^[A-Za-z]\\in(?![A-Za-z])")  # x \in [0, 1] is [0, 1]
+THOUSANDS = re.compile(r"(?<=\d),\d{3}(?!\d)")
 NEAR = 1e-5  # how far, relatively, a rounded decimal may be from the exact value
 
 
@@ -89,10 +91,10 @@ def same(gold: str, found: str) -> bool:
     wanted, given = items(gold), items(found)
     # Brackets around all of it may be left out or put in, but a pair keeps its order.
     if len(wanted) == 1 != len(given):
-        wanted = _members(wanted[0])
-        return len(wanted) == len(given) and all(map(same_item, wanted, given))
+        brackets, wanted = members(wanted[0])
+        return brackets == "()" and _same_in_order(wanted, given)
     if len(given) == 1 != len(wanted):
-        given = _members(given[0])
+        given = members(given[0])[1]
     if len(wanted) != len(given):
         return False
     for item in wanted:
@@ -104,10 +106,12 @@ def same(gold: str, found: str) -> bool:
 
 
 def items(latex: str) -> list[str]:
-    """Return the members of a list, its braces and `and` gone, `a \\pm b` as two."""
-    latex = JOINT.sub(", ", normal_spaces(latex)) if re.search(r"\b(?:and|or)\b", latex) else latex
-    inner = re.fullmatch(r"\\\{(.*)\\\}", normal(latex))
-    parts = list(_split(inner[1] if inner else normal(latex)))
+    """Return the members of a list or set, `a \\pm b` as two of them."""
+    if re.search(r"\b(?:and|or)\b", latex):
+        latex = JOINT.sub(", ", latex)
+    latex = normal(latex)
+    inner = re.fullmatch(r"\\\{(.*)\\\}", latex)
+    parts = [latex] if quantity(latex) else _split(inner[1] if inner else latex)
     return [
         MEMBER_OF.sub("", part).replace(r"\pm", sign).replace(r"\mp", "-" if sign == "+" else "+")
         for part in parts
@@ -115,21 +119,27 @@ def items(latex: str) -> list[str]:
     ]
 
 
-def normal_spaces(latex: str) -> str:
-    return " ".join(latex.split())
+def members(latex: str) -> tuple[str, list[str]]:
+    """Return the brackets of a tuple or interval and what they hold, nothing of anything else."""
+    inside = latex[1:-1]
+    if not re.fullmatch(r"[(\[].*[)\]]", latex) or min(_depths(inside), default=0) < 0:
+        return "", []
+    return latex[0] + latex[-1], _split(inside, thousands=False)
 
 
-def _split(latex: str) -> Iterator[str]:
-    if quantity(latex):
-        yield latex
-        return
-    depth, start = 0, 0
-    for at, char in enumerate(latex):
-        depth += (char in "([{") - (char in ")]}")
-        if char in ",;" and depth <= 0 and not re.match(r"(?<=\d),\d{3}(?!\d)", latex[at - 1 :]):
-            yield latex[start:at].strip()
+def _split(latex: str, *, thousands: bool = True) -> list[str]:
+    """The parts of a list between commas; that of 1,234 is none, unless `thousands` is false."""
+    parts, start = [], 0
+    for at, depth in enumerate(_depths(latex)):
+        if latex[at] in ",;" and not depth and not (thousands and THOUSANDS.match(latex, at)):
+            parts.append(latex[start:at].strip())
             start = at + 1
-    yield latex[start:].strip()
+    return [*parts, latex[start:].strip()]
+
+
+def _depths(latex: str) -> list[int]:
+    """How many brackets are open after each character."""
+    return list(accumulate((char in "([{") - (char in ")]}") for char in latex))
 
 
 def same_item(gold: str, found: str) -> bool:
@@ -139,25 +149,21 @@ def same_item(gold: str, found: str) -> bool:
     numbers = quantity(gold), quantity(found)
     if numbers[0] and numbers[1]:
         return same_quantity(numbers[0], numbers[1])
+    (brackets, wanted), (others, given) = members(gold), members(found)
+    if len(wanted) == len(given) > 1:
+        return brackets == others and _same_in_order(wanted, given)
     (gold, unit), (found, other) = split_unit(gold), split_unit(found)
-    if "%" in (unit, other) and unit != other:
-        if unit and other:
-            return False
-        return equal(gold, rf"\frac{{{found}}}{{100}}") or (
-            equal(rf"\frac{{{gold}}}{{100}}", found) if unit else equal(gold, found)
-        )
-    brackets = {_brackets(gold), _brackets(found)} - {""}
-    return units_agree(unit, other) and len(brackets) < 2 and equal(gold, found)
+    if "%" not in (unit, other) or unit == other:
+        return units_agree(unit, other) and equal(gold, found)
+    if unit and other:
+        return False
+    if unit:
+        return equal(rf"\frac{{{gold}}}{{100}}", found)
+    return equal(gold, found) or equal(gold, rf"\frac{{{found}}}{{100}}")
 
 
-def _members(latex: str) -> list[str]:
-    return list(_split(latex[1:-1])) if latex[:1] == "(" and latex[-1:] == ")" else []
-
-
-def _brackets(latex: str) -> str:
-    """The brackets of a pair, which may be an interval."""
-    pair = re.fullmatch(r"[(\[].*[)\]]", latex) and len(list(_split(latex[1:-1]))) == 2
-    return latex[0] + latex[-1] if pair else ""
+def _same_in_order(wanted: list[str], given: list[str]) -> bool:
+    return len(wanted) == len(given) and all(map(same_item, wanted, given))
 
 
 def equal(gold: str, found: str) -> bool:

@@ -21,7 +21,7 @@ UNITS = {
         "%": "% percent pct percentage",
         "degree": "degree degrees deg \u00b0 \\circ",
         "dollar": "$ dollar dollars usd",
-        "cent": "cent cents",
+        "cent": "cent cents \u00a2",
         "euro": "\u20ac euro euros eur",
         "pound": "\u00a3 pounds-sterling",
         "yen": "\u00a5 yen",
@@ -66,7 +66,7 @@ FUNCTIONS |= {"tanh", "log", "exp", "min", "max", "gcd", "lcm", "mod", "det", "l
 CURRENCY = re.compile(r"([-+]?)\s*(\\?\$|[\u20ac\u00a3\u00a5])\s*")
 TEXT = r"\\(?:text|mbox|mathrm|textrm|textbf|textit)\s*"
 UNIT_AT_END = re.compile(
-    r"(?:\^\s*\{?\s*(?P<circle>\\circ)\s*\}?|\s*\\?(?P<sign>[%\u00b0])"
+    r"(?:\^\s*\{?\s*(?P<circle>\\circ)\s*\}?|\s*\\?(?P<sign>[%\u00b0\u00a2])"
     rf"|\s*{TEXT}\{{(?P<text>[^{{}}]*)\}}\s*(?P<power>(?:\^\{{?[23]\}}?)?)"
     r"|(?P<words>(?:(?<=[\d})])(?=[A-Za-z]{2})|(?<=[\d})]) +)[A-Za-z][A-Za-z /.'-]*)"
     r"(?P<power_of_words>(?:\^\{?[23]\}?)?))\s*$"
@@ -98,7 +98,8 @@ def split_unit(text: str, *, letters: bool = False) -> tuple[str, str]:
         return based[1], f"base {based[2]}"
     money = CURRENCY.match(text)
     if money:
-        return money[1] + text[money.end() :], UNITS[money[2].lstrip("\\")]
+        amount = split_unit(text[money.end() :])[0]
+        return money[1] + amount, UNITS[money[2].lstrip("\\")]
     found = UNIT_AT_END.search(text)
     if not found or not text[: found.start()].strip():
         return text, ""
@@ -137,7 +138,7 @@ def quantity(text: str, *, letters: bool = False) -> Quantity | None:
         return None
     sign, whole, decimals, exponent = found.groups()
     number = Decimal(f"{sign}{whole.replace(',', '') or '0'}{decimals}{exponent}")
-    for word in re.findall("[A-Za-z]+", text[len(value) :].lower()):
+    for word in re.findall("[a-z]+", text.lower()):
         number *= MULTIPLES.get(word, 1)
     return Quantity(number, unit)
 

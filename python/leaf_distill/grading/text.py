@@ -33,7 +33,7 @@ LETTER_IN_SENTENCE = re.compile(
 )
 ANOTHER = re.compile(r"\W*(?:,|/|and|or)\W*[A-J]\b")
 FAMILIES = (("yes", "no"), ("true", "false"))
-COPULA = re.compile(r".*\b(?:is|are|was|were|be|equals)\b\s*:?\s*(\S.*)", re.DOTALL)
+COPULA = re.compile(r".*\b(?:is|it's|are|was|were|be|equals)\b\s*:?\s*(\S.*)", re.DOTALL)
 CLAUSE_END = re.compile(r"[,.;:!?(\u2014]|\s-\s|\b(?:because|since|as)\b")
 
 
