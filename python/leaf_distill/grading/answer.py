@@ -43,7 +43,8 @@ BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 JOINT = re.compile(r"\s*\$*\s*(?:,?\s*(?:\\text\{)?\s*\b(?:and|or)\b\s*\}?|,)\s*\$*\s*")
 MARK = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 PHRASE = re.compile(
-    r"(?:\bfinal[ _]?answer\W{1,4}(?=[\d\\$(-])|\banswers?\b(?:[^.,:=\n]{0,60}?\b(?:is|are|was)\b|[^\w\n.]{0,4}[:=]|[*#_: \t]{0,4}\n)"
+    r"(?:\bfinal[ _]?answer\W{1,4}(?=[\d\\$(-])"
+    r"|\banswers?\b(?:[^.,:=\n]{0,60}?\b(?:is|are|was)\b|[^\w\n.]{0,4}[:=]|[*#_: \t]{0,4}\n)"
     r"|\u7b54\u6848\s*(?:\u662f|\u4e3a|\u70ba|:))(?!\s*(?:correct|right|wrong|not)\b)[\s*_:=]*",
     re.IGNORECASE,
 )
@@ -59,7 +60,8 @@ NOT_PROSE = re.compile(
     r"\\(?:begin|end|text|mbox|mathrm|textrm|textbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+"
 )
 WORD = re.compile(
-    r"[^\W\d_]{3,}|(?i:(?<!\S)(?:it|is|so|he|we|be|of|to|on|if|my|no)(?![^\s,.:;]))|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]"
+    r"[^\W\d_]{3,}|(?i:(?<!\S)(?:it|is|so|he|we|be|of|to|on|if|my|no)(?![^\s,.:;]))"
+    r"|[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]"
 )
 OPEN = r"(?:[-+(\[$\u20ac\u00a3\u00a5]|\\\$)*"
 DIGITS = r"[0-9.]*[0-9](?:[0-9.,/*^()\[\]!]|[-+](?=[0-9(])|\\[!,])*[A-Za-z%^]*"
@@ -164,12 +166,13 @@ def expression(text: str, *, first: bool) -> str:
 
 def without_delimiters(text: str) -> str:
     """Return mathematics without its dollars and brackets, and without a full stop at its end."""
-    text = re.sub(r"\\[\[\]]|\\\((?=.*\\\))|\\\)", " ", text) if SPAN.search(text) else text
+    text = re.sub(r"\\[()\[\]]", " ", text)
     if text.count("$") == 1:
         text = re.sub(r"(?<!\\)\$(?=\s*[0-9.])", r"\\$", text)  # money
     text = re.sub(r"(?<!\\)\$", "", text).strip(" \n\t*_`\"'")
     text = re.sub(r"^=\s*|\s*[.,;:]$", "", text)
-    return text.rstrip("}") if text.count("{") < text.count("}") else text
+    extra = "}" * (text.count("}") - text.count("{"))
+    return text.removesuffix(extra)
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:

@@ -8,30 +8,33 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from leaf_distill.grading.answer import JOINT, expression, find_answer
-from leaf_distill.grading.quantity import quantity, same_quantity, split_unit, units_agree
+from leaf_distill.grading.answer import JOINT, Answer, expression, find_answer
+from leaf_distill.grading.quantity import Quantity, quantity, same_quantity, split_unit, units_agree
 from leaf_distill.grading.text import Verdict, gold_expression
 
-NAMES = [  # a pattern, and the one form that it is written in
-    (r"\\\$", "$"),
-    (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
-    (r"\\(?:displaystyle|limits)(?![A-Za-z])", ""),
-    (r",\s*\\!\s*|\{,\}|\\,(?=\d{3})", ","),
-    (r"\\[,!;: ]|~|\\quad|\\qquad", " "),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\(?:mbox|textrm|mathrm|textbf)\s*(?=\{)", r"\\text"),
-    (r"\\ge(?:q|qslant)?(?![A-Za-z])", r"\\ge"),
-    (r"\\le(?:q|qslant)?(?![A-Za-z])", r"\\le"),
-    (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
-    (r"\\%", "%"),
-    (r"\\lbrace|\\lbrack", r"\\{"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-    (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2"),
-    (r"(?<![\d./])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
-    (r"\*\*", "^"),
-    (r"\^(-?\d{2,})", r"^{\1}"),  # 2^10 is no 2^{1}0
-    (r"(?<![\d,])\s+|\s+(?!\d)", ""),  # 1, 234 is no 1,234
+FORMS = [  # a pattern, and the one form that it is written in
+    (re.compile(pattern), form)
+    for pattern, form in [
+        (r"\\\$", "$"),
+        (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
+        (r"\\(?:displaystyle|limits)(?![A-Za-z])", ""),
+        (r",\s*\\!\s*|\{,\}|\\,(?=\d{3})", ","),
+        (r"\\[,!;: ]|~|\\quad|\\qquad", " "),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\(?:mbox|textrm|mathrm|textbf)\s*(?=\{)", r"\\text"),
+        (r"\\ge(?:q|qslant)?(?![A-Za-z])", r"\\ge"),
+        (r"\\le(?:q|qslant)?(?![A-Za-z])", r"\\le"),
+        (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
+        (r"\\%", "%"),
+        (r"\\lbrace|\\lbrack", r"\\{"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+        (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2"),
+        (r"(?<![\d./])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
+        (r"\*\*", "^"),
+        (r"\^(-?\d{2,})", r"^{\1}"),  # 2^10 is no 2^{1}0
+        (r"(?<![\d,])\s+|\s+(?!\d)", ""),  # 1, 234 is no 1,234
+    ]
 ]
 MEMBER_OF = re.compile(r"^[A-Za-z]\\in(?![A-Za-z])")  # x \in [0, 1] is [0, 1]
 THOUSANDS = re.compile(r"(?<=\d),\d{3}(?!\d)")
@@ -51,29 +54,28 @@ def judge(gold: str, prediction: str) -> Verdict:
     verdict = judge_quickly(gold, prediction)
     if verdict is not None:
         return verdict
-    wanted, found = _both(gold, prediction)
+    wanted, found = _both(find_answer(gold), find_answer(prediction))
     return "right" if same(wanted, found) else "wrong"
 
 
 def judge_quickly(gold: str, prediction: str) -> Verdict | None:
     """Return the verdict where text and plain numbers decide it, None where math-verify must."""
-    if normal(gold) == normal(prediction):
-        return "right"
-    wanted, found = _both(gold, prediction)
-    if not found:
-        return "no_answer"
-    if normal(wanted) == normal(found):
-        return "right"
-    whole = normal(find_answer(gold).text)  # "$f(x)=ax$, where $a$ is an integer"
-    if whole == normal(find_answer(prediction).text):
-        return "right"
-    numbers = (
-        quantity(normal(wanted, words=True)),
-        quantity(normal(found, words=True), letters=True),
-    )
+    answers = find_answer(gold), find_answer(prediction)
+    wanted, found = _both(*answers)
+    numbers = _number(wanted), _number(found, letters=True)
     if numbers[0] and numbers[1]:
         return "right" if same_quantity(numbers[0], numbers[1]) else "wrong"
+    # The whole answer counts as well: "$f(x)=ax$, where $a$ is an integer".
+    for one, other in ((wanted, found), (answers[0].text, answers[1].text)):
+        if normal(one) == normal(other) != "":
+            return "right"
+    if not found:
+        return "wrong" if answers[1].place in ("box", "mark") else "no_answer"
     return None
+
+
+def _number(text: str, *, letters: bool = False) -> Quantity | None:
+    return quantity(text, letters=letters) or quantity(normal(text, words=True), letters=letters)
 
 
 def normal(latex: str, *, words: bool = False) -> str:
@@ -81,8 +83,8 @@ def normal(latex: str, *, words: bool = False) -> str:
 
     words: keep the spaces, which plain words need.
     """
-    for pattern, form in NAMES[:-1] if words else NAMES:
-        latex = re.sub(pattern, form, latex)
+    for pattern, form in FORMS[:-1] if words else FORMS:
+        latex = pattern.sub(form, latex)
     return latex.replace("$", "").strip(" .") if not words else latex.strip()
 
 
@@ -197,8 +199,7 @@ def _parsed(latex: str) -> Any:
     return found[0] if found else None
 
 
-def _both(gold: str, prediction: str) -> tuple[str, str]:
-    answer = find_answer(prediction)
-    return gold_expression(find_answer(gold)), expression(
-        answer.text, first=answer.place != "whole"
-    )
+def _both(gold: Answer, prediction: Answer) -> tuple[str, str]:
+    """The expressions of two final answers."""
+    first = prediction.place != "whole"
+    return gold_expression(gold), expression(prediction.text, first=first)

@@ -139,6 +139,7 @@ def test_false_friends_in_an_answer_are_refused(grader, form):
         ("Paris", "I do not know.", "no_answer"),
         ("18", "<think>It is 18.</think>", "no_answer"),
         ("Paris", "The answer is London.", "wrong"),
+        ("18", r"\boxed{\text{east}}", "wrong"),
         # Gold goes first: math-verify takes a relation for its interval, but not the reverse.
         (r"$x<1$", r"$(-\infty,1)$", "right"),
         (r"$(-\infty,1)$", r"$x<1$", "wrong"),
