@@ -30,6 +30,7 @@ _STAGES = _BASE | {"models", "grading"}
 ROOMS = {
     "io": set(),
     "config": set(),
+    "options": set(),
     "data": {"io", "config", "data"},
     "models": _BASE | {"models"},
     "grading": {"io", "config", "grading"},
@@ -38,9 +39,9 @@ ROOMS = {
     "evaluation": _STAGES | {"detection", "training", "evaluation"},
     "report": _STAGES | {"detection", "training", "evaluation", "report"},
     "demo": _STAGES | {"detection", "training", "evaluation", "report", "demo"},
-    "cli": _STAGES | {"detection", "training", "evaluation", "report", "demo"},
+    "cli": _STAGES | {"detection", "training", "evaluation", "report", "demo", "options"},
     "__main__": {"cli"},
-    "__init__": {"config", "data", "models", "detection", "training", "evaluation"},
+    "__init__": {"config", "data", "models", "detection", "training", "evaluation", "report"},
 }
 
 

@@ -11,26 +11,72 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from leaf_distill.config import DetectConfig
-    from leaf_distill.detection.pipeline import detect
-    from leaf_distill.training.config import LeafConfig
+    from leaf_distill.config import CompareConfig, DetectConfig, EvaluateConfig
+    from leaf_distill.data.dataset import load_examples
+    from leaf_distill.data.example import Example
+    from leaf_distill.detection.pipeline import DetectResult, detect
+    from leaf_distill.evaluation.compare import CompareResult, compare
+    from leaf_distill.evaluation.evaluate import EvaluateResult, evaluate
+    from leaf_distill.models.result import SaliencyResult, saliency
+    from leaf_distill.report import write_report
+    from leaf_distill.training.config import DistillArguments, LeafConfig
+    from leaf_distill.training.distill import DistillResult, distill
     from leaf_distill.training.trainer import LeafTrainer
 
-__all__ = ["DetectConfig", "LeafConfig", "LeafTrainer", "detect"]
-
 _HOME = {
-    "DetectConfig": "leaf_distill.config",
-    "LeafConfig": "leaf_distill.training.config",
-    "LeafTrainer": "leaf_distill.training.trainer",
-    "detect": "leaf_distill.detection.pipeline",
+    "CompareConfig": "config",
+    "CompareResult": "evaluation.compare",
+    "DetectConfig": "config",
+    "DetectResult": "detection.pipeline",
+    "DistillArguments": "training.config",
+    "DistillResult": "training.distill",
+    "EvaluateConfig": "config",
+    "EvaluateResult": "evaluation.evaluate",
+    "Example": "data.example",
+    "LeafConfig": "training.config",
+    "LeafTrainer": "training.trainer",
+    "SaliencyResult": "models.result",
+    "compare": "evaluation.compare",
+    "detect": "detection.pipeline",
+    "distill": "training.distill",
+    "evaluate": "evaluation.evaluate",
+    "load_examples": "data.dataset",
+    "saliency": "models.result",
+    "write_report": "report",
 }
+
+__all__ = [
+    "CompareConfig",
+    "CompareResult",
+    "DetectConfig",
+    "DetectResult",
+    "DistillArguments",
+    "DistillResult",
+    "EvaluateConfig",
+    "EvaluateResult",
+    "Example",
+    "LeafConfig",
+    "LeafTrainer",
+    "SaliencyResult",
+    "compare",
+    "detect",
+    "distill",
+    "evaluate",
+    "load_examples",
+    "saliency",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> object:
-    """Load a public name from the module it lives in."""
+    """Load a public name, or the version, from the module that defines it."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("leaf-distill")
     if name not in _HOME:
         raise AttributeError(f"module 'leaf_distill' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(f"leaf_distill.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -6,18 +6,18 @@ Options are the fields of the same dataclasses that the library takes, so that a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import json
 import os
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from leaf_distill.options import nearest, parse_options
 
 PACKAGES = (
     "leaf-distill",
@@ -32,34 +32,6 @@ PACKAGES = (
     "reasoning-gym",
     "gguf",
 )
-
-
-@dataclass
-class ReportArguments:
-    """Options of `leaf report`."""
-
-    run_dir: str = field(metadata={"help": "The output directory of `leaf detect`."})
-    output: str | None = field(
-        default=None, metadata={"help": "Where to write the page (default: RUN_DIR/report.html)."}
-    )
-    samples: int = field(default=20, metadata={"help": "How many samples the page shows."})
-
-
-@dataclass
-class DemoArguments:
-    """Options of `leaf demo`."""
-
-    pair: str = field(
-        default="tiny",
-        metadata={
-            "help": "tiny: the embedded pair with planted distractors (a minute on 2 cores). "
-            "smollm2: the real SmolLM2-135M-Instruct and a student cut from it (some minutes).",
-            "choices": ["tiny", "smollm2"],
-        },
-    )
-    output_dir: str = field(
-        default="outputs/demo", metadata={"help": "Where everything is written."}
-    )
 
 
 @dataclass(frozen=True)
@@ -120,18 +92,42 @@ def _run_evaluate(config: Any) -> None:
     evaluate(config)
 
 
-def _run_report(arguments: ReportArguments) -> None:
+def _compare_arguments() -> tuple[Any, ...]:
+    from leaf_distill.config import CompareConfig, DetectConfig
+    from leaf_distill.training.config import LeafConfig
+
+    return (CompareConfig, DetectConfig, LeafConfig)
+
+
+def _run_compare(config: Any, detection: Any, training: Any) -> None:
+    from leaf_distill.evaluation.compare import compare
+
+    compare(config, detection, training)
+
+
+def _report_arguments() -> tuple[Any, ...]:
+    from leaf_distill.config import ReportConfig
+
+    return (ReportConfig,)
+
+
+def _run_report(config: Any) -> None:
     from leaf_distill.report import write_report
 
-    output = None if arguments.output is None else Path(arguments.output)
-    page = write_report(Path(arguments.run_dir), output=output, samples=arguments.samples)
+    page = write_report(config.run_dir, output=config.output, samples=config.samples)
     print(f"The page is {page}")
 
 
-def _run_demo(arguments: DemoArguments) -> None:
+def _demo_arguments() -> tuple[Any, ...]:
+    from leaf_distill.config import DemoConfig
+
+    return (DemoConfig,)
+
+
+def _run_demo(config: Any) -> None:
     from leaf_distill.demo.run import run_demo
 
-    run_demo(arguments.pair, Path(arguments.output_dir))
+    run_demo(Path(config.output_dir).expanduser())
 
 
 def _run_env() -> None:
@@ -183,117 +179,72 @@ COMMANDS = {
         _run_evaluate,
         interrupted=KEPT,
     ),
+    "compare": Command(
+        "run LeaF, plain distillation and controls at equal compute, and make one table of them",
+        "leaf compare --student ./student --teacher ./teacher --dataset train.jsonl "
+        "--eval_dataset test.jsonl --arms kd span random_spans --output_dir runs/compared",
+        _compare_arguments,
+        _run_compare,
+        _hidden_training_arguments,
+        interrupted=KEPT,
+    ),
     "report": Command(
         "write one self-contained HTML page about a run of `leaf detect`",
         "leaf report --run_dir runs/math",
-        lambda: (ReportArguments,),
+        _report_arguments,
         _run_report,
     ),
     "demo": Command(
         "run the whole method on an embedded example",
         "leaf demo --output_dir outputs/demo",
-        lambda: (DemoArguments,),
+        _demo_arguments,
         _run_demo,
     ),
     "env": Command("print versions and devices, for bug reports", "leaf env", lambda: (), _run_env),
 }
 
 
-def config_to_argv(path: Path, known: frozenset[str]) -> list[str]:
-    """The flat keys of a YAML file as command-line words, so that both go through one parser.
-
-    Raises:
-        ValueError: the file is not a flat mapping, or a key is not an option of the command.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: needs flat `option: value` lines")
-    argv: list[str] = []
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"--config {path}: {key!r} is not an option of this command")
-        if value is None:
-            continue  # the option keeps its default
-        words = value if isinstance(value, list) else [value]
-        text = [json.dumps(word) if isinstance(word, dict) else str(word) for word in words]
-        argv += [f"--{key}", *text]
-    return argv
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not an empty one, which says nothing."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
-
-
 def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
-    """Parse a subcommand's options, the command line over `--config`, into its dataclasses."""
+    """Return the dataclasses of a subcommand, from its options and `--config`."""
     command = COMMANDS[name]
-    usage: dict[str, Any] = {
-        "prog": f"leaf {name}",
-        "usage": f"leaf {name} [--config FILE.yaml] [--option value ...]",
-        "epilog": f"example: {command.example}",
-    }
-    if not (types := command.arguments()):
-        usage["usage"] = f"leaf {name}"
-        argparse.ArgumentParser(description=command.summary, **usage).parse_args(argv)
-        return ()
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(
-        types,
-        description=command.summary,
-        allow_abbrev=False,
-        formatter_class=_HelpFormatter,
-        **usage,
+    configs, hidden = command.arguments(), command.hidden()
+    more = "; every field of transformers.TrainingArguments is an option too" if hidden else ""
+    return parse_options(
+        f"leaf {name}",
+        f"{command.summary}{more}",
+        command.example,
+        configs,
+        argv,
+        hidden=hidden,
     )
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="Flat keys, any of these options; flags win."
-    )
-    hidden = command.hidden()
-    for action in parser._actions:
-        if action.dest in hidden:
-            action.help = argparse.SUPPRESS
-    if hidden:
-        more = "every field of transformers.TrainingArguments is an option too"
-        parser.description = f"{command.summary}; {more}"
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    config, rest = finder.parse_known_args(list(argv))
-    words = rest
-    if config.config is not None:
-        known = frozenset(action.dest for action in parser._actions) - {"help", "config"}
-        words = config_to_argv(Path(config.config), known) + rest
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            args=words, return_remaining_strings=True, look_for_args_file=False
-        )
-    except Exception as error:  # whatever refuses the settings: they are the user's to mend
-        parser.error(str(error).strip() or type(error).__name__)
-    if unknown:
-        nearest = _nearest(unknown[0], parser._option_string_actions)
-        parser.error(f"{unknown[0]} is not an option of this command{nearest}")
-    return tuple(parsed[: len(types)])  # after them: a namespace with `config`
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    """Whether our own code raised it: a sentence for the user. From deeper down it is a bug."""
+    """Whether our own code raised it, so that its message is a sentence for the user."""
     import leaf_ext
 
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     ours = (Path(__file__).parent, Path(leaf_ext.__file__).parent)
     return any(package in raised_in.parents for package in ours)
+
+
+def _report(name: str, error: Exception) -> None:
+    """Print one line for an error; the traceback of one that is not ours goes to a file."""
+    message = str(error).strip()
+    if isinstance(error, (ValueError, RuntimeError, OSError)) and _raised_by_us(error):
+        print(f"leaf {name}: error: {message}", file=sys.stderr)
+        return
+    first = message.splitlines()[0] if message else "no message"
+    with tempfile.NamedTemporaryFile(
+        "w", prefix=f"leaf-{name}-", suffix=".log", delete=False, encoding="utf-8"
+    ) as file:
+        traceback.print_exception(error, file=file)
+    print(
+        f"leaf {name}: error: {type(error).__name__}: {first[:500]}\n"
+        f"This was not expected. If it looks like a fault of LeaF, please report it with the "
+        f"traceback in {file.name}",
+        file=sys.stderr,
+    )
 
 
 def _overview() -> str:
@@ -321,16 +272,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(version("leaf-distill"))
         return 0
     if name not in COMMANDS:
-        print(f"leaf: {name!r} is not a command{_nearest(name, COMMANDS)}", file=sys.stderr)
+        print(f"leaf: {name!r} is not a command{nearest(name, COMMANDS)}", file=sys.stderr)
         return 2
     try:
         COMMANDS[name].run(*parse(name, words[1:]))
     except KeyboardInterrupt:
         print(f"\nleaf {name}: interrupted; {COMMANDS[name].interrupted}", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        if not _raised_by_us(error):
-            raise
-        print(f"leaf {name}: error: {error}", file=sys.stderr)
+    except Exception as error:
+        _report(name, error)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""Settings of the loop: one dataclass per command, every field a flat key of YAML and a flag."""
+"""Settings: one dataclass a command; every field is an option and a key of `--config`."""
 
 from __future__ import annotations
 
@@ -13,38 +13,36 @@ Select = Literal["student_wrong", "all"]
 CompletionSource = Literal["dataset", "teacher"]
 GradeRule = Literal["math", "number", "exact"]
 SpanRule = Literal["absolute", "quantile"]
-Strategy = Literal["span", "collective", "random_tokens", "random_spans"]
+Strategy = Literal[
+    "span", "collective", "random_tokens", "random_spans", "student_saliency", "perplexity"
+]
 Validate = Literal["both", "teacher", "none"]
 
 PACKAGES = ("leaf-distill", "torch", "transformers", "datasets", "pyarrow")
-"""Whose versions belong to a result."""
+"""The packages whose versions are written beside results."""
+
+MODEL = "a directory (also of a LoRA adapter), a hub name or a .gguf file"
+ROWS = "hub name, file (.jsonl, .json, .csv, .parquet, .gz), directory or glob"
 
 
 def about(description: str) -> dict[str, str]:
-    """Return a field's metadata: what --help says of it."""
+    """Return a field's metadata: the text that --help shows for it."""
     return {"help": description}
 
 
 @dataclass(frozen=True)
-class DetectConfig:
-    """Settings of stage 1, from rows to validated counterfactuals.
+class PairOptions:
+    """The two models."""
 
-    Raises ValueError naming the first setting that is outside its range.
-    """
+    student: str = field(default="", metadata=about(f"the model to be trained: {MODEL}"))
+    teacher: str = field(default="", metadata=about(f"the model to learn from: {MODEL}"))
 
-    student: str = field(
-        default="", metadata=about("the model to be distilled: directory, hub name or .gguf file")
-    )
-    teacher: str = field(
-        default="", metadata=about("the model to learn from: directory, hub name or .gguf file")
-    )
-    dataset: str = field(
-        default="",
-        metadata=about("hub name, or a local .jsonl, .json, .parquet or dataset directory"),
-    )
-    output_dir: str = field(
-        default="leaf-run", metadata=about("the run directory; the same command resumes in it")
-    )
+
+@dataclass(frozen=True)
+class RowOptions:
+    """The rows that a command reads."""
+
+    dataset: str = field(default="", metadata=about(f"the rows: {ROWS}"))
     dataset_split: str = field(default="train", metadata=about("split of the dataset"))
     columns: dict[str, str] | str | None = field(
         default=None,
@@ -53,49 +51,93 @@ class DetectConfig:
         ),
     )
     max_rows: int | None = field(
-        default=None, metadata=about("take only so many rows from the start of the dataset")
+        default=None, metadata=about("take at most so many rows, from the start of the dataset")
     )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Loading of models, and rendering of rows for them."""
+
     dtype: str = field(
-        default="auto", metadata=about("weights while scoring: auto, float32, bfloat16 or float16")
+        default="auto",
+        metadata=about(
+            "dtype of the weights: float32, bfloat16, float16, or auto: the checkpoint's, but "
+            "float32 on a CPU without instructions for it"
+        ),
     )
     device: str = field(
-        default="auto", metadata=about("where the models run: auto, cpu, cuda, cuda:1, ...")
+        default="auto", metadata=about("device of the models: auto, cpu, cuda, cuda:1, ...")
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=about("run Python code that a model brings along")
     )
     chat_template: str = field(
         default="auto", metadata=about("auto: the tokenizer's, if it has one; none: plain text")
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=about('variables for the chat template, as JSON: {"enable_thinking": false}'),
+    )
     system_prompt: str | None = field(
-        default=None, metadata=about("a system turn put before every row without one")
+        default=None, metadata=about("system message for every row that has none")
     )
     max_length: int = field(
-        default=4096, metadata=about("tokens of prompt and completion; longer rows are set aside")
+        default=4096, metadata=about("most tokens of prompt and completion; longer rows leave")
     )
-    max_new_tokens: int = field(
-        default=512, metadata=about("length limit of a predicted answer, in tokens")
+    max_batch_tokens: int | None = field(
+        default=None,
+        metadata=about("most tokens of a batch, padding included; default: by device and memory"),
     )
-    max_batch_tokens: int = field(
-        default=8192, metadata=about("padded tokens of one batch, the memory's measure")
-    )
-    select: Select = field(
-        default="student_wrong",
-        metadata=about("score rows that the student fails and the teacher solves, or all rows"),
-    )
-    completion_source: CompletionSource = field(
-        default="dataset",
-        metadata=about("whose completion is the label: the dataset's or the teacher's own answer"),
-    )
+
+
+@dataclass(frozen=True)
+class AnswerOptions(ModelOptions):
+    """Answers of models and their grading."""
+
+    max_new_tokens: int = field(default=512, metadata=about("most tokens of an answer"))
     grade: GradeRule = field(
         default="math",
         metadata=about("math: math-verify; number: the last number; exact: the stripped string"),
     )
     grade_timeout: float = field(
-        default=5.0, metadata=about("seconds after which grading one answer is given up")
+        default=5.0, metadata=about("processor seconds after which grading an answer is given up")
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata=about(
+            "directory of the row cache, which runs share; default: LEAF_CACHE_DIR, else "
+            "~/.cache/leaf-distill"
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class DetectConfig(AnswerOptions, RowOptions, PairOptions):
+    """Settings of stage 1, from rows to validated counterfactuals.
+
+    Raises:
+        ValueError: a setting is outside its range; names the first.
+    """
+
+    output_dir: str = field(
+        default="leaf-run",
+        metadata=about("run directory; each strategy and threshold has an arm of its own in it"),
+    )
+    select: Select = field(
+        default="student_wrong",
+        metadata=about("rows to search: student_wrong (and teacher right), or all"),
+    )
+    completion_source: CompletionSource = field(
+        default="dataset",
+        metadata=about("whose completion is the label: the dataset's or the teacher's own answer"),
     )
     threshold: float = field(
         default=0.10, metadata=about("score at or below which a token is a confounder (Eq. 5)")
     )
     rule: SpanRule = field(
-        default="absolute", metadata=about("absolute: cut at threshold; quantile: at that rank")
+        default="absolute",
+        metadata=about("absolute: cut at threshold; quantile: at that rank of the scores"),
     )
     cap: float = field(default=0.5, metadata=about("highest cut that the quantile rule may choose"))
     teacher_max: float | None = field(
@@ -109,7 +151,8 @@ class DetectConfig:
     strategy: Strategy = field(
         default="span",
         metadata=about(
-            "span by span, all together (collective), or a control: random_tokens, random_spans"
+            "span: one span at a time (the paper); collective: all together; controls under the "
+            "same validation: random_tokens, random_spans, student_saliency, perplexity"
         ),
     )
     validate: Validate = field(
@@ -121,91 +164,128 @@ class DetectConfig:
     seed: int = field(default=0, metadata=about("seed of the random controls"))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", parse_columns(self.columns))
-        for name in ("student", "teacher", "dataset", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: is needed, came empty; give --{name}")
-        check_choices(self)
-        check_ranges(self)
-        _check_range(self, "min_length", 1)
-        _check_range(self, "join_gap", 0)
-        for name in ("threshold", "cap"):
-            _check_range(self, name, 0, 1)
-        if self.teacher_max is not None:
-            _check_range(self, "teacher_max", 0, 1)
+        check_answer_options(self)
+        check_rows(self)
+        check_range(self, "min_length", 1)
+        check_range(self, "join_gap", 0)
+        for name in ("threshold", "cap", "teacher_max"):
+            check_range(self, name, 0, 1)
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(AnswerOptions, RowOptions):
     """Settings of `leaf evaluate`: a model's greedy answers, graded."""
 
-    model: str = field(default="", metadata=about("directory, hub name or .gguf file"))
-    dataset: str = field(
-        default="",
-        metadata=about("hub name, or a local .jsonl, .json, .parquet or dataset directory"),
-    )
+    model: str = field(default="", metadata=about(f"the model: {MODEL}"))
     output_dir: str = field(
-        default="leaf-evaluation", metadata=about("where answers go; the same command resumes")
+        default="leaf-evaluation", metadata=about("directory of answers.parquet and metrics.json")
     )
     dataset_split: str = field(default="test", metadata=about("split of the dataset"))
-    columns: dict[str, str] | str | None = field(
-        default=None,
-        metadata=about('names of other columns, as JSON: {"prompt": "question"}'),
+
+    def __post_init__(self) -> None:
+        check_answer_options(self)
+        check_rows(self)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Settings of `leaf compare`, beside those of `leaf detect` and `leaf distill`."""
+
+    arms: list[str] = field(
+        default_factory=lambda: ["kd", "span", "random_spans"],
+        metadata=about(
+            "the arms: kd (originals alone), and strategies of `leaf detect` "
+            "(default: kd span random_spans)"
+        ),
     )
-    max_rows: int | None = field(
-        default=None, metadata=about("take only so many rows from the start of the dataset")
+    eval_dataset: str = field(
+        default="", metadata=about(f"problems on which every student is evaluated: {ROWS}")
     )
-    dtype: str = field(
-        default="auto", metadata=about("the weights: auto, float32, bfloat16 or float16")
+    eval_split: str = field(default="test", metadata=about("split of the evaluation dataset"))
+
+    def __post_init__(self) -> None:
+        choices = ("kd", *get_args(Strategy))
+        for arm in self.arms:
+            if arm not in choices:
+                raise ValueError(f"arms: must be of {', '.join(choices)}, got {arm!r}")
+        if len(set(self.arms)) != len(self.arms) or set(self.arms) <= {"kd"}:
+            listed = " ".join(self.arms)
+            raise ValueError(f"arms: must be different, one of them no kd, got {listed!r}")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of `leaf report`."""
+
+    run_dir: str = field(
+        default="", metadata=about("output directory of `leaf detect`, or one of its arms")
     )
-    device: str = field(
-        default="auto", metadata=about("where the model runs: auto, cpu, cuda, cuda:1, ...")
+    output: str | None = field(
+        default=None, metadata=about("where to write the page; default: report.html in the arm")
     )
-    chat_template: str = field(
-        default="auto", metadata=about("auto: the tokenizer's, if it has one; none: plain text")
-    )
-    system_prompt: str | None = field(
-        default=None, metadata=about("a system turn put before every row without one")
-    )
-    max_length: int = field(
-        default=4096, metadata=about("tokens of a prompt; longer ones count as not answered")
-    )
-    max_new_tokens: int = field(default=512, metadata=about("length limit of an answer, in tokens"))
-    max_batch_tokens: int = field(
-        default=8192, metadata=about("padded tokens of one batch, the memory's measure")
-    )
-    grade: GradeRule = field(
-        default="math",
-        metadata=about("math: math-verify; number: the last number; exact: the stripped string"),
-    )
-    grade_timeout: float = field(
-        default=5.0, metadata=about("seconds after which grading one answer is given up")
+    samples: int = field(default=20, metadata=about("how many samples the page shows"))
+
+    def __post_init__(self) -> None:
+        need(self, "run_dir")
+        check_range(self, "samples", 0)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Settings of `leaf demo`."""
+
+    output_dir: str = field(
+        default="outputs/demo", metadata=about("directory of everything that it writes")
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", parse_columns(self.columns))
-        for name in ("model", "dataset", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: is needed, came empty; give --{name}")
-        check_choices(self)
-        check_ranges(self)
+        need(self, "output_dir")
 
 
-def parse_columns(value: dict[str, str] | str | None) -> dict[str, str] | None:
-    """Read a column mapping given as a dict or as JSON; ValueError unless it maps text to text."""
+def check_rows(config: Any) -> None:
+    """Check RowOptions; read `columns` where it is JSON."""
+    columns = json_object(config.columns, "columns")
+    if columns and not all(isinstance(value, str) for value in columns.values()):
+        raise ValueError(
+            f'columns: must map text to text as {{"prompt": "question"}}, got {columns!r}'
+        )
+    object.__setattr__(config, "columns", columns)
+    check_range(config, "max_rows", 1)
+
+
+def check_answer_options(config: Any) -> None:
+    """Check AnswerOptions and every field with fixed choices; read `chat_template_kwargs`."""
+    kwargs = json_object(config.chat_template_kwargs, "chat_template_kwargs")
+    object.__setattr__(config, "chat_template_kwargs", kwargs)
+    check_choices(config)
+    for name in ("max_length", "max_new_tokens", "max_batch_tokens"):
+        check_range(config, name, 1, 2**31 - 1)
+    if not 0 < config.grade_timeout < math.inf:
+        raise ValueError(f"grade_timeout: must be seconds above 0, got {config.grade_timeout}")
+    if not config.output_dir:
+        raise ValueError("output_dir: must be a directory, got an empty name; give --output_dir")
+
+
+def json_object(value: dict[str, Any] | str | None, name: str) -> dict[str, Any] | None:
+    """Return a setting that is a mapping or a mapping as JSON; None where it is empty."""
     if value is None or value == "":
         return None
     mapping: object = value
     if isinstance(value, str):
         try:
             mapping = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"columns: needs a JSON object, came {value!r} ({error})") from None
-    if not isinstance(mapping, dict) or not all(
-        isinstance(part, str) for pair in mapping.items() for part in pair
-    ):
-        raise ValueError(f'columns: needs text to text as {{"prompt": "question"}}, came {value!r}')
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: must be a JSON object, got {value!r} ({error})") from None
+    if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
+        raise ValueError(f"{name}: must be a JSON object, got {value!r}")
     return mapping
+
+
+def need(config: Any, *names: str) -> None:
+    """Raise ValueError for the first of the named settings that is empty."""
+    for name in names:
+        if not getattr(config, name):
+            raise ValueError(f"{name}: must be given, got nothing; give --{name}")
 
 
 def check_choices(config: Any) -> None:
@@ -216,24 +296,18 @@ def check_choices(config: Any) -> None:
             continue
         choices, value = get_args(hints[item.name]), getattr(config, item.name)
         if value not in choices:
-            raise ValueError(f"{item.name}: needs one of {', '.join(choices)}, came {value!r}")
+            raise ValueError(f"{item.name}: must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_ranges(config: Any) -> None:
-    """Raise ValueError for a setting out of range, of those that all commands with answers have."""
-    for name in ("max_length", "max_new_tokens", "max_batch_tokens"):
-        _check_range(config, name, 1)
-    if config.max_rows is not None:
-        _check_range(config, "max_rows", 1)
-    if not 0 < config.grade_timeout < math.inf:
-        raise ValueError(f"grade_timeout: needs seconds above 0, came {config.grade_timeout}")
-
-
-def _check_range(config: Any, name: str, low: float, high: float = math.inf) -> None:
+def check_range(config: Any, name: str, low: float, high: float = math.inf) -> None:
+    """Raise ValueError unless the setting is a number from low to high, or None."""
     value = getattr(config, name)
-    if not low <= value <= high:
-        wanted = f"at least {low}" if high == math.inf else f"a value from {low} to {high}"
-        raise ValueError(f"{name}: needs {wanted}, came {value}")
+    if value is None:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and low <= value <= high):
+        wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name}: must be {wanted}, got {value!r}")
 
 
 def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:

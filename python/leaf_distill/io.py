@@ -1,9 +1,4 @@
-"""The run directory: each stage is a folder of Parquet parts that survives being killed.
-
-A part is written whole beside its place, flushed to the disk and renamed, so that it is either
-there and right or not there. Which items belong to which part is fixed before the first pass; a run
-that goes on where another stopped, with the same batches, makes the same parts, byte for byte.
-"""
+"""Files that are written whole or not at all, digests, locks, and progress."""
 
 from __future__ import annotations
 
@@ -13,7 +8,10 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import secrets
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,185 +19,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-MAX_PARTS = 64  # a kill costs at most about this fraction of a stage
-
-Batch = Sequence[int]
-Part = list[list[int]]  # its batches
-Compute = Callable[[Batch], Iterable[dict[str, object]]]
+LOG_INTERVAL_S = 30.0
 
 
 class StoreError(RuntimeError):
-    """The disk or what lies on it stands in the way; the message says what to do."""
-
-
-class Stage:
-    """One stage's table, keyed by the fingerprint of its name, settings and schema."""
-
-    def __init__(
-        self, root: Path, name: str, settings: Mapping[str, object], schema: pa.Schema
-    ) -> None:
-        self.name = name
-        self.settings = dict(settings)
-        self.schema = schema
-        fields = [[field.name, str(field.type), field.nullable] for field in schema]
-        self.fingerprint = digest([name, self.settings, fields])
-        self.directory = Path(root) / name / self.fingerprint[:12]
-
-    @property
-    def finished(self) -> bool:
-        """Whether the stage was once run to its end."""
-        return (self.directory / "manifest.json").exists()
-
-    def run(self, plan: Sequence[Batch], compute: Compute, *, desc: str) -> pa.Table:
-        """Compute what is missing of the plan's batches and return the table, part by part.
-
-        ``compute`` takes a batch (distinct numbers of the caller's own) and yields its rows, of the
-        schema's columns. The same items may come in other batches than before (smaller ones, after
-        an out-of-memory error): finished parts stay, the others follow the new batches. Raises
-        StoreError for a full disk, a corrupt part, a plan of other items, or another process at
-        work here; what is done stays, and the same call goes on from there.
-        """
-        with _locked(self.directory):
-            parts = self._fix_plan([[int(item) for item in batch] for batch in plan])
-            known = self._manifest_parts()
-            done = {i for i in range(len(parts)) if self._part(i).exists()}
-            total = sum(len(batch) for part in parts for batch in part)
-            start = sum(len(batch) for i in done for batch in parts[i])
-            read: list[tuple[pa.Table, str]] = []
-            with tqdm(total=total, initial=start, desc=desc, unit="row", disable=None) as bar:
-                for i, part in enumerate(parts):
-                    if i not in done:
-                        self._compute(self._part(i), part, compute, bar)
-                    # What was just written is read back too: one path, one truth.
-                    read.append(self._read(self._part(i), known.get(i) if i in done else None))
-            self._finish(parts, read)
-        return pa.concat_tables([self.schema.empty_table(), *(table for table, _ in read)])
-
-    def _part(self, index: int) -> Path:
-        return self.directory / f"part-{index:05d}.parquet"
-
-    def _fix_plan(self, batches: list[list[int]]) -> list[Part]:
-        """Return the parts: those of the stored plan, where there is one."""
-        path = self.directory / "plan.json"
-        cure = f"delete {self.directory} and run the same command again"
-        if not path.exists():
-            if any(self.directory.glob("part-*")):
-                raise StoreError(f"{path}, which says what the parts hold, is missing: {cure}.")
-            write_json(path, _split(batches))
-        stored: list[Part] = _read_json(path, cure)
-        if _items(stored) != _items([batches]):
-            raise StoreError(f"{path} has other items than this run's, of like settings: {cure}.")
-        parts = [
-            part if self._part(i).exists() else _rebatched(part, batches)
-            for i, part in enumerate(stored)
-        ]
-        if parts != stored:
-            write_json(path, parts)
-        return parts
-
-    def _compute(
-        self, path: Path, batches: Sequence[Batch], compute: Compute, bar: tqdm[None]
-    ) -> None:
-        rows: list[dict[str, object]] = []
-        names = set(self.schema.names)
-        for batch in batches:
-            for row in compute(batch):
-                if row.keys() != names:
-                    raise ValueError(
-                        f"A row of stage {self.name!r} has the columns {sorted(row)}, not "
-                        f"{sorted(names)}."
-                    )
-                rows.append(row)
-            bar.update(len(batch))
-        write_table(path, pa.Table.from_pylist(rows, schema=self.schema))
-
-    def _read(self, path: Path, expected: str | None) -> tuple[pa.Table, str]:
-        try:
-            data = path.read_bytes()
-            found = hashlib.sha256(data).hexdigest()
-            if expected in (None, found):
-                reader = pa.BufferReader(data)
-                table = pq.read_table(reader, page_checksum_verification=True)
-                if table.schema.equals(self.schema):
-                    return table, found
-        except (pa.ArrowException, OSError):
-            pass  # said below, with what to do
-        raise StoreError(
-            f"The part {path} is corrupt: delete it and run the same command again; only that part "
-            "is recomputed."
-        )
-
-    def _manifest_parts(self) -> dict[int, str]:
-        path = self.directory / "manifest.json"
-        parts = _read_json(path)["parts"] if path.exists() else []
-        return {index: part["sha256"] for index, part in enumerate(parts)}
-
-    def _finish(self, parts: Sequence[Part], read: Sequence[tuple[pa.Table, str]]) -> None:
-        manifest = {
-            "stage": self.name,
-            "fingerprint": self.fingerprint,
-            "settings": self.settings,
-            "plan_sha256": digest(parts),
-            "rows": sum(table.num_rows for table, _ in read),
-            "parts": [
-                {"file": self._part(i).name, "rows": table.num_rows, "sha256": sha256}
-                for i, (table, sha256) in enumerate(read)
-            ],
-        }
-        path = self.directory / "manifest.json"
-        if not path.exists() or _read_json(path) != json.loads(json.dumps(manifest)):
-            write_json(path, manifest)
-
-
-def content(name: str, fingerprint: str) -> dict[str, str]:
-    """Return an identity's value for what a name stands for: its content counts, not the name."""
-    return {"name": name, "digest": fingerprint}
-
-
-def claim_run_directory(root: Path, identity: Mapping[str, object]) -> bool:
-    """Make ``root`` the run directory of these settings, or check that it is already theirs.
-
-    Returns whether it was free until now. Raises ValueError naming each setting that differs, with
-    its old and new value, or whose ``content`` changed.
-    """
-    path = Path(root) / "run.json"
-    new = json.loads(json.dumps(identity))
-    if Path(root).exists() and not Path(root).is_dir():
-        raise ValueError(f"output_dir {str(root)!r} is a file; give a directory.")
-    if not path.exists():
-        make_directory(Path(root))
-        write_json(path, new)
-        return True
-    old = _read_json(path)
-    changes = [_change(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
-    if any(changes):
-        listed = "; ".join(filter(None, changes))
-        raise ValueError(
-            f"The run directory {root} belongs to other settings: {listed}. Give another "
-            "output_dir, or the old settings to go on."
-        )
-    return False
-
-
-def _change(key: str, old: Any, new: Any) -> str:
-    """Return what is different, "" if nothing is."""
-    names = [
-        one["name"] if isinstance(one, dict) and "digest" in one else None for one in (old, new)
-    ]
-    if None in names:
-        return "" if old == new else f"{key} was {old!r} and is now {new!r}"
-    if old["digest"] == new["digest"]:
-        return ""
-    if names[0] == names[1]:
-        return f"the content of {key} {names[0]!r} changed"
-    return f"{key} was {names[0]!r} and is now {names[1]!r}"
+    """The disk, or a file on it, prevents the work; the message says what to do."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, flushed to the disk; StoreError if that fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Write a file whole or not at all and flush it to the disk.
+
+    Raises:
+        StoreError: the file cannot be written; names it, and says whether the disk is full.
+    """
+    # The name is unique, and an existing file or link of that name is never opened.
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -212,65 +48,70 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise _named(error, path, len(data)) from error
+        raise disk_error(error, path, len(data)) from error
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON as ``write_bytes`` does, with sorted keys."""
+    """Write JSON with sorted keys, as `write_bytes` does."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
     write_bytes(path, f"{text}\n".encode())
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a table as Parquet as ``write_bytes`` does, with a checksum on each page."""
+    """Write a table as Parquet with a checksum on each page, as `write_bytes` does."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     write_bytes(path, sink.getvalue().to_pybytes())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file cannot be read or holds no JSON object; names it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: must be a readable JSON file, got an error ({error}); run the command that "
+            "made it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
 def digest(parts: Iterable[object]) -> str:
-    """Return a sha256 over values that JSON can express."""
+    """Return the sha256, as 64 hexadecimal digits, of values that JSON can express, or bytes."""
     state = hashlib.sha256()
     for part in parts:
-        state.update(json.dumps(part, sort_keys=True).encode())
-        state.update(b"\n")
+        text = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        state.update(f"{len(text)}:".encode())
+        state.update(text)
     return state.hexdigest()
 
 
-def _split(batches: list[list[int]]) -> list[Part]:
-    size = max(1, -(-len(batches) // MAX_PARTS))
-    return [batches[i : i + size] for i in range(0, len(batches), size)]
-
-
-def _items(parts: Iterable[Part]) -> list[int]:
-    return sorted(item for part in parts for batch in part for item in batch)
-
-
-def _rebatched(part: Part, batches: Sequence[Batch]) -> Part:
-    """Return the part's items in the given batches, as far as these hold them."""
-    own = set(_items([part]))
-    kept = ([item for item in batch if item in own] for batch in batches)
-    return [batch for batch in kept if batch]
-
-
-def _read_json(path: Path, cure: str = "delete it and run the same command again") -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise StoreError(f"{path} is corrupt: {cure}.") from error
-
-
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory for this process; the lock goes with the process, however it ends."""
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a directory for this process; the lock ends with the process, however it ends.
+
+    Raises:
+        StoreError: another process holds the directory, or it cannot be written to.
+    """
     make_directory(directory)
-    handle = os.open(directory, os.O_RDONLY)
+    path = directory / ".lock"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise disk_error(error, path) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StoreError(
-                f"Another process is at work in {directory}: wait for it, or end it."
+                f"{directory} is in use by another process: wait for its end, or give another "
+                "output_dir"
             ) from error
         yield
     finally:
@@ -278,19 +119,54 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory and those above it; StoreError if that fails."""
+    """Make a directory and those above it.
+
+    Raises:
+        StoreError: it cannot be made.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _named(error, directory, None) from error
+        raise disk_error(error, directory) from error
 
 
-def _named(error: OSError, path: Path, size: int | None) -> StoreError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def disk_error(error: OSError, path: Path, size: int | None = None) -> StoreError:
+    """Return the sentence for a system error on a path."""
     need = f" ({size} bytes)" if size is not None else ""
-    if full:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StoreError(
-            f"The disk is full: {path}{need} could not be written. What was done stays: free some "
-            "space and run the same command again."
+            f"the disk is full: {path}{need} could not be written; results so far are kept: free "
+            "some space and run the same command again"
         )
-    return StoreError(f"{path} could not be written: {error}. What was done stays.")
+    return StoreError(f"{path} could not be written ({error.strerror or error}); check the path")
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere a line at most every half minute."""
+
+    def __init__(self, total: int, description: str, *, initial: int = 0) -> None:
+        self.total, self.description, self.done = total, description, initial
+        self._start = self._last = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=initial, desc=description, unit="row")
+
+    def update(self, count: int) -> None:
+        """Count rows as done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif (now := time.monotonic()) - self._last >= LOG_INTERVAL_S:
+            self._last = now
+            print(
+                f"{self.description}: {self.done} of {self.total} rows, {now - self._start:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

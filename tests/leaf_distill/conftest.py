@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +195,12 @@ def copied(finished: Any, tmp_path: Path) -> Path:
     """A finished run in a directory of its own, with the rows beside it."""
     root = tmp_path / "copy"
     shutil.copytree(finished.run_directory.parent, root)
-    identity = json.loads((root / "run/run.json").read_text())
-    identity["dataset"] = str(root / "rows.jsonl")
-    (root / "run/run.json").write_text(json.dumps(identity))
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the row cache of the tests away from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAF_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -2,13 +2,14 @@
 
 "tom has 7 apples . the sticker says three ." asks for 7: the teacher answers with the digit, the
 student with the word, as long as there is one. Run as a script it runs stage 1 on a JSON file of
-settings, so that a test can kill it.
+settings, and can be told to kill itself.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
@@ -128,7 +129,23 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
+    # python detect_pair.py SETTINGS.json [N]: kill the process when N batches were stored.
+    import os
+    import signal
+
     from leaf_distill.config import DetectConfig
+    from leaf_distill.detection.cache import RowCache
     from leaf_distill.detection.pipeline import detect
 
+    if sys.argv[2:]:
+        left, put = int(sys.argv[2]), RowCache.put
+
+        def deadly(self: RowCache, values: Mapping[str, bytes]) -> dict[str, bytes]:
+            global left
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return put(self, values)
+
+        RowCache.put = deadly  # type: ignore[method-assign]
     detect(DetectConfig(**json.loads(Path(sys.argv[1]).read_text())))

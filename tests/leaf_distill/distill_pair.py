@@ -18,7 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from leaf_distill.data.collator import prepare_examples
+from leaf_distill.data.collator import render_examples
+from leaf_distill.data.dataset import load_examples
+from leaf_distill.data.example import Example
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.training.config import LeafConfig
 from leaf_distill.training.trainer import LeafTrainer
@@ -135,19 +137,32 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         assert difference <= tolerance, f"{name} differs by {difference}"
 
 
+def render(rows: Any, template: str = TEMPLATE, **options: Any) -> list[Example]:
+    """Rows as examples of the tiny pair, whose teacher may have another template."""
+    examples = load_examples(rows)
+    renderers = {
+        "student": Renderer(make_tokenizer()),
+        "teacher": Renderer(make_tokenizer(template)),
+    }
+    ids = len(WORDS)
+    defaults = {"max_length": 4096, "embedding_rows": {"student": ids, "teacher": ids + 3}}
+    render_examples(examples, renderers, **{**defaults, **options})  # type: ignore[arg-type]
+    return examples
+
+
 def plain_measures(student: Any, teacher: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Means per label token from the models' own logits, row by row, in float64."""
-    renderer = Renderer(make_tokenizer())
-    examples, _ = prepare_examples(rows, renderer, renderer, max_length=4096)
     sums: dict[str, float] = {}
-    for example in examples:
-        ids, at = torch.tensor(example.student_ids[None]).long(), example.student_predicts
+    for example in render(rows):
+        rendering = example.renderings["student"]
+        ids = torch.tensor(rendering.input_ids[None]).long()
+        at = torch.tensor([*rendering.loss_mask[1:].tolist(), False])
         with torch.no_grad():
             log_s, log_t = (
                 model(input_ids=ids).logits[0, at, : len(WORDS)].double().log_softmax(-1)
                 for model in (student, teacher)
             )
-        branch = "cd" if example.counterfactual else "kd"
+        branch = "cd" if example.branch == "counterfactual" else "kd"
         same = (log_s.argmax(-1) == log_t.argmax(-1)).double()
         for name, value in {
             f"{branch}_loss": (log_t.exp() * (log_t - log_s)).sum(),

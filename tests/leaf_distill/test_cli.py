@@ -73,9 +73,10 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("treshold: 0.2", "'treshold' is not an option of this command"),
-        ("- a\n- b", "needs flat `option: value` lines"),
-        ("a: [", "cannot be read"),
+        ("treshold: 0.2", "'treshold' is not an option of this command; did you mean threshold?"),
+        ("- a\n- b", "must hold flat `option: value` lines"),
+        ("a: [", "must be a readable YAML file"),
+        ("[" * 5000, "must be a readable YAML file"),
     ],
 )
 def test_a_bad_file_is_one_sentence(
@@ -92,8 +93,15 @@ def test_a_bad_file_is_one_sentence(
     [
         (["detect", *NAMES, "--treshold", "1"], "--treshold is not an option of this command; did"),
         (["detect", *NAMES, "--foo", "1"], "--foo is not an option of this command"),
-        (["detect", *NAMES, "--threshold", "much"], "argument --threshold: invalid float value"),
-        (["detect", *NAMES, "--strategy", "words"], "argument --strategy: invalid choice"),
+        (["detect", *NAMES, "--threshold", "much"], "--threshold: must be a number, got 'much'"),
+        (["detect", *NAMES, "--max_rows", "1.5"], "--max_rows: must be a whole number, got '1.5'"),
+        (["detect", *NAMES, "--strategy", "words"], "--strategy: must be one of span, collective,"),
+        (["detect", *NAMES, "--trust_remote_code", "perhaps"], "must be true or false, got"),
+        (["detect", *NAMES, "--threshold"], "--threshold: expected one argument"),
+        (["detect", *NAMES, "--thresh", "1"], "--thresh is not an option of this command; did"),
+        (["detect", *NAMES, "--threshold", "nan"], "threshold: must be from 0 to 1, got nan"),
+        (["report"], "run_dir: must be given"),
+        (["compare", *NAMES, "--arms", "kd", "spam"], "arms: must be of kd, span"),
         (["distill", *NAMES, "--lr_scheduler_type", "foo"], "foo"),
     ],
 )
@@ -110,7 +118,7 @@ def test_a_file_that_is_not_text_is_named(
     file = tmp_path / "leaf.yaml"
     file.write_bytes(b"student: \xff\xfe")
     status, _, err = run(capsys, "detect", "--config", str(file))
-    assert status == 1 and "leaf.yaml: cannot be read" in err
+    assert status == 1 and "leaf.yaml: must be a readable YAML file" in err
 
 
 @pytest.mark.parametrize("name", ["detect", "distill", "demo"])
@@ -125,13 +133,55 @@ def test_an_interrupt_says_what_is_kept(
     assert status == 130 and COMMANDS[name].interrupted in err
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_one_line_and_its_traceback_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def bug(*arguments: object) -> None:
-        json.loads("{")  # a ValueError, but raised in another package's code
+        json.loads("{")  # raised in another package's code
 
     monkeypatch.setitem(COMMANDS, "env", replace(COMMANDS["env"], run=bug))
-    with pytest.raises(json.JSONDecodeError):
-        main(["env"])
+    status, _, err = run(capsys, "env")
+    assert status == 1 and "leaf env: error: JSONDecodeError: Expecting" in err
+    assert "Traceback" not in err
+    log = Path(err.split()[-1])
+    assert "JSONDecodeError" in log.read_text() and "in bug" in log.read_text()
+    log.unlink()
+
+
+def test_markup_in_a_path_is_shown_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "report", "--run_dir", str(tmp_path / "[/red]"))
+    assert status == 1 and "[/red]" in err
+
+
+def test_a_dash_a_list_and_a_mapping_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "leaf.yaml"
+    file.write_text(
+        "system_prompt: --be brief\nchat_template_kwargs: {enable_thinking: false}\n"
+        "trust_remote_code: true\n"
+    )
+    (config,) = parse("detect", ["--config", str(file)])
+    assert config.system_prompt == "--be brief" and config.trust_remote_code is True
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    file.write_text("arms: [span, random_tokens]\noutput_dir: o\n")
+    arms, detection, training = parse("compare", ["--config", str(file), "--seed", "4"])
+    assert arms.arms == ["span", "random_tokens"]
+    assert (detection.seed, training.seed) == (4, 4)
+    assert detection.output_dir == training.output_dir == "o"
+
+
+def test_help_is_quick_to_come() -> None:
+    """--help of a stage imports neither torch nor transformers."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom leaf_distill.cli import main\n"
+        "try:\n    main(['detect', '--help'])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_a_missing_run_directory_is_one_sentence(

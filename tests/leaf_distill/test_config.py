@@ -1,64 +1,91 @@
-"""DetectConfig: one sentence for each wrong setting, and a command line that fills it."""
+"""Configurations: one sentence for each wrong setting, and a help text for each field."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
-from transformers import HfArgumentParser
 
-from leaf_distill.config import DetectConfig, parse_columns
-
-NAMES = {"student": "s", "teacher": "t", "dataset": "d"}
+from leaf_distill.config import (
+    CompareConfig,
+    DemoConfig,
+    DetectConfig,
+    EvaluateConfig,
+    ReportConfig,
+    need,
+)
+from leaf_distill.training.config import DistillArguments, LeafConfig
 
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"student": ""}, "student: is needed"),
-        ({"dataset": ""}, "dataset: is needed"),
-        ({"threshold": 1.5}, "threshold: needs a value from 0 to 1, came 1.5"),
-        ({"threshold": float("nan")}, "threshold: needs"),
-        ({"cap": -0.1}, "cap: needs"),
-        ({"teacher_max": 2.0}, "teacher_max: needs"),
-        ({"rule": "rank"}, "rule: needs one of absolute, quantile, came 'rank'"),
-        ({"strategy": "spans"}, "strategy: needs one of"),
-        ({"min_length": 0}, "min_length: needs at least 1, came 0"),
-        ({"join_gap": -1}, "join_gap: needs at least 0"),
-        ({"max_rows": 0}, "max_rows: needs at least 1"),
-        ({"max_batch_tokens": 0}, "max_batch_tokens"),
-        ({"grade_timeout": 0.0}, "grade_timeout"),
-        ({"columns": "prompt=question"}, "columns: needs a JSON object"),
-        ({"columns": '{"prompt": 3}'}, "columns: needs text to text"),
+        ({"output_dir": ""}, "output_dir: must be a directory"),
+        ({"threshold": 1.5}, "threshold: must be from 0 to 1, got 1.5"),
+        ({"threshold": float("nan")}, "threshold: must be from 0 to 1, got nan"),
+        ({"threshold": "0.1"}, "threshold: must be from 0 to 1, got '0.1'"),
+        ({"threshold": True}, "threshold: must be from 0 to 1, got True"),
+        ({"cap": -0.1}, "cap: must be"),
+        ({"teacher_max": 2.0}, "teacher_max: must be"),
+        ({"rule": "rank"}, "rule: must be one of absolute, quantile, got 'rank'"),
+        ({"strategy": "spans"}, "strategy: must be one of"),
+        ({"min_length": 0}, "min_length: must be at least 1, got 0"),
+        ({"join_gap": -1}, "join_gap: must be at least 0"),
+        ({"max_rows": 0}, "max_rows: must be at least 1"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens: must be"),
+        ({"max_new_tokens": 2**63}, "max_new_tokens: must be from 1 to 2147483647"),
+        ({"grade_timeout": 0.0}, "grade_timeout: must be seconds above 0"),
+        ({"columns": "prompt=question"}, "columns: must be a JSON object"),
+        ({"columns": "[" * 100_000}, "columns: must be a JSON object"),
+        ({"columns": '{"prompt": 3}'}, "columns: must map text to text"),
+        ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs: must be a JSON object, got"),
     ],
 )
 def test_wrong_settings_are_named(wrong: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
-        DetectConfig(**(NAMES | wrong))
+        DetectConfig(**wrong)
     assert sentence in str(caught.value)
 
 
-def test_the_command_line_fills_every_field() -> None:
-    words = "--student s --teacher t --dataset d --max_rows 3 --teacher_max 0.4 --threshold 0.2"
-    columns = ["--columns", '{"prompt": "question"}', "--system_prompt", "Be brief."]
-    (config,) = HfArgumentParser(DetectConfig).parse_args_into_dataclasses(words.split() + columns)
-    assert config == DetectConfig(
-        **NAMES,
-        max_rows=3,
-        teacher_max=0.4,
-        threshold=0.2,
-        columns={"prompt": "question"},
-        system_prompt="Be brief.",
-    )
+@pytest.mark.parametrize(
+    ("arms", "sentence"),
+    [
+        (["kd", "spam"], "arms: must be of kd, span, .*, got 'spam'"),
+        (["kd"], "one of them no kd, got 'kd'"),
+        (["span", "span"], "must be different"),
+    ],
+)
+def test_wrong_arms_are_named(arms: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        CompareConfig(arms=arms)
 
 
-def test_every_field_has_help() -> None:
-    help_text = HfArgumentParser(DetectConfig).format_help()
-    for name, field in DetectConfig.__dataclass_fields__.items():
-        assert field.metadata["help"], name
-        assert f"--{name}" in help_text
+def test_a_missing_name_is_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"teacher: must be given, got nothing; give --teacher"):
+        need(DetectConfig(student="s"), "student", "teacher", "dataset")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DetectConfig,
+        EvaluateConfig,
+        CompareConfig,
+        ReportConfig,
+        DemoConfig,
+        DistillArguments,
+        LeafConfig,
+    ],
+)
+def test_every_field_has_help(config: type) -> None:
+    own = config.__annotations__ if config is LeafConfig else [item.name for item in fields(config)]
+    for item in fields(config):
+        if item.name in own:
+            assert item.metadata.get("help"), item.name
 
 
 def test_columns_as_json_or_mapping() -> None:
-    assert parse_columns(None) is None
-    assert parse_columns({"prompt": "q"}) == parse_columns('{"prompt": "q"}') == {"prompt": "q"}
+    assert DetectConfig().columns is None
+    both = [DetectConfig(columns=given) for given in ({"prompt": "q"}, '{"prompt": "q"}')]
+    assert both[0].columns == both[1].columns == {"prompt": "q"}

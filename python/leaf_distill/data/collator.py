@@ -1,208 +1,137 @@
-"""From rows to padded batches: each row rendered once for the student and once for the teacher."""
+"""From examples to padded batches: each is rendered once for the student, once for the teacher."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from leaf_distill.data.dataset import Message, Rejection, UnusableRow, check_text, read_layout
-from leaf_distill.data.prompt import Renderer, Rendering
+from leaf_distill.data.dataset import load_examples
+from leaf_distill.data.example import Example, Rendering, Role, UnusableRow, remaining
+from leaf_distill.data.prompt import Renderer
 
 logger = logging.getLogger(__name__)
 
-BRANCHES = ("original", "counterfactual")
+Batch = dict[str, Tensor]
+PREFIXES: Mapping[Role, str] = {"student": "", "teacher": "teacher_"}
+"""How the keys of a batch begin that hold a model's tensors."""
 
 FILLER = -1
 """Index of a row without labels, for a rank that has nothing left in the last step of an epoch."""
 
-Ids = NDArray[np.int32]
-Mask = NDArray[np.bool_]
+# Any id serves as padding: no label position attends to it. Every embedding has this one, which is
+# not true of a tokenizer's pad token.
+_PADDING_ID = 0
 
 
-@dataclass(frozen=True)
-class Example:
-    """One row as both models read it.
+def render_examples(
+    examples: Sequence[Example],
+    renderers: Mapping[Role, Renderer],
+    *,
+    max_length: int,
+    embedding_rows: Mapping[Role, int],
+) -> None:
+    """Fill in `renderings` of both models; a row that cannot be trained on leaves, with a reason.
 
-    `predicts` is True where the NEXT token is a label: the position whose hidden state predicts it.
+    Args:
+        examples: those that have left already are passed over.
+        renderers: one for each model; equal ones render once.
+        max_length: tokens of prompt and completion that both models take; nothing is cut off.
+        embedding_rows: for each model, how many token ids its embedding has.
     """
-
-    row_id: int
-    counterfactual: bool
-    student_ids: Ids
-    student_predicts: Mask
-    teacher_ids: Ids
-    teacher_predicts: Mask
-
-    @property
-    def n_labels(self) -> int:
-        return int(self.student_predicts.sum())
-
-
-class Rows(Protocol):
-    """Rows by position: a `datasets.Dataset`, a list of dicts."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Any: ...
-
-
-def prepare_examples(
-    rows: Iterable[Mapping[str, Any]], student: Renderer, teacher: Renderer, *, max_length: int
-) -> tuple[list[Example], list[Rejection]]:
-    """Render rows in the layout of `dataset.parquet`, or plain prompt/completion rows.
-
-    `prompt` and `completion` are a string or messages, the completion one assistant message;
-    `branch` says "original" or "counterfactual" and may be missing (all originals); so may
-    `row_id` (the row's position). A row that is longer than `max_length` tokens for either model,
-    is refused by a template, or has an empty prompt or completion, is left out whole and returned
-    as a Rejection: nothing is ever cut.
-
-    Raises:
-        ValueError: a column is missing or malformed, or the two models' templates give the row
-            different label tokens; names the row.
-    """
-    examples: list[Example] = []
-    rejections: list[Rejection] = []
-    if teacher.fingerprint == student.fingerprint:
-        teacher = student  # the usual case: one rendering serves both
-    for position, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"row {position}: needs columns by name, came {row!r:.60}")
-        row_id = _integer(row, "row_id", position, position)
-        candidate_id = _integer(row, "candidate_id", position, -1)
-        counterfactual = _is_counterfactual(row, position)
+    roles: Iterable[Role] = PREFIXES
+    if renderers["student"].fingerprint == renderers["teacher"].fingerprint:
+        roles = ("student",)
+    for example in remaining(list(examples)):
         try:
-            messages, completion = _conversation(row, position)
-            renderings = _render(messages, completion, student, teacher)
-            _check_length(renderings, max_length)
+            for role in roles:
+                example.renderings[role] = renderers[role].render(example)
+            example.renderings.setdefault("teacher", example.renderings["student"])
+            _check_length(example, max_length)
+            _check_ids(example, renderers, embedding_rows)
+            _check_labels(example, renderers)
         except UnusableRow as problem:
-            left = Rejection(row_id, candidate_id, "distill", problem.reason, problem.detail)
-            rejections.append(left)
-            continue
-        example = _example(row_id, counterfactual, *renderings)
-        _check_labels(example, position)
-        examples.append(example)
-    return examples, rejections
+            example.renderings.clear()
+            example.leave("distill", problem.reason, problem.detail)
 
 
-def _integer(row: Mapping[str, Any], name: str, position: int, missing: int) -> int:
-    value = missing if row.get(name) is None else row[name]
-    if not isinstance(value, int | np.integer):
-        raise ValueError(f"row {position}: {name}: needs an integer, came {value!r}")
-    return int(value)
-
-
-def _is_counterfactual(row: Mapping[str, Any], position: int) -> bool:
-    branch = row.get("branch") or "original"
-    if branch not in BRANCHES:
-        raise ValueError(
-            f"row {position}: branch: needs one of {', '.join(BRANCHES)}, came {branch!r}"
-        )
-    return bool(branch == "counterfactual")
-
-
-def _conversation(row: Mapping[str, Any], position: int) -> tuple[tuple[Message, ...], str]:
-    """The prompt's messages and the completion's text."""
-    for column in ("prompt", "completion"):
-        if row.get(column) is None:
-            raise ValueError(
-                f"row {position}: needs the column {column!r}, came {sorted(row)}; other layouts "
-                "are read by leaf_distill.data.dataset.load_rows"
-            )
-    try:
-        messages, completion = read_layout(("prompt", "completion"), row)
-        check_text([*(turn["content"] for turn in messages), completion])
-    except UnusableRow as problem:
-        if problem.reason in ("empty_prompt", "no_user_turn"):
-            raise
-        raise ValueError(f"row {position}: {problem.detail}") from problem
-    if not completion.strip():
-        raise UnusableRow("empty_completion", "the completion is empty.")
-    return messages, completion
-
-
-def _render(
-    messages: Sequence[Message], completion: str, student: Renderer, teacher: Renderer
-) -> tuple[Rendering, Rendering]:
-    try:
-        ours = student.render(messages, completion)
-        return ours, ours if teacher is student else teacher.render(messages, completion)
-    except ValueError as error:  # the template refuses the row's roles, or changes its text
-        raise UnusableRow("not_renderable", str(error)) from error
-
-
-def _check_length(renderings: Iterable[Rendering], max_length: int) -> None:
-    longest = max(len(rendering.input_ids) for rendering in renderings)
+def _check_length(example: Example, max_length: int) -> None:
+    longest = max(map(len, example.renderings.values()))
     if longest > max_length:
-        raise UnusableRow("too_long", f"{longest} tokens, max_length {max_length}")
+        raise UnusableRow("too_long", f"must have at most {max_length} tokens, got {longest}")
 
 
-def _example(row_id: int, counterfactual: bool, ours: Rendering, theirs: Rendering) -> Example:
-    student = _arrays(ours)
-    # Usually both models share tokenizer and template; then they share the arrays too.
-    same = ours.input_ids == theirs.input_ids and ours.label_mask == theirs.label_mask
-    teacher = student if same else _arrays(theirs)
-    return Example(row_id, counterfactual, *student, *teacher)
+def _check_ids(
+    example: Example, renderers: Mapping[Role, Renderer], embedding_rows: Mapping[Role, int]
+) -> None:
+    for role, rendering in example.renderings.items():
+        largest = int(rendering.input_ids.max())
+        if largest >= embedding_rows[role]:
+            raise UnusableRow(
+                "outside_vocabulary",
+                f"token {_token(renderers[role], largest)} is beyond the {embedding_rows[role]} "
+                f"embeddings of the {role}",
+            )
 
 
-def _arrays(rendering: Rendering) -> tuple[Ids, Mask]:
-    ids = np.asarray(rendering.input_ids, dtype=np.int32)
-    predicts = np.zeros(len(ids), dtype=np.bool_)
-    predicts[:-1] = rendering.label_mask[1:]
-    return ids, predicts
-
-
-def _labels(ids: Ids, predicts: Mask) -> list[int]:
-    return [int(token) for token in ids[1:][predicts[:-1]]]
-
-
-def _check_labels(example: Example, position: int) -> None:
+def _check_labels(example: Example, renderers: Mapping[Role, Renderer]) -> None:
     """The KL compares distributions token by token, so both models need the very same labels."""
-    student = _labels(example.student_ids, example.student_predicts)
-    teacher = _labels(example.teacher_ids, example.teacher_predicts)
-    if student == teacher:
+    student, teacher = (
+        one.input_ids[one.loss_mask]
+        for one in (example.renderings["student"], example.renderings["teacher"])
+    )
+    if np.array_equal(student, teacher):
         return
-    first = next(
-        (
-            i
-            for i, (ours, theirs) in enumerate(zip(student, teacher, strict=False))
-            if ours != theirs
-        ),
-        min(len(student), len(teacher)),
+    common = min(len(student), len(teacher))
+    differs = (student[:common] != teacher[:common]).nonzero()[0]
+    first = int(differs[0]) if len(differs) else common
+    ours, theirs = (
+        _token(renderer, int(labels[first])) if first < len(labels) else "none"
+        for renderer, labels in (
+            (renderers["student"], student),
+            (renderers["teacher"], teacher),
+        )
     )
-    raise ValueError(
-        f"row {position} (row_id {example.row_id}): the templates of teacher and student give "
-        f"different label tokens: {len(teacher)} and {len(student)} of them, first differing at "
-        f"label {first} (teacher {teacher[first : first + 3]}, student "
-        f"{student[first : first + 3]}); give both models one chat template, or chat_template none"
+    raise UnusableRow(
+        "different_labels",
+        f"label {first} must be one token for both models, got {theirs} for the teacher and {ours} "
+        "for the student; use one tokenizer and chat template, or chat_template none",
     )
 
 
-def summarize(rejections: Sequence[Rejection]) -> dict[str, int]:
-    """How many rows were left out for each reason."""
-    return dict(Counter(rejection.reason for rejection in rejections))
+def _token(renderer: Renderer, index: int) -> str:
+    return f"{renderer.tokenizer.convert_ids_to_tokens(index)!r} (id {index})"
+
+
+def count_notes(examples: Iterable[Example]) -> dict[str, int]:
+    """How many examples were altered in each way when they were read and rendered."""
+    return dict(Counter(note for one in examples for note in set(one.notes)))
+
+
+def count_reasons(examples: Iterable[Example]) -> dict[str, int]:
+    """How many examples left for each reason."""
+    return dict(Counter(one.outcome.reason for one in examples if one.outcome is not None))
 
 
 class ExampleDataset(Dataset[Example]):
-    """Examples by index; `FILLER` is the shortest one with its labels taken away."""
+    """Rendered examples by index; `FILLER` is the shortest one with its labels taken away."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = list(examples)
-        self.shortest = shortest = min(self.examples, key=lambda example: len(example.student_ids))
+        self.shortest = min(self.examples, key=lambda one: len(one.renderings["student"]))
         self._filler = replace(
-            shortest,
-            counterfactual=False,
-            student_predicts=np.zeros_like(shortest.student_predicts),
-            teacher_predicts=np.zeros_like(shortest.teacher_predicts),
+            self.shortest,
+            candidate_id=-1,
+            renderings={
+                role: _without_labels(one) for role, one in self.shortest.renderings.items()
+            },
         )
 
     def __len__(self) -> int:
@@ -211,60 +140,130 @@ class ExampleDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         return self._filler if index == FILLER else self.examples[index]
 
-    def branch_indices(self, *, counterfactual: bool) -> list[int]:
-        """Positions of the rows of one branch."""
-        return [i for i, row in enumerate(self.examples) if row.counterfactual is counterfactual]
+    @property
+    def originals(self) -> list[int]:
+        """The indices of the originals."""
+        return [i for i, one in enumerate(self.examples) if one.branch == "original"]
 
+    @property
+    def counterfactuals(self) -> list[int]:
+        """The indices of the counterfactuals."""
+        return [i for i, one in enumerate(self.examples) if one.branch == "counterfactual"]
 
-@dataclass(frozen=True)
-class Collator:
-    """Pads examples on the right.
-
-    Returns `input_ids`, `attention_mask` int64 [B, T] and `predicts` bool [B, T] for the student,
-    the same with the prefix `teacher_` for the teacher (its own T), `counterfactual` bool [B] and
-    `row_id` int64 [B]. Row by row, `predicts` and `teacher_predicts` mark the same labels in order.
-    """
-
-    student_pad: int
-    teacher_pad: int
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        student = [(row.student_ids, row.student_predicts) for row in examples]
-        teacher = [(row.teacher_ids, row.teacher_predicts) for row in examples]
-        return {
-            **_pad(student, self.student_pad, ""),
-            **_pad(teacher, self.teacher_pad, "teacher_"),
-            "counterfactual": torch.tensor([row.counterfactual for row in examples]),
-            "row_id": torch.tensor([row.row_id for row in examples]),
-        }
-
-
-def _pad(rows: Sequence[tuple[Ids, Mask]], pad: int, prefix: str) -> dict[str, Tensor]:
-    shape = (len(rows), max(len(ids) for ids, _ in rows))
-    input_ids = torch.full(shape, pad)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    predicts = torch.zeros(shape, dtype=torch.bool)
-    for i, (ids, mask) in enumerate(rows):
-        input_ids[i, : len(ids)] = torch.from_numpy(ids)
-        attention_mask[i, : len(ids)] = 1
-        predicts[i, : len(ids)] = torch.from_numpy(mask)
-    return {
-        f"{prefix}input_ids": input_ids,
-        f"{prefix}attention_mask": attention_mask,
-        f"{prefix}predicts": predicts,
-    }
+    @property
+    def label_tokens(self) -> int:
+        """Label tokens of all examples together."""
+        return sum(int(one.renderings["student"].loss_mask.sum()) for one in self.examples)
 
 
 def prepare_dataset(
-    rows: Rows, student: Renderer, teacher: Renderer, *, max_length: int, name: str
-) -> tuple[ExampleDataset, list[Rejection]]:
-    """`prepare_examples` of a dataset; ValueError naming it when no row is left."""
-    examples, rejections = prepare_examples(rows, student, teacher, max_length=max_length)
-    reasons = summarize(rejections)
-    if not examples:
-        why = f"{reasons}; the first: {rejections[0].detail}" if rejections else "it is empty"
-        raise ValueError(f"{name}: no row is left to train on ({why})")
-    if rejections:
-        total = len(examples) + len(rejections)
-        logger.warning("%s: %d of %d rows left out: %s", name, len(rejections), total, reasons)
-    return ExampleDataset(examples), rejections
+    rows: Any,
+    renderers: Mapping[Role, Renderer],
+    *,
+    max_length: int,
+    embedding_rows: Mapping[Role, int],
+    name: str,
+) -> tuple[ExampleDataset, list[Example]]:
+    """Read and render a dataset: the examples to train on, and those that left.
+
+    Args:
+        rows: what `load_examples` takes, or a list of Examples.
+        renderers, max_length, embedding_rows: as for `render_examples`.
+        name: how messages call the dataset.
+
+    Raises:
+        ValueError: the rows cannot be read, or none is left.
+    """
+    given = isinstance(rows, list) and all(isinstance(row, Example) for row in rows)
+    examples: list[Example] = rows if given else load_examples(rows)
+    render_examples(examples, renderers, max_length=max_length, embedding_rows=embedding_rows)
+    kept = list(remaining(examples))
+    left = [one for one in examples if one.outcome is not None]
+    reasons = _listed(count_reasons(left))
+    if not kept:
+        outcome = left[0].outcome if left else None
+        first = f" (row {left[0].row_id}: {outcome.detail})" if outcome else ""
+        raise ValueError(f"{name}: must have a row to train on, got {reasons or 'none'}{first}")
+    if left:
+        logger.warning("%s: %d of %d rows left out: %s", name, len(left), len(examples), reasons)
+    if notes := count_notes(kept):
+        logger.warning("%s: rows altered: %s", name, _listed(notes))
+    return ExampleDataset(kept), left
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _without_labels(rendering: Rendering) -> Rendering:
+    return replace(rendering, loss_mask=np.zeros_like(rendering.loss_mask))
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad rendered examples on the right.
+
+    Returns:
+        `input_ids`, `attention_mask` int64 [B, T] and `loss_mask` bool [B, T] for the student, the
+        same with the prefix `teacher_` for the teacher (its own T), `counterfactual` bool [B] and
+        `row_id` int64 [B]. `loss_mask` is True where the NEXT token is a label: at the position
+        whose hidden state predicts it. Row by row, both masks mark the same labels in order.
+    """
+    batch: Batch = {}
+    for role, prefix in PREFIXES.items():
+        batch |= _pad([one.renderings[role] for one in examples], prefix)
+    batch["counterfactual"] = torch.tensor([one.branch == "counterfactual" for one in examples])
+    batch["row_id"] = torch.tensor([one.row_id for one in examples])
+    return batch
+
+
+def _pad(rows: Sequence[Rendering], prefix: str) -> Batch:
+    shape = (len(rows), max(map(len, rows)))
+    input_ids = torch.full(shape, _PADDING_ID)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = torch.from_numpy(row.input_ids)
+        attention_mask[i, : len(row)] = 1
+        loss_mask[i, : len(row) - 1] = torch.from_numpy(row.loss_mask[1:])
+    return {
+        f"{prefix}input_ids": input_ids,
+        f"{prefix}attention_mask": attention_mask,
+        f"{prefix}loss_mask": loss_mask,
+    }
+
+
+def split_batch(batch: Batch, max_tokens: int, *, at_least: int = 1) -> list[Batch]:
+    """Cut a batch into forward passes of at most `max_tokens` padded tokens for either model.
+
+    Rows of like length share a pass. A row that is longer than `max_tokens` has a pass of its own.
+    Passes without labels are added up to `at_least`, for ranks that must run in step.
+    """
+    widths = [batch[f"{prefix}attention_mask"].sum(dim=1) for prefix in PREFIXES.values()]
+    lengths: list[int] = torch.stack(widths).amax(dim=0).tolist()
+    passes: list[list[int]] = []
+    if len(lengths) * max(lengths) <= max_tokens:
+        passes = [list(range(len(lengths)))]
+    else:
+        for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+            if passes and (len(passes[-1]) + 1) * lengths[row] <= max_tokens:
+                passes[-1].append(row)
+            else:
+                passes.append([row])
+    parts = [batch] if len(passes) == 1 else [_rows(batch, rows) for rows in passes]
+    if len(parts) < at_least:
+        empty = _rows(batch, passes[0][:1])
+        for prefix in PREFIXES.values():
+            empty[f"{prefix}loss_mask"] = torch.zeros_like(empty[f"{prefix}loss_mask"])
+        # The last pass is the one that a wrapper reduces gradients after: it stays a real one.
+        parts = [empty] * (at_least - len(parts)) + parts
+    return parts
+
+
+def _rows(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows of a batch, without the columns that are padding in all of them."""
+    part = {name: tensor[rows] for name, tensor in batch.items()}
+    for prefix in PREFIXES.values():
+        width = int(part[f"{prefix}attention_mask"].any(dim=0).nonzero()[-1]) + 1
+        for name in ("input_ids", "attention_mask", "loss_mask"):
+            part[prefix + name] = part[prefix + name][:, :width]
+    return part

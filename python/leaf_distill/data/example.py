@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -136,6 +136,6 @@ class Example:
         self.outcome = Outcome(stage, reason, detail)
 
 
-def remaining(examples: list[Example]) -> Iterator[Example]:
+def remaining(examples: Iterable[Example]) -> Iterator[Example]:
     """Yield the examples that have not left."""
     return (example for example in examples if example.outcome is None)

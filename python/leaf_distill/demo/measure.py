@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from transformers import PreTrainedModel
-
-from leaf_distill.data.prompt import Renderer
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -59,24 +54,6 @@ class Pruning:
     cuts_right: int  # cut prompts that the student answers correctly
     prompts_right: int  # prompts with at least one such cut
     cuts_kept: int  # cuts that passed the whole validation
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One distillation: what it trained on, what it cost, and where KL(teacher, student) went.
-
-    tokens: all that the student read, without padding; kl_first, kl_last: the logged losses.
-    """
-
-    name: str
-    model: Path
-    steps: int
-    originals: int
-    counterfactuals: int
-    originals_a_step: int
-    tokens: int
-    kl_first: float
-    kl_last: float
 
 
 def read_tokens(
@@ -158,18 +135,6 @@ def measure_pruning(method: str, samples: Sequence[Mapping[str, Any]]) -> Prunin
         prompts_right=sum(any(row) for row in right),
         cuts_kept=sum(candidate["kept"] for row in samples for candidate in row["candidates"]),
     )
-
-
-@torch.inference_mode()
-def perplexity(model: PreTrainedModel, renderer: Renderer, text: str) -> Floats:
-    """Negative log-likelihood (nats) of each token of the user's text, given what precedes it."""
-    rendering = renderer.prompt(({"role": "user", "content": text},))
-    ids = torch.tensor([rendering.input_ids], device=model.device)
-    log_p = model(input_ids=ids).logits[0, :-1].double().log_softmax(dim=-1)
-    surprise = -log_p.gather(1, ids[0, 1:, None])[:, 0].cpu().numpy()
-    # The very first token of all has nothing before it to be predicted from.
-    every = np.concatenate(([0.0], surprise))
-    return np.asarray(every[np.array(rendering.domain)], dtype=np.float64)
 
 
 def _top(suspicion: Floats, count: int) -> Mask:

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +23,25 @@ import pyarrow.parquet as pq
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from leaf_distill.config import DetectConfig, EvaluateConfig, Strategy
+from leaf_distill.config import CompareConfig, DetectConfig, Strategy
+from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.prompt import Renderer
-from leaf_distill.demo import show
-from leaf_distill.demo.measure import (
-    Arm,
-    Tokens,
-    measure_detection,
-    measure_pruning,
-    perplexity,
-    read_tokens,
-)
+from leaf_distill.demo.measure import Tokens, measure_detection, measure_pruning, read_tokens
+from leaf_distill.demo.show import show_results
 from leaf_distill.demo.task import Kind, Problem, make_problems
 from leaf_distill.detection.pipeline import detect
-from leaf_distill.evaluation.evaluate import evaluate
+from leaf_distill.evaluation.compare import CompareResult, compare
+from leaf_distill.io import make_directory, read_json, write_bytes
 from leaf_distill.models.loading import load_model, load_tokenizer
+from leaf_distill.models.saliency import token_nll
 from leaf_distill.report import write_report
-from leaf_distill.training.config import DistillArguments, LeafConfig
-from leaf_distill.training.distill import distill
+from leaf_distill.training.config import LeafConfig
 
 ASSETS = Path(__file__).parent / "assets"
 TEACHER, STUDENT = str(ASSETS / "teacher"), str(ASSETS / "student")
 RESULTS = "demo.json"
+WRITTEN = ("rows.jsonl", "held-out.jsonl", "demo.log", "cache", "run", RESULTS)
+"""Every name that a demo writes into its directory."""
 
 SEED = 0
 ROWS = 400
@@ -55,74 +52,62 @@ HELD_OUT: Mapping[str, tuple[int, Mapping[Kind, float]]] = {
     "misaligned hint": (200, {"misaligned": 1.0}),
     "unseen hint": (200, {"unseen": 1.0}),
 }
+CONTROLS: tuple[Strategy, ...] = ("student_saliency", "perplexity", "random_spans")
+ARMS = ["kd", "random_spans", "span"]
 MAX_NEW_TOKENS = 12  # an answer has 7 tokens and its end
 STEPS = 100
 ROWS_A_STEP = 64
 LEARNING_RATE = 5e-4
 
 
-def run_demo(pair: str, output_dir: Path) -> dict[str, Any]:
-    """Run the demo of `pair`, "tiny" or "smollm2", and return what it also writes to demo.json.
+def run_demo(output_dir: Path) -> dict[str, Any]:
+    """Detect, cut, distil, evaluate and report; return what is also written to demo.json.
 
-    The directory is emptied if it is an earlier demo's. Raises ValueError for an unknown pair, for
-    a directory that holds anything else, or when packages that the pair needs are missing.
+    The directory is emptied if it is an earlier demo's.
+
+    Raises:
+        ValueError: the directory holds anything else.
+        StoreError: a file cannot be written.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading, which is quick here
-    if pair == "tiny":
-        return run_tiny(output_dir)
-    if pair == "smollm2":
-        from leaf_distill.demo.smollm2 import run_smollm2
-
-        return run_smollm2(output_dir)
-    raise ValueError(f"pair: needs tiny or smollm2, came {pair!r}")
-
-
-def run_tiny(output_dir: Path) -> dict[str, Any]:
-    """Detect, cut, distil, evaluate and report with the embedded pair on planted problems."""
     started = time.perf_counter()
     start_afresh(output_dir)
     problems = make_problems(ROWS, seed=SEED + 1, mix=MIX)
     rows = write_problems(output_dir / "rows.jsonl", problems)
-    log = output_dir / "demo.log"
     with one_thread():
-        with quietly("stage 1 with random spans, the control", log):
-            random_rows, random_samples = detect_with("random_spans", rows, output_dir)
-        print(
-            "stage 1 with LeaF's spans, from the answers and saliencies that are stored by now ..."
-        )
-        leaf_rows, samples = detect_with("span", rows, output_dir)
+        print("stage 1 with LeaF's spans ...", flush=True)
+        leaf = detect(detection_config(rows, output_dir))
+        samples = read_samples(leaf.samples)
         detection = measure_detection(tokens_of(samples, problems))
-        pruning = [
-            measure_pruning("LeaF spans", samples),
-            measure_pruning("random spans", random_samples),
-        ]
-        arms = []
-        for name, dataset in (("KD", rows), ("random spans", random_rows), ("LeaF", leaf_rows)):
-            with quietly(f"distillation: {name}", log):
-                arms.append(distill_on(name, dataset, output_dir))
-        models = {"nothing": Path(STUDENT), **{arm.name: arm.model for arm in arms}}
-        with quietly("evaluation of every student", log):
-            accuracy = evaluate_all(models, output_dir)
-        page = write_report(output_dir / "detect")
-
+        pruning = [measure_pruning("span (LeaF)", samples)]
+        with (output_dir / "demo.log").open("a") as log, redirect_stdout(log):
+            for strategy in CONTROLS:
+                config = replace(detection_config(rows, output_dir), strategy=strategy)
+                pruning.append(measure_pruning(strategy, read_samples(detect(config).samples)))
+            compared, accuracy = compare_arms(rows, output_dir)
+        page = write_report(leaf.arm)
     sizes = {name: count for name, (count, _) in HELD_OUT.items()}
-    show.tiny(detection, pruning, arms, accuracy, sizes, len(samples))
+    show_results(detection, pruning, compared, accuracy, sizes, len(samples))
     results = {
-        "pair": "tiny",
+        "command": "demo",
         "scored_prompts": len(samples),
         "detection": [asdict(row) for row in detection],
         "pruning": [asdict(row) for row in pruning],
-        "distillation": [asdict(arm) for arm in arms],
+        "arms": [asdict(arm) for arm in compared.arms],
         "held_out": sizes,
         "accuracy": accuracy,
         "page": page,
+        "seconds": round(time.perf_counter() - started, 1),
+        "finished": True,
     }
-    return finish(output_dir, results, page, started)
+    path = write_results(output_dir, results)
+    print(f"\nThe numbers are in {path} ({results['seconds']:.0f} s).\nThe page is {page}")
+    return results
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and sums keep one order on every machine."""
+    """Run on one thread: models this small gain nothing from more, and sums keep one order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -131,157 +116,103 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def quietly(what: str, log: Path) -> Iterator[None]:
-    """Say what is being done, and send what it prints to the log."""
-    print(f"{what} ...", flush=True)
-    with log.open("a", encoding="utf-8") as file, redirect_stdout(file):
-        yield
-
-
 def start_afresh(output_dir: Path) -> None:
     """Make an empty directory, also out of an earlier demo's, but of nothing else."""
     if output_dir.exists():
-        ours = output_dir.is_dir() and (output_dir / RESULTS).is_file()
-        if not ours and (output_dir.is_file() or any(output_dir.iterdir())):
+        entries = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else [""]
+        if entries and not (set(entries) <= set(WRITTEN) and _of_a_demo(output_dir / RESULTS)):
             raise ValueError(
-                "output_dir: needs a new or empty directory, or that of an earlier demo, but "
-                f"{output_dir} holds something else; give another --output_dir"
+                "output_dir: must be a new or empty directory, or that of an earlier demo, got "
+                f"{output_dir}, which holds something else; give another --output_dir"
             )
         shutil.rmtree(output_dir)
-    output_dir.mkdir(parents=True)
-    write_results(output_dir, {"finished": False})
+    make_directory(output_dir)
+    write_results(output_dir, {"command": "demo", "finished": False})
 
 
-def finish(
-    output_dir: Path, results: Mapping[str, Any], page: Path, started: float
-) -> dict[str, Any]:
-    """Write the results and say where they are."""
-    seconds = round(time.perf_counter() - started, 1)
-    whole = {**results, "seconds": seconds, "finished": True}
-    path = write_results(output_dir, whole)
-    print(f"\nThe numbers are in {path} ({seconds:.0f} s).\nThe page is {page}")
-    return whole
+def _of_a_demo(path: Path) -> bool:
+    try:
+        return read_json(path).get("command") == "demo"
+    except ValueError:
+        return False
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> Path:
     """Write problems as JSON lines."""
     lines = (json.dumps(problem.as_row()) + "\n" for problem in problems)
-    path.write_text("".join(lines), encoding="utf-8")
+    write_bytes(path, "".join(lines).encode())
     return path
 
 
-def detect_with(
-    strategy: Strategy, rows: Path, output_dir: Path
-) -> tuple[Path, list[dict[str, Any]]]:
-    """Stage 1 with the paper's settings; returns its dataset and what it saw in each scored row.
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of samples.parquet."""
+    samples: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return samples
 
-    The last number of an answer is what counts. Another strategy in the same run directory starts
-    from the stored saliencies and writes its own dataset over the last one, hence the copy.
-    """
-    config = DetectConfig(
+
+def detection_config(rows: Path, output_dir: Path) -> DetectConfig:
+    """Return the paper's settings; the last number of an answer is graded."""
+    return DetectConfig(
         student=STUDENT,
         teacher=TEACHER,
         dataset=str(rows),
-        output_dir=str(output_dir / "detect"),
-        strategy=strategy,
+        output_dir=str(output_dir / "run"),
+        cache_dir=str(output_dir / "cache"),
         grade="number",
         max_new_tokens=MAX_NEW_TOKENS,
         seed=SEED,
     )
-    result = detect(config)
-    dataset = output_dir / f"rows-{strategy}.parquet"
-    shutil.copyfile(result.dataset, dataset)
-    samples: list[dict[str, Any]] = pq.read_table(result.samples).to_pylist()
-    return dataset, samples
 
 
 def tokens_of(samples: Sequence[Mapping[str, Any]], problems: Sequence[Problem]) -> list[Tokens]:
-    """The scored prompts' tokens with the truth, the scores, and two simple rivals' scores."""
-    student = load_model(STUDENT)
-    renderer = Renderer(load_tokenizer(STUDENT))
+    """Return the scored prompts' tokens with the truth, LeaF's score and those of simple rivals."""
+    student, renderer = load_model(STUDENT), Renderer(load_tokenizer(STUDENT))
+    prompts = load_examples([{"prompt": one["user_text"], "completion": "-"} for one in samples])
+    renderings = [renderer.prompt(prompt) for prompt in prompts]
     draw = random.Random(SEED)
     rows = []
-    for sample in samples:
+    for sample, rendering in zip(samples, renderings, strict=True):
+        (surprise,) = token_nll(student, [rendering])
         rivals = {
-            "perplexity": perplexity(student, renderer, sample["user_text"]),
+            "perplexity": surprise[rendering.domain].astype(np.float64),
             "random": np.array([draw.random() for _ in sample["offsets"]]),
         }
         rows.append(read_tokens(sample, problems[sample["row_id"]].planted, rivals))
     return rows
 
 
-def distill_on(name: str, dataset: Path, output_dir: Path) -> Arm:
-    """Distill the student: so many steps of so many rows, whatever the dataset holds.
-
-    With counterfactuals a step has fewer originals, so that every arm reads as many rows.
-    """
-    branches = Counter(row.get("branch", "original") for row in read_rows(dataset))
-    a_step = round(ROWS_A_STEP * branches["original"] / branches.total())
-    model = output_dir / f"student-{name.lower().replace(' ', '-')}"
-    result = distill(
-        DistillArguments(student=STUDENT, teacher=TEACHER, dataset=str(dataset)),
+def compare_arms(rows: Path, output_dir: Path) -> tuple[CompareResult, dict[str, dict[str, float]]]:
+    """Compare the arms; return also each student's accuracy on each held-out set."""
+    sets = {
+        name: make_problems(count, seed=seed, mix=mix)
+        for seed, (name, (count, mix)) in enumerate(HELD_OUT.items(), start=SEED + 100)
+    }
+    problems = [problem for group in sets.values() for problem in group]
+    held_out = write_problems(output_dir / "held-out.jsonl", problems)
+    compared = compare(
+        CompareConfig(arms=ARMS, eval_dataset=str(held_out)),
+        detection_config(rows, output_dir),
         LeafConfig(
-            output_dir=str(model),
+            output_dir=str(output_dir / "run"),
             max_steps=STEPS,
-            originals_per_step=a_step,
-            per_device_train_batch_size=a_step,
-            dataloader_drop_last=True,  # every step is a full one
+            originals_per_step=ROWS_A_STEP,
             learning_rate=LEARNING_RATE,
             seed=SEED,
             logging_steps=STEPS // 4,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            include_num_input_tokens_seen="non_padding",
         ),
     )
-    log = [entry for entry in result.metrics["log"] if "loss" in entry]
-    return Arm(
-        name=name,
-        model=model,
-        steps=log[-1]["step"],
-        originals=branches["original"],
-        counterfactuals=branches["counterfactual"],
-        originals_a_step=a_step,
-        tokens=log[-1]["num_input_tokens_seen"],
-        kl_first=log[0]["loss"],
-        kl_last=log[-1]["loss"],
-    )
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .parquet or .jsonl file."""
-    if path.suffix == ".parquet":
-        table: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-        return table
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def evaluate_all(models: Mapping[str, Path], output_dir: Path) -> dict[str, dict[str, float]]:
-    """Accuracy of each model on each held-out set, all of them problems of other seeds."""
-    sets = {
-        name: make_problems(count, seed=seed, mix=mix)
-        for seed, (name, (count, mix)) in enumerate(HELD_OUT.items(), start=SEED + 100)
-    }
-    owners = [name for name, problems in sets.items() for _ in problems]
-    problems = [problem for group in sets.values() for problem in group]
-    rows = write_problems(output_dir / "held-out.jsonl", problems)
-    accuracy: dict[str, dict[str, float]] = {}
-    for name, model in models.items():
-        result = evaluate(
-            EvaluateConfig(
-                model=str(model),
-                dataset=str(rows),
-                output_dir=str(output_dir / "evaluation" / model.name),
-                grade="number",
-                max_new_tokens=MAX_NEW_TOKENS,
-            )
-        )
-        verdicts = pq.read_table(result.answers).select(["row_id", "verdict"]).to_pylist()
-        right = Counter(owners[line["row_id"]] for line in verdicts if line["verdict"] == "right")
-        accuracy[name] = {held_out: right[held_out] / len(sets[held_out]) for held_out in sets}
-    return accuracy
+    owners = [name for name, group in sets.items() for _ in group]
+    accuracy = {}
+    for arm in compared.arms:
+        answers = output_dir / "run" / "evaluation" / arm.name / "answers.parquet"
+        verdicts = pq.read_table(answers, columns=["verdict"])["verdict"].to_pylist()
+        pairs = zip(owners, verdicts, strict=True)
+        right = Counter(owner for owner, verdict in pairs if verdict == "right")
+        accuracy[arm.name] = {name: right[name] / len(group) for name, group in sets.items()}
+    return compared, accuracy
 
 
 def write_results(output_dir: Path, results: Mapping[str, Any]) -> Path:
@@ -297,5 +228,5 @@ def write_results(output_dir: Path, results: Mapping[str, Any]) -> Path:
         return str(value) if isinstance(value, Path) else value
 
     path = output_dir / RESULTS
-    path.write_text(json.dumps(plain(results), indent=2) + "\n", encoding="utf-8")
+    write_bytes(path, (json.dumps(plain(results), indent=2) + "\n").encode())
     return path

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from leaf_distill.demo.measure import Arm, Detection, Pruning
+from leaf_distill.demo.measure import Detection, Pruning
+from leaf_distill.evaluation.compare import CompareResult, comparison_tables
 
 EVIDENCE = (
     "In short: without any training, {right:.0%} of LeaF's cuts make the student right, and "
-    "{random:.0%} of random ones; whether training on them beats plain distillation is more than "
+    "{random:.0%} of random spans; whether training on them beats plain distillation is more than "
     "one small demo can tell.\n\n"
     "What these numbers say: on {scored} prompts whose misleading sentences were planted, the "
     "first table shows how far each score finds them, the second what cutting does to a student "
@@ -25,10 +26,10 @@ EVIDENCE = (
 )
 
 
-def tiny(
+def show_results(
     detection: Sequence[Detection],
     pruning: Sequence[Pruning],
-    arms: Sequence[Arm],
+    compared: CompareResult,
     accuracy: Mapping[str, Mapping[str, float]],
     held_out: Mapping[str, int],
     scored: int,
@@ -38,7 +39,7 @@ def tiny(
     for table in (
         _detection(detection, scored),
         _pruning(pruning),
-        _arms(arms),
+        comparison_tables(compared)[0],
         _accuracy(accuracy, held_out),
     ):
         console.print()
@@ -46,7 +47,8 @@ def tiny(
     sizes = held_out.values()
     noise = 2 * math.sqrt(2 * 0.25 / min(sizes))
     console.print()
-    leaf, control = (row.cuts_right / row.cuts if row.cuts else math.nan for row in pruning)
+    shares = [row.cuts_right / row.cuts if row.cuts else math.nan for row in pruning]
+    leaf, control = shares[0], shares[-1]
     console.print(
         EVIDENCE.format(
             right=leaf,
@@ -57,32 +59,6 @@ def tiny(
             noise=noise,
         )
     )
-
-
-def smollm2(
-    answers: Mapping[str, Mapping[str, int]],
-    max_new_tokens: int,
-    kl: Mapping[str, Sequence[float]],
-    memory: int,
-) -> None:
-    """Print what the demo with real models measured."""
-    console = Console()
-    table = _table("KL(teacher, student) of the distillation", ("rows", "first", "last"))
-    table.add_row("of each step", *(f"{kl['steps'][at]:.3f}" for at in (0, -1)))
-    table.add_row("held out", *(f"{kl['held_out'][at]:.3f}" for at in (0, -1)))
-    console.print()
-    console.print(table)
-    given = "; ".join(
-        f"{name} " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        for name, counts in answers.items()
-    ).replace("_", " ")
-    console.print(
-        f"Answers of up to {max_new_tokens} tokens: {given}. Models this weak can judge neither "
-        "rows nor cuts, hence no marking and no validation here: the saliencies and the cuts are "
-        "real, whether a cut is a good one is not known. The steps of the first line met different "
-        "rows; the held-out rows are the same before and after, and have no counterfactuals."
-    )
-    console.print(f"Peak memory: {memory / 1e9:.2f} GB")
 
 
 def _detection(rows: Sequence[Detection], scored: int) -> Table:
@@ -118,26 +94,6 @@ def _pruning(rows: Sequence[Pruning]) -> Table:
             _part(row.cuts_kept, row.cuts),
             _part(row.prompts_right, row.prompts),
         )
-    return table
-
-
-def _arms(arms: Sequence[Arm]) -> Table:
-    table = _table(
-        "Distillation at equal compute",
-        ("arm", "originals", "cut", "steps", "a step", "tokens", "KL"),
-    )
-    for arm in arms:
-        table.add_row(
-            arm.name,
-            *map(str, (arm.originals, arm.counterfactuals, arm.steps, arm.originals_a_step)),
-            f"{arm.tokens:,}",
-            f"{arm.kl_first:.3f} > {arm.kl_last:.3f}",
-        )
-    table.caption = (
-        "Cut: counterfactuals; a step: originals in one. Every arm makes as many steps, and reads "
-        "as many rows in each as whole originals allow; tokens: all that the student read. "
-        "KL(teacher, student): first step > mean of the last quarter."
-    )
     return table
 
 

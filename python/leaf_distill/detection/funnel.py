@@ -1,18 +1,18 @@
-"""What became of every row and candidate: counted, printed, and written down one by one."""
+"""Counts of a run: how many rows and candidates reached each stage, and why the others left."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from leaf_distill.data.dataset import Rejection
+from leaf_distill.config import DetectConfig
+from leaf_distill.data.example import ROLES, Example
 
 ROW_STAGES = {
     "rows": None,
@@ -23,11 +23,11 @@ ROW_STAGES = {
     "prune": "with candidates",
     "validate": "with counterfactuals",
 }
-"""What a row that did not leave at this stage is called, in the order of the stages."""
+"""The name of the rows that did not leave at a stage, in the order of the stages."""
 
 KEPT = "kept counterfactuals"
 
-FATES = pa.schema(
+OUTCOMES = pa.schema(
     [
         ("row_id", pa.int64()),
         ("candidate_id", pa.int64()),
@@ -38,108 +38,94 @@ FATES = pa.schema(
 )
 
 
-@dataclass
-class Funnel:
-    """Counts of one run: rows in, and who left where and why; the rest follows from them.
+def funnel(examples: Sequence[Example], config: DetectConfig) -> dict[str, Any]:
+    """Return `stages`, `left`, `notes` and `nll` of a finished run, as funnel.json holds them.
 
-    A Rejection with candidate_id -1 takes its row out of the search for counterfactuals, once; any
-    other takes one candidate out. `candidates` is the number of candidates that were proposed.
+    stages: stage, rows and unit, from the rows that came in to the candidates that are kept. left:
+    stage, reason, count and unit, in the order of the stages, most frequent first. notes: how often
+    each alteration was made. nll: each model's mean and highest loss (nats a label token).
     """
-
-    rows: int
-    stages: tuple[str, ...] = tuple(ROW_STAGES)
-    candidates: int = 0
-    left: list[Rejection] = field(default_factory=list)
-
-    def counts(self) -> list[dict[str, object]]:
-        """Return stage, rows and unit, from what came in to what is kept."""
-        gone = Counter(item.stage for item in self.left if item.candidate_id < 0)
-        counts: list[dict[str, object]] = [{"stage": "rows in", "rows": self.rows, "unit": "rows"}]
-        remaining = self.rows
-        for stage, name in ROW_STAGES.items():
-            remaining -= gone[stage]
-            if name is not None and stage in self.stages:
-                counts.append({"stage": name, "rows": remaining, "unit": "rows"})
-        dropped = sum(item.candidate_id >= 0 for item in self.left)
-        for name, number in (
-            ("candidates", self.candidates),
-            (KEPT, self.candidates - dropped),
-        ):
-            counts.append({"stage": name, "rows": number, "unit": "candidates"})
-        return counts
-
-    def reasons(self) -> list[dict[str, object]]:
-        """Return stage, reason, count and unit, in the order of the stages, most frequent first."""
-        order = list(ROW_STAGES)
-        tally = Counter((item.candidate_id >= 0, item.stage, item.reason) for item in self.left)
-        ranked = sorted(
-            tally.items(), key=lambda entry: (entry[0][0], order.index(entry[0][1]), -entry[1])
-        )
-        return [
-            {
-                "stage": stage,
-                "reason": reason,
-                "count": count,
-                "unit": "candidates" if is_candidate else "rows",
-            }
-            for (is_candidate, stage, reason), count in ranked
-        ]
-
-    def fates(self, kept: Iterable[tuple[int, int]]) -> pa.Table:
-        """Return one line for each row and candidate: where it left and why, or `kept`.
-
-        kept: (row_id, candidate_id) of all that stayed to the end, -1 for the row itself.
-        """
-        lines = [
-            {
-                "row_id": item.row_id,
-                "candidate_id": item.candidate_id,
-                "stage": item.stage,
-                "reason": item.reason,
-                "detail": item.detail,
-            }
-            for item in self.left
-        ]
-        lines += [
-            {"row_id": row, "candidate_id": candidate, "stage": "dataset", "reason": "kept"}
-            for row, candidate in kept
-        ]
-        lines.sort(key=lambda line: (line["row_id"], line["candidate_id"]))
-        return pa.Table.from_pylist(lines, schema=FATES)
-
-    def show(self, seconds: Mapping[str, float], notes: Sequence[str]) -> None:
-        """Print the funnel as a table, and what the reader should know before trusting it."""
-        table = Table(title="LeaF, stage 1", title_justify="left")
-        table.add_column("stage")
-        table.add_column("number", justify="right")
-        table.add_column("left, and why")
-        lines: dict[str, list[str]] = {}
-        for reason in self.reasons():
-            line = f"{reason['count']} {str(reason['reason']).replace('_', ' ')}"
-            lines.setdefault(_shown_at(reason), []).append(line)
-        for entry in self.counts():
-            name = str(entry["stage"])
-            table.add_row(name, str(entry["rows"]), "\n".join(lines.get(name, [])))
-        console = Console()
-        console.print(table)
-        for note in notes:
-            console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
-        times = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-        console.print(f"seconds: {times}", markup=False, soft_wrap=True)
+    candidates = [one for example in examples for one in example.candidates]
+    gone = Counter(one.outcome.stage for one in examples if one.outcome)
+    stages: list[dict[str, object]] = [{"stage": "rows in", "rows": len(examples), "unit": "rows"}]
+    remaining = len(examples)
+    for stage, name in ROW_STAGES.items():
+        remaining -= gone[stage]
+        if name is not None and stage not in _skipped(config):
+            stages.append({"stage": name, "rows": remaining, "unit": "rows"})
+    kept = sum(one.outcome is None for one in candidates)
+    for name, number in (("candidates", len(candidates)), (KEPT, kept)):
+        stages.append({"stage": name, "rows": number, "unit": "candidates"})
+    notes = Counter(note for one in (*examples, *candidates) for note in one.notes)
+    return {
+        "stages": stages,
+        "left": [*_reasons(examples, "rows"), *_reasons(candidates, "candidates")],
+        "notes": dict(sorted(notes.items())),
+        "nll": _nll(examples),
+    }
 
 
-def _shown_at(reason: Mapping[str, object]) -> str:
+def _skipped(config: DetectConfig) -> set[str]:
+    """Return the stages that a configuration does not have."""
+    skipped = {"predict", "mark"} if config.select == "all" else set()
+    return skipped | ({"validate"} if config.validate == "none" else set())
+
+
+def _reasons(examples: Sequence[Example], unit: str) -> Iterator[dict[str, object]]:
+    order = list(ROW_STAGES)
+    tally = Counter((one.outcome.stage, one.outcome.reason) for one in examples if one.outcome)
+    for (stage, reason), count in sorted(
+        tally.items(), key=lambda entry: (order.index(entry[0][0]), -entry[1])
+    ):
+        yield {"stage": stage, "reason": reason, "count": count, "unit": unit}
+
+
+def _nll(examples: Sequence[Example]) -> dict[str, dict[str, float]]:
+    measured: dict[str, dict[str, float]] = {}
+    for role in ROLES:
+        values = [one.nll[role] for one in examples if math.isfinite(one.nll.get(role, math.nan))]
+        if values:
+            mean = sum(values) / len(values)
+            measured[role] = {"mean": round(mean, 4), "max": round(max(values), 4)}
+    return measured
+
+
+def outcomes_table(examples: Sequence[Example]) -> pa.Table:
+    """Return one line for each row and candidate: where it left and why, or `kept`."""
+    lines = []
+    for one in (part for example in examples for part in (example, *example.candidates)):
+        stage, reason, detail = one.outcome or ("dataset", "kept", None)
+        values = (one.row_id, one.candidate_id, stage, reason, detail)
+        lines.append(dict(zip(OUTCOMES.names, values, strict=True)))
+    return pa.Table.from_pylist(lines, schema=OUTCOMES)
+
+
+def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
+    """Print the funnel as a table, and what the reader should know before using the result."""
+    table = Table(title="LeaF, stage 1", title_justify="left")
+    table.add_column("stage")
+    table.add_column("number", justify="right")
+    table.add_column("left, and why")
+    lines: dict[str, list[str]] = {}
+    for reason in summary["left"]:
+        line = f"{reason['count']} {reason['reason'].replace('_', ' ')}"
+        lines.setdefault(_shown_at(reason), []).append(line)
+    for entry in summary["stages"]:
+        name = entry["stage"]
+        table.add_row(name, str(entry["rows"]), "\n".join(lines.get(name, [])))
+    console = Console()
+    console.print(table)
+    for note, count in summary["notes"].items():
+        text = f"note: {note.replace('_', ' ')}: {count}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for warning in warnings:
+        console.print(f"note: {warning}", style="yellow", markup=False, soft_wrap=True)
+    times = ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
+    console.print(f"seconds: {times}", markup=False, soft_wrap=True)
+
+
+def _shown_at(reason: Mapping[str, Any]) -> str:
     """Return the line of the table that is lower for this reason."""
     if reason["unit"] == "candidates":
         return KEPT
-    return ROW_STAGES[str(reason["stage"])] or str(ROW_STAGES["render"])
-
-
-def replaced(path: Path, settings: Mapping[str, object]) -> str | None:
-    """Say with which other settings the results beside this funnel.json were made, if any."""
-    if not path.is_file():
-        return None
-    old = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    new = json.loads(json.dumps(settings))
-    others = [f"{name} {old[name]!r}" for name in new if name in old and old[name] != new[name]]
-    return f"This replaces the results of {', '.join(others)}" if others else None
+    return ROW_STAGES[reason["stage"]] or str(ROW_STAGES["render"])

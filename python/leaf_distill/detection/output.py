@@ -1,22 +1,21 @@
-"""The results of stage 1 on disk: the dataset for any trainer, and the samples for the report."""
+"""The files of an arm: the dataset for any trainer, and the samples for the report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from leaf_distill.data.dataset import Row
-from leaf_distill.detection.counterfactual import cut
-from leaf_distill.detection.search import RANGES, cut_messages
-from leaf_distill.detection.steps import Answered
+from leaf_distill.data.example import ROLES, Example, Message
+from leaf_distill.detection.spans import characters
 from leaf_distill.io import write_bytes, write_table
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+RANGES = pa.list_(pa.list_(pa.int64()))
 
 DATASET = pa.schema(
     [
@@ -50,6 +49,8 @@ SAMPLES = pa.schema(
         ("answer", pa.string()),
         ("offsets", RANGES),
         ("prunable", pa.list_(pa.bool_())),
+        ("teacher_nll", pa.float32()),
+        ("student_nll", pa.float32()),
         ("teacher_saliency", pa.list_(pa.float32())),
         ("student_saliency", pa.list_(pa.float32())),
         ("score", pa.list_(pa.float32())),
@@ -63,106 +64,97 @@ SAMPLES = pa.schema(
     ]
 )
 
-Answers = Mapping[str, Mapping[int, Answered]]
-"""For each role its answers, by row or by candidate number."""
 
-
-@dataclass(frozen=True)
-class CandidateFate:
-    """One proposed cut, what the models made of it, and why it was dropped (None: kept)."""
-
-    row_id: int
-    candidate_id: int
-    cut: Sequence[Sequence[int]]
-    teacher: Answered | None
-    student: Answered | None
-    reason: str | None
-
-
-def write_dataset(
-    directory: Path,
-    rows: Sequence[Row],
-    completions: Mapping[int, str],
-    fates: Mapping[int, Sequence[CandidateFate]],
-    strategy: str,
-) -> Path:
-    """Write dataset.parquet and dataset.jsonl: each original, followed by its counterfactuals."""
-    lines = [line for row in rows for line in _lines(row, completions, fates, strategy)]
+def write_dataset(directory: Path, originals: Sequence[Example]) -> Path:
+    """Write dataset.parquet and dataset.jsonl: each original, then its counterfactuals."""
+    lines = [line for example in originals for line in _lines(example)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     path = directory / "dataset.parquet"
-    write_table(path, pa.Table.from_pylist(lines, schema=DATASET))
+    write_table(path, _table(lines, DATASET))
     write_bytes(directory / "dataset.jsonl", text.encode())
     return path
 
 
-def _lines(
-    row: Row,
-    completions: Mapping[int, str],
-    fates: Mapping[int, Sequence[CandidateFate]],
-    strategy: str,
-) -> Iterator[dict[str, object]]:
-    line: dict[str, object] = {
-        "row_id": row.row_id,
-        "candidate_id": -1,
-        "branch": "original",
-        "prompt": list(row.messages),
-        "completion": [{"role": "assistant", "content": completions[row.row_id]}],
-        "answer": row.answer,
-        "cut": [],
-        "strategy": None,
-    }
-    yield line
-    for fate in fates.get(row.row_id, ()):
-        if fate.reason is None:
-            text = cut(row.messages[-1]["content"], [(start, stop) for start, stop in fate.cut])
-            yield line | {
-                "candidate_id": fate.candidate_id,
-                "branch": "counterfactual",
-                "prompt": list(cut_messages(row, text)),
-                "cut": [list(part) for part in fate.cut],
-                "strategy": strategy,
-            }
+def _lines(example: Example) -> Iterator[dict[str, Any]]:
+    for one in (example, *(part for part in example.candidates if part.outcome is None)):
+        line: dict[str, Any] = {
+            "row_id": one.row_id,
+            "candidate_id": one.candidate_id,
+            "branch": one.branch,
+            "prompt": list(one.messages),
+            "completion": [one.reply or {"role": "assistant", "content": one.completion}],
+            "answer": one.answer,
+            "cut": [list(part) for part in one.cut],
+            "strategy": one.strategy,
+        }
+        kwargs = dict(one.template_kwargs)
+        if tools := kwargs.pop("tools", None):
+            line["tools"] = json.dumps(tools, ensure_ascii=False)
+        if kwargs:
+            line["chat_template_kwargs"] = json.dumps(kwargs, ensure_ascii=False)
+        yield line
 
 
-def write_samples(
-    directory: Path,
-    rows: Mapping[int, Row],
-    completions: Mapping[int, str],
-    detections: pa.Table,
-    answers: Answers,
-    fates: Mapping[int, Sequence[CandidateFate]],
-) -> Path:
-    """Write samples.parquet: one row for each scored row, with all that was seen in it."""
-    ids: list[int] = detections["row_id"].to_pylist()
-    columns: dict[str, Any] = {
-        "messages": [list(rows[row_id].messages) for row_id in ids],
-        "user_text": [rows[row_id].messages[-1]["content"] for row_id in ids],
-        "completion": [completions[row_id] for row_id in ids],
-        "answer": [rows[row_id].answer for row_id in ids],
-        "candidates": [[_candidate(fate) for fate in fates.get(row_id, ())] for row_id in ids],
-    }
-    for role in ("teacher", "student"):
-        given = [answers[role].get(row_id) for row_id in ids]
-        columns[f"{role}_answer"] = [item.text if item else None for item in given]
-        columns[f"{role}_verdict"] = [item.verdict if item else None for item in given]
-    arrays = [
-        pa.array(columns[field.name], type=field.type)
-        if field.name in columns
-        else detections[field.name]
-        for field in SAMPLES
-    ]
+def _table(lines: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Return lines as a table of the schema, and of the further columns that some lines have."""
+    columns = {}
+    for name in dict.fromkeys([*schema.names, *(name for line in lines for name in line)]):
+        kind = schema.field(name).type if name in schema.names else pa.string()
+        values: list[Any] = [line.get(name) for line in lines]
+        columns[name] = _messages(values) if kind == MESSAGES else pa.array(values, type=kind)
+    return pa.table(columns)
+
+
+def _messages(values: Sequence[Sequence[Message]]) -> pa.Array:
+    """Return messages as structs; with keys that fit no one type, as JSON text."""
+    if all(message.keys() == {"role", "content"} for turns in values for message in turns):
+        return pa.array(values, type=MESSAGES)
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([json.dumps(turns, ensure_ascii=False) for turns in values], pa.string())
+
+
+def write_samples(directory: Path, scored: Sequence[Example]) -> Path:
+    """Write samples.parquet: one row for each scored row, with everything that was measured."""
     path = directory / "samples.parquet"
-    write_table(path, pa.table(arrays, schema=SAMPLES))
+    write_table(path, _table([_sample(example) for example in scored], SAMPLES))
     return path
 
 
-def _candidate(fate: CandidateFate) -> dict[str, object]:
+def _sample(example: Example) -> dict[str, Any]:
+    assert example.offsets is not None
+    assert example.prunable is not None
+    assert example.score is not None and example.confounder is not None
     return {
-        "cut": fate.cut,
-        "teacher_answer": fate.teacher.text if fate.teacher else None,
-        "student_answer": fate.student.text if fate.student else None,
-        "teacher_verdict": fate.teacher.verdict if fate.teacher else None,
-        "student_verdict": fate.student.verdict if fate.student else None,
-        "kept": fate.reason is None,
-        "reason": fate.reason,
+        "row_id": example.row_id,
+        "messages": list(example.messages),
+        "user_text": example.user_text,
+        "completion": example.completion,
+        "answer": example.answer,
+        "offsets": example.offsets.tolist(),
+        "prunable": example.prunable.tolist(),
+        **{f"{role}_nll": np.float32(example.nll[role]) for role in ROLES},
+        **{f"{role}_saliency": example.saliency[role] for role in ROLES},
+        "score": example.score,
+        "confounder": example.confounder.tolist(),
+        "spans": [list(characters(example, span)) for span in example.spans],
+        **_answers(example),
+        "candidates": [_candidate(one) for one in example.candidates],
     }
+
+
+def _candidate(candidate: Example) -> dict[str, Any]:
+    return {
+        "cut": [list(part) for part in candidate.cut],
+        **_answers(candidate),
+        "kept": candidate.outcome is None,
+        "reason": candidate.outcome.reason if candidate.outcome else None,
+    }
+
+
+def _answers(example: Example) -> dict[str, str | None]:
+    given = {role: example.answers.get(role) for role in ROLES}
+    texts = {f"{role}_answer": one.text if one else None for role, one in given.items()}
+    verdicts = {f"{role}_verdict": one.verdict if one else None for role, one in given.items()}
+    return texts | verdicts

@@ -1,82 +1,135 @@
 """Stage 1 as a whole: rows in, a dataset of originals and validated counterfactuals out.
 
-    rows -> render -> predict, mark -> saliency -> detect -> prune -> validate -> dataset
+    rows -> render -> answer, mark -> saliency -> detect -> prune -> validate -> dataset
 
-Every arrow is a Stage on disk, keyed by what it depends on; a stage that is done is read, not run.
+Answers, saliencies and verdicts come from the row cache where it has them; everything else is
+computed anew in milliseconds.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
 
-from leaf_distill.config import DetectConfig, package_versions, parse_columns
-from leaf_distill.data.dataset import Rejection, load_rows
+from leaf_distill.config import DetectConfig, json_object, need, package_versions
+from leaf_distill.data.dataset import load_examples
+from leaf_distill.data.example import ROLES, Example, Floats, Role, UnusableRow, remaining
 from leaf_distill.data.prompt import template_differences
-from leaf_distill.detection.counterfactual import cut
-from leaf_distill.detection.funnel import ROW_STAGES, Funnel, replaced
-from leaf_distill.detection.output import CandidateFate, write_dataset, write_samples
-from leaf_distill.detection.pair import ROLES, Pair
-from leaf_distill.detection.search import Saliencies, cut_messages, detect_spans, prune
-from leaf_distill.detection.steps import Answered, Labelled, Prompt, answer, render_rows, score
-from leaf_distill.io import claim_run_directory, write_json, write_table
+from leaf_distill.detection.answers import (
+    PromptedModel,
+    answer,
+    gold_warning,
+    open_cache,
+    prompted_model,
+)
+from leaf_distill.detection.arms import arm_name, check_models, check_run, explain_replacement
+from leaf_distill.detection.counterfactual import propose
+from leaf_distill.detection.funnel import funnel, outcomes_table, show_funnel
+from leaf_distill.detection.output import write_dataset, write_samples
+from leaf_distill.detection.scores import score_perplexity, score_saliency
+from leaf_distill.detection.spans import find_spans
+from leaf_distill.io import digest, locked, make_directory, write_json, write_table
+from leaf_distill.models.loading import LazyModel, check_same_tokenizer
 
-IDENTITY: Final = ("student", "teacher", "dataset", "dataset_split", "columns", "max_rows")
-"""Settings that a run directory belongs to; with others it may be run again."""
+if TYPE_CHECKING:  # seconds to import
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class DetectResult:
-    """Where the results of a run are, and its funnel (the content of funnel.json)."""
+    """Paths of an arm's files, and its funnel (the content of funnel.json)."""
 
     run_directory: Path
+    arm: Path
     dataset: Path
     samples: Path
-    fates: Path
+    outcomes: Path
     funnel: dict[str, Any]
 
 
-def detect(config: DetectConfig) -> DetectResult:
-    """Run stage 1 in config.output_dir, going on where an earlier run of it stopped.
+def detect(
+    config: DetectConfig,
+    *,
+    dataset: Any = None,
+    student: PreTrainedModel | None = None,
+    teacher: PreTrainedModel | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    teacher_processing_class: PreTrainedTokenizerBase | None = None,
+) -> DetectResult:
+    """Run stage 1 and write its arm, `config.output_dir`/arms/NAME.
 
-    Writes dataset.parquet and dataset.jsonl (every usable original, each followed by its
-    counterfactuals), samples.parquet (what was seen in each scored row), fates.parquet (where each
-    row and candidate left, and why) and funnel.json. Another threshold, rule or strategy starts
-    from the stored saliencies, and loads a model for validation only. A row without an answer is
-    graded against its completion. Raises ValueError for settings or inputs that cannot work or
-    leave no usable row, StoreError for a run directory that is damaged or cannot be written.
+    NAME is the strategy, and each setting of detection that is not the default. The arm has
+    dataset.parquet and dataset.jsonl (every usable original, each followed by its counterfactuals),
+    samples.parquet (what was measured on each scored row), outcomes.parquet (where each row and
+    candidate left, and why) and funnel.json. A row without an answer is graded against its
+    completion.
+
+    Args:
+        config: the settings.
+        dataset: rows in memory in place of config.dataset, a `datasets.Dataset` or dicts.
+        student, teacher: models in memory, in place of the names in config; they stay where they
+            are, in their dtype.
+        processing_class: the tokenizer of a student in memory.
+        teacher_processing_class: the teacher's; default: the student's.
+
+    Raises:
+        ValueError: settings or inputs cannot work, or no row is usable.
+        StoreError: a file cannot be written, or another process holds the run directory.
     """
-    return _Run(config).run()
+    need(
+        config,
+        *([] if student is not None else ["student"]),
+        *([] if teacher is not None else ["teacher"]),
+        *([] if dataset is not None else ["dataset"]),
+    )
+    in_memory = {
+        "student": (student, processing_class),
+        "teacher": (teacher, teacher_processing_class or processing_class),
+    }
+    models: dict[Role, LazyModel] = {}
+    for role in ROLES:
+        model, tokenizer = in_memory[role]
+        if model is not None and tokenizer is None:
+            raise ValueError(
+                f"processing_class: must be the tokenizer of the {role} in memory, got None"
+            )
+        models[role] = LazyModel(
+            model if model is not None else getattr(config, role),
+            processing_class=tokenizer if model is not None else None,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+    return _Run(config, models, config.dataset if dataset is None else dataset).run()
 
 
 class _Run:
-    """The state of one run: the pair, the rows, their labels and answers, and who left where."""
+    """The state of one run."""
 
-    def __init__(self, config: DetectConfig) -> None:
+    def __init__(self, config: DetectConfig, models: dict[Role, LazyModel], rows: Any) -> None:
         self.config = config
-        self.root = Path(config.output_dir)
+        self.root = Path(config.output_dir).expanduser()
         self.seconds: dict[str, float] = {}
+        check_run(self.root, config)
         with self._clock("rows"):
-            rows, rejected = load_rows(
-                config.dataset,
+            self.examples = load_examples(
+                rows,
                 split=config.dataset_split,
-                columns=parse_columns(config.columns),
+                columns=json_object(config.columns, "columns"),
                 max_rows=config.max_rows,
                 need_completion=config.completion_source == "dataset",
             )
-            self.pair = Pair(config, self.root)
-        # Only now: a directory that a misspelled name had claimed would refuse the right one.
-        self.free = claim_run_directory(
-            self.root, {name: getattr(config, name) for name in IDENTITY}
-        )
-        self.rows = {row.row_id: row for row in rows}
-        self.completions: dict[int, str] = {}
-        self.answers: dict[str, dict[int, Answered]] = {role: {} for role in ROLES}
-        self.funnel = Funnel(len(rows) + len(rejected), _stages(config), left=list(rejected))
+            self.pair = {role: prompted_model(role, models[role], config) for role in ROLES}
+        check_same_tokenizer(models["teacher"].tokenizer, models["student"].tokenizer)
+        self.run_json = check_models(self.root, models)
+        limits = [model.max_positions for model in models.values()]
+        self.limit = min([config.max_length, *(limit for limit in limits if limit)])
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:
@@ -87,211 +140,192 @@ class _Run:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run(self) -> DetectResult:
-        usable = self._label()
-        if not usable:
-            raise self._nothing_usable()
-        marked = usable if self.config.select == "all" else self._mark(usable)
-        with self._clock("saliency"):
-            labelled = [
-                Labelled(
-                    self.rows[row_id],
-                    self.completions[row_id],
-                    {role: usable[row_id][f"{role}_whole"] for role in ROLES},
-                )
-                for row_id in marked
-            ]
-            # The teacher first: where both have predicted, it is the one still in memory.
-            saliencies = {
-                role: Saliencies(*score(self.pair, role, labelled)) for role in ROLES[::-1]
-            }
-        with self._clock("detect"):
-            detections, fingerprint, left = detect_spans(self.pair, saliencies)
-            self.funnel.left += left
-        with self._clock("prune"):
-            lines, left = prune(self.pair, self.rows, detections, fingerprint)
-            self.funnel.left += left
-            self.funnel.candidates = len(lines)
-        with self._clock("validate"):
-            fates = self._validate(lines)
-            self.pair.release()
-        self._let_rows_go(lines, fates)
-        with self._clock("write"):
-            originals = [self.rows[row_id] for row_id in usable]
-            dataset = write_dataset(
-                self.root, originals, self.completions, fates, self.config.strategy
-            )
-            samples = write_samples(
-                self.root, self.rows, self.completions, detections, self.answers, fates
-            )
-        return self._finish(dataset, samples, fates)
+        with locked(self.root), open_cache(self.config) as self.cache:
+            usable = self._label()
+            if not usable:
+                raise self._nothing_usable()
+            marked = usable if self.config.select == "all" else self._mark(usable)
+            with self._clock("saliency"):
+                # The teacher first: where both have answered, its weights are still in memory.
+                for role in reversed(ROLES):
+                    score_saliency(self._use(role), marked, self.config, self.cache)
+            with self._clock("detect"):
+                find_spans(marked, self.config)
+            scored = list(remaining(marked))
+            with self._clock("prune"):
+                self._propose(scored)
+            with self._clock("validate"):
+                self._validate(list(remaining(scored)))
+                self._use(None)
+            return self._write(usable, scored)
 
-    def _label(self) -> dict[int, dict[str, int]]:
-        """Give every row its completion and return the lengths of those that fit."""
+    def _use(self, role: Role | None) -> PromptedModel:
+        """Return the role's model, after the weights of the other one are released."""
+        for other, one in self.pair.items():
+            if other != role:
+                one.model.release()
+        return self.pair[role or "student"]
+
+    def _label(self) -> list[Example]:
+        """Give every row its completion and both renderings; return the rows that fit."""
+        self.golds = {one.row_id: one.gold for one in remaining(self.examples)}
         if self.config.completion_source == "dataset":
-            self.completions = {row_id: row.completion for row_id, row in self.rows.items()}
-            return self._render()
-        usable = self._render()
-        for row_id, given in self._answer("teacher", usable, list(usable)).items():
+            return self._render(self.examples, whole=True)
+        asked = self._render(self.examples, whole=False)
+        self._answer("teacher", asked, "predict")
+        for example in asked:
+            given = example.answers["teacher"]
             if given.verdict in ("cut_off", "not_finite"):
-                self._leave(row_id, "render", f"teacher_{given.verdict}")
+                example.leave("render", f"teacher_{given.verdict}")
             elif not given.text.strip():
-                self._leave(row_id, "render", "empty_completion")
+                example.leave("render", "empty_completion", "the teacher's answer is empty")
             else:
-                self.completions[row_id] = given.text
-        self.rows = {row_id: row for row_id, row in self.rows.items() if row_id in self.completions}
-        return self._render()
+                example.completion, example.reply = given.text, None
+        return self._render(asked, whole=True)
 
-    def _render(self) -> dict[int, dict[str, int]]:
+    def _render(self, examples: Sequence[Example], *, whole: bool) -> list[Example]:
+        """Render examples for both models, with their completions or without; return what fits."""
         with self._clock("render"):
-            fits, left = render_rows(self.pair, list(self.rows.values()), self.completions)
-        self.funnel.left += left
-        return fits
+            for example in remaining(examples):
+                try:
+                    for role, one in self.pair.items():
+                        make = one.renderer.render if whole else one.renderer.prompt
+                        example.renderings[role] = make(example)
+                except UnusableRow as problem:
+                    example.leave("render", problem.reason, problem.detail)
+                else:
+                    self._check_length(example)
+        return list(remaining(examples))
 
-    def _leave(self, row_id: int, stage: str, reason: str, detail: str = "") -> None:
-        self.funnel.left.append(Rejection(row_id, -1, stage, reason, detail))
+    def _check_length(self, example: Example) -> None:
+        prompt = max(int((~one.loss_mask).sum()) for one in example.renderings.values())
+        whole = max(len(one) for one in example.renderings.values())
+        limit = f"of the {self.limit} tokens that max_length and the models allow"
+        stage = "render" if example.candidate_id < 0 else "prune"
+        if prompt >= self.limit:
+            example.leave(stage, "prompt_too_long", f"the prompt has {prompt} {limit}")
+        elif whole > self.limit:
+            detail = f"prompt and completion have {whole} {limit}"
+            example.leave(stage, "completion_too_long", detail)
 
-    def _answer(
-        self, role: str, lengths: Mapping[int, Mapping[str, int]], row_ids: Sequence[int]
-    ) -> dict[int, Answered]:
-        """Ask a model for its answers to originals; they stay in self.answers too."""
-        prompts = [
-            Prompt(
-                row_id,
-                self.rows[row_id].messages,
-                self._gold(row_id),
-                {name: lengths[row_id][f"{name}_prompt"] for name in ROLES},
-            )
-            for row_id in row_ids
-        ]
-        with self._clock("predict"):
-            self.answers[role] |= answer(self.pair, role, prompts)
-        return {row_id: self.answers[role][row_id] for row_id in row_ids}
+    def _answer(self, role: Role, examples: Sequence[Example], step: str) -> None:
+        with self._clock(step):
+            golds = [self.golds[example.row_id] for example in examples]
+            answer(self._use(role), examples, golds, self.config, self.cache)
 
-    def _gold(self, row_id: int) -> str:
-        row = self.rows[row_id]
-        return row.completion if row.answer is None else row.answer
-
-    def _nothing_usable(self) -> ValueError:
-        fates = self._write_fates({})
-        if self.free:  # other columns, say, may be what the next run in it needs
-            (self.root / "run.json").unlink()
-        counts = ", ".join(f"{entry['count']} {entry['reason']}" for entry in self.funnel.reasons())
-        return ValueError(
-            f"dataset: no row of {self.config.dataset} is usable ({counts}); {fates} says of each "
-            "row why"
-        )
-
-    def _mark(self, lengths: Mapping[int, Mapping[str, int]]) -> list[int]:
+    def _mark(self, usable: Sequence[Example]) -> list[Example]:
         """Return the rows that the student fails and the teacher solves.
 
-        The student is asked first, and the teacher only where the student's answer is wrong.
+        The teacher is asked only where the student's answer is wrong.
         """
-        failed = []
-        for row_id, given in self._answer("student", lengths, list(lengths)).items():
-            if given.verdict in ("wrong", "no_answer"):
-                failed.append(row_id)
-            else:
-                stage = "mark" if given.verdict == "right" else "predict"
-                self._leave(row_id, stage, f"student_{given.verdict}")
+        self._answer("student", usable, "predict")
+        for example in usable:
+            self._leave_unless(example, "student", ("wrong", "no_answer"))
+        failed = list(remaining(usable))
         if self.config.completion_source == "dataset":
-            self._answer("teacher", lengths, failed)
-        marked = []
-        for row_id in failed:
-            verdict = self.answers["teacher"][row_id].verdict
-            if verdict == "right":
-                marked.append(row_id)
-            else:
-                stage = "mark" if verdict in ("wrong", "no_answer") else "predict"
-                self._leave(row_id, stage, f"teacher_{verdict}")
-        return marked
+            self._answer("teacher", failed, "predict")
+        for example in failed:
+            self._leave_unless(example, "teacher", ("right",))
+        return list(remaining(failed))
 
-    def _validate(self, lines: Sequence[Mapping[str, Any]]) -> dict[int, list[CandidateFate]]:
-        """Ask again on the cut prompts; the cheaper student first, the teacher where it matters."""
-        judges = {"both": ROLES, "teacher": ("teacher",), "none": ()}[self.config.validate]
-        reasons: list[str | None] = [line["reason"] for line in lines]
-        given: dict[str, dict[int, Answered]] = {role: {} for role in ROLES}
-        for role in judges:
-            prompts = [
-                self._cut_prompt(index, line)
-                for index, line in enumerate(lines)
-                if reasons[index] is None
-            ]
-            given[role] = answer(self.pair, role, prompts)
-            for index, item in given[role].items():
-                if item.verdict != "right":
-                    reasons[index] = f"{role}_{item.verdict}"
-                    key = (lines[index]["row_id"], lines[index]["candidate_id"])
-                    self.funnel.left.append(Rejection(*key, "validate", str(reasons[index]), ""))
-        fates: dict[int, list[CandidateFate]] = {}
-        for index, line in enumerate(lines):
-            answers = {role: given[role].get(index) for role in ROLES}
-            fate = CandidateFate(
-                line["row_id"],
-                line["candidate_id"],
-                line["cut"] or [],
-                reason=reasons[index],
-                **answers,
-            )
-            fates.setdefault(fate.row_id, []).append(fate)
-        return fates
+    def _leave_unless(self, example: Example, role: Role, wanted: Sequence[str]) -> None:
+        verdict = example.answers[role].verdict
+        if verdict not in wanted:
+            judged = verdict in ("right", "wrong", "no_answer")
+            example.leave("mark" if judged else "predict", f"{role}_{verdict}")
 
-    def _cut_prompt(self, index: int, line: Mapping[str, Any]) -> Prompt:
-        row = self.rows[line["row_id"]]
-        text = cut(row.messages[-1]["content"], [(start, stop) for start, stop in line["cut"]])
-        lengths = {role: line[role] for role in ROLES}
-        return Prompt(index, cut_messages(row, text), self._gold(row.row_id), lengths)
+    def _propose(self, scored: Sequence[Example]) -> None:
+        """Set the candidates of each row, rendered without their completion."""
+        strategy = self.config.strategy
+        perplexity: Sequence[Floats | None] = [None] * len(scored)
+        if strategy == "perplexity":
+            perplexity = score_perplexity(self._use("student"), scored, self.config, self.cache)
+        for example, values in zip(scored, perplexity, strict=True):
+            propose(example, strategy=strategy, seed=self.config.seed, perplexity=values)
+            for candidate in remaining(example.candidates):
+                self._render_candidate(candidate)
+            if example.candidates and not any(remaining(example.candidates)):
+                example.leave("prune", "no_usable_cut", "no cut leaves a usable prompt")
 
-    def _let_rows_go(
-        self, lines: Sequence[Mapping[str, Any]], fates: Mapping[int, Sequence[CandidateFate]]
-    ) -> None:
-        """A row whose last candidate is gone leaves with it."""
-        proposed = {line["row_id"] for line in lines if line["reason"] is None}
-        for row_id, group in fates.items():
-            if row_id not in proposed:
-                self._leave(row_id, "prune", "no_usable_cut", "every cut came to nothing")
-            elif all(fate.reason for fate in group):
-                self._leave(row_id, "validate", "no_valid_cut", "no cut held before its judges")
+    def _render_candidate(self, candidate: Example) -> None:
+        try:
+            for role, one in self.pair.items():
+                candidate.renderings[role] = one.renderer.prompt(candidate)
+        except UnusableRow as problem:
+            candidate.leave("prune", "not_renderable", problem.detail)
+        else:
+            self._check_length(candidate)
 
-    def _finish(
-        self, dataset: Path, samples: Path, fates: Mapping[int, Sequence[CandidateFate]]
-    ) -> DetectResult:
-        table = self._write_fates(fates)
-        sides = self.pair.sides
-        notes = template_differences(sides["teacher"].renderer, sides["student"].renderer)
+    def _validate(self, examples: Sequence[Example]) -> None:
+        """Ask again on the cut prompts, the cheaper student first."""
+        judges: dict[str, tuple[Role, ...]] = {
+            "both": ("student", "teacher"),
+            "teacher": ("teacher",),
+            "none": (),
+        }
+        candidates = [one for example in examples for one in remaining(example.candidates)]
+        for role in judges[self.config.validate]:
+            asked = list(remaining(candidates))
+            self._answer(role, asked, "validate")
+            for candidate in asked:
+                verdict = candidate.answers[role].verdict
+                if verdict != "right":
+                    candidate.leave("validate", f"{role}_{verdict}")
+        for example in examples:
+            if not any(remaining(example.candidates)):
+                detail = "no cut prompt was answered correctly"
+                example.leave("validate", "no_valid_cut", detail)
+
+    def _nothing_usable(self) -> ValueError:
+        gone = [example for example in self.examples if example.outcome]
+        counts = Counter(example.outcome.reason for example in gone if example.outcome)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        first = gone[0]
+        why = f"row {first.row_id}: {first.outcome.detail}" if first.outcome else ""
+        return ValueError(
+            f"dataset: must have a usable row, got {len(gone)} rows that are not ({reasons}); {why}"
+        )
+
+    def _write(self, usable: Sequence[Example], scored: Sequence[Example]) -> DetectResult:
+        arm = self.root / "arms" / arm_name(self.config)
+        make_directory(arm)
+        write_json(self.root / "run.json", self.run_json)
+        with self._clock("write"):
+            dataset = write_dataset(arm, usable)
+            samples = write_samples(arm, scored)
+            outcomes = arm / "outcomes.parquet"
+            write_table(outcomes, outcomes_table(self.examples))
+        warnings = self._warnings()
         summary: dict[str, Any] = {
-            "stages": self.funnel.counts(),
-            "left": self.funnel.reasons(),
+            **funnel(self.examples, self.config),
+            "arm": arm.name,
             "settings": asdict(self.config),
-            "templates": notes,
+            "models": {role: one.model.fingerprint for role, one in self.pair.items()},
+            "dataset_sha256": digest([dataset.read_bytes()]),
+            "templates": warnings,
             "versions": package_versions(),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
-        earlier = replaced(self.root / "funnel.json", summary["settings"])
-        write_json(self.root / "funnel.json", summary)
-        self.funnel.show(self.seconds, notes)
-        if earlier:
-            page = "; `leaf report` writes the page anew"
-            print(f"{earlier}{page if (self.root / 'report.html').exists() else ''}")
-        print(f"The dataset is {dataset}; samples, fates and funnel are in {self.root}")
-        return DetectResult(self.root, dataset, samples, table, summary)
+        replaced = explain_replacement(arm, summary)
+        write_json(arm / "funnel.json", summary)
+        show_funnel(summary, [*warnings, *replaced])
+        print(f"The dataset is {dataset}; samples, outcomes and funnel are beside it")
+        return DetectResult(self.root, arm, dataset, samples, outcomes, summary)
 
-    def _write_fates(self, fates: Mapping[int, Sequence[CandidateFate]]) -> Path:
-        gone = {item.row_id for item in self.funnel.left if item.candidate_id < 0}
-        kept = [(row_id, -1) for row_id in self.rows if row_id not in gone]
-        kept += [
-            (fate.row_id, fate.candidate_id)
-            for group in fates.values()
-            for fate in group
-            if fate.reason is None
-        ]
-        path = self.root / "fates.parquet"
-        write_table(path, self.funnel.fates(kept))
-        return path
-
-
-def _stages(config: DetectConfig) -> tuple[str, ...]:
-    """Return the stages of the funnel that this configuration has."""
-    skipped = {"predict", "mark"} if config.select == "all" else set()
-    if config.validate == "none":
-        skipped.add("validate")
-    return tuple(stage for stage in ROW_STAGES if stage not in skipped)
+    def _warnings(self) -> list[str]:
+        """Return what a user should know before using the result."""
+        renderers = [self.pair[role].renderer for role in ("teacher", "student")]
+        found = template_differences(*renderers)
+        if not (self.config.select == "all" and self.config.validate == "none"):
+            found += gold_warning(list(self.golds.values()), self.config)
+        for role, one in self.pair.items():
+            losses = [example.nll[role] for example in self.examples if role in example.nll]
+            vocabulary = len(one.model.tokenizer)
+            # In a toy's vocabulary, a confident wrong answer costs more than a uniform guess.
+            uniform = math.log(vocabulary) if vocabulary >= 1000 else math.inf
+            if losses and (mean := sum(losses) / len(losses)) > uniform:
+                found.append(
+                    f"The {role}'s mean loss on the completions is {mean:.1f} nats a token, above "
+                    f"the {uniform:.1f} of a uniform guess: check the model and its chat template."
+                )
+        return found

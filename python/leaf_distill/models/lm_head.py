@@ -1,10 +1,10 @@
-"""The way to a model's LM head: its input at chosen positions, taken inside its own forward.
+"""Captures the LM head's input during the model's forward.
 
-`linear_dual_kl` needs the hidden states that the head would see and the head's weight. Both are
-taken by hooks while the model (DDP, FSDP or DeepSpeed around it) runs its own forward, and what is
-computed from them is returned as the forward's output. Calling the decoder and the head apart from
-the wrapper would skip its gradient reduction, and read a sharded weight; asking for
-`output_hidden_states` would keep every layer's output and still leave the head outside.
+`linear_dual_kl` needs the hidden states that the head would see and the head's weight. Hooks take
+both while the model (DDP, FSDP or DeepSpeed around it) runs its own forward, and return what is
+computed from them as the forward's output. Calling the decoder and the head apart from the wrapper
+would skip its gradient reduction and read a sharded weight. Asking for `output_hidden_states` would
+keep every layer's output and still leave the head outside.
 """
 
 from __future__ import annotations
@@ -15,21 +15,27 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-# How models of transformers name what they do to the head's output (scale first, then softcap).
+from leaf_distill.models.checks import eval_mode
+
+# The names in transformers' configurations for what follows the head: scale first, then softcap.
 _FACTORS: Final = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISORS: Final = ("logits_scaling",)
 _SOFTCAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 AtHead = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-"""From the head's input at the chosen positions [N, H], weight [V, H] and bias [V] to a result."""
+"""A function of the head's input at the chosen positions [N, H], its weight [V, H] and bias [V]."""
 
 
-class HeadPath:
-    """Runs a causal language model up to its head and computes something else there.
+class LMHeadHook:
+    """Captures the LM head's input during the model's forward and computes something from it.
 
     Args:
         model: a transformers model, or a PeftModel around one; not yet wrapped for training.
-        role: how error messages call it, "student" or "teacher".
+        role: the name of the model in error messages, "student" or "teacher".
+
+    Attributes:
+        scale, softcap: what the model applies to its logits, in this order.
+        vocab_size: the rows of the head that make logits; a padded head may have more.
 
     Raises:
         ValueError: the model has no plain linear head.
@@ -40,12 +46,13 @@ class HeadPath:
         if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
             kind = type(head).__name__
             raise ValueError(
-                f"{role}: needs a causal language model with a plain linear head, came "
-                f"{type(model).__name__} with the head {kind}; an adapter or quantization on the "
-                "head must be merged or left away"
+                f"{role}: must be a causal language model with a plain linear head, got "
+                f"{type(model).__name__} with the head {kind}; merge or leave away an adapter or "
+                "quantization on the head"
             )
         self.model, self.head, self.role = model, head, role
         self.scale, self.softcap = logit_transform(model.config)
+        self.vocab_size = logit_count(model.config, head)
         self._positions: Tensor | None = None
         self._at_head: AtHead | None = None
         self._hidden: Tensor | None = None
@@ -57,11 +64,16 @@ class HeadPath:
     def run(
         self, module: nn.Module, ids: Tensor, attention_mask: Tensor, at: Tensor, then: AtHead
     ) -> Tensor:
-        """Run `module` (the model, or its wrapper) and return `then` of the head's input `at`.
+        """Run the forward of `module` and return `then` of the head's input at some positions.
 
         Args:
+            module: the model, or its wrapper.
             ids, attention_mask: int64 [B, T].
             at: bool [B, T], the N positions whose hidden states are wanted, in row-major order.
+            then: takes the hidden states [N, H], the head's weight [V, H] and its bias [V] or None.
+
+        Raises:
+            ValueError: the model does not call its head, or not with one state per position.
         """
         self._positions, self._at_head = at, then
         try:
@@ -71,21 +83,28 @@ class HeadPath:
         return result
 
     def check(self, ids: Tensor, attention_mask: Tensor, at: Tensor) -> None:
-        """Compare this path with the model's own logits on one row.
+        """Compare the logits computed from the head's input with the model's own on one row.
 
-        Where neither is finite nothing can be said: training skips such a row of the teacher's and
-        names one of the student's.
+        Positions where neither is finite are left out: training skips such a row of the teacher's
+        and names one of the student's.
+
+        Args:
+            ids, attention_mask, at: as of `run`.
 
         Raises:
             ValueError: the head is not finite, or the two differ by more than rounding, so that
                 training would optimize something else than what the model computes.
         """
-        training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            own = self.model(input_ids=ids, attention_mask=attention_mask).logits[at]
+        with eval_mode(self.model), torch.no_grad():
+            own = self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+            own = own.logits[at]
             path = self.run(self.model, ids, attention_mask, at, self._logits)
-        self.model.train(training)
+        if own.shape != path.shape:
+            raise ValueError(
+                f"{self.role}: must make one logit for each of the {path.shape[-1]} rows of its "
+                f"head, got {own.shape[-1]} logits from {type(self.model).__name__}; choose a "
+                "model without padding in its head"
+            )
         unknown = ~(own.isfinite() | path.isfinite())
         own, path = own.masked_fill(unknown, 0), path.masked_fill(unknown, 0)
         eps = max(torch.finfo(one.dtype).eps for one in (own, path))
@@ -97,10 +116,10 @@ class HeadPath:
         excess = float((own.float() * path.float()).sum()) - square
         if not (difference <= tolerance and abs(excess) <= max(1e-3, eps / 4) * square):
             raise ValueError(
-                f"{self.role}: the model's own logits differ from its head's by {difference:.3g} "
-                f"(allowed {tolerance:.3g}) and are {1 + excess / (square or 1):.4g} times as "
-                f"large; {type(self.model).__name__} does something to them that its config does "
-                f"not tell (read: scale {self.scale}, softcap {self.softcap})"
+                f"{self.role}: must make the logits that its head and config describe (scale "
+                f"{self.scale}, softcap {self.softcap}), got logits of {type(self.model).__name__} "
+                f"that differ by {difference:.3g} (allowed {tolerance:.3g}) and are "
+                f"{1 + excess / (square or 1):.4g} times as large; choose another model"
             )
 
     def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -108,8 +127,8 @@ class HeadPath:
             # The extremes are finite when all is, and need no mask of the size of the head.
             if part is not None and not torch.stack(torch.aminmax(part)).isfinite().all():
                 raise ValueError(
-                    f"{self.role}: the weights of the head of {type(self.model).__name__} are not "
-                    "finite, so that none of its outputs is; give a model that is whole"
+                    f"{self.role}: must have finite weights, got NaN or infinity in the head of "
+                    f"{type(self.model).__name__}; choose a checkpoint that is whole"
                 )
         logits = nn.functional.linear(hidden, weight, bias) * self.scale
         if self.softcap is None:
@@ -120,33 +139,65 @@ class HeadPath:
         if self._positions is None:
             return None
         hidden = args[0]
+        if hidden.dim() != 3 or hidden.shape[:2] != self._positions.shape:
+            raise ValueError(
+                f"{self.role}: must give its head one hidden state for each token, got "
+                f"{type(self.model).__name__}, which gives it {tuple(hidden.shape)} for "
+                f"{tuple(self._positions.shape)} tokens; choose another architecture"
+            )
         self._hidden = hidden[self._positions.to(hidden.device)]
-        return (hidden[:1, :1],)  # the ordinary product, of which nothing is used, costs one row
+        return (hidden[:1, :1],)  # the ordinary product is not used, and costs one row this way
 
     def _compute(self, head: nn.Linear, args: Any, output: Tensor) -> None:
         if self._at_head is not None and self._hidden is not None:
-            self._result = self._at_head(self._hidden, head.weight, head.bias)
+            weight: Tensor = head.weight
+            bias: Tensor | None = head.bias
+            if self.vocab_size < len(weight):
+                weight = weight[: self.vocab_size]
+                bias = None if bias is None else bias[: self.vocab_size]
+            self._result = self._at_head(self._hidden, weight, bias)
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> Any:
         if self._at_head is None:
             return None
         if self._result is None:
-            raise ValueError(f"{self.role}: {type(model).__name__} never called its head")
+            raise ValueError(
+                f"{self.role}: must call its head in its forward pass, got {type(model).__name__}, "
+                "which does not; choose another architecture"
+            )
         return self._result
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:
-    """The factor and the softcap that a model puts on its logits, from its config."""
+    """Return the factor and the softcap that a model applies to its logits, from its config."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0
     for name in _FACTORS:
         scale *= _number(config, name) or 1.0
     for name in _DIVISORS:
         value = _number(config, name) or 1.0
+        family = str(config.model_type)
+        if family.startswith("minicpm3"):
+            continue  # divides the hidden states, before the head
         # One family multiplies by what all others divide by.
-        scale *= value if str(config.model_type).startswith("hyperclovax") else 1.0 / value
+        scale *= value if family.startswith("hyperclovax") else 1.0 / value
     softcap = next((cap for name in _SOFTCAPS if (cap := _number(config, name))), None)
     return scale, softcap
+
+
+def logit_count(config: Any, head: nn.Linear) -> int:
+    """Return how many rows of the head make logits; some models cut those of its padding off."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rows = head.weight.shape[0]
+    return min(rows, int(_number(config, "unpadded_vocab_size") or rows))
+
+
+def logit_rows(model: Any) -> int | None:
+    """Return how many tokens a model makes logits for, None where its head does not tell."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return None
+    return logit_count(model.config, head)
 
 
 def _number(config: Any, name: str) -> float | None:

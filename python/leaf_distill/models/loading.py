@@ -1,205 +1,286 @@
-"""Models and tokenizers by name: a directory, a hub name or a GGUF file."""
+"""Loads models and tokenizers by name: a directory, a hub name, a GGUF file or an adapter."""
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import gc
 import os
-from pathlib import Path
-from typing import Any, cast
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
+    GgufConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "adapter_config.json", "*.index.json"),
-    *("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "*.gguf"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja", "chat_template.json"),
+from leaf_distill.models.checks import check_causal, max_positions, warm_up
+from leaf_distill.models.placement import (
+    DTYPES,
+    check_dtype,
+    check_in_memory,
+    resolve_device,
+    resolve_dtype,
 )
-"""What from_pretrained reads; other files beside it, such as metrics, decide nothing."""
-BLOCK = 1 << 20
-PROBE_TEXTS = (
-    "Tom has 12 apples, buys 1,234 more and eats 0.5; how many are left?",
-    "  two  spaces\tand a tab\n\nit's DON'T isn't \u00e9 e\u0301 \u00df na\u00efve",
-    "def f(x):\n    return x**2  # \u4e2d\u6587 \u0440\u0443\u0441 \U0001f600",
+from leaf_distill.models.source import (
+    ModelSource,
+    fingerprint_in_memory,
+    fingerprint_source,
+    locate_model,
+    model_fingerprint,
+    unreadable,
 )
+from leaf_distill.models.tokenizer import check_fast, check_same_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:  # seconds to import
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "DTYPES",
+    "LazyModel",
+    "check_dtype",
+    "check_same_tokenizer",
+    "load_model",
+    "load_tokenizer",
+    "model_fingerprint",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """Load a causal language model from a directory, a hub name or a ``.gguf`` file.
+class LazyModel:
+    """One model of a run, of which the weights are loaded at the first need.
 
-    A GGUF file becomes a plain model (float32 for ``dtype="auto"``) that trains and saves like any
-    other. Raises ValueError for a missing path, another kind of model, or missing weights.
+    Everything else is read and checked at once: the place, the configuration, the tokenizer, the
+    dtype and the device. A model in memory is used as it is: never moved, never converted to
+    another dtype, never released.
+
+    Args:
+        source: a directory, a hub name, a ``.gguf`` file, the directory of an adapter (its base
+            model is loaded below it and the two are merged), or a model in memory.
+        processing_class: the tokenizer; by default the one that belongs to the source.
+        dtype: of the weights; see `resolve_dtype`.
+        device: see `resolve_device`.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Attributes:
+        name: of the source, for messages.
+        config, tokenizer: as transformers reads them; the tokenizer is a fast one.
+        dtype: the resolved dtype, such as "float32".
+        device: the resolved device.
+        max_positions: the longest sequence that the model takes, None where it names no limit.
+
+    Raises:
+        ValueError: something of this cannot be read, or does not fit.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        check_dtype(dtype)
+        self._trust = trust_remote_code
+        self._source: ModelSource | None = None
+        self._model: PreTrainedModel | None = None
+        self._checked = False
+        if isinstance(source, torch.nn.Module):
+            self._model = source
+            self.name = str(getattr(source, "name_or_path", "") or type(source).__name__)
+            self.config: Any = source.config
+            self.dtype = check_in_memory(source, self.name, dtype, device)
+            self.device = source.device
+        elif not isinstance(source, str | os.PathLike):
+            raise ValueError(
+                f"source: must be a name or a transformers model, got {source!r}; name a directory"
+            )
+        else:
+            self.name = os.fspath(source)
+            self._source = locate_model(self.name)
+            self.config = _load_config(self._source, trust_remote_code)
+            self.device = resolve_device(device)
+            self.dtype = _resolve_dtype(self._source, dtype, self.config, self.device)
+        self.max_positions = max_positions(self.config)
+        if processing_class is None:
+            processing_class = self._own_tokenizer()
+        self.tokenizer = processing_class
+        check_fast(self.tokenizer, self.name)
+
+    def _own_tokenizer(self) -> PreTrainedTokenizerBase:
+        place = self.name if self._source else getattr(self._model, "name_or_path", "")
+        try:
+            if place:
+                return load_tokenizer(place, trust_remote_code=self._trust)
+        except ValueError:
+            if self._source is not None:
+                raise
+        raise ValueError(
+            f"processing_class: must be the tokenizer of {self.name!r}, a model in memory that "
+            "names no place to read one from, got None; pass it"
+        )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of the content: see `model_fingerprint`; of a model in memory, its weights."""
+        if self._source is None:
+            return fingerprint_in_memory(self._model)
+        return fingerprint_source(self._source)
+
+    def load(self) -> PreTrainedModel:
+        """Return the model, which is loaded and checked at the first call.
+
+        Raises:
+            ValueError: the weights cannot be read, or the model is not causal.
+        """
+        if self._model is None:
+            self._model = load_model(
+                self.name,
+                dtype=self.dtype,
+                device=str(self.device),
+                trust_remote_code=self._trust,
+            )
+        elif not self._checked and self._source is None:
+            warm_up()
+            check_causal(self._model, self.name)
+        self._checked = True
+        return self._model
+
+    def release(self) -> None:
+        """Let weights that `load` has read go; they are read again at the next need."""
+        if self._source is None or self._model is None:
+            return
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    trainable_adapter: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model in eval mode, and check that it is one.
+
+    A GGUF file becomes a plain model that trains and saves like any other. An adapter is merged
+    into its base model; with `trainable_adapter` the result is a `peft.PeftModel` instead, whose
+    adapter can be trained on (a model without an adapter comes as it is).
+
+    Raises:
+        ValueError: the path is missing, the model is of another kind, weights are missing, or the
+            adapter needs the package peft.
     """
     check_dtype(dtype)
     target = resolve_device(device)
-    place, extra = _locate(name)
-    if extra and dtype == "auto":
-        dtype = "float32"
+    source = locate_model(name)
+    dtype = _resolve_dtype(source, dtype, _load_config(source, trust_remote_code), target)
+    with _without_progress_bars():
+        model = _read(source, dtype, trust_remote_code, trainable_adapter)
+    model = model.to(target)
+    warm_up()
+    check_causal(model, name)
+    return cast("PreTrainedModel", model)
+
+
+def _load_config(source: ModelSource, trust_remote_code: bool) -> Any:
+    """The configuration of the model below all adapters; ValueError for another kind of model."""
+    root = source.root
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, output_loading_info=True, **extra
+        config: Any = AutoConfig.from_pretrained(
+            root.place, trust_remote_code=trust_remote_code, **root.arguments
         )
     except Exception as error:  # damaged files raise whatever their parser raises
-        raise ValueError(_unreadable("model", name, error)) from error
+        raise ValueError(unreadable("model", source.name, error)) from error
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise ValueError(
+            f"model: must be a causal language model, got {source.name!r} of the type "
+            f"{config.model_type!r}; choose a decoder"
+        )
+    weights = ("*.safetensors", "*.bin", "*.index.json")
+    if root.is_local and root.gguf_file is None and not root.has(*weights):
+        raise ValueError(
+            f"model: must be a directory with weights, got {root.name!r}, which has neither "
+            "*.safetensors nor *.bin files; save the model again with save_pretrained"
+        )
+    return config
+
+
+def _resolve_dtype(source: ModelSource, dtype: str, config: Any, device: torch.device) -> str:
+    if dtype == "auto" and source.root.gguf_file is not None:
+        return "float32"
+    return resolve_dtype(dtype, config, device)
+
+
+def _read(source: ModelSource, dtype: str, trust: bool, trainable: bool) -> Any:
+    if source.base is not None:
+        base = _read(source.base, dtype, trust, False)
+        return _add_adapter(base, source, trainable)
+    if source.gguf_file is not None:
+        # Else transformers may keep the weights packed, and refuses to train or save them.
+        extra = {**source.arguments, "quantization_config": GgufConfig(dequantize=True)}
+    else:
+        extra = {}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.place,
+            dtype=dtype,
+            trust_remote_code=trust,
+            output_loading_info=True,
+            **extra,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # damaged files raise whatever their parser raises
+        raise ValueError(unreadable("model", source.name, error)) from error
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
-            f"The model {name!r} lacks {len(missing)} of its weights, such as {missing[0]!r}: "
-            "save it again, whole, with save_pretrained."
+            f"model: must have all of its weights, got {source.name!r}, which lacks {len(missing)} "
+            f"of them, such as {missing[0]!r}; save it again with save_pretrained"
         )
-    plain: Any = _plain(model) if extra else model
-    return cast(PreTrainedModel, plain.to(target))
+    return model
 
 
-def check_dtype(dtype: str) -> None:
-    """Raise ValueError unless `load_model` knows the dtype."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer of a model (its offsets are needed); without a pad token it gets EOS.
-
-    Raises ValueError for a missing path, a missing tokenizer, or one without offsets.
-    """
-    place, extra = _locate(name)
+def _add_adapter(base: Any, source: ModelSource, trainable: bool) -> Any:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, **extra)
-    except Exception as error:
-        raise ValueError(_unreadable("tokenizer", name, error)) from error
-    if not tokenizer.is_fast:
+        from peft import PeftModel
+    except ImportError as error:
         raise ValueError(
-            f"The tokenizer of {name!r} is a slow one ({type(tokenizer).__name__}) that cannot "
-            "tell where its tokens stand in the text: save it as a fast one (tokenizer.json)."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or "<|pad|>"
-    return tokenizer
-
-
-def model_fingerprint(name: str) -> str:
-    """Return the sha256 of a model's settings, tokenizer and weights.
-
-    Of a file above 64 MiB 64 evenly spaced MiB are read; training changes every weight. A hub name
-    stands for itself and its commit.
-    """
-    digest = hashlib.sha256()
-    path = Path(name).expanduser()
-    if not path.exists():
-        place, _ = _locate(name)
-        try:
-            commit = AutoConfig.from_pretrained(place)._commit_hash
-        except (OSError, ValueError) as error:
-            raise ValueError(_unreadable("model", name, error)) from error
-        return hashlib.sha256(f"{name}@{commit}".encode()).hexdigest()
-    files = [path] if path.is_file() else {file for kind in MODEL_FILES for file in path.glob(kind)}
-    for file in sorted(files):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            blocks = min(64, -(-size // BLOCK))
-            for block in range(blocks):
-                stream.seek(block * max(size - BLOCK, 0) // max(blocks - 1, 1))
-                digest.update(stream.read(BLOCK))
-    return digest.hexdigest()
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the device of a name; "auto" is this process's GPU where there is one, else the CPU.
-
-    Raises ValueError for an unknown device, or a GPU that is not there.
-    """
-    if device == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            f"model: must be a whole model where the package peft is missing, got the adapter "
+            f"{source.name!r}; run: pip install 'leaf-distill[peft]'"
+        ) from error
     try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda[:N]', not {device!r}.") from error
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {device!r} was asked for, but {torch.cuda.device_count()} GPUs are here."
-        )
-    return resolved
+        with warnings.catch_warnings():
+            # peft only warns of an incomplete file, and then leaves those weights untrained.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, source.place, is_trainable=trainable)
+        return model if trainable else model.merge_and_unload()
+    except Exception as error:  # as transformers, peft raises whatever its parsers raise
+        raise ValueError(unreadable("adapter", source.name, error)) from error
 
 
-def check_same_tokenizer(
-    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
-) -> None:
-    """Raise ValueError with the first difference if the two tokenizers are different ones.
-
-    A token that only one of them has is no difference if it was added (a pad token, say); neither
-    is the size of a model's padded vocabulary.
-    """
-    reason = "distillation compares the two models token by token, which needs the same tokenizer"
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    added = {*student.added_tokens_encoder, *teacher.added_tokens_encoder}
-    for token in sorted({*ours, *theirs}, key=lambda t: (theirs.get(t, ours.get(t, 0)), t)):
-        ids = theirs.get(token), ours.get(token)
-        if ids[0] == ids[1] or (None in ids and token in added):
-            continue
-        raise ValueError(
-            f"The tokenizers are different: token {token!r} is {_id(ids[0])} in the teacher's and "
-            f"{_id(ids[1])} in the student's; {reason}. Use two models of one family."
-        )
-    for text in PROBE_TEXTS:
-        pieces = [one(text, add_special_tokens=False)["input_ids"] for one in (teacher, student)]
-        if pieces[0] != pieces[1]:
-            raise ValueError(
-                f"The tokenizers are different: they split {text!r} differently, into "
-                f"{len(pieces[0])} and {len(pieces[1])} tokens; {reason}."
-            )
-
-
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """Return what from_pretrained takes: a place, and for a GGUF file its name."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path), {}
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(f"The model {name!r} is a file, but not a .gguf one: name its folder.")
-        return str(path.parent), {"gguf_file": path.name}
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
-        raise ValueError(
-            f"The model {name!r} does not exist: no such directory or .gguf file. Check the path."
-        )
-    return name, {}
-
-
-def _plain(model: Any) -> Any:
-    """Rebuild a model that was read from GGUF as an ordinary one.
-
-    transformers counts it as quantized, although its weights are not any more: it refuses to save,
-    to change its dtype and to train it.
-    """
-    settings = model.config.to_dict()
-    settings.pop("quantization_config", None)
-    config = type(model.config).from_dict(settings)
-    fresh = type(model)._from_config(config, dtype=model.dtype)
-    fresh.load_state_dict(model.state_dict(), assign=True)
-    fresh.tie_weights()
-    fresh.generation_config = model.generation_config
-    return fresh.train(model.training)
-
-
-def _unreadable(what: str, name: str, error: Exception) -> str:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return (
-        f"No {what} of a causal language model can be read from {name!r}; give a directory saved "
-        f"by save_pretrained, a hub name or a .gguf file. transformers says: {first}"
-    )
-
-
-def _id(index: int | None) -> str:
-    return "absent" if index is None else f"number {index}"
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    bars: Any = transformers_logging  # its functions are untyped
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()

@@ -1,13 +1,14 @@
-"""One self-contained HTML page about a run: funnel, token heat maps, cuts, answers."""
+"""One self-contained HTML page about an arm: funnel, token heat maps, cuts, answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from leaf_distill.io import make_directory, write_bytes
+from leaf_distill.detection.arms import find_arm
+from leaf_distill.io import disk_error, make_directory, write_bytes
 from leaf_distill.report.data import read_run
-from leaf_distill.report.page import render_page
+from leaf_distill.report.page import GENERATOR, render_page
 from leaf_distill.report.results import read_results
 
 __all__ = ["write_report"]
@@ -20,19 +21,59 @@ def write_report(
     samples: int = 20,
     row_ids: Sequence[int] | None = None,
 ) -> Path:
-    """Write the page of a run of `leaf detect` and return its path.
+    """Write the page of an arm of `leaf detect` and return its path.
 
-    The page needs no network: style and script are inside. It shows `samples` rows (those with a
-    kept counterfactual first) or, in the order given, the rows `row_ids`; and what `leaf distill`
-    and `leaf evaluate` measured, where their directories lie in the run directory. `output` is by
-    default `report.html` there. The same run gives the same bytes.
+    The page needs no network: style and script are inside. It also shows what `leaf distill`,
+    `leaf evaluate` and `leaf compare` measured, where they wrote into the run directory. The same
+    run gives the same bytes.
 
-    Raises FileNotFoundError where the directory is not a run directory, ValueError where a file in
-    it cannot be read or a row is not there, StoreError where the page cannot be written.
+    Args:
+        run_directory: the output directory of `leaf detect`, or one of its arms.
+        output: where to write the page; default: report.html in the arm.
+        samples: how many scored rows are shown, those with a kept counterfactual first.
+        row_ids: the rows that are shown instead, in this order.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: there is no arm or there are several, a file in it cannot be read or has another
+            shape, a row is not there, or `output` is a file of something else.
+        StoreError: the page cannot be written.
     """
-    directory = Path(run_directory)
-    run = read_run(directory, samples=samples, row_ids=row_ids)
-    path = directory / "report.html" if output is None else Path(output)
+    if samples < 0:
+        raise ValueError(f"samples: must be 0 or more, got {samples}; give another number")
+    directory = Path(run_directory).expanduser().absolute()
+    try:
+        arm = find_arm(directory)
+    except OSError as error:
+        raise ValueError(
+            f"run_directory: must be the run directory of a finished `leaf detect`, got {directory}"
+            f" ({error.strerror}); give another one"
+        ) from error
+    path = arm / "report.html" if output is None else Path(output).expanduser()
+    _check_output(path)
+    try:
+        run = read_run(arm, samples=samples, row_ids=row_ids)
+        page = render_page(run, read_results(arm.parent.parent))
+    except RecursionError as error:
+        raise ValueError(
+            f"{arm}: must hold files as `leaf detect` writes them, got values that are nested too "
+            "deeply; run it again"
+        ) from error
     make_directory(path.parent)
-    write_bytes(path, render_page(run, read_results(directory)).encode())
+    write_bytes(path, page.encode(errors="replace"))
     return path
+
+
+def _check_output(path: Path) -> None:
+    """Refuse to replace a file that is not an earlier page."""
+    try:
+        other = path.is_file() and GENERATOR.encode() not in path.read_bytes()
+    except OSError as error:
+        raise disk_error(error, path) from error
+    if other:
+        raise ValueError(
+            f"output: must be a new file or an earlier report, got {path}, which is something else;"
+            " give another name"
+        )

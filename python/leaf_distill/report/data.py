@@ -1,4 +1,4 @@
-"""Reads a run directory and picks the rows that the page shows."""
+"""Reads an arm and picks the rows that the page shows."""
 
 from __future__ import annotations
 
@@ -12,194 +12,261 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leaf_distill.report.heat import Range, Token
+from leaf_distill.data.example import Range, Role
+from leaf_distill.detection.output import SAMPLES
+from leaf_distill.report.heat import Token
+from leaf_distill.report.shape import Maybe, read_shaped
 
-Outcome = Literal["kept", "rejected", "none"]
-OUTCOMES: tuple[Outcome, ...] = ("kept", "rejected", "none")
-COLUMNS = (
-    "row_id", "messages", "user_text", "completion", "answer", "candidates", "spans",
-    "offsets", "teacher_saliency", "student_saliency", "score", "confounder",
-    "teacher_answer", "teacher_verdict", "student_answer", "student_verdict",
-)  # fmt: skip
+MODELS: tuple[Role, ...] = ("teacher", "student")
+"""The order of the two on the page."""
+
+Group = Literal["kept", "rejected", "none"]
+GROUPS: tuple[Group, ...] = ("kept", "rejected", "none")
+"""Rows with a kept counterfactual, with rejected ones only, and without any."""
+
+RUN = {role: {"name": str} for role in MODELS}
+FUNNEL = {
+    "arm": str,
+    "stages": [{"stage": str, "rows": int, "unit": str}],
+    "left": [{"stage": str, "reason": str, "count": int, "unit": str}],
+    "notes": {str: int},
+    "nll": {str: {"mean": float, "max": float}},
+    "settings": {
+        **dict.fromkeys(("dataset", "dataset_split", "rule", "strategy", "validate"), str),
+        **dict.fromkeys(("threshold", "cap"), float),
+        "teacher_max": Maybe(float),
+        "join_gap": int,
+    },
+    "models": {str: str},
+    "templates": [str],
+    "versions": {str: str},
+    "seconds": {str: float},
+}
+"""What the page reads of run.json and of funnel.json."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer to one prompt; both None where it was not asked or not graded."""
+    """A model's answer to one prompt; both are None where it was not asked."""
 
     text: str | None
     verdict: str | None
 
+    @property
+    def asked(self) -> bool:
+        return self.text is not None or self.verdict is not None
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One counterfactual prompt: what was cut, what the models answered, and its fate."""
+    """One counterfactual prompt: what was cut, the models' answers, and whether it was kept."""
 
     cut: tuple[Range, ...]
-    teacher: Reply
-    student: Reply
+    inside_word: bool  # a border of the cut lies within a word or a number
+    replies: dict[Role, Reply]
     kept: bool
     reason: str | None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One scored row of `samples.parquet`."""
+    """One scored row of samples.parquet."""
 
     row_id: int
-    context: tuple[tuple[str, str], ...]
+    context: tuple[tuple[str, str], ...]  # role and text of the messages before the user's
     text: str
     completion: str
     answer: str | None
+    nll: dict[Role, float | None]  # nats a label token
     tokens: tuple[Token, ...]
     spans: tuple[Range, ...]
-    teacher: Reply
-    student: Reply
+    replies: dict[Role, Reply]
     candidates: tuple[Candidate, ...]
 
     @property
-    def outcome(self) -> Outcome:
-        return _outcome(candidate.kept for candidate in self.candidates)
+    def group(self) -> Group:
+        return _group(candidate.kept for candidate in self.candidates)
+
+    @property
+    def asked(self) -> tuple[Role, ...]:
+        """The models that answered any of the row's prompts."""
+        prompts = (self.replies, *(one.replies for one in self.candidates))
+        return tuple(role for role in MODELS if any(replies[role].asked for replies in prompts))
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says: its funnel, the chosen rows, and how many there were."""
+    """An arm: its funnel, its models' names, the chosen rows, and how many there are."""
 
     funnel: dict[str, Any]
+    models: dict[str, str]
     samples: tuple[Sample, ...]
-    totals: dict[Outcome, int]
+    totals: dict[Group, int]
 
 
-def _outcome(kept: Iterable[bool]) -> Outcome:
+def read_run(arm: Path, *, samples: int, row_ids: Sequence[int] | None) -> Run:
+    """Read an arm, and of its rows the first `samples` in the order of the page, or `row_ids`.
+
+    Raises:
+        ValueError: a file cannot be read or has another shape, or a row is not there.
+    """
+    funnel = read_shaped(arm / "funnel.json", FUNNEL)
+    models = read_shaped(arm.parent.parent / "run.json", RUN)
+    path = arm / "samples.parquet"
+    table = _read_table(path)
+    try:
+        row_of = {row_id: at for at, row_id in enumerate(table["row_id"].to_pylist())}
+        groups = [
+            _group(candidate["kept"] for candidate in candidates)
+            for candidates in table["candidates"].to_pylist()
+        ]
+    except (TypeError, ValueError) as error:
+        raise _unlike(path, error) from error
+    chosen = choose(groups, samples) if row_ids is None else _positions(row_of, row_ids, path)
+    try:
+        shown = [_sample(line) for line in table.take(pa.array(chosen, pa.int64())).to_pylist()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _unlike(path, error) from error
+    return Run(
+        funnel=funnel,
+        models={role: models[role]["name"] for role in MODELS},
+        samples=tuple(shown),
+        totals={group: groups.count(group) for group in GROUPS},
+    )
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path}: must be a readable Parquet file, got an error ({_line(error)}); run "
+            "`leaf detect` again"
+        ) from error
+    wrong = [field.name for field in SAMPLES if not _has(table.schema, field)]
+    if wrong:
+        raise ValueError(
+            f"{path}: must have the columns that `leaf detect` writes, got none or another type "
+            f"for {', '.join(wrong)}; run it again"
+        )
+    return table
+
+
+def _has(schema: pa.Schema, field: pa.Field) -> bool:
+    if field.name not in schema.names:
+        return False
+    kind = schema.field(field.name).type
+    if field.name == "messages":  # with more than role and content it has a type of its own
+        return bool(pa.types.is_list(kind) or pa.types.is_string(kind))
+    return bool(kind == field.type)
+
+
+def _unlike(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: must hold rows as `leaf detect` writes them, got others ({_line(error)}); run it "
+        "again"
+    )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _positions(row_of: dict[int, int], row_ids: Sequence[int], path: Path) -> list[int]:
+    for row_id in row_ids:
+        if row_id not in row_of:
+            raise ValueError(
+                f"row_ids: must be of the {len(row_of)} scored rows in {path}, got {row_id}; give "
+                "others"
+            )
+    return [row_of[row_id] for row_id in dict.fromkeys(row_ids)]
+
+
+def choose(groups: Sequence[Group], count: int) -> list[int]:
+    """Return positions of `count` rows: kept first, then rejected, then those without a candidate.
+
+    A quarter of the places is held for rejected rows, so that a long run shows its failures too.
+    """
+    kept, rejected, none = ([i for i, one in enumerate(groups) if one == want] for want in GROUPS)
+    held = min(len(rejected), count // 4)
+    head = kept[: count - held]
+    return (head + rejected[: count - len(head)] + none)[:count]
+
+
+def _group(kept: Iterable[bool]) -> Group:
     flags = list(kept)
     return "none" if not flags else ("kept" if any(flags) else "rejected")
 
 
-def _ranges(value: Sequence[Sequence[int]] | None) -> tuple[Range, ...]:
-    return tuple((start, stop) for start, stop in value or ())
+def _sample(line: dict[str, Any]) -> Sample:
+    columns = ("teacher_saliency", "student_saliency", "score")
+    numbers = zip(*(line[name] for name in columns), strict=True)
+    text = _text(line["user_text"])
+    return Sample(
+        row_id=int(line["row_id"]),
+        context=_context(line["messages"]),
+        text=text,
+        completion=_text(line["completion"]),
+        answer=line["answer"],
+        nll={role: line[f"{role}_nll"] for role in MODELS},
+        tokens=tuple(
+            Token(start, stop, _float(teacher), _float(student), _float(score), bool(confounder))
+            for (start, stop), (teacher, student, score), confounder in zip(
+                _ranges(line["offsets"]), numbers, line["confounder"], strict=True
+            )
+        ),
+        spans=_ranges(line["spans"]),
+        replies=_replies(line),
+        candidates=tuple(_candidate(one, text) for one in line["candidates"]),
+    )
 
 
-def _reply(record: dict[str, Any], model: str) -> Reply:
-    return Reply(record[f"{model}_answer"], record[f"{model}_verdict"])
+def _candidate(line: dict[str, Any], text: str) -> Candidate:
+    cut = _ranges(line["cut"])
+    return Candidate(
+        cut=cut,
+        inside_word=any(_inside_word(text, at) for one in cut for at in one),
+        replies=_replies(line),
+        kept=bool(line["kept"]),
+        reason=line["reason"],
+    )
+
+
+def _inside_word(text: str, at: int) -> bool:
+    """Whether a border between two characters splits a word or a number."""
+    return 0 < at < len(text) and text[at - 1].isalnum() and text[at].isalnum()
+
+
+def _context(messages: Any) -> tuple[tuple[str, str], ...]:
+    """Return role and text of all messages but the last; other keys follow the text as JSON."""
+    turns = json.loads(messages) if isinstance(messages, str) else messages
+    context = []
+    for turn in turns[:-1]:
+        text = turn["content"] or ""
+        others = {
+            name: value
+            for name, value in turn.items()
+            if name not in ("role", "content") and value is not None
+        }
+        if others:
+            text = f"{text}\n{json.dumps(others, ensure_ascii=False)}".lstrip("\n")
+        context.append((_text(turn["role"]), _text(text)))
+    return tuple(context)
+
+
+def _replies(line: dict[str, Any]) -> dict[Role, Reply]:
+    return {role: Reply(line[f"{role}_answer"], line[f"{role}_verdict"]) for role in MODELS}
+
+
+def _ranges(value: Iterable[Sequence[int]]) -> tuple[Range, ...]:
+    return tuple((int(start), int(stop)) for start, stop in value)
 
 
 def _float(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _sample(record: dict[str, Any]) -> Sample:
-    columns = zip(
-        record["offsets"],
-        record["teacher_saliency"],
-        record["student_saliency"],
-        record["score"],
-        record["confounder"],
-        strict=True,
-    )
-    tokens = tuple(
-        Token(start, stop, _float(teacher), _float(student), _float(score), bool(confounder))
-        for (start, stop), teacher, student, score, confounder in columns
-    )
-    messages = record["messages"] or ()
-    return Sample(
-        row_id=record["row_id"],
-        context=tuple((message["role"], message["content"]) for message in messages[:-1]),
-        text=record["user_text"],
-        completion=record["completion"],
-        answer=record["answer"],
-        tokens=tokens,
-        spans=_ranges(record["spans"]),
-        teacher=_reply(record, "teacher"),
-        student=_reply(record, "student"),
-        candidates=tuple(
-            Candidate(
-                cut=_ranges(candidate["cut"]),
-                teacher=_reply(candidate, "teacher"),
-                student=_reply(candidate, "student"),
-                kept=bool(candidate["kept"]),
-                reason=candidate["reason"],
-            )
-            for candidate in record["candidates"] or ()
-        ),
-    )
-
-
-def choose(outcomes: Sequence[Outcome], count: int) -> list[int]:
-    """Positions of `count` rows: kept first, then rejected, then those without a candidate.
-
-    A quarter of the places is held for rejected rows, so that a long run shows its failures too.
-    """
-    kept, rejected, none = ([i for i, o in enumerate(outcomes) if o == want] for want in OUTCOMES)
-    held = min(len(rejected), count // 4)
-    head = kept[: count - held]
-    return (head + rejected[: count - len(head)] + none)[:count]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError names the file where it is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); write it again by the command that made it"
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} where text should be")
     return value
-
-
-def _read_table(path: Path) -> pa.Table:
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); run `leaf detect` again") from error
-    missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing:
-        raise ValueError(
-            f"{path} has no column {', '.join(missing)}: it was written by another version; "
-            "run `leaf detect` again"
-        )
-    return table
-
-
-def _positions(table: pa.Table, outcomes: Sequence[Outcome], count: int,
-               row_ids: Sequence[int] | None, path: Path) -> list[int]:  # fmt: skip
-    if row_ids is None:
-        return choose(outcomes, count)
-    where = {row_id: at for at, row_id in enumerate(table["row_id"].to_pylist())}
-    missing = [row_id for row_id in row_ids if row_id not in where]
-    if missing:
-        raise ValueError(
-            f"row_ids: row {missing[0]} is not in {path}, which holds the scored rows only "
-            f"({len(where)} of them); choose among those"
-        )
-    return [where[row_id] for row_id in dict.fromkeys(row_ids)]
-
-
-def read_run(directory: Path, *, samples: int, row_ids: Sequence[int] | None) -> Run:
-    """The run in `directory`; FileNotFoundError or ValueError says what is not as it should be."""
-    if samples < 0:
-        raise ValueError(f"samples must be 0 or more, not {samples}")
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"{directory} is not a directory; give the output_dir of a `leaf detect`"
-        )
-    table_path, funnel_path = directory / "samples.parquet", directory / "funnel.json"
-    for path in (funnel_path, table_path):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{directory} has no {path.name}: it is not the output_dir of a finished "
-                "`leaf detect`; run that first (it goes on where it stopped)"
-            )
-    table = _read_table(table_path)
-    outcomes = [
-        _outcome(candidate["kept"] for candidate in candidates or ())
-        for candidates in table["candidates"].to_pylist()
-    ]
-    chosen = pa.array(_positions(table, outcomes, samples, row_ids, table_path), pa.int64())
-    return Run(
-        funnel=read_json(funnel_path),
-        samples=tuple(_sample(record) for record in table.take(chosen).to_pylist()),
-        totals={outcome: outcomes.count(outcome) for outcome in OUTCOMES},
-    )

@@ -1,4 +1,4 @@
-"""Cuts a prompt's text into coloured cells: what the page shows for each token, as plain values."""
+"""Cuts a prompt's text into the colored cells and excerpts that the page shows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
+from leaf_distill.data.example import Range
+
 LEVELS = 20
-Range = tuple[int, int]
+"""Steps of a color scale, beside 0."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token of the user's text: character range and its numbers (NaN where there is none)."""
+    """One token of the user's text: its characters and numbers (NaN where there is none)."""
 
     start: int
     stop: int
@@ -25,7 +27,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Cell:
-    """A piece of text that is coloured as one; levels are 0..LEVELS, None is uncoloured."""
+    """A piece of text that has one color; levels are 0..LEVELS, and None is no color."""
 
     text: str
     title: str
@@ -36,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring cells that share their place in the detected spans and in the cuts."""
+    """Neighboring cells that are all inside or all outside a detected span, and a cut."""
 
     span: bool
     cut: bool
@@ -44,21 +46,21 @@ class Stretch:
 
 
 def saliency_level(value: float) -> int | None:
-    """Color step of a saliency in [0, 1]: linear, 0 is the paper itself."""
+    """Return the color step of a saliency in [0, 1], which is linear."""
     return None if math.isnan(value) else round(LEVELS * min(max(value, 0.0), 1.0))
 
 
 def score_level(value: float) -> int | None:
-    """Color step of a score in [0, 1]: (1 - score)^3, strongest at 0, where confounders are.
+    """Return the color step of a score in [0, 1]: (1 - score)^3, strongest at 0.
 
-    Cubed, because after the second min-max most tokens crowd in the middle of the scale: a linear
-    ramp would tint the whole prompt and hide the few tokens near the threshold.
+    The cube is needed because most scores lie in the middle of the scale: a linear ramp would tint
+    the whole prompt and hide the few tokens near the threshold.
     """
     return None if math.isnan(value) else round(LEVELS * (1.0 - min(max(value, 0.0), 1.0)) ** 3)
 
 
 def _clusters(tokens: Iterable[Token]) -> list[tuple[int, int, list[Token]]]:
-    """Tokens grouped where their ranges overlap: several byte tokens may share one character."""
+    """Group tokens whose ranges overlap, since several byte tokens may share one character."""
     clusters: list[tuple[int, int, list[Token]]] = []
     for token in sorted(tokens, key=lambda t: (t.start, t.stop)):
         if clusters and token.start < clusters[-1][1]:
@@ -105,9 +107,9 @@ def _inside(start: int, ranges: Sequence[Range]) -> bool:
 def heat(
     text: str, tokens: Iterable[Token], spans: Sequence[Range], cuts: Sequence[Range]
 ) -> tuple[Stretch, ...]:
-    """The whole text, in order and without holes, as stretches of cells.
+    """Return the whole text, in order, as stretches of cells.
 
-    Text that no token covers is kept, uncoloured; a range border inside a token splits the cell.
+    Text that no token covers has no color; a border of a range inside a token splits the cell.
     """
     clusters = _clusters(token for token in tokens if 0 <= token.start < token.stop <= len(text))
     edges = {0, len(text)}
@@ -129,25 +131,24 @@ def heat(
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a counterfactual's prompt: kept text, cut text, or `hidden` characters of it."""
+    """A part of a cut prompt: kept text, cut text, or the number of `hidden` characters."""
 
     text: str
     cut: bool = False
     hidden: int = 0
 
 
-def cut_excerpt(text: str, cut: Sequence[Range], *, context: int = 160) -> tuple[Piece, ...]:
-    """The text with its cut, kept text farther than `context` from a cut left out and counted."""
+def cut_excerpt(text: str, cut: Sequence[Range], *, context: int = 32) -> tuple[Piece, ...]:
+    """Return a prompt's cuts, each with about `context` characters of the text on either side."""
     pieces: list[Piece] = []
     at = 0
     for start, stop in [*sorted(cut), (len(text), len(text))]:
         kept = text[at:start]
-        head = 0 if at == 0 else context
-        tail = 0 if start == len(text) and start == stop else context
-        hidden = len(kept) - head - tail
-        if hidden > 2 * context:
-            before, after = kept[:head], kept[len(kept) - tail :]
-            pieces += [Piece(before), Piece("", hidden=hidden), Piece(after)]
+        head = _head(kept, context) if at else ""
+        tail = _tail(kept, context) if start < len(text) else ""
+        hidden = len(kept) - len(head) - len(tail)
+        if hidden > context // 2:
+            pieces += [Piece(head), Piece("", hidden=hidden), Piece(tail)]
         else:
             pieces.append(Piece(kept))
         pieces.append(Piece(text[start:stop], cut=True))
@@ -155,10 +156,25 @@ def cut_excerpt(text: str, cut: Sequence[Range], *, context: int = 160) -> tuple
     return tuple(piece for piece in pieces if piece.text or piece.hidden)
 
 
-def tail(text: str, *, length: int = 160) -> str:
-    """The end of a long answer, where its result stands, from the start of a line or word."""
-    end = text.rstrip()[-length:]
-    lines = end.partition("\n")[2]
-    if len(lines) > length // 3:
-        return lines
-    return end.partition(" ")[2] or end
+def last_lines(text: str, *, length: int = 160) -> str:
+    """Return the end of a long answer, where its result stands, from the start of a line or word.
+
+    A line break is used where at least a third of the length follows it.
+    """
+    text = text.rstrip()
+    lines = text[-length:].partition("\n")[2]
+    return lines if len(lines) > length // 3 else _tail(text, length)
+
+
+def _head(text: str, length: int) -> str:
+    """Return about `length` characters of the start, up to a space where there is one."""
+    if len(text) <= length:
+        return text
+    return text[:length].rpartition(" ")[0] or text[:length]
+
+
+def _tail(text: str, length: int) -> str:
+    """Return about `length` characters of the end, from a space where there is one."""
+    if len(text) <= length:
+        return text
+    return text[-length:].partition(" ")[2] or text[-length:]

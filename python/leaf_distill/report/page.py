@@ -1,8 +1,9 @@
-"""Fills the page's template from what `data.read_run` found."""
+"""Fills the page's template."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,23 +11,17 @@ from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from leaf_distill.detection.funnel import ROW_STAGES
-from leaf_distill.report.data import OUTCOMES, Run
-from leaf_distill.report.heat import LEVELS, cut_excerpt, heat, score_level, tail
+from leaf_distill.report.data import GROUPS, MODELS, Run
+from leaf_distill.report.heat import LEVELS, cut_excerpt, heat, last_lines, score_level
 from leaf_distill.report.results import Results
 
-# Shown first and by these names; every other setting follows in the full list.
-HEADLINE = {
-    "student": "Student",
-    "teacher": "Teacher",
-    "dataset": "Dataset",
-    "threshold": "Threshold",
-    "strategy": "Pruning",
-    "validate": "Validation",
-}
+GENERATOR = '<meta name="generator" content="leaf report">'
+"""The element by which an earlier page is recognized."""
+
 VERDICTS = {
     "right": ("✓", "right"),
     "wrong": ("✗", "wrong"),
@@ -35,51 +30,28 @@ VERDICTS = {
     "cut_off": ("✗", "cut off at the length limit"),
     "not_finite": ("✗", "not a finite number"),
 }
-PHRASES = {
-    "validate": {
-        "both": "kept if teacher and student are right",
-        "teacher": "kept if the teacher is right",
-        "none": "none: every cut is kept",
-    },
-    "strategy": {
-        "span": "one span at a time",
-        "collective": "all spans together",
-        "random_tokens": "random tokens (a control)",
-        "random_spans": "random spans (a control)",
-    },
+VALIDATION = {
+    "both": "kept if teacher and student are right",
+    "teacher": "kept if the teacher is right",
+    "none": "none: every cut is kept",
 }
+JUDGES = {"both": MODELS, "teacher": ("teacher",), "none": ()}
+"""The models that validation asks."""
+
+STRATEGIES = {
+    "span": "one span at a time",
+    "collective": "all spans together",
+    "random_tokens": "random tokens (a control)",
+    "random_spans": "random spans (a control)",
+    "student_saliency": "tokens of the highest student saliency (a control)",
+    "perplexity": "tokens of the highest perplexity (a control)",
+}
+WORDS = {"cut_inside_word": "cuts that begin or end inside a word or number"}
+DETAILS = ("settings", "models", "versions", "seconds")
+
 # A parser drops or rewrites these characters, so that they are shown by their picture.
 _CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n\r"}
 _CONTROLS[0x7F] = "\N{SYMBOL FOR DELETE}"
-
-
-def verbatim(text: str) -> Markup:
-    """Text as markup from which a browser reads exactly these characters."""
-    return Markup(str(escape(text.translate(_CONTROLS))).replace("\r", "&#13;"))
-
-
-def words(code: str | None) -> str:
-    """A short code such as `prompt_too_long` in words."""
-    return (code or "").replace("cut_off", "answer cut off").replace("_", " ").strip()
-
-
-def number(value: Any) -> str:
-    """A number for reading: thousands apart, four significant digits; other values as they are."""
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
-
-
-def short_name(name: Any) -> str:
-    """The last two parts of a local path; a hub name as it is. The full list has the whole."""
-    path = PurePath(str(name))
-    return "/".join(path.parts[-2:]) if path.parts[2:] else str(name)
 
 
 @dataclass(frozen=True)
@@ -89,66 +61,138 @@ class Stage:
     name: str
     count: int
     unit: str
-    share: float
+    share: float  # of the most of its unit, rows or candidates
     left: tuple[tuple[int, str], ...]
 
 
-def _line(entry: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The line of the funnel at which an entry of `left` stands."""
-    if entry.get("unit") == "candidates":
-        return names[-1]
-    reached = ROW_STAGES.get(entry["stage"]) or ROW_STAGES["render"]
-    return names[0] if reached not in names else str(reached)
+def render_page(run: Run, results: Results) -> str:
+    """Return the page, which depends on nothing but its arguments."""
+    package = files("leaf_distill.report")
+    script = package.joinpath("page.js").read_text(encoding="utf-8")
+    settings = run.funnel["settings"]
+    return _template().render(
+        run=run,
+        funnel=run.funnel,
+        settings=settings,
+        headline=_headline(run),
+        student=short_name(run.models["student"]),
+        details=[(name.capitalize(), _flat(run.funnel[name])) for name in DETAILS],
+        results=results,
+        stages=_stages(run.funnel),
+        models=MODELS,
+        judges=JUDGES.get(settings["validate"], MODELS),
+        groups=GROUPS,
+        verdicts=VERDICTS,
+        levels=range(LEVELS + 1),
+        score_scale=[score_level(step / 40) for step in range(41)],
+        threshold=settings["threshold"] if settings["rule"] == "absolute" else None,
+        generator=Markup(GENERATOR),
+        css=Markup(package.joinpath("page.css").read_text(encoding="utf-8") + _colors()),
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("leaf_distill.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        verbatim=verbatim, words=words, number=number, signed=signed, last_lines=last_lines
+    )
+    environment.globals.update(heat=heat, cut_excerpt=cut_excerpt)
+    return environment.get_template("page.html.j2")
+
+
+def verbatim(text: str) -> Markup:
+    """Return text as markup from which a browser reads exactly these characters."""
+    return Markup(str(escape(text.translate(_CONTROLS))).replace("\r", "&#13;"))
+
+
+def words(code: str) -> str:
+    """Return a short code such as `prompt_too_long` in words."""
+    return WORDS.get(code) or code.replace("cut_off", "answer cut off").replace("_", " ").strip()
+
+
+def number(value: Any) -> str:
+    """Return a number with commas or four significant digits, and another value as text."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def signed(share: float) -> str:
+    """Return a difference of shares in percentage points."""
+    return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def short_name(name: str) -> str:
+    """Return the last two parts of a local path, and a hub name as it is."""
+    path = PurePath(name)
+    return "/".join(path.parts[-2:]) if path.parts[2:] else name
+
+
+def _headline(run: Run) -> list[tuple[str, str]]:
+    """Return the settings that a reader needs to understand the page."""
+    settings = run.funnel["settings"]
+    threshold = f"score at most {number(settings['threshold'])}"
+    if settings["rule"] == "quantile":
+        lowest, cap = number(100 * settings["threshold"]), number(settings["cap"])
+        threshold = f"lowest {lowest}% of tokens, score at most {cap}"
+    if settings["teacher_max"] is not None:
+        threshold += f", teacher saliency at most {number(settings['teacher_max'])}"
+    dataset = f"{short_name(settings['dataset'])}, split {settings['dataset_split']}"
+    return [
+        ("Student", short_name(run.models["student"])),
+        ("Teacher", short_name(run.models["teacher"])),
+        ("Dataset", dataset if settings["dataset"] else "rows in memory"),
+        ("Threshold", threshold),
+        ("Pruning", STRATEGIES.get(settings["strategy"], settings["strategy"])),
+        ("Validation", VALIDATION.get(settings["validate"], settings["validate"])),
+    ]
 
 
 def _stages(funnel: Mapping[str, Any]) -> list[Stage]:
-    """Lines of the funnel; bars are shares of the most of one unit, rows or candidates."""
-    stages = funnel.get("stages", [])
+    stages = funnel["stages"]
     names = [stage["stage"] for stage in stages]
-    left: dict[str, list[tuple[int, str]]] = {name: [] for name in names}
-    for entry in funnel.get("left", []) if names else []:
-        left[_line(entry, names)].append((entry["count"], words(entry["reason"])))
     most: dict[str, int] = {}
     for stage in stages:
-        unit = stage.get("unit", "rows")
-        most[unit] = max(most.get(unit, 1), stage["rows"])
+        most[stage["unit"]] = max(most.get(stage["unit"], 1), stage["rows"])
+    left: dict[str, list[tuple[int, str]]] = {name: [] for name in names}
+    for entry in funnel["left"] if names else ():
+        left[_line(entry, names)].append((entry["count"], words(entry["reason"])))
     return [
         Stage(
             name=words(stage["stage"]),
             count=stage["rows"],
-            unit=stage.get("unit", "rows"),
-            share=stage["rows"] / most[stage.get("unit", "rows")],
+            unit=stage["unit"],
+            share=stage["rows"] / most[stage["unit"]],
             left=tuple(left[stage["stage"]]),
         )
         for stage in stages
     ]
 
 
-def _headline(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The settings that a reader needs to understand the page."""
-    lines = []
-    for key, label in HEADLINE.items():
-        if key not in settings:
-            continue
-        value = settings[key]
-        if key == "threshold" and settings.get("rule") == "quantile":
-            text = f"lowest {100 * value:g}% of tokens, score at most {number(settings.get('cap'))}"
-        elif key == "threshold":
-            text = f"score at most {number(value)}"
-        elif key == "dataset":
-            text = f"{short_name(value)}, split {settings.get('dataset_split', 'train')}"
-        elif key in ("student", "teacher"):
-            text = short_name(value)
-        else:
-            text = PHRASES.get(key, {}).get(value, str(value))
-        if key == "threshold" and settings.get("teacher_max") is not None:
-            text += f", teacher saliency at most {number(settings['teacher_max'])}"
-        lines.append((label, text))
-    return lines
+def _line(entry: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the line of the funnel that is lower because of an entry of `left`."""
+    if entry["unit"] == "candidates":
+        return names[-1]
+    reached = str(ROW_STAGES.get(entry["stage"]) or ROW_STAGES["render"])
+    return reached if reached in names else names[0]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as lines of dotted name and value."""
+    """Return nested settings as lines of dotted name and value."""
     lines: list[tuple[str, str]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -159,62 +203,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _colors() -> str:
-    """One rule per color step: saliency `a0..`, score `b0..`."""
+    """Return one rule for each color step: saliency `a0`, `a1`, ..., and score `b0`, ..."""
     return "\n".join(
         f".{name}{level} {{ background: rgb(var(--{color}) / {level / LEVELS:g}) }}"
         for name, color in (("a", "saliency"), ("b", "score"))
         for level in range(LEVELS + 1)
-    )
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("leaf_distill.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        verbatim=verbatim, words=words, number=number, short=short_name, tail=tail
-    )
-    environment.globals.update(heat=heat, cut_excerpt=cut_excerpt)
-    return environment
-
-
-def render_page(run: Run, results: Results) -> str:
-    """The whole page as text: no clock, no chance, no file from elsewhere."""
-    package = files("leaf_distill.report")
-    script = package.joinpath("page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    settings = run.funnel.get("settings", {})
-    absolute = settings.get("rule", "absolute") == "absolute"
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            run=run,
-            settings=settings,
-            headline=_headline(settings),
-            details=[
-                (title, _flat(run.funnel.get(key, {})))
-                for title, key in (
-                    ("Settings", "settings"),
-                    ("Versions", "versions"),
-                    ("Seconds", "seconds"),
-                )
-            ],
-            results=results,
-            stages=_stages(run.funnel),
-            templates=run.funnel.get("templates", []),
-            outcomes=[(outcome, run.totals[outcome]) for outcome in OUTCOMES],
-            verdicts=VERDICTS,
-            levels=range(LEVELS + 1),
-            score_scale=[score_level(step / 40) for step in range(41)],
-            threshold=settings.get("threshold") if absolute else None,
-            css=Markup(package.joinpath("page.css").read_text(encoding="utf-8") + _colors()),
-            script=Markup(script),
-            script_digest=digest,
-        )
     )

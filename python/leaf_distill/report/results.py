@@ -1,14 +1,39 @@
-"""What `leaf distill` and `leaf evaluate` measured, where they wrote beside or into the run."""
+"""The results of `leaf distill`, `leaf evaluate` and `leaf compare` in a run directory."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from leaf_distill.report.data import read_json
+from leaf_distill.io import read_json
+from leaf_distill.report.shape import Maybe, check_shape, read_shaped
 
+PLACES = ("*", "students/*", "evaluation/*")
+"""The directories, from the run directory, in which a metrics.json is looked for."""
+
+TRAINING = {"rows": {"originals": int, "counterfactuals": int}, "log": [{}]}
+EVALUATION = {
+    "rows": int,
+    "accuracy": float,
+    "interval": (float, float),
+    "counts": {str: int},
+}
+COMPARISON = {
+    "reference": str,
+    "problems": int,
+    "arms": [
+        {
+            "name": str,
+            "training": Maybe(dict.fromkeys(("counterfactuals", "steps", "tokens"), int)),
+            "accuracy": float,
+            "interval": (float, float),
+            "difference": Maybe((float, float, float)),
+        }
+    ],
+}
 BRANCHES = {"kd_loss": "originals", "cd_loss": "counterfactuals"}
 
 
@@ -24,7 +49,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Training:
-    """One distillation: what it read, how its divergence fell, and the height of its chart."""
+    """One distillation: what it read, its KL, and the KL at the top of its chart."""
 
     name: str
     originals: int
@@ -37,61 +62,102 @@ class Training:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy of one model on one set, with its 95 % interval and the verdicts of the rest."""
+    """Accuracy of one model on one set, with its 95 % interval, and the verdicts but `right`.
+
+    training: counterfactuals, steps and tokens of an arm of `leaf compare`. difference: of its
+    accuracy to the reference's, with the 95 % interval. Both are None elsewhere.
+    """
 
     name: str
     rows: int
     accuracy: float
-    low: float
-    high: float
-    others: tuple[tuple[str, int], ...]
+    interval: tuple[float, float]
+    others: tuple[tuple[str, int], ...] = ()
+    training: Mapping[str, int] | None = None
+    difference: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Results:
-    """All that was found, in the order of the directories' names."""
+    """What was found; reference is that of the differences, None without a comparison."""
 
     trainings: tuple[Training, ...]
     evaluations: tuple[Evaluation, ...]
+    reference: str | None
 
 
-def _training(name: str, metrics: Mapping[str, Any]) -> Training | None:
-    steps = [entry for entry in metrics["log"] if any(branch in entry for branch in BRANCHES)]
-    if not steps:
-        return None
-    first, last = steps[0]["step"], steps[-1]["step"]
-    top = max(entry[branch] for entry in steps for branch in BRANCHES if branch in entry) or 1.0
+def read_results(directory: Path) -> Results:
+    """Read the results in a run directory; often there are none.
+
+    Raises:
+        ValueError: a file cannot be read or has another shape.
+    """
+    trainings: list[Training] = []
+    evaluations: list[Evaluation] = []
+    found = [sorted(directory.glob(f"{place}/metrics.json")) for place in PLACES]
+    for path in (path for paths in found for path in paths):
+        metrics = read_json(path)
+        if "log" in metrics:
+            check_shape(metrics, TRAINING, f"{path}: ")
+            trainings += _training(path, metrics)
+        elif metrics.get("command") == "evaluate":
+            check_shape(metrics, EVALUATION, f"{path}: ")
+            evaluations.append(_evaluation(path.parent.name, metrics))
+    reference = None
+    path = directory / "compare.json"
+    if path.is_file():
+        comparison = read_shaped(path, COMPARISON)
+        reference = comparison["reference"]
+        evaluations = _with_arms(evaluations, comparison)
+    return Results(tuple(trainings), tuple(evaluations), reference)
+
+
+def _training(path: Path, metrics: Mapping[str, Any]) -> list[Training]:
+    """Return the training, or nothing where no loss was logged."""
+    logged: dict[str, list[tuple[int, float]]] = {}
+    for branch in BRANCHES:
+        for index, entry in enumerate(metrics["log"]):
+            if branch in entry:
+                check_shape(entry, {"step": int, branch: float}, f"{path}: log.{index}.")
+                if math.isfinite(entry[branch]):
+                    logged.setdefault(branch, []).append((entry["step"], entry[branch]))
+    if not logged:
+        return []
+    steps = [step for points in logged.values() for step, _ in points]
+    first, last = min(steps), max(steps)
+    top = max(value for points in logged.values() for _, value in points) or 1.0
     curves = []
-    for branch, title in BRANCHES.items():
-        logged = [(entry["step"], entry[branch]) for entry in steps if branch in entry]
-        if logged:
-            points = " ".join(
-                f"{100 * (step - first) / max(last - first, 1):.2f},{100 - 100 * value / top:.2f}"
-                for step, value in logged
-            )
-            curves.append(Curve(title, logged[0][1], logged[-1][1], points))
+    for branch, points in logged.items():
+        # A line needs two points, also where one step was logged.
+        text = " ".join(
+            f"{100 * (step - first) / max(last - first, 1):.2f},{100 - 100 * value / top:.2f}"
+            for step, value in points * (1 if points[1:] else 2)
+        )
+        curves.append(Curve(BRANCHES[branch], points[0][1], points[-1][1], text))
     rows = metrics["rows"]
     counts = rows["originals"], rows["counterfactuals"]
-    return Training(name, *counts, first, last, top, tuple(curves))
+    return [Training(path.parent.name, *counts, first, last, top, tuple(curves))]
 
 
 def _evaluation(name: str, metrics: Mapping[str, Any]) -> Evaluation:
     low, high = metrics["interval"]
     others = tuple((verdict, n) for verdict, n in metrics["counts"].items() if verdict != "right")
-    return Evaluation(name, metrics["rows"], metrics["accuracy"], low, high, others)
+    return Evaluation(name, metrics["rows"], metrics["accuracy"], (low, high), others)
 
 
-def read_results(directory: Path) -> Results:
-    """Results in `directory` itself and in the directories right below it; often there are none."""
-    paths: Sequence[Path] = sorted(
-        [*directory.glob("metrics.json"), *directory.glob("*/metrics.json")]
-    )
-    trainings, evaluations = [], []
-    for path in paths:
-        metrics = read_json(path)
-        name = path.parent.name
-        if {"log", "rows"} <= metrics.keys():
-            trainings.append(_training(name, metrics))
-        elif {"accuracy", "interval", "counts", "rows"} <= metrics.keys():
-            evaluations.append(_evaluation(name, metrics))
-    return Results(tuple(item for item in trainings if item), tuple(evaluations))
+def _with_arms(
+    evaluations: Sequence[Evaluation], comparison: Mapping[str, Any]
+) -> list[Evaluation]:
+    """Return the arms of a comparison, each with the verdicts of its evaluation, then the rest."""
+    rest = list(evaluations)
+    arms = []
+    for arm in comparison["arms"]:
+        low, high = arm["interval"]
+        one = Evaluation(arm["name"], comparison["problems"], arm["accuracy"], (low, high))
+        for found in rest:
+            if replace(found, others=()) == one:
+                rest.remove(found)
+                one = found
+                break
+        arms.append(replace(one, training=arm["training"], difference=arm["difference"]))
+    return arms + rest

@@ -1,26 +1,31 @@
-"""Telling a whole checkpoint from half of one.
+"""Hashes checkpoints when they are written, and finds the newest one that is whole.
 
-transformers writes a checkpoint's files straight into place, one after the other and
-`trainer_state.json` last; a run that is killed while saving leaves half of them.
+transformers writes a checkpoint's files straight into place, one after the other; a run that is
+killed while saving leaves half of them. The manifest is written last, so that a checkpoint without
+one is not whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
-import struct
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.trainer_utils import sort_checkpoints
 
-from leaf_distill.io import StoreError
+from leaf_distill.io import StoreError, write_json
 
 logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
 
 # The last one is how torch.save puts it, which hides the reason.
 _FULL = (
@@ -29,70 +34,77 @@ _FULL = (
 )
 
 
-def checkpoint_fault(checkpoint: Path, *, world_size: int = 1) -> str | None:
-    """Why a run cannot go on from a checkpoint, or None when it can."""
-    state = checkpoint / "trainer_state.json"
-    if not state.is_file():
-        return f"{state.name} is missing"
-    # Rank 0 writes the state after its own files; those of the other ranks are not waited for.
-    ranks = [f"rng_state_{rank}.pth" for rank in range(world_size)]
-    needed = ["scheduler.pt", *(ranks if world_size > 1 else ["rng_state.pth"])]
-    for name in needed:
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-    # FSDP and DeepSpeed keep weights and optimizer in folders of their own.
-    files = {path.name for path in checkpoint.iterdir()}
-    if not any(path.is_dir() for path in checkpoint.iterdir()):
-        if "optimizer.pt" not in files:
-            return "optimizer.pt is missing"
-        if not any(name.endswith(".safetensors") for name in files):
-            return "the weights (.safetensors) are missing"
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and not _whole(path):
-            return f"{path.relative_to(checkpoint)} is damaged"
+class NoCheckpoint(ValueError):
+    """A directory has no whole checkpoint."""
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Write the sha256 of every file of a checkpoint into its `manifest.json`."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    hashes = {str(path.relative_to(checkpoint)): _sha256(path) for path in files}
+    hashes.pop(MANIFEST, None)
+    write_json(checkpoint / MANIFEST, {"sha256": hashes})
+
+
+def checkpoint_fault(checkpoint: Path) -> str | None:
+    """Say why a run cannot go on from a checkpoint, or None when it can."""
+    try:
+        hashes: dict[str, str] = json.loads((checkpoint / MANIFEST).read_bytes())["sha256"]
+        for name, expected in hashes.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if _sha256(checkpoint / name) != expected:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    if "trainer_state.json" not in hashes:
+        return "trainer_state.json is missing"
+    # FSDP and DeepSpeed keep the optimizer in folders of their own.
+    if "optimizer.pt" not in hashes and not any("/" in name for name in hashes):
+        return "optimizer.pt is missing"
+    for path in checkpoint.glob("*.safetensors"):
+        with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:
+            if not all_finite(file.get_tensor(name) for name in file.keys()):  # noqa: SIM118
+                return f"{path.name} has values that are not finite"
     return None
 
 
-def find_checkpoint(wanted: str | bool, directory: Path, *, world_size: int = 1) -> str | None:
-    """The wanted checkpoint, or (True) the newest whole one of a directory, None if it has none.
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor has a NaN or an infinity; needs no memory of a tensor's size."""
+    return all(
+        bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+        for tensor in tensors
+        if tensor.is_floating_point() and tensor.numel()
+    )
 
-    False means none.
+
+def find_checkpoint(wanted: str | bool, directory: Path) -> str:
+    """Return the wanted checkpoint, or (True) the newest whole one of a directory.
 
     Raises:
         ValueError: the checkpoint that was asked for by name is not whole.
+        NoCheckpoint: the directory has no whole one.
     """
     if isinstance(wanted, str):
-        if fault := checkpoint_fault(Path(wanted), world_size=world_size):
+        if fault := checkpoint_fault(Path(wanted)):
             raise ValueError(
-                f"resume_from_checkpoint: {wanted} is not a whole checkpoint ({fault}); give an "
-                "older one, or True for the newest whole one"
+                f"resume_from_checkpoint: must be a whole checkpoint, got {wanted} ({fault}); give "
+                "an older one, or True for the newest whole one"
             )
         return wanted
-    checkpoint = newest_checkpoint(directory, world_size=world_size) if wanted else None
-    if checkpoint is not None:
-        logger.warning("going on from %s", checkpoint)
-    return checkpoint
-
-
-def newest_checkpoint(directory: Path, *, world_size: int = 1) -> str | None:
-    """The newest whole checkpoint of a directory; the log names newer ones that are not whole."""
     for checkpoint in reversed(sort_checkpoints(str(directory))):
-        fault = checkpoint_fault(Path(checkpoint), world_size=world_size)
+        fault = checkpoint_fault(Path(checkpoint))
         if fault is None:
-            return checkpoint
+            logger.warning("going on from %s", checkpoint)
+            return str(checkpoint)
         logger.warning("%s is not whole (%s): passed over", checkpoint, fault)
-    return None
-
-
-def is_at_the_end(checkpoint: str) -> bool:
-    """Whether a whole checkpoint is of a run's last step, and holds plain weights."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_bytes())
-    last = bool(state["global_step"] >= state["max_steps"])
-    return last and any(Path(checkpoint).glob("*.safetensors"))
+    raise NoCheckpoint(f"resume_from_checkpoint: there is no whole checkpoint in {directory}")
 
 
 @contextlib.contextmanager
-def stopped(directory: Path, *, world_size: int = 1) -> Iterator[None]:
+def stopped(directory: Path) -> Iterator[None]:
     """Around a training: say what an interrupted one goes on from, and name a full disk.
 
     Raises:
@@ -101,11 +113,15 @@ def stopped(directory: Path, *, world_size: int = 1) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        newest = newest_checkpoint(directory, world_size=world_size)
-        if newest is None:
+        written = [
+            one
+            for one in sort_checkpoints(str(directory), use_mtime=False)
+            if (Path(one) / MANIFEST).is_file()
+        ]
+        if not written:
             logger.warning("interrupted before the first checkpoint: nothing to go on from yet")
         else:
-            logger.warning("interrupted: the same command goes on from %s", newest)
+            logger.warning("interrupted: the same command goes on from %s", written[-1])
         raise
     except Exception as error:
         # Writers of weights wrap the system's error, or hide it behind one of their own.
@@ -120,32 +136,9 @@ def stopped(directory: Path, *, world_size: int = 1) -> Iterator[None]:
         ) from error
 
 
-def _whole(path: Path) -> bool:
-    """Whether a file's own structure says that it reaches its end."""
-    if path.suffix == ".safetensors":
-        return _whole_safetensors(path)
-    if path.suffix in (".pt", ".pth", ".bin"):
-        return zipfile.is_zipfile(path)  # torch.save writes the directory of the archive last
-    if path.suffix == ".json":
-        try:
-            json.loads(path.read_bytes())
-        except ValueError:
-            return False
-    return True
-
-
-def _whole_safetensors(path: Path) -> bool:
-    size = path.stat().st_size
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            return False
-        (length,) = struct.unpack("<Q", prefix)
-        if 8 + length > size:
-            return False
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return 8 + int(length) + max(ends, default=0) == size
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()

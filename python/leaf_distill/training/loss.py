@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
-from leaf_distill.models.lm_head import HeadPath
+from leaf_distill.data.collator import Batch
+from leaf_distill.models.lm_head import LMHeadHook
 from leaf_ext import DualKLRows, linear_dual_kl, row_weights
 
 logger = logging.getLogger(__name__)
@@ -27,10 +29,22 @@ SUMS: Final = (
 )
 """What a batch adds up, in this order; sums and counts, so that any two of them can be added."""
 
+MEASURES: Final = (
+    *("loss", "kd_loss", "cd_loss", "student_entropy", "teacher_entropy", "agreement"),
+    *("cf_rows", "skipped_rows"),
+)
+"""What an evaluation measures: the loss, and the entries of `metrics`."""
 
-def count_labels(batch: dict[str, Tensor]) -> Tensor:
+CURE: Final = (
+    "Lower learning_rate and run the same command again: it goes on from the newest checkpoint, or "
+    "from an older one that resume_from_checkpoint names"
+)
+"""What to do when the student's numbers are not finite any more."""
+
+
+def count_labels(batch: Batch) -> Tensor:
     """Label tokens of the originals and of the counterfactuals of a batch, int64 [2]."""
-    labels, counterfactual = batch["predicts"].sum(dim=1), batch["counterfactual"]
+    labels, counterfactual = batch["loss_mask"].sum(dim=1), batch["counterfactual"]
     return torch.stack([labels[~counterfactual].sum(), labels[counterfactual].sum()])
 
 
@@ -48,6 +62,16 @@ def metrics(sums: Tensor) -> dict[str, float]:
     return {**result, "cf_rows": total["cf_rows"], "skipped_rows": total["skipped_rows"]}
 
 
+def mean_loss(history: Sequence[Mapping[str, Any]]) -> float:
+    """The mean loss of all optimizer steps, from the logs, each a mean since the last one."""
+    total, reached = 0.0, 0
+    for log in history:
+        if "loss" in log:
+            total += log["loss"] * (log["step"] - reached)
+            reached = log["step"]
+    return total / max(reached, 1)
+
+
 @dataclass(frozen=True)
 class Objective:
     """L = lambda L_kd + (1 - lambda) L_cd of one batch, with the denominators of its step.
@@ -55,20 +79,20 @@ class Objective:
     `teacher` is the unwrapped teacher, frozen and in eval mode.
     """
 
-    student: HeadPath
-    teacher: HeadPath
+    student: LMHeadHook
+    teacher: LMHeadHook
     kd_weight: float | Literal["pool"]
     temperature: float
     backend: Any  # leaf_ext checks the name
 
     def __call__(
-        self, module: nn.Module, batch: dict[str, Tensor], denominators: Tensor
+        self, module: nn.Module, batch: Batch, denominators: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Measure one batch.
 
         Args:
             module: the student, or what wraps it for training.
-            batch: as `Collator` makes it, on the student's device.
+            batch: as `collate` makes it, on the student's device.
             denominators: (n_kd, n_cd), the label tokens of the whole optimizer step, [2].
 
         Returns:
@@ -77,7 +101,7 @@ class Objective:
         Raises:
             RuntimeError: the student's loss is NaN; names the rows.
         """
-        at = batch["predicts"]
+        at = batch["loss_mask"]
         sequence = at.nonzero()[:, 0]  # the row of the batch that each label token belongs to
         counterfactual = batch["counterfactual"][sequence]
         with torch.no_grad():
@@ -85,7 +109,7 @@ class Objective:
                 self.teacher.model,
                 batch["teacher_input_ids"],
                 batch["teacher_attention_mask"],
-                batch["teacher_predicts"],
+                batch["teacher_loss_mask"],
                 lambda hidden, weight, bias: hidden,
             )
         live = torch.ones_like(batch["counterfactual"])
@@ -117,13 +141,23 @@ class Objective:
             bad = sorted(set(row_id[sequence[rows.kl.isnan()]].tolist()))
             raise RuntimeError(
                 f"the loss is NaN on the rows with row_id {bad}: the student's output is not "
-                "finite there. Lower learning_rate, or go on from the last checkpoint in float32"
+                f"finite there. {CURE}"
             )
         if sums[SUMS.index("skipped_rows")]:
             logger.warning(
                 "skipped row_id %s: the teacher's output is not finite", row_id[~live].tolist()
             )
         return loss, sums
+
+    def check(self, batch: Batch) -> None:
+        """Compare both models' heads with their own logits on a batch; these are formed in full.
+
+        Raises:
+            ValueError: a head does not give its model's logits.
+        """
+        keys = ("input_ids", "attention_mask", "loss_mask")
+        for hook, prefix in ((self.student, ""), (self.teacher, "teacher_")):
+            hook.check(*(batch[prefix + key] for key in keys))
 
     def from_sums(self, sums: Tensor) -> float:
         """The loss of a whole dataset from its `SUMS`."""
@@ -138,15 +172,15 @@ class Objective:
         self, student: tuple[Tensor, Tensor, Tensor | None], teacher_hidden: Tensor, weights: Tensor
     ) -> tuple[Tensor, DualKLRows]:
         hidden, weight, bias = student
-        teacher_head = self.teacher.head
+        head, rows = self.teacher.head, self.teacher.vocab_size
         return linear_dual_kl(
             hidden,
             weight,
             teacher_hidden,
-            teacher_head.weight,
+            head.weight[:rows],
             weights.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
             student_bias=bias,
-            teacher_bias=teacher_head.bias,
+            teacher_bias=None if head.bias is None else head.bias[:rows],
             temperature=self.temperature,
             logit_scale=(self.student.scale, self.teacher.scale),
             logit_softcap=(self.student.softcap, self.teacher.softcap),
@@ -160,12 +194,12 @@ def _sums(
     weights: Tensor,
     counterfactual: Tensor,
     live: Tensor,
-    batch: dict[str, Tensor],
+    batch: Batch,
 ) -> tuple[Tensor, bool]:
     """The batch's `SUMS`, and whether a token's KL is NaN; one transfer from the device for all."""
     counts = weights > 0
     kd, cd = counts & ~counterfactual, counts & counterfactual
-    cf_rows = batch["counterfactual"] & batch["predicts"].any(dim=1)
+    cf_rows = batch["counterfactual"] & batch["loss_mask"].any(dim=1)
     parts = [
         rows.kl[kd].sum(),
         rows.kl[cd].sum(),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from leaf_distill.data.collator import FILLER
+from leaf_distill.data.example import Example
 
 
 class StepSampler(Sampler[list[int]]):
@@ -46,7 +47,7 @@ class StepSampler(Sampler[list[int]]):
         self._used = count - count % step if drop_last else count
         if not self._used:
             needed = f"at least {step} (drop_last)" if drop_last else "at least one"
-            raise ValueError(f"dataset: needs {needed} original rows, came {count}")
+            raise ValueError(f"dataset: must have {needed} original rows, got {count}")
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration follows."""
@@ -68,3 +69,11 @@ class StepSampler(Sampler[list[int]]):
             start, stop = min(start, self._used), min(start + self._batch_size, self._used)
             share = counterfactuals[extra * start // total : extra * stop // total]
             yield [*originals[start:stop].tolist(), *share.tolist()] or [FILLER]
+
+
+class EpochLoader(DataLoader[Example]):
+    """A DataLoader that hands the epoch on, as the training loop asks, to its StepSampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(sampler := self.batch_sampler, StepSampler):
+            sampler.set_epoch(epoch)

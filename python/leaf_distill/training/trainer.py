@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from leaf_distill.data.collator import Collator, Example, ExampleDataset, Rows, prepare_dataset
-from leaf_distill.data.dataset import Rejection
-from leaf_distill.data.prompt import Renderer
-from leaf_distill.models.lm_head import HeadPath
-from leaf_distill.training.checkpoint import find_checkpoint
+from leaf_distill.data.collator import (
+    Batch,
+    ExampleDataset,
+    collate,
+    prepare_dataset,
+    split_batch,
+)
+from leaf_distill.data.example import Example
+from leaf_distill.models.lm_head import LMHeadHook
+from leaf_distill.training.callbacks import CompleteLogs, SetLearningRate, WriteManifest
+from leaf_distill.training.checkpoint import all_finite, find_checkpoint
 from leaf_distill.training.config import LeafConfig
-from leaf_distill.training.loss import SUMS, Objective, count_labels, metrics
-from leaf_distill.training.sampler import StepSampler
-
-Batch = dict[str, Tensor]
+from leaf_distill.training.inputs import find_dataset
+from leaf_distill.training.loss import CURE, SUMS, Objective, count_labels, mean_loss, metrics
+from leaf_distill.training.pair import Model, disable_dropout, make_pair
+from leaf_distill.training.sampler import EpochLoader, StepSampler
+from leaf_ext import linear_dual_kl
 
 
 class LeafTrainer(Trainer):
@@ -33,21 +41,32 @@ class LeafTrainer(Trainer):
     is the originals' share of the step's tokens. A step without counterfactuals is L_kd.
 
     Args:
-        model: the student, any causal language model of transformers or a PeftModel around one.
-        teacher_model: the teacher; put into eval mode, frozen, moved to the student's device, and
-            neither optimized nor saved.
+        model: the student, a causal language model of transformers or a PeftModel around one, or
+            its name, which is loaded in float32.
+        teacher_model: the teacher or its name; put into eval mode, frozen, moved to the student's
+            device, and neither optimized nor saved.
         args: the settings.
-        train_dataset: rows in the layout of `dataset.parquet`, or prompt/completion rows (all
-            originals). Rows over `args.max_length`, or refused by a template, are left out: see
-            `rejections`.
+        train_dataset: a run directory of `leaf detect`, rows in the layout of its
+            `dataset.parquet`, or in any other that it takes (all originals): a path, a hub name, a
+            `datasets.Dataset` or a list of dicts. Rows that cannot be trained on, such as longer
+            ones than `args.max_length`, are left out: see `left_out`.
         eval_dataset: rows, or a dict of them, for the evaluation loss.
-        processing_class: the student's tokenizer.
-        teacher_processing_class: the teacher's, where it has another chat template.
+        processing_class: the student's tokenizer; by default the one beside the model.
+        teacher_processing_class: the teacher's; by default the one beside its model, or else the
+            student's.
+        data_collator: makes a batch of Examples, with the keys that
+            `leaf_distill.data.collator.collate` describes.
+        compute_metrics: takes the measures of an evaluation by name (`loss`, `kd_loss`, `cd_loss`,
+            `student_entropy`, `teacher_entropy`, `agreement`, `cf_rows`, `skipped_rows`) and
+            returns more of them. It gets no logits: these are never formed.
         callbacks, optimizers: as for `transformers.Trainer`.
+        peft_config: wraps the student in an adapter, which alone is trained and saved.
+        teacher_dtype: of a teacher that is given by name: auto, float32, bfloat16 or float16.
+        trust_remote_code: whether code that comes with a named model may run.
 
     Raises:
-        ValueError: a model has no plain linear head, a row is malformed or labeled differently by
-            the two templates, or no row is left.
+        ValueError: a model has no plain linear head, the two do not share a vocabulary, the rows
+            cannot be read, or none is left.
     """
 
     args: LeafConfig
@@ -56,63 +75,85 @@ class LeafTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        teacher_model: nn.Module,
+        model: Model,
+        teacher_model: Model,
         args: LeafConfig,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Callable[[Sequence[Example]], Batch] | None = None,
+        compute_metrics: Callable[[dict[str, float]], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        peft_config: Any = None,
+        teacher_dtype: str = "auto",
+        trust_remote_code: bool = False,
     ) -> None:
-        if processing_class is None:
-            raise ValueError("processing_class: needs the student's tokenizer, came None")
-        if teacher_model is model:
-            raise ValueError("teacher_model: needs a model of its own, came the student itself")
-        tokenizers = (processing_class, teacher_processing_class or processing_class)
-        self._renderers = [
-            Renderer(one, chat_template=args.chat_template, system_prompt=args.system_prompt)
-            for one in tokenizers
-        ]
-        self._max_length = args.max_length
-        self.rejections: list[Rejection] = []
-        """Training rows that were left out, with the reason."""
+        if not isinstance(args, LeafConfig):
+            raise ValueError(f"args: must be a LeafConfig, got {type(args).__name__}")
+        self._pair = make_pair(
+            args,
+            model,
+            teacher_model,
+            processing_class,
+            teacher_processing_class,
+            teacher_dtype=teacher_dtype,
+            trust_remote_code=trust_remote_code,
+            peft_config=peft_config,
+        )
+        self._renderers = self._pair.renderers(args)
+        self._max_length = self._pair.max_length(args.max_length)
+        student, teacher = self._pair.models["student"], self._pair.models["teacher"]
+        self.left_out: list[Example] = []
+        """Training rows that were left out, each with its `outcome`."""
         train_rows = None
         if train_dataset is not None:
-            train_rows, self.rejections = self._prepare(train_dataset, "train_dataset")
+            train_rows, self.left_out = self._prepare(train_dataset, "train_dataset")
+        one, backend = torch.ones(1, 1, device=args.device), cast(Any, args.backend)
+        linear_dual_kl(one, one, one, one, one[0], backend=backend)  # it may not be there
         self._objective = Objective(
-            HeadPath(model, "student"),
-            HeadPath(teacher_model, "teacher"),
-            args.objective_weight,
+            LMHeadHook(student, "student"),
+            LMHeadHook(teacher, "teacher"),
+            args.kd_weight,
             args.temperature,
             args.backend,
         )
+        if args.disable_dropout:
+            disable_dropout(student)
+        own = [CompleteLogs(), WriteManifest()]
+        if optimizers[0] is None:
+            own.append(SetLearningRate())
         super().__init__(
-            model=model,
+            model=student,
             args=args,
-            data_collator=Collator(*(_pad(one) for one in tokenizers)),
+            data_collator=data_collator or collate,
             train_dataset=train_rows,
             eval_dataset=self._prepare_eval(eval_dataset),
-            processing_class=processing_class,
-            callbacks=callbacks,
+            processing_class=self._pair.tokenizers["student"],
+            compute_metrics=cast(Any, compute_metrics),
+            callbacks=[*own, *(callbacks or [])],
             optimizers=optimizers,
         )
         # The Trainer then leaves the loss as it is: it is already a mean over the whole step.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
-        self.teacher_model = teacher_model.eval().requires_grad_(False).to(args.device)
+        self.teacher_model = teacher.eval().requires_grad_(False).to(args.device)
         self._sums = self._eval_sums = _zeros()
         self._steps_without_cf = 0
 
     # ---- data ----
 
-    def _prepare(self, rows: Rows, name: str) -> tuple[ExampleDataset, list[Rejection]]:
-        return prepare_dataset(rows, *self._renderers, max_length=self._max_length, name=name)
+    def _prepare(self, rows: Any, name: str) -> tuple[ExampleDataset, list[Example]]:
+        return prepare_dataset(
+            find_dataset(rows) if isinstance(rows, str) else rows,
+            self._renderers,
+            max_length=self._max_length,
+            embedding_rows=self._pair.embedding_rows,
+            name=name,
+        )
 
-    def _prepare_eval(
-        self, dataset: Rows | Mapping[str, Rows] | None
-    ) -> ExampleDataset | dict[str, ExampleDataset] | None:
+    def _prepare_eval(self, dataset: Any) -> ExampleDataset | dict[str, ExampleDataset] | None:
         if isinstance(dataset, Mapping):
             return {name: self._prepare(rows, name)[0] for name, rows in dataset.items()}
         return None if dataset is None else self._prepare(dataset, "eval_dataset")[0]
@@ -120,10 +161,10 @@ class LeafTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Example]:
         """This rank's batches; accelerate must not shard them again, the sampler knows its rank."""
         if self.train_dataset is None:
-            raise ValueError("train_dataset: is needed for training, came None")
+            raise ValueError("train_dataset: is needed for training, got None")
         sampler = StepSampler(
-            self.train_dataset.branch_indices(counterfactual=False),
-            self.train_dataset.branch_indices(counterfactual=True),
+            self.train_dataset.originals,
+            self.train_dataset.counterfactuals,
             batch_size=self.args.per_device_train_batch_size,
             accumulation=self.args.gradient_accumulation_steps,
             world_size=self.args.world_size,
@@ -139,7 +180,7 @@ class LeafTrainer(Trainer):
         if isinstance(dataset, str) and isinstance(self.eval_dataset, dict):
             dataset = self.eval_dataset[dataset]
         if dataset is None:
-            raise ValueError("eval_dataset: is needed for an evaluation, came None")
+            raise ValueError("eval_dataset: is needed for an evaluation, got None")
         if not isinstance(dataset, ExampleDataset):
             dataset, _ = self._prepare(dataset, "eval_dataset")
         sampler = StepSampler(
@@ -152,7 +193,7 @@ class LeafTrainer(Trainer):
         return self._loader(dataset, sampler)
 
     def _loader(self, dataset: ExampleDataset, sampler: StepSampler) -> DataLoader[Example]:
-        return _EpochLoader(
+        return EpochLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=self.data_collator,
@@ -160,6 +201,8 @@ class LeafTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
         )
 
     # ---- training ----
@@ -170,34 +213,54 @@ class LeafTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train, after comparing the head path with both models' own logits on one row.
+        """Train, after comparing both models' heads with their own logits on one row.
 
         `resume_from_checkpoint=True` goes on from the newest checkpoint that is whole; a newer one
-        that a killed run left half-written is named in the log and passed over.
+        that is damaged or not finite is named in the log and passed over. The learning rate is the
+        one of `args`, also when a checkpoint was written with another. `train_loss` is the mean
+        over the whole run.
 
         Raises:
-            ValueError: the head path does not give a model's logits, or the named checkpoint is
-                not whole, or there is none.
-            RuntimeError: the loss became NaN.
+            ValueError: a head does not give its model's logits, or the named checkpoint is not
+                whole, or there is none.
+            RuntimeError: the loss became NaN, or the weights are not finite.
         """
         checkpoint = None
         if resume_from_checkpoint:
-            directory, world_size = Path(str(self.args.output_dir)), self.args.world_size
-            checkpoint = find_checkpoint(resume_from_checkpoint, directory, world_size=world_size)
-            if checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {directory}")
+            checkpoint = find_checkpoint(resume_from_checkpoint, Path(str(self.args.output_dir)))
         self._check_heads()
         self._sums, self._steps_without_cf = _zeros(), 0
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        if checkpoint is not None and self._is_at_the_end(checkpoint):
+            return self._take(checkpoint)
+        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _is_at_the_end(self, checkpoint: str) -> bool:
+        """Whether nothing is left to train, and the weights are plain files."""
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        plain = any(Path(checkpoint).glob("*.safetensors"))
+        return plain and state.global_step >= max_steps
+
+    def _take(self, checkpoint: str) -> TrainOutput:
+        """Take a checkpoint as the result; transformers would train one more step."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        loss = mean_loss(self.state.log_history)
+        return TrainOutput(self.state.global_step, loss, {"train_loss": loss})
 
     def _check_heads(self) -> None:
         if self.train_dataset is None:
             return
-        collate: Any = self.data_collator  # the Trainer's own takes dicts only
-        batch = self._prepare_inputs(collate([self.train_dataset.shortest]))  # logits in full
-        keys = ("input_ids", "attention_mask", "predicts")
-        for path, prefix in ((self._objective.student, ""), (self._objective.teacher, "teacher_")):
-            path.check(*(batch[prefix + key] for key in keys))
+        make: Any = self.data_collator  # the Trainer's own takes dicts only
+        batch = make([self.train_dataset.shortest])  # logits in full
+        wanted = collate([self.train_dataset.shortest]).keys()
+        if lacking := sorted(wanted - batch.keys()):
+            raise ValueError(
+                f"data_collator: must return the keys {', '.join(sorted(wanted))}, got none of "
+                f"{', '.join(lacking)}"
+            )
+        self._objective.check(self._prepare_inputs(batch))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -207,9 +270,28 @@ class LeafTrainer(Trainer):
         counts = torch.zeros(2, dtype=torch.int64)
         for batch in batches:
             counts += count_labels(batch)
-        counts = self._over_ranks(counts)
+        passes = [len(split_batch(batch, self.args.max_batch_tokens)) for batch in batches]
+        everywhere = self._of_ranks(torch.cat([counts, torch.tensor(passes)]))
+        for batch, number in zip(batches, everywhere[:, 2:].amax(dim=0), strict=True):
+            batch["passes"] = number  # as many on all ranks: a sharded model gathers in each
+        counts = everywhere[:, :2].sum(dim=0)
         self._steps_without_cf += int(counts[1] == 0)
         return batches, counts.to(device)
+
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One batch, forward and backward, in passes of at most `max_batch_tokens`."""
+        at_least = int(inputs.pop("passes", 1))
+        parts = split_batch(inputs, self.args.max_batch_tokens, at_least=at_least)
+        gradients, losses = self.accelerator.gradient_state, []
+        ends_step = gradients.sync_gradients
+        for number, part in enumerate(parts, 1):
+            last = number == len(parts)
+            gradients._set_sync_gradients(ends_step and last)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -218,9 +300,9 @@ class LeafTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """This batch's part of the step's loss, times the ranks, over which DDP takes the mean."""
+        """This pass's part of the step's loss, times the ranks, over which DDP takes the mean."""
         if return_outputs:
-            raise ValueError("return_outputs: the logits are never formed, there are no outputs")
+            raise ValueError("return_outputs: must be False, the logits are never formed")
         counts = num_items_in_batch
         loss, sums = self._objective(
             model, inputs, counts if isinstance(counts, Tensor) else count_labels(inputs)
@@ -232,17 +314,31 @@ class LeafTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a log of the loss what was measured on the way since the last one."""
         if "loss" in logs:
-            logs.update(metrics(self._over_ranks(self._sums)))
+            logs.update(metrics(self._of_ranks(self._sums).sum(dim=0)))
             logs["steps_without_cf"] = self._steps_without_cf
             self._sums, self._steps_without_cf = _zeros(), 0
+        if "train_loss" in logs:
+            logs["train_loss"] = mean_loss(self.state.log_history)
         super().log(logs, start_time)
 
-    def _over_ranks(self, sums: Tensor) -> Tensor:
-        """The sum over all ranks."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student, unless its weights are not finite (RuntimeError)."""
+        model: Any = self.model
+        local = (getattr(one, "_local_tensor", one) for one in model.parameters())
+        broken = torch.tensor(int(not all_finite(local)))
+        if self._of_ranks(broken).any():
+            raise RuntimeError(
+                f"the student's weights are not finite after step {self.state.global_step}, and "
+                f"were not saved. {CURE}"
+            )
+        super().save_model(output_dir, _internal_call)
+
+    def _of_ranks(self, values: Tensor) -> Tensor:
+        """The values of every rank, stacked."""
         if self.args.world_size == 1:
-            return sums
-        total: Tensor = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
-        return total
+            return values[None]
+        gathered: Tensor = self.accelerator.gather(values[None].to(self.args.device))
+        return gathered.cpu()
 
     # ---- evaluation ----
 
@@ -273,26 +369,14 @@ class LeafTrainer(Trainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        sums = self._over_ranks(self._eval_sums)
+        sums = self._of_ranks(self._eval_sums).sum(dim=0)
         measured = {"loss": self._objective.from_sums(sums), **metrics(sums)}
+        if (compute := cast(Any, self.compute_metrics)) is not None:
+            measured |= compute(dict(measured))
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in measured.items()})
         return output
 
 
-class _EpochLoader(DataLoader[Example]):
-    """A DataLoader that hands the epoch on, as the training loop asks, to its batch sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        sampler = self.batch_sampler
-        if isinstance(sampler, StepSampler):
-            sampler.set_epoch(epoch)
-
-
 def _zeros() -> Tensor:
     return torch.zeros(len(SUMS), dtype=torch.float64)
-
-
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id on padding, which no label position sees: any will do."""
-    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0

@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-from distill_pair import TEMPLATE, WORDS, make_rows, make_tokenizer
+from distill_pair import TEMPLATE, WORDS, make_rows, make_tokenizer, render
 
-from leaf_distill.data.collator import Collator, ExampleDataset, prepare_examples
-from leaf_distill.data.dataset import Message
-from leaf_distill.data.prompt import Renderer, Rendering
-from leaf_distill.training.sampler import FILLER, StepSampler
+from leaf_distill.data.collator import (
+    FILLER,
+    Batch,
+    ExampleDataset,
+    collate,
+    count_reasons,
+    render_examples,
+    split_batch,
+)
+from leaf_distill.data.dataset import load_examples
+from leaf_distill.data.example import Example, Rendering, remaining
+from leaf_distill.data.prompt import Renderer
+from leaf_distill.training.sampler import StepSampler
 
 
-def renderer(template: str = TEMPLATE) -> Renderer:
-    return Renderer(make_tokenizer(template))
-
-
-def prepare(rows: list[dict[str, Any]], **options: Any) -> Any:
-    return prepare_examples(rows, renderer(), renderer(), **{"max_length": 100, **options})
+def left(examples: list[Example]) -> list[tuple[int, str, str]]:
+    """Row, reason and detail of the examples that left."""
+    return [(e.row_id, e.outcome.reason, e.outcome.detail) for e in examples if e.outcome]
 
 
 def test_a_position_predicts_the_label_that_follows_it() -> None:
-    row = {"prompt": "w1 w2", "completion": "w3 w4"}
-    (example,), rejections = prepare([row])
-    words = [WORDS[i] for i in example.student_ids]
+    (example,) = render([{"prompt": "w1 w2", "completion": "w3 w4"}])
+    batch = collate([example])
+    words = [WORDS[i] for i in batch["input_ids"][0].tolist()]
     assert words == ["<user>", "w1", "w2", "<assistant>", "w3", "w4", "<eos>"]
-    assert example.student_predicts.tolist() == [False] * 3 + [True] * 3 + [False]
-    assert not example.counterfactual and example.row_id == 0 and not rejections
-
-
-def test_strings_and_messages_are_read_alike() -> None:
-    (plain,), _ = prepare([{"prompt": "w1", "completion": "w2"}])
-    messages = {
-        "prompt": [{"role": "user", "content": "w1"}],
-        "completion": [{"role": "assistant", "content": "w2"}],
-        "branch": "counterfactual",
-        "row_id": 7,
-    }
-    (chat,), _ = prepare([messages])
-    assert chat.student_ids.tolist() == plain.student_ids.tolist()
-    assert chat.counterfactual and chat.row_id == 7
+    assert batch["loss_mask"].tolist() == [[False] * 3 + [True] * 3 + [False]]
+    assert batch["counterfactual"].tolist() == [False] and batch["row_id"].tolist() == [0]
 
 
 def test_a_long_or_empty_row_is_left_out_whole_and_counted() -> None:
@@ -53,52 +45,36 @@ def test_a_long_or_empty_row_is_left_out_whole_and_counted() -> None:
         {"prompt": "w1 w2 w3", "completion": "w3"},
         {"prompt": "w1", "completion": " "},
     ]
-    examples, rejections = prepare(rows, max_length=6)
-    assert [len(example.student_ids) for example in examples] == [6]
-    assert [(r.row_id, r.stage, r.reason) for r in rejections] == [
-        (1, "distill", "too_long"),
-        (2, "distill", "empty_completion"),
+    examples = render(rows, max_length=6)
+    assert [len(one.renderings["student"]) for one in remaining(examples)] == [6]
+    assert [(row, reason) for row, reason, _ in left(examples)] == [
+        (1, "too_long"),
+        (2, "empty_completion"),
     ]
-    assert "7 tokens" in rejections[0].detail
-
-
-def test_an_empty_prompt_or_no_question_is_left_out_and_counted() -> None:
-    reply = {"role": "assistant", "content": "w1"}
-    rows = [
-        {"prompt": " ", "completion": "w2"},
-        {"prompt": [reply], "completion": "w2", "candidate_id": 4},
-        {"prompt": "w1", "completion": "w2"},
-    ]
-    examples, rejections = prepare(rows)
-    assert [example.row_id for example in examples] == [2]
-    assert [(r.row_id, r.candidate_id, r.reason) for r in rejections] == [
-        (0, -1, "empty_prompt"),
-        (1, 4, "no_user_turn"),
-    ]
+    assert left(examples)[0][2] == "must have at most 6 tokens, got 7"
+    assert count_reasons(examples) == {"too_long": 1, "empty_completion": 1}
 
 
 def test_a_row_that_a_template_refuses_is_left_out_and_counted() -> None:
     refuse = "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     strict = TEMPLATE.replace("%}<{{", f"%}}{refuse}<{{{{", 1)
-    system = {"role": "system", "content": "w3"}
     user = {"role": "user", "content": "w1"}
     rows = [
-        {"row_id": 4, "prompt": [system, user], "completion": "w2"},
-        {"row_id": 5, "prompt": [user], "completion": "w2"},
+        {"prompt": [{"role": "system", "content": "w3"}, user], "completion": "w2"},
+        {"prompt": [user], "completion": "w2"},
     ]
-    for templates in ((strict, TEMPLATE), (TEMPLATE, strict), (strict, strict)):
-        examples, (left,) = prepare_examples(rows, *map(renderer, templates), max_length=100)
-        assert [example.row_id for example in examples] == [5]
-        assert (left.row_id, left.stage, left.reason) == (4, "distill", "not_renderable")
-        assert "no system role" in left.detail
+    examples = render(rows, strict)
+    assert [one.row_id for one in remaining(examples)] == [1]
+    ((row, reason, detail),) = left(examples)
+    assert (row, reason) == (0, "not_renderable") and "no system role" in detail
 
 
 class _Counting(Renderer):
     count = 0
 
-    def render(self, messages: Sequence[Message], completion: str) -> Rendering:
+    def render(self, example: Example) -> Rendering:
         type(self).count += 1
-        return super().render(messages, completion)
+        return super().render(example)
 
 
 @pytest.mark.parametrize(("template", "count"), [(TEMPLATE, 5), ("w39 " + TEMPLATE, 10)])
@@ -106,77 +82,112 @@ def test_equal_renderers_render_once(
     monkeypatch: pytest.MonkeyPatch, template: str, count: int
 ) -> None:
     monkeypatch.setattr(_Counting, "count", 0)
-    renderers = [_Counting(make_tokenizer(one)) for one in (TEMPLATE, template)]
-    examples, _ = prepare_examples(make_rows(4, 1), *renderers, max_length=100)
-    assert len(examples) == 5 and _Counting.count == count
+    renderers = {
+        "student": _Counting(make_tokenizer(TEMPLATE)),
+        "teacher": _Counting(make_tokenizer(template)),
+    }
+    examples = load_examples(make_rows(4, 1))
+    rows = {"student": len(WORDS), "teacher": len(WORDS)}
+    render_examples(examples, renderers, max_length=100, embedding_rows=rows)  # type: ignore[arg-type]
+    assert len(list(remaining(examples))) == 5 and _Counting.count == count
 
 
 def test_different_templates_may_frame_the_same_labels() -> None:
     longer = TEMPLATE.replace("<{{ m.role }}>", "w39 <{{ m.role }}>", 1)
-    rows = [{"prompt": "w1", "completion": "w2 w3"}]
     longer = longer.replace("<assistant>", "w39 <assistant>")
-    (example,), _ = prepare_examples(rows, renderer(), renderer(longer), max_length=100)
-    assert len(example.teacher_ids) > len(example.student_ids)
-    assert example.teacher_predicts.sum() == example.student_predicts.sum() == 3
-    ids = example.teacher_ids[1:][example.teacher_predicts[:-1]]
+    batch = collate(render([{"prompt": "w1", "completion": "w2 w3"}], longer))
+    assert batch["teacher_input_ids"].shape[1] > batch["input_ids"].shape[1]
+    assert batch["teacher_loss_mask"].sum() == batch["loss_mask"].sum() == 3
+    ids = batch["teacher_input_ids"][:, 1:][batch["teacher_loss_mask"][:, :-1]]
     assert [WORDS[i] for i in ids] == ["w2", "w3", "<eos>"]
 
 
-def test_different_labels_are_refused_with_the_row() -> None:
-    other = TEMPLATE.replace("<eos>", "<unk>")
-    rows = [{"row_id": 5, "prompt": "w1", "completion": "w2"}]
-    with pytest.raises(ValueError, match=r"row 0 \(row_id 5\).*different label tokens"):
-        prepare_examples(rows, renderer(), renderer(other), max_length=100)
+def test_a_row_with_other_labels_leaves_with_the_tokens_name() -> None:
+    teacher = make_tokenizer()
+    teacher.add_tokens(["w77"])
+    rows = [
+        {"prompt": "w1", "completion": "w2 w77 w3"},
+        {"prompt": "w1", "completion": "w2"},
+    ]
+    examples = load_examples(rows)
+    renderers = {"student": Renderer(make_tokenizer()), "teacher": Renderer(teacher)}
+    render_examples(
+        examples,
+        renderers,  # type: ignore[arg-type]
+        max_length=100,
+        embedding_rows={"student": 60, "teacher": 60},
+    )
+    assert [one.row_id for one in remaining(examples)] == [1]
+    ((row, reason, detail),) = left(examples)
+    assert (row, reason) == (0, "different_labels")
+    assert "got 'w77' (id 45) for the teacher and '<unk>' (id 2) for the student" in detail
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"prompt": None}, "row 0: needs the column 'prompt'"),
-        ({"branch": "both"}, "row 0: branch: needs one of original, counterfactual, came 'both'"),
-        ({"completion": [{"role": "user", "content": "w"}]}, "row 0: completion must be text or"),
-        ({"completion": []}, "row 0: completion must be text or one assistant message"),
-        ({"completion": [{"content": "w"}]}, "row 0: completion holds a message without a text"),
-        ({"prompt": [{"content": "w1"}]}, "row 0: prompt holds a message without a text role"),
-        ({"prompt": [{"role": "user", "content": None}]}, "row 0: prompt holds a message without"),
-        ({"prompt": ["w1"]}, "row 0: prompt holds a message without"),
-        ({"prompt": 5}, "row 0: prompt is int, not text or messages"),
-        ({"prompt": "w1 \ud800"}, "row 0: text is not valid Unicode"),
-        ({"row_id": "first"}, "row 0: row_id: needs an integer, came 'first'"),
-        ({"candidate_id": 1.5}, "row 0: candidate_id: needs an integer, came 1.5"),
-    ],
-)
-def test_a_malformed_row_is_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        prepare([{"prompt": "w1", "completion": "w2", **change}])
-
-
-def test_a_row_without_columns_is_named() -> None:
-    rows: list[Any] = [{"prompt": "w1", "completion": "w2"}, ["w1", "w2"]]
-    with pytest.raises(ValueError, match="row 1: needs columns by name"):
-        prepare(rows)
+def test_a_row_outside_the_embedding_leaves_with_the_tokens_name() -> None:
+    examples = render(
+        [{"prompt": "w1", "completion": "w2"}, {"prompt": "w1", "completion": "w39"}],
+        embedding_rows={"student": 44, "teacher": 48},
+    )
+    assert left(examples) == [
+        (1, "outside_vocabulary", "token 'w39' (id 44) is beyond the 44 embeddings of the student")
+    ]
 
 
 def test_batches_are_padded_right_and_keep_the_labels_in_order() -> None:
-    examples, _ = prepare(make_rows(5, 2))
-    batch = Collator(student_pad=0, teacher_pad=0)(examples)
-    length = max(len(example.student_ids) for example in examples)
-    assert batch["input_ids"].shape == batch["teacher_predicts"].shape == (7, length)
+    examples = render(make_rows(5, 2))
+    batch = collate(examples)
+    length = max(len(one.renderings["student"]) for one in examples)
+    assert batch["input_ids"].shape == batch["teacher_loss_mask"].shape == (7, length)
     for i, example in enumerate(examples):
-        n = len(example.student_ids)
-        assert batch["input_ids"][i, :n].tolist() == example.student_ids.tolist()
+        rendering = example.renderings["student"]
+        n = len(rendering)
+        assert batch["input_ids"][i, :n].tolist() == rendering.input_ids.tolist()
         assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (length - n)
-        assert batch["predicts"][i, :n].tolist() == example.student_predicts.tolist()
-        assert not batch["predicts"][i, n:].any()
+        assert batch["loss_mask"][i, : n - 1].tolist() == rendering.loss_mask[1:].tolist()
+        assert not batch["loss_mask"][i, n - 1 :].any()
     assert batch["counterfactual"].tolist() == [False] * 5 + [True] * 2
-    assert torch.equal(batch["predicts"], batch["teacher_predicts"])
+    assert torch.equal(batch["loss_mask"], batch["teacher_loss_mask"])
 
 
 def test_the_filler_has_no_labels() -> None:
-    examples, _ = prepare(make_rows(3, 1))
-    dataset = ExampleDataset(examples)
-    assert dataset[FILLER].n_labels == 0
-    assert all(dataset[i].n_labels > 0 for i in range(len(dataset)))
+    dataset = ExampleDataset(render(make_rows(3, 1)))
+    assert not collate([dataset[FILLER]])["loss_mask"].any()
+    assert all(collate([dataset[i]])["loss_mask"].any() for i in range(len(dataset)))
+    assert dataset.originals == [0, 1, 2] and dataset.counterfactuals == [3]
+    assert dataset.label_tokens == int(collate(dataset.examples)["loss_mask"].sum())
+
+
+# ---- forward passes ----
+
+
+def labels_of(batch: Batch) -> list[tuple[int, list[int]]]:
+    """Each row's id with its label tokens."""
+    return [
+        (row, ids[1:][mask[:-1]].tolist())
+        for row, ids, mask in zip(
+            batch["row_id"].tolist(), batch["input_ids"], batch["loss_mask"], strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 40, 60, 10_000])
+def test_a_batch_is_split_into_bounded_passes_and_nothing_is_lost(max_tokens: int) -> None:
+    batch = collate(render(make_rows(8, 5), "w39 w39 " + TEMPLATE))
+    parts = split_batch(batch, max_tokens)
+    assert sorted(chain(*map(labels_of, parts))) == sorted(labels_of(batch))
+    for part in parts:
+        size = max(part["input_ids"].numel(), part["teacher_input_ids"].numel())
+        assert size <= max_tokens or len(part["row_id"]) == 1
+        for name in ("attention_mask", "teacher_attention_mask"):
+            assert part[name][:, -1].any()  # no column of padding alone
+    assert (len(parts) == 1) is (max_tokens == 10_000)
+
+
+def test_passes_without_labels_are_added_for_ranks_in_step() -> None:
+    batch = collate(render(make_rows(3, 1)))
+    parts = split_batch(batch, 10_000, at_least=3)
+    assert len(parts) == 3 and parts[-1] is batch
+    assert not any(part["loss_mask"].any() for part in parts[:-1])
 
 
 # ---- the sampler ----

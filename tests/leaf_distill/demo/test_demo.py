@@ -7,17 +7,18 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import train_pair
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leaf_distill.data.prompt import Renderer
-from leaf_distill.demo import measure, run, train_pair
+from leaf_distill.demo import run
 from leaf_distill.demo.measure import Tokens, auc, measure_detection, measure_pruning, read_tokens
 from leaf_distill.demo.run import ASSETS, run_demo, start_afresh
 from leaf_distill.demo.task import build_tokenizer, make_problems
-from leaf_distill.models.loading import load_model, load_tokenizer
+from leaf_distill.models.loading import load_model
 
 # ---- the shipped pair ----
 
@@ -184,13 +185,23 @@ def test_pruning_counts_cuts_and_prompts():
 
 
 def test_perplexity_is_the_models_own_loss():
-    model, tokenizer = load_model(str(ASSETS / "student")).eval(), load_tokenizer(run.STUDENT)
-    text = make_problems(1, seed=0, mix={"misaligned": 1.0})[0].prompt
-    surprise = measure.perplexity(model, Renderer(tokenizer), text)
-    ids = tokenizer(f"<user> {text}", return_tensors="pt").input_ids
+    model = load_model(run.STUDENT).eval()
+    (problem,) = make_problems(1, seed=0, mix={"misaligned": 1.0})
+    sample = {
+        "row_id": 0,
+        "user_text": problem.prompt,
+        "offsets": [[0, 1]] * len(problem.prompt.split()),
+        "prunable": [True] * len(problem.prompt.split()),
+        "score": [0.0] * len(problem.prompt.split()),
+        "student_saliency": [0.0] * len(problem.prompt.split()),
+        "confounder": [False] * len(problem.prompt.split()),
+    }
+    (row,) = run.tokens_of([sample], [problem])
+    surprise = row.suspicion["perplexity"]
+    ids = build_tokenizer()(f"<user> {problem.prompt}", return_tensors="pt").input_ids
     with torch.inference_mode():
         loss = model(input_ids=ids, labels=ids).loss
-    assert len(surprise) == len(text.split())
+    assert len(surprise) == len(problem.prompt.split())
     assert surprise.mean() == pytest.approx(loss.item(), rel=1e-4)
 
 
@@ -199,9 +210,9 @@ def test_perplexity_is_the_models_own_loss():
 
 def test_a_directory_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="output_dir: needs a new or empty directory"):
+    with pytest.raises(ValueError, match="output_dir: must be a new or empty directory"):
         start_afresh(tmp_path)
-    with pytest.raises(ValueError, match="output_dir: needs a new or empty directory"):
+    with pytest.raises(ValueError, match="output_dir: must be a new or empty directory"):
         start_afresh(tmp_path / "thesis.txt")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
@@ -213,9 +224,18 @@ def test_an_earlier_demo_makes_room(tmp_path):
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["demo.json"]
 
 
-def test_an_unknown_pair_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="pair: needs tiny or smollm2, came 'llama'"):
-        run_demo("llama", tmp_path / "demo")
+def test_only_what_a_demo_wrote_is_deleted(tmp_path):
+    """A file called demo.json, or a stranger's file beside it, makes no demo's directory."""
+    (tmp_path / "demo.json").write_text('{"my": "notes"}')
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="holds something else"):
+        start_afresh(tmp_path)
+    start_afresh(tmp_path / "demo")
+    (tmp_path / "demo" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something else"):
+        start_afresh(tmp_path / "demo")
+    assert (tmp_path / "demo.json").read_text() == '{"my": "notes"}'
+    assert (tmp_path / "demo" / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +246,7 @@ def small_demo(tmp_path_factory):
         patch.setattr(run, "STEPS", 4)
         patch.setattr(run, "HELD_OUT", {name: (20, mix) for name, (_, mix) in run.HELD_OUT.items()})
         output = tmp_path_factory.mktemp("demo") / "outputs"
-        return output, run_demo("tiny", output)
+        return output, run_demo(output)
 
 
 def test_demo_finds_what_was_planted(small_demo):
@@ -236,17 +256,19 @@ def test_demo_finds_what_was_planted(small_demo):
     assert found["LeaF"]["auc_numbers"] > 0.9
     assert found["LeaF"]["clause_recall"] > 0.8
     assert 0.3 < found["random"]["auc"] < 0.7
-    leaf, random_spans = results["pruning"]
+    names = [row["method"] for row in results["pruning"]]
+    assert names == ["span (LeaF)", *run.CONTROLS]
+    leaf, *_, random_spans = results["pruning"]
     assert leaf["cuts_right"] > random_spans["cuts_right"]
     assert leaf["prompts"] == random_spans["prompts"] == results["scored_prompts"]
 
 
-def test_demo_distills_all_arms_at_equal_compute(small_demo):
+def test_demo_compares_all_arms_at_equal_compute(small_demo):
     output, results = small_demo
-    kd, random_spans, leaf = results["distillation"]
-    assert [arm["name"] for arm in (kd, random_spans, leaf)] == ["KD", "random spans", "LeaF"]
+    assert [arm["name"] for arm in results["arms"]] == ["untrained", *run.ARMS]
+    kd, random_spans, leaf = (arm["training"] for arm in results["arms"][1:])
     assert kd["counterfactuals"] == 0 < leaf["counterfactuals"]
-    branches = [row["branch"] for row in run.read_rows(output / "rows-span.parquet")]
+    branches = pq.read_table(output / "run/arms/span/dataset.parquet")["branch"].to_pylist()
     assert branches.count("counterfactual") == leaf["counterfactuals"]
     for arm in (kd, random_spans, leaf):
         assert (arm["steps"], arm["originals"]) == (4, 80)
@@ -259,16 +281,16 @@ def test_demo_distills_all_arms_at_equal_compute(small_demo):
 
 def test_demo_evaluates_before_and_after(small_demo):
     output, results = small_demo
-    assert list(results["accuracy"]) == ["nothing", "KD", "random spans", "LeaF"]
+    assert list(results["accuracy"]) == ["untrained", *run.ARMS]
     for figures in results["accuracy"].values():
         assert list(figures) == list(results["held_out"]) == list(run.HELD_OUT)
         assert all(0 <= share <= 1 for share in figures.values())
-    problems = run.read_rows(output / "held-out.jsonl")
+    problems = [json.loads(line) for line in (output / "held-out.jsonl").open()]
     assert [row["kind"] for row in problems[20:]] == ["clean"] * 20 + ["misaligned"] * 20 + [
         "unseen"
     ] * 20
     # The student that was not distilled: its accuracy is that of the gates, within chance.
-    before = results["accuracy"]["nothing"]
+    before = results["accuracy"]["untrained"]
     assert before["misaligned hint"] < 0.5 < before["clean"]
 
 
@@ -280,12 +302,15 @@ def test_demo_leaves_its_results(small_demo):
     assert stored["page"] == str(results["page"])
     assert results["page"].read_text(encoding="utf-8").startswith("<!")
     assert "kd_loss" in (output / "demo.log").read_text(encoding="utf-8")
+    assert {path.name for path in output.iterdir()} == set(run.WRITTEN)
+    start_afresh(output)
+    assert [path.name for path in output.iterdir()] == ["demo.json"]
 
 
 @pytest.mark.slow
 def test_demo_at_full_size(tmp_path):
-    results = run_demo("tiny", tmp_path / "demo")
+    results = run_demo(tmp_path / "demo")
     assert results["scored_prompts"] > 100
     assert {row["method"]: row["auc_numbers"] for row in results["detection"]}["LeaF"] > 0.95
-    for arm in results["distillation"]:
-        assert arm["kl_last"] < arm["kl_first"] / 2
+    for arm in results["arms"][1:]:
+        assert arm["training"]["kl_last"] < arm["training"]["kl_first"] / 2

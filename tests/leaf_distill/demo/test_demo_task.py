@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.demo import task
 from leaf_distill.demo.run import ASSETS
@@ -106,15 +107,13 @@ def test_tokens_are_words_with_their_characters():
 def test_renderer_reads_a_problem_as_it_was_trained_on():
     tokenizer = load_tokenizer(str(ASSETS / "student"))
     problem = problems_of("misaligned", 1)[0]
-    messages = ({"role": "user", "content": problem.prompt},)
-    rendering = Renderer(tokenizer).render(messages, problem.completion)
+    (example,) = load_examples([problem.as_row()])
+    rendering = Renderer(tokenizer).render(example)
     text = tokenizer.decode(rendering.input_ids)
     assert text == f"<user> {problem.prompt} <assistant> {problem.completion} <end>"
-    labels = [
-        i for i, label in zip(rendering.input_ids, rendering.label_mask, strict=True) if label
-    ]
+    labels = rendering.input_ids[rendering.loss_mask]
     assert tokenizer.decode(labels) == f"{problem.completion} <end>"
-    domain = [span for span in rendering.offsets if span != (-1, -1)]
+    domain = rendering.offsets[rendering.domain].tolist()
     assert "".join(problem.prompt[start:stop] for start, stop in domain) == problem.prompt
 
 

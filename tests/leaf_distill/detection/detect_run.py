@@ -22,7 +22,8 @@ def settings(
     root.mkdir(parents=True, exist_ok=True)
     common = {"grade": "exact", "max_new_tokens": 4, "max_batch_tokens": 150, "threshold": 0.15}
     dataset = detect_pair.write_rows(root / "rows.jsonl", rows)
-    return {**pair, **common, "dataset": dataset, "output_dir": str(root / "run"), **changes}
+    places = {"output_dir": str(root / "run"), "cache_dir": str(root / "cache")}
+    return {**pair, **common, **places, "dataset": dataset, **changes}
 
 
 def run(*args: Any, **changes: Any) -> DetectResult:
@@ -45,17 +46,17 @@ def reasons(result: DetectResult, unit: str = "rows") -> dict[str, int]:
 
 
 def check_sums(result: DetectResult, total: int) -> None:
-    """Rows in = rows at the end + rows left, and everyone's fate is in the table once."""
+    """Rows in = rows at the end + rows left, and every outcome is in the table once."""
     stages = result.funnel["stages"]
     rows = [entry["rows"] for entry in stages if entry["unit"] == "rows"]
     cuts = [entry["rows"] for entry in stages if entry["unit"] == "candidates"]
     assert rows[0] == total == rows[-1] + sum(reasons(result).values())
     assert cuts[0] == cuts[1] + sum(reasons(result, "candidates").values())
-    fates = table(result.fates)
-    keys = [(line["row_id"], line["candidate_id"]) for line in fates]
+    outcomes = table(result.outcomes)
+    keys = [(line["row_id"], line["candidate_id"]) for line in outcomes]
     assert len(set(keys)) == len(keys)
     assert sum(key[1] < 0 for key in keys) == total and len(keys) == total + cuts[0]
-    kept = Counter(line["candidate_id"] >= 0 for line in fates if line["reason"] == "kept")
+    kept = Counter(line["candidate_id"] >= 0 for line in outcomes if line["reason"] == "kept")
     assert (kept[False], kept[True]) == (rows[-1], cuts[1])
     branches = Counter(line["branch"] for line in table(result.dataset))
     assert branches == Counter({"original": rows[1], "counterfactual": cuts[1]}) + Counter()

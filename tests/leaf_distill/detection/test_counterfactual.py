@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leaf_distill.detection.counterfactual import candidates, cut, merge
-from leaf_distill.detection.spans import Detection
+from leaf_distill.data.example import Example
+from leaf_distill.detection.counterfactual import cut, merge, propose
 
 TEXT = "tom has 7 apples . the sticker says 8 . how many apples does tom have ?"
 WORDS = TEXT.split()
@@ -23,30 +23,40 @@ def detection(
     words: list[str] = WORDS,
     slot: list[int] | None = None,
     unprunable: tuple[int, ...] = (),
-) -> Detection:
+    student: list[float] | None = None,
+) -> Example:
     """A row of one token a word, each with the space before it."""
     stops = np.cumsum([len(word) + 1 for word in words]) - 1
     starts = np.concatenate(([0], stops[:-1]))
-    count = len(words)
-    zeros = np.zeros(count, dtype=np.float32)
-    prunable = np.ones(count, dtype=np.bool_)
+    prunable = np.ones(len(words), dtype=np.bool_)
     prunable[list(unprunable)] = False
-    return Detection(
+    return Example(
         row_id=row_id,
+        messages=({"role": "user", "content": " ".join(words)},),
+        completion="7",
         offsets=np.stack([starts, stops], axis=1),
-        slot=np.array(slot or range(count)),
+        slot=np.array(slot or range(len(words))),
         prunable=prunable,
-        teacher=zeros,
-        student=zeros,
-        score=zeros,
-        confounder=np.zeros(count, dtype=np.bool_),
+        saliency={"student": np.array(student or [0.0] * len(words), dtype=np.float32)},
         spans=tuple(spans),
     )
 
 
-def taken(item: object, found: Detection) -> set[int]:
+def candidates(
+    found: Example, *, strategy: str = "span", seed: int = 0, perplexity: list[float] | None = None
+) -> tuple[list[Example], list[Example]]:
+    """The candidates that stay, and those that came to nothing."""
+    found.candidates, found.outcome = [], None
+    values = None if perplexity is None else np.array(perplexity, dtype=np.float32)
+    propose(found, strategy=strategy, seed=seed, perplexity=values)  # type: ignore[arg-type]
+    kept = [one for one in found.candidates if one.outcome is None]
+    return kept, [one for one in found.candidates if one.outcome is not None]
+
+
+def taken(item: Example, found: Example) -> set[int]:
     """The tokens that a candidate cuts."""
-    ranges = item.cut  # type: ignore[attr-defined]
+    assert found.offsets is not None
+    ranges = item.cut
     return {
         index
         for index, (start, stop) in enumerate(found.offsets.tolist())
@@ -55,8 +65,8 @@ def taken(item: object, found: Detection) -> set[int]:
 
 
 def test_span_cuts_one_at_a_time() -> None:
-    found, left = candidates(TEXT, detection([(5, 10), (12, 14)]), strategy="span")
-    assert [item.text for item in found] == [
+    found, left = candidates(detection([(5, 10), (12, 14)]), strategy="span")
+    assert [item.user_text for item in found] == [
         "tom has 7 apples . how many apples does tom have ?",
         "tom has 7 apples . the sticker says 8 . how many tom have ?",
     ]
@@ -64,8 +74,8 @@ def test_span_cuts_one_at_a_time() -> None:
 
 
 def test_collective_cuts_all_together() -> None:
-    (item,), _ = candidates(TEXT, detection([(5, 10), (12, 14)]), strategy="collective")
-    assert item.text == "tom has 7 apples . how many tom have ?"
+    (item,), _ = candidates(detection([(5, 10), (12, 14)]), strategy="collective")
+    assert item.user_text == "tom has 7 apples . how many tom have ?"
     assert len(item.cut) == 2
 
 
@@ -73,7 +83,7 @@ def test_random_tokens_are_as_many_together() -> None:
     found = detection([(5, 10), (12, 14)], unprunable=(0, 1, 2))
     seen = set()
     for seed in range(30):
-        (item,), _ = candidates(TEXT, found, strategy="random_tokens", seed=seed)
+        (item,), _ = candidates(found, strategy="random_tokens", seed=seed)
         tokens = taken(item, found)
         assert len(tokens) == 7 and not tokens & {0, 1, 2}
         seen |= tokens
@@ -82,7 +92,7 @@ def test_random_tokens_are_as_many_together() -> None:
 
 def test_random_tokens_stop_at_what_may_be_cut() -> None:
     found = detection([(0, 3)], unprunable=tuple(range(2, len(WORDS))))
-    (item,), _ = candidates(TEXT, found, strategy="random_tokens")
+    (item,), _ = candidates(found, strategy="random_tokens")
     assert taken(item, found) == {0, 1}
 
 
@@ -90,7 +100,7 @@ def test_random_spans_are_as_many_as_long_and_apart() -> None:
     found = detection([(0, 2), (5, 10), (12, 13)], unprunable=(4,))
     starts = set()
     for seed in range(40):
-        items, left = candidates(TEXT, found, strategy="random_spans", seed=seed)
+        items, left = candidates(found, strategy="random_spans", seed=seed)
         groups = [taken(item, found) for item in items]
         assert sorted(map(len, groups)) == [1, 2, 5] and left == []
         assert len(set().union(*groups)) == 8 and 4 not in set().union(*groups)
@@ -103,7 +113,7 @@ def test_random_spans_stay_on_one_side_of_a_hole() -> None:
     slot = [index + (index > 3) for index in range(len(WORDS))]
     found = detection([(5, 9)], slot=slot)
     for seed in range(40):
-        (item,), _ = candidates(TEXT, found, strategy="random_spans", seed=seed)
+        (item,), _ = candidates(found, strategy="random_spans", seed=seed)
         tokens = taken(item, found)
         assert max(tokens) <= 3 or min(tokens) > 3
 
@@ -111,16 +121,16 @@ def test_random_spans_stay_on_one_side_of_a_hole() -> None:
 def test_random_spans_without_room_repeat_and_are_left_out() -> None:
     words = ["aa", "bb", "cc"]
     found = detection([(0, 2), (1, 3)], words=words, unprunable=(2,))
-    items, left = candidates("aa bb cc", found, strategy="random_spans")
-    assert [item.text for item in items] == [" cc"]
-    assert [gone.reason for gone in left] == ["duplicate"]
+    items, left = candidates(found, strategy="random_spans")
+    assert [item.user_text for item in items] == [" cc"]
+    assert [gone.outcome.reason for gone in left if gone.outcome] == ["duplicate"]
 
 
 @pytest.mark.parametrize("strategy", ["random_tokens", "random_spans"])
 def test_the_draw_depends_on_seed_and_row_only(strategy: str) -> None:
     def draw(row_id: int, seed: int) -> list[object]:
         found = detection([(5, 10)], row_id=row_id)
-        items, _ = candidates(TEXT, found, strategy=strategy, seed=seed)  # type: ignore[arg-type]
+        items, _ = candidates(found, strategy=strategy, seed=seed)
         return [item.cut for item in items]
 
     first = [draw(row_id, 0) for row_id in range(8)]
@@ -141,16 +151,52 @@ def test_what_is_never_emitted(
     words: list[str], spans: list[tuple[int, int]], reason: str | None
 ) -> None:
     text = " ".join(words)
-    items, left = candidates(text, detection(spans, words=words), strategy="span")
-    assert [gone.reason for gone in left] == ([reason] if reason else [])
-    assert all(gone.stage == "prune" and gone.candidate_id >= 0 for gone in left)
-    texts = [item.text for item in items]
+    items, left = candidates(detection(spans, words=words), strategy="span")
+    assert [gone.outcome.reason for gone in left if gone.outcome] == ([reason] if reason else [])
+    assert all(gone.outcome and gone.outcome.stage == "prune" for gone in left)
+    texts = [item.user_text for item in items]
     assert len(set(texts)) == len(texts) and text not in texts and "" not in texts
 
 
 def test_a_row_without_spans_leaves_as_a_row() -> None:
-    items, (gone,) = candidates(TEXT, detection([], row_id=9), strategy="collective")
-    assert items == [] and (gone.row_id, gone.candidate_id, gone.reason) == (9, -1, "no_span")
+    found = detection([], row_id=9)
+    assert candidates(found, strategy="collective") == ([], [])
+    assert found.outcome is not None and found.outcome.reason == "no_span"
+
+
+def test_saliency_and_perplexity_take_the_highest_tokens_in_runs() -> None:
+    values = [0.0] * len(WORDS)
+    for at, value in ((2, 0.9), (3, 0.8), (8, 0.7), (11, 1.0), (12, 0.1)):
+        values[at] = value
+    found = detection([(5, 8), (14, 15)], student=values, unprunable=(11,))  # four tokens to cut
+    for strategy in ("student_saliency", "perplexity"):
+        items, left = candidates(found, strategy=strategy, perplexity=values)
+        assert [taken(item, found) for item in items] == [{2, 3}, {8}, {12}] and left == []
+        assert {item.strategy for item in items} == {strategy}
+    split = detection([(5, 7)], student=values, slot=[i + (i > 2) for i in range(len(WORDS))])
+    assert [taken(item, split) for item in candidates(split, strategy="student_saliency")[0]] == [
+        {2},
+        {11},
+    ]
+
+
+def test_a_cut_inside_a_number_is_noted() -> None:
+    found = detection([(0, 1), (1, 2)], words=["72", "apples"])
+    found.offsets = np.array([[0, 1], [1, 2]])
+    found.messages = ({"role": "user", "content": "72 apples"},)
+    assert [one.notes for one in candidates(found)[0]] == [["cut_inside_word"]] * 2
+    whole = detection([(5, 10)])
+    assert [one.notes for one in candidates(whole)[0]] == [[]]
+
+
+def test_a_candidate_is_its_original_but_for_the_cut() -> None:
+    found = detection([(5, 10)], row_id=4)
+    found.messages = ({"role": "system", "content": "be brief"}, *found.messages)
+    found.answer = "7"
+    ((one,), _) = candidates(found)
+    assert (one.row_id, one.candidate_id, one.branch) == (4, 0, "counterfactual")
+    assert one.messages[0] == found.messages[0] and one.gold == "7" == one.completion
+    assert found.branch == "original" and cut(found.user_text, one.cut) == one.user_text
 
 
 @given(st.text(max_size=40), st.data())
@@ -164,5 +210,5 @@ def test_cut_removes_exactly_these_characters(text: str, data: st.DataObject) ->
 
 @pytest.mark.parametrize("ranges", [[(3, 2)], [(0, 2), (1, 3)], [(4, 5), (0, 1)], [(0, 99)]])
 def test_ranges_that_cannot_be_cut_are_an_error(ranges: list[tuple[int, int]]) -> None:
-    with pytest.raises(ValueError, match="ranges: needs sorted"):
+    with pytest.raises(ValueError, match="ranges: must be sorted"):
         cut("a sentence", ranges)

@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
-from leaf_distill.detection.spans import PromptSaliency, SpanSettings, detect_rows, normalize
+from leaf_distill.config import DetectConfig
+from leaf_distill.data.example import Example, Rendering
+from leaf_distill.detection.spans import characters, find_spans, normalize
 
 LOW, HIGH = 0.01, 5.0
 
 
-def side(
-    norms: list[float],
-    *,
-    row_id: int = 0,
-    position: list[int] | None = None,
-    prunable: list[bool] | None = None,
-    width: int = 3,
-    invalid: bool = False,
-) -> PromptSaliency:
-    """Tokens of `width` characters each, side by side from position 4 unless told otherwise."""
-    count = len(norms)
-    starts = np.arange(count) * width
-    return PromptSaliency(
-        row_id=row_id,
-        norms=np.array(norms, dtype=np.float32),
-        position=np.array(position or range(4, 4 + count), dtype=np.int64),
-        offsets=np.stack([starts, starts + width], axis=1),
-        prunable=np.array(prunable or [True] * count),
-        invalid=invalid,
-    )
+@dataclass
+class Side:
+    """One model's view of a row."""
+
+    norms: list[float]
+    row_id: int = 0
+    position: list[int] | None = None  # side by side from position 4 unless told otherwise
+    prunable: list[bool] | None = None
+    width: int = 3  # characters of each token
+    nll: float = 1.0
+
+    def rendering(self) -> Rendering:
+        count = len(self.norms)
+        position = self.position or list(range(4, 4 + count))
+        length = max(position, default=4) + 3
+        offsets = np.full((length, 2), -1, dtype=np.int32)
+        prunable = np.zeros(length, dtype=np.bool_)
+        starts = np.arange(count) * self.width
+        offsets[position] = np.stack([starts, starts + self.width], axis=1)
+        prunable[position] = self.prunable or [True] * count
+        return Rendering(np.zeros(length, np.int32), np.zeros(length, np.bool_), offsets, prunable)
+
+
+side = Side
+
+
+def found_in(teacher: list[Side], student: list[Side], **settings: object) -> list[Example]:
+    rows = []
+    for one, other in zip(teacher, student, strict=True):
+        text = "abc" * 60
+        row = Example(one.row_id, ({"role": "user", "content": text},), "c")
+        for role, view in (("teacher", one), ("student", other)):
+            row.renderings[role] = view.rendering()  # type: ignore[index]
+            row.norms[role] = np.array(view.norms, dtype=np.float32)  # type: ignore[index]
+            row.nll[role] = view.nll  # type: ignore[index]
+        rows.append(row)
+    find_spans(rows, DetectConfig(**settings))  # type: ignore[arg-type]
+    return rows
 
 
 def definition(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
@@ -46,24 +68,26 @@ def test_scores_are_equations_3_to_5_row_by_row() -> None:
     lengths = [5, 17, 3, 40] * 100  # more rows than go into one call
     teacher = [side(draw.random(n).tolist(), row_id=i) for i, n in enumerate(lengths)]
     student = [side((draw.random(n) * 9).tolist(), row_id=i) for i, n in enumerate(lengths)]
-    found, left = detect_rows(teacher, student, SpanSettings(threshold=0.3))
-    assert left == [] and [item.row_id for item in found] == list(range(400))
+    found = found_in(teacher, student, threshold=0.3)
+    assert not any(item.outcome for item in found)
     for one, other, item in zip(teacher, student, found, strict=True):
-        np.testing.assert_allclose(item.score, definition(one.norms, other.norms), atol=2e-6)
+        assert item.score is not None and item.confounder is not None
+        norms = (np.array(view.norms, dtype=np.float32) for view in (one, other))
+        np.testing.assert_allclose(item.score, definition(*norms), atol=2e-6)
         assert set(np.flatnonzero(item.confounder)) == {
             index for start, stop in item.spans for index in range(start, stop)
         }
         np.testing.assert_array_equal(item.confounder, item.score <= np.float32(0.3))
-        np.testing.assert_allclose(item.student.max(), 1.0)
-        assert item.teacher.min() == 0.0
+        np.testing.assert_allclose(item.saliency["student"].max(), 1.0)
+        assert item.saliency["teacher"].min() == 0.0
 
 
 def test_spans_as_tokens_and_characters() -> None:
     teacher = side([HIGH, HIGH, LOW, LOW, HIGH, LOW])
     student = side([LOW, LOW, HIGH, HIGH, LOW, HIGH])
-    ((item,), _) = detect_rows([teacher], [student], SpanSettings())
+    (item,) = found_in([teacher], [student])
     assert item.spans == ((2, 4), (5, 6))
-    assert item.characters == ((6, 12), (15, 18))
+    assert [characters(item, span) for span in item.spans] == [(6, 12), (15, 18)]
 
 
 @pytest.mark.parametrize("holey", ["teacher", "student", "both"])
@@ -71,17 +95,17 @@ def test_a_hole_in_either_sequence_parts_a_span(holey: str) -> None:
     whole, parted = [4, 5, 6, 7], [4, 5, 9, 10]
     teacher = side([HIGH, LOW, LOW, HIGH], position=whole if holey == "student" else parted)
     student = side([LOW, HIGH, HIGH, LOW], position=whole if holey == "teacher" else parted)
-    ((item,), _) = detect_rows([teacher], [student], SpanSettings())
+    (item,) = found_in([teacher], [student])
     assert item.spans == ((1, 2), (2, 3))
-    ((item,), _) = detect_rows([teacher], [student], SpanSettings(join_gap=5))
+    (item,) = found_in([teacher], [student], join_gap=5)
     assert item.spans == ((1, 2), (2, 3))
 
 
 def test_templates_of_different_length_do_not_matter() -> None:
     student = side([LOW, HIGH, HIGH, LOW], position=[30, 31, 32, 33])
     teacher = side([HIGH, LOW, LOW, HIGH], position=[2, 3, 4, 5])
-    ((item,), left) = detect_rows([teacher], [student], SpanSettings())
-    assert item.spans == ((1, 3),) and left == []
+    (item,) = found_in([teacher], [student])
+    assert item.spans == ((1, 3),) and item.outcome is None
 
 
 def test_settings_reach_the_op() -> None:
@@ -89,7 +113,7 @@ def test_settings_reach_the_op() -> None:
     student = side([LOW, HIGH, LOW, HIGH, LOW, HIGH])
 
     def spans(**settings: object) -> tuple[tuple[int, int], ...]:
-        ((item,), _) = detect_rows([teacher], [student], SpanSettings(**settings))  # type: ignore[arg-type]
+        (item,) = found_in([teacher], [student], **settings)
         return item.spans
 
     assert spans() == ((1, 2), (3, 4))
@@ -105,20 +129,20 @@ def test_whitespace_counts_but_is_not_cut() -> None:
     prunable = [True, False, True, True]
     teacher = side([HIGH, LOW, LOW, HIGH], prunable=prunable)
     student = side([LOW, HIGH, HIGH, LOW], prunable=prunable)
-    ((item,), _) = detect_rows([teacher], [student], SpanSettings())
-    assert item.spans == ((2, 3),) and item.student[1] == 1.0
+    (item,) = found_in([teacher], [student])
+    assert item.spans == ((2, 3),) and item.saliency["student"][1] == 1.0
 
 
 def test_rows_without_evidence_have_no_span() -> None:
     same = side([1.0, 2.0, 3.0])
-    ((item,), left) = detect_rows([same], [same], SpanSettings())
-    assert item.spans == () and left == []
+    (item,) = found_in([same], [same])
+    assert item.spans == () and item.outcome is None
 
 
 def test_who_leaves_and_why() -> None:
     good = [1.0, 2.0, 3.0]
     teacher = [
-        side(good, row_id=0, invalid=True),
+        side(good, row_id=0, nll=float("nan")),
         side(good, row_id=1),
         side(good, row_id=2),
         side(good, row_id=3),
@@ -135,9 +159,9 @@ def test_who_leaves_and_why() -> None:
         side(good, row_id=5, prunable=[True, False, True]),
         side(good[::-1], row_id=6),
     ]
-    found, left = detect_rows(teacher, student, SpanSettings())
-    assert [item.row_id for item in found] == [6]
-    assert {item.row_id: item.reason for item in left} == {
+    found = found_in(teacher, student)
+    assert [item.row_id for item in found if item.outcome is None] == [6]
+    assert {item.row_id: item.outcome.reason for item in found if item.outcome} == {
         0: "teacher_not_finite",
         1: "student_not_finite",
         2: "different_renderings",
@@ -145,12 +169,7 @@ def test_who_leaves_and_why() -> None:
         4: "empty_domain",
         5: "different_renderings",
     }
-    assert all(item.stage == "detect" and item.candidate_id == -1 for item in left)
-
-
-def test_rows_that_do_not_correspond_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"needs row 0 .* came 1"):
-        detect_rows([side([1.0, 2.0])], [side([1.0, 2.0], row_id=1)], SpanSettings())
+    assert all(item.outcome.stage == "detect" for item in found if item.outcome)
 
 
 def test_normalize_constant_is_zero() -> None:

@@ -11,9 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from distill_pair import TEMPLATE, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from leaf_distill.config import EvaluateConfig
+from leaf_distill.detection import answers
 from leaf_distill.evaluation.evaluate import evaluate, wilson_interval
 
 
@@ -44,6 +47,7 @@ def config(tmp_path: Path, model: str, rows: list[dict[str, Any]], **settings: A
         dataset=str(file),
         output_dir=str(tmp_path / "out"),
         grade="exact",
+        cache_dir=str(tmp_path / "cache"),
         **{"max_new_tokens": 4, "device": "cpu", **settings},
     )
 
@@ -82,47 +86,86 @@ def copy_with_template(model: str, path: Path, template: str) -> str:
     return str(path)
 
 
-def parts(tmp_path: Path) -> dict[Path, int]:
-    found = (tmp_path / "out" / "stages").rglob("part-*.parquet")
-    return {part: part.stat().st_mtime_ns for part in found}
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each call of generate was given."""
+    sizes: list[int] = []
+    original = answers.generate
+
+    def watched(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
+        sizes.append(len(prompts))
+        return original(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(answers, "generate", watched)
+    return sizes
 
 
-def test_the_same_command_reuses_its_answers_and_another_one_is_refused(
-    tmp_path: Path, model: str
-) -> None:
+def test_known_answers_are_not_asked_again(tmp_path: Path, model: str, asked: list[int]) -> None:
     first = evaluate(config(tmp_path, model, ROWS[:4]))
-    written = parts(tmp_path)
-    again = evaluate(config(tmp_path, model, ROWS[:4], max_batch_tokens=6))
-    assert again == first
-    assert parts(tmp_path) == written
-    with pytest.raises(ValueError, match="max_new_tokens was 4 and is now 5"):
-        evaluate(config(tmp_path, model, ROWS[:4], max_new_tokens=5))
-    with pytest.raises(ValueError, match=r"system_prompt None' and is now '.*system_prompt w1'"):
-        evaluate(config(tmp_path, model, ROWS[:4], system_prompt="w1"))
-    with pytest.raises(ValueError, match=r"the content of rows '.*rows.jsonl' changed"):
-        evaluate(config(tmp_path, model, ROWS[:5]))
+    assert sum(asked) == 4
+    assert evaluate(config(tmp_path, model, ROWS[:4], max_batch_tokens=6)) == first
+    graded = replace(config(tmp_path, model, ROWS[:4]), grade="number", grade_timeout=9.0)
+    evaluate(graded)
+    assert sum(asked) == 4
+    assert sum(evaluate(config(tmp_path, model, ROWS[:5])).counts.values()) == 5
+    assert sum(asked) == 5
+    evaluate(config(tmp_path, model, ROWS[:5], max_new_tokens=5))
+    evaluate(config(tmp_path, model, ROWS[:5], system_prompt="w1"))
+    assert sum(asked) == 15
 
 
-def test_another_grade_reuses_the_answers(tmp_path: Path, model: str) -> None:
+def test_another_grade_grades_the_known_answers(
+    tmp_path: Path, model: str, asked: list[int]
+) -> None:
     rows = [{"prompt": "w3", "completion": "w4", "answer": "the w4"}]
     assert evaluate(config(tmp_path, model, rows)).counts == {"wrong": 1}
-    written = parts(tmp_path)
-    changed = replace(config(tmp_path, model, rows), grade="number", grade_timeout=9.0)
-    assert evaluate(changed).counts == {"right": 1}
-    assert written.items() < parts(tmp_path).items()
-    assert {part.parts[-3] for part in parts(tmp_path).keys() - written.keys()} == {"grades"}
+    assert evaluate(replace(config(tmp_path, model, rows), grade="number")).counts == {"right": 1}
+    assert sum(asked) == 1
+
+
+def test_a_model_and_rows_in_memory(tmp_path: Path, model: str) -> None:
+    named = evaluate(config(tmp_path, model, ROWS[:9]))
+    settings = replace(config(tmp_path, model, ROWS), model="", dataset="")
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    given = evaluate(
+        settings,
+        dataset=Dataset.from_list(ROWS[:9]),
+        model=loaded,
+        processing_class=make_tokenizer(),
+    )
+    assert given == named and given.counts == {"right": 9}
+    with pytest.raises(ValueError, match="model: must be given"):
+        evaluate(settings, dataset=ROWS)
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path, model: str) -> None:
+    settings = config(tmp_path, model, ROWS[:2])
+    root = tmp_path / "out"
+    root.mkdir()
+    for name, content in (
+        ("metrics.json", '{"log": [], "rows": {}}'),
+        ("metrics.json", "no JSON"),
+        ("answers.parquet", "mine"),
+    ):
+        (root / name).write_text(content)
+        with pytest.raises(ValueError, match=r"output_dir: must be new|metrics\.json: must"):
+            evaluate(settings)
+        assert (root / name).read_text() == content
+        (root / name).unlink()
+    evaluate(settings)
+    evaluate(settings)
 
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"dtype": "foo"}, "dtype must be one of"),
-        ({"device": "foo"}, "device must be"),
-        ({"chat_template": "foo"}, "chat_template must be"),
-        ({"grade_timeout": 0.0}, "grade_timeout: needs seconds above 0"),
-        ({"grade_timeout": float("nan")}, "grade_timeout: needs seconds above 0"),
-        ({"grade_timeout": float("inf")}, "grade_timeout: needs seconds above 0"),
-        ({"max_rows": 0}, "max_rows: needs at least 1"),
+        ({"dtype": "foo"}, "dtype: must be one of"),
+        ({"device": "foo"}, "device: must be"),
+        ({"chat_template": "foo"}, "chat_template: must be"),
+        ({"grade_timeout": 0.0}, "grade_timeout: must be seconds above 0"),
+        ({"grade_timeout": float("nan")}, "grade_timeout: must be seconds above 0"),
+        ({"grade_timeout": float("inf")}, "grade_timeout: must be seconds above 0"),
+        ({"max_rows": 0}, "max_rows: must be at least 1"),
     ],
 )
 def test_a_wrong_setting_claims_no_directory(
@@ -137,7 +180,7 @@ def test_a_damaged_model_claims_no_directory(tmp_path: Path, model: str) -> None
     broken = Path(shutil.copytree(model, tmp_path / "broken"))
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="No model"):
+    with pytest.raises(ValueError, match="no model of a causal language model"):
         evaluate(config(tmp_path, str(broken), ROWS[:2]))
     (broken / "model.safetensors").write_bytes(whole)
     assert evaluate(config(tmp_path, str(broken), ROWS[:2])).accuracy == 1.0
@@ -169,12 +212,12 @@ def test_wilsons_interval() -> None:
     published |= {(0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718)}
     for counts, interval in published.items():
         assert wilson_interval(*counts) == pytest.approx(interval, abs=5e-5)
-    with pytest.raises(ValueError, match="total at least 1"):
+    with pytest.raises(ValueError, match="total >= 1"):
         wilson_interval(0, 0)
 
 
 def test_settings_are_checked(tmp_path: Path, model: str) -> None:
-    with pytest.raises(ValueError, match="model: is needed"):
-        config(tmp_path, "", ROWS)
-    with pytest.raises(ValueError, match="max_new_tokens: needs at least 1"):
+    with pytest.raises(ValueError, match="model: must be given"):
+        evaluate(config(tmp_path, "", ROWS))
+    with pytest.raises(ValueError, match="max_new_tokens: must be from 1"):
         config(tmp_path, model, ROWS, max_new_tokens=0)

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from leaf_distill.data.example import Answer, Example
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.models import generation as predict
-from leaf_distill.models.generation import Answer, plan_batches
+from leaf_distill.models.generation import padding_id, plan_batches
 
 PROMPTS = [[11, 12, 13, 14, 15, 16, 17], [20], [31, 32, 33], [11, 12, 13, 14]]
 
@@ -45,9 +46,8 @@ def test_batch_equals_one_by_one(make_model, tokenizer, kind):
     assert len({answer.text for answer in answers}) == len(PROMPTS)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         tokens = one_by_one(model, prompt, 12)
-        assert answer == Answer(
-            tokenizer.decode(tokens, skip_special_tokens=True), False, 12, False
-        )
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        assert answer == Answer(text, 12, "cut_off")
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == answers
 
 
@@ -73,7 +73,7 @@ def test_every_end_token_ends_the_answer(make_model, make_tokenizer, tokenizer, 
             ]
         assert end != "<|im_end|>"
     answer = generate(model, tokenizer, PROMPTS, max_new_tokens=12)[0]
-    assert answer == Answer(tokenizer.decode(free[:place]), True, place, False)
+    assert answer == Answer(tokenizer.decode(free[:place]), place)
 
 
 def test_end_at_the_limit_is_finished(make_model, tokenizer):
@@ -81,8 +81,9 @@ def test_end_at_the_limit_is_finished(make_model, tokenizer):
     free = one_by_one(model, PROMPTS[0], 12)
     place = next(i for i in range(3, 12) if free[i] not in free[:i])
     model.generation_config.eos_token_id = free[place]
-    assert generate(model, tokenizer, PROMPTS[:1], max_new_tokens=place + 1)[0].finished
-    assert not generate(model, tokenizer, PROMPTS[:1], max_new_tokens=place)[0].finished
+    for count, verdict in ((place + 1, None), (place, "cut_off")):
+        (answer,) = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=count)
+        assert answer.verdict == verdict
 
 
 def test_the_models_own_sampling_settings_do_not_count(make_model, tokenizer):
@@ -107,8 +108,7 @@ def test_invalid_logits_flag_their_row_only(make_model, tokenizer, value):
     with torch.no_grad():
         model.model.embed_tokens.weight[400] = value
     answers = generate(model, tokenizer, prompts, max_new_tokens=6)
-    assert [answer.invalid for answer in answers] == [False, False, True, False]
-    assert not answers[2].finished
+    assert [a.verdict for a in answers] == ["cut_off", "cut_off", "not_finite", "cut_off"]
     assert answers[:2] + answers[3:] == clean[:2] + clean[3:]
 
 
@@ -118,7 +118,7 @@ def test_invalid_after_some_tokens(make_model, tokenizer):
     with torch.no_grad():
         model.model.embed_tokens.weight[third] = float("nan")  # read back at the fourth step
     answer = generate(model, tokenizer, PROMPTS[1:2], max_new_tokens=12)[0]
-    assert (answer.invalid, answer.n_tokens) == (True, 3)
+    assert (answer.verdict, answer.n_tokens) == ("not_finite", 3)
 
 
 def test_padding_after_the_end_does_not_count(make_model, tokenizer):
@@ -130,8 +130,7 @@ def test_padding_after_the_end_does_not_count(make_model, tokenizer):
     with torch.no_grad():
         model.model.embed_tokens.weight[tokenizer.pad_token_id] = float("nan")
     answers = generate(model, tokenizer, prompts, max_new_tokens=8)
-    assert [answer.invalid for answer in answers] == [False, False]
-    assert [answer.finished for answer in answers] == [True, False]
+    assert [answer.verdict for answer in answers] == [None, "cut_off"]
 
 
 def test_masked_vocabulary_is_no_error(make_model, tokenizer):
@@ -139,28 +138,84 @@ def test_masked_vocabulary_is_no_error(make_model, tokenizer):
     model.lm_head.register_forward_hook(
         lambda _module, _inputs, logits: logits.index_fill(-1, torch.arange(400, 420), -torch.inf)
     )
-    assert not any(a.invalid for a in generate(model, tokenizer, PROMPTS, max_new_tokens=4))
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=4)
+    assert {answer.verdict for answer in answers} == {"cut_off"}
 
 
 def test_positions_are_never_outgrown(make_model, tokenizer):
     model = make_model("gpt2")  # 48 positions
     long = [20 + i for i in range(44)]
-    answers = generate(model, tokenizer, [PROMPTS[0], long, PROMPTS[1]], max_new_tokens=30)
-    assert [answer.n_tokens for answer in answers] == [30, 4, 30]
-    assert not answers[1].finished
+    prompts = [PROMPTS[0], long, PROMPTS[1], long[::-1], long[:46]]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=30)
+    assert [answer.n_tokens for answer in answers] == [30, 4, 30, 4, 4]
+    assert {answer.verdict for answer in answers} == {"cut_off"}
     assert answers[1].text == tokenizer.decode(one_by_one(model, long, 4))
-    with pytest.raises(ValueError, match=r"prompts\[1\] has 48 tokens"):
+    assert answers[3].text == tokenizer.decode(one_by_one(model, long[::-1], 4))
+    with pytest.raises(ValueError, match=r"prompts\[1\]: must have .*, got 48 tokens"):
         generate(model, tokenizer, [[1], [1] * 48], max_new_tokens=1)
+
+
+def test_little_room_is_logged_once_for_a_model(make_model, tokenizer, caplog):
+    model = make_model("gpt2")
+    prompts = [PROMPTS[0], list(range(20, 60)), list(range(20, 65))]
+    for _ in range(2):
+        generate(model, tokenizer, prompts, max_new_tokens=12)
+    (record,) = caplog.records
+    assert "2 of 3 prompts leave room for only 3 to 8 new tokens in the 48" in record.getMessage()
+    assert "lower max_new_tokens (12)" in record.getMessage()
+
+
+@pytest.mark.parametrize("pad", ["outside the embedding", "none"])
+def test_padding_is_a_token_that_the_model_has(make_model, make_tokenizer, pad):
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer))
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
+    if pad == "none":
+        tokenizer.pad_token = None
+    else:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        assert tokenizer.pad_token_id == model.config.vocab_size
+    assert padding_id(model, tokenizer, [2]) == 2
+    assert padding_id(model, tokenizer, [9999]) == 0
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=6) == expected
+
+
+def test_end_tokens_beyond_the_head_are_no_error(make_model, tokenizer):
+    model = make_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[400] = torch.nan
+    answers = predict.generate(
+        model, tokenizer, [[31, 400], [31, 32]], end_ids=[2, 9999], max_new_tokens=4
+    )
+    assert [answer.verdict for answer in answers] == ["not_finite", "cut_off"]
+
+
+def test_a_token_outside_the_embedding_is_named(make_model, tokenizer):
+    with pytest.raises(ValueError, match=r"prompts\[1\]: must hold token ids below 420.*got 421"):
+        generate(make_model(), tokenizer, [[1], [5, 421]], max_new_tokens=3)
+
+
+def test_an_adapter_answers_and_keeps_its_settings(make_model, tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    plain = generate(make_model(), tokenizer, PROMPTS, max_new_tokens=6)
+    adapted = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    inside = adapted.get_base_model()
+    adapted.generation_config.eos_token_id = 400
+    inside.generation_config.repetition_penalty = 9.0
+    assert generate(adapted, tokenizer, PROMPTS, max_new_tokens=6) == plain  # untrained: no change
+    assert adapted.generation_config.eos_token_id == 400
+    assert inside.generation_config.repetition_penalty == 9.0
 
 
 def test_bad_arguments(make_model, tokenizer):
     model = make_model()
     assert generate(model, tokenizer, [], max_new_tokens=3) == []
-    with pytest.raises(ValueError, match=r"prompts\[1\] has 0 tokens"):
+    with pytest.raises(ValueError, match=r"prompts\[1\]: must have .*, got 0 tokens"):
         generate(model, tokenizer, [[1], []], max_new_tokens=3)
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+    with pytest.raises(ValueError, match="max_new_tokens: must be at least 1"):
         generate(model, tokenizer, [[1]], max_new_tokens=0)
-    with pytest.raises(ValueError, match="max_tokens must be at least 1"):
+    with pytest.raises(ValueError, match="max_tokens: must be at least 1"):
         plan_batches([1], max_tokens=0)
 
 
@@ -184,10 +239,11 @@ def test_smollm2_answers(smollm2_path):
     model, tokenizer = load_model(smollm2_path), load_tokenizer(smollm2_path)
     renderer = Renderer(tokenizer)
     questions = ["What is 2 + 3?", "Name one color of the rainbow.", "Say hello. \U0001f600"]
-    prompts = [renderer.prompt([{"role": "user", "content": q}]).input_ids for q in questions]
+    examples = [Example(0, ({"role": "user", "content": q},), "") for q in questions]
+    prompts = [renderer.prompt(example).input_ids.tolist() for example in examples]
     answers = generate(model, tokenizer, prompts, max_new_tokens=16)
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = one_by_one(model, prompt, 16, pad_token_id=2)
         assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
-        assert answer.finished == (2 in tokens)
+        assert (answer.verdict is None) == (2 in tokens)
     assert "5" in answers[0].text

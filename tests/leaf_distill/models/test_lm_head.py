@@ -1,83 +1,77 @@
-"""The way to the head: a model's own logits, or a refusal before the first step."""
+"""The hook at the LM head: a model's own logits, or a refusal before the first step."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distill_pair import (
-    WORDS,
-    losses,
-    make_config,
-    make_model,
-    make_rows,
-    make_student,
-    make_teacher,
-    make_tokenizer,
-    plain_measures,
-)
+import transformers as hf
+from architectures import CAUSAL, SIZES, VOCABULARY, build, prophetnet
 from torch import Tensor, nn
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from leaf_distill.models.lm_head import HeadPath
-from leaf_distill.training.trainer import LeafTrainer
+from leaf_distill.models.lm_head import LMHeadHook
 
-SIZES: dict[str, Any] = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.5,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 1,
-}
-ARCHITECTURES: dict[str, Any] = {
-    "gemma2 (softcap)": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0)
-    ),
-    "cohere (factor)": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
-    "granite (divisor)": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
-    "phi (head with bias)": lambda: PhiForCausalLM(PhiConfig(**SIZES)),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(WORDS), n_positions=64, n_embd=16, n_layer=2, n_head=2)
-    ),
-}
+IDS = torch.arange(3, 21).reshape(2, 9) * 2 % VOCABULARY
+MASK = torch.ones_like(IDS)
+AT = torch.zeros(2, 9, dtype=torch.bool)
+AT[0, 3:6] = AT[1, 7] = True
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_any_architecture_trains_on_its_own_logits(tmp_path: Path, name: str) -> None:
-    torch.manual_seed(2)
-    student, teacher = ARCHITECTURES[name](), ARCHITECTURES[name]()
-    with torch.no_grad():  # a fresh bias is zero, and would show nothing
-        for model in (student, teacher):
-            if getattr(model.get_output_embeddings(), "bias", None) is not None:
-                model.get_output_embeddings().bias.normal_()
-    rows = make_rows(8, 3)
-    expected = plain_measures(student.eval(), teacher.eval(), rows)
-    config = make_config(tmp_path, num_train_epochs=1)
-    trainer = LeafTrainer(student, teacher, config, rows, rows, make_tokenizer())
-    measured = trainer.evaluate()
-    assert measured["eval_kd_loss"] == pytest.approx(expected["kd_loss"], rel=1e-4)
-    assert measured["eval_agreement"] == pytest.approx(expected["agreement"], rel=1e-6)
-    trainer.train()
-    assert losses(trainer)[0] > 0
+def logits_at_the_head(model: Any, hook: LMHeadHook) -> Tensor:
+    def make(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = nn.functional.linear(hidden, weight, bias) * hook.scale
+        return logits if hook.softcap is None else torch.tanh(logits / hook.softcap) * hook.softcap
+
+    return hook.run(model, IDS, MASK, AT, make)
+
+
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "headless"])
+def test_the_models_own_logits_are_computed_from_what_the_hook_captures(name: str) -> None:
+    model = build(name)
+    own = model(input_ids=IDS, attention_mask=MASK).logits[AT]
+    hook = LMHeadHook(model.train(), "student")
+    hook.check(IDS, MASK, AT)
+    assert model.training and hook.vocab_size == VOCABULARY == own.shape[-1]
+    model.eval()
+    torch.testing.assert_close(logits_at_the_head(model, hook), own, rtol=1e-5, atol=1e-5)
+    # A forward of one's own is left alone.
+    torch.testing.assert_close(model(input_ids=IDS, attention_mask=MASK).logits[AT], own)
+
+
+def test_gradients_flow_through_the_forward() -> None:
+    model = build("tied")
+    hook = LMHeadHook(model, "student")
+    logits_at_the_head(model, hook).logsumexp(-1).sum().backward()
+    got = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    model(input_ids=IDS, attention_mask=MASK).logits[AT].logsumexp(-1).sum().backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(got[name], weight.grad, rtol=1e-4, atol=1e-5)
+
+
+class _PaddedHead(LlamaForCausalLM):
+    """Cuts the logits of its head's padding off, and its config does not tell."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits[..., :VOCABULARY]
+        return output
+
+
+def test_a_cut_that_the_config_does_not_tell_is_refused() -> None:
+    hook = LMHeadHook(_PaddedHead(LlamaConfig(**{**SIZES, "vocab_size": 64})), "teacher")
+    with pytest.raises(ValueError, match="teacher: must make one logit for each of the 64 rows"):
+        hook.check(IDS, MASK, AT)
+
+
+def test_a_head_that_gets_several_streams_is_refused() -> None:
+    model = prophetnet().eval()
+    hook = LMHeadHook(model, "student")
+    with pytest.raises(ValueError, match="student: must give its head one hidden state for each"):
+        hook.check(IDS, MASK, AT)
+    assert model(input_ids=IDS, use_cache=False).logits.shape == (2, 9, VOCABULARY)
 
 
 class _Secretive(LlamaForCausalLM):
@@ -94,18 +88,19 @@ class _Secretive(LlamaForCausalLM):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("factor", [0.99, 1.01, 1.2])
 def test_a_factor_on_the_logits_is_refused_in_every_dtype(
-    tmp_path: Path, factor: float, dtype: torch.dtype
+    factor: float, dtype: torch.dtype
 ) -> None:
-    teacher = _Secretive(make_teacher().config)
-    teacher.factor = factor
-    models = make_student(), teacher.to(dtype)
-    trainer = LeafTrainer(*models, make_config(tmp_path), make_rows(), None, make_tokenizer())
-    with pytest.raises(ValueError, match=f"teacher: the model's own.*and are {factor}.* times"):
-        trainer.train()
+    torch.manual_seed(0)
+    model = _Secretive(LlamaConfig(**SIZES, initializer_range=0.5))
+    model.factor = factor
+    hook = LMHeadHook(model.to(dtype), "teacher")
+    expected = rf"teacher: must make the logits .* and are {factor}\d* times as large"
+    with pytest.raises(ValueError, match=expected):
+        hook.check(IDS, MASK, AT)
 
 
 class _WideHead(nn.Linear):
-    """Multiplies in float32: the logits lack the rounding that `HeadPath` sees in its own."""
+    """Multiplies in float32: the logits lack the rounding that the hook sees in its own."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden.float(), self.weight.float())
@@ -114,48 +109,41 @@ class _WideHead(nn.Linear):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounding_is_not_taken_for_a_factor(dtype: torch.dtype) -> None:
     for seed in range(20):
-        model = make_model(seed, tie_word_embeddings=False)
-        model.lm_head = _WideHead(16, len(WORDS), bias=False)
-        ids = torch.randint(5, len(WORDS), (1, 4))
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.5))
+        model.lm_head = _WideHead(32, VOCABULARY, bias=False)
+        ids = torch.randint(5, VOCABULARY, (1, 4))
         at = torch.tensor([[False, False, False, True]])  # one label: it averages out the least
-        HeadPath(model.to(dtype), "teacher").check(ids, torch.ones_like(ids), at)
+        LMHeadHook(model.to(dtype), "teacher").check(ids, torch.ones_like(ids), at)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_a_head_that_is_not_finite_is_refused(tmp_path: Path, role: str, value: float) -> None:
-    models = {
-        "student": make_student(tie_word_embeddings=False),
-        "teacher": make_teacher(tie_word_embeddings=False),
-    }
+def test_a_head_that_is_not_finite_is_refused(role: str, value: float) -> None:
+    model = build()
     with torch.no_grad():
-        models[role].lm_head.weight[3, 2] = value
-    trainer = LeafTrainer(
-        *models.values(), make_config(tmp_path), make_rows(), None, make_tokenizer()
-    )
-    with pytest.raises(ValueError, match=f"{role}: the weights of the head .* are not finite"):
-        trainer.train()
+        model.lm_head.weight[3, 2] = value
+    with pytest.raises(ValueError, match=f"{role}: must have finite weights, got NaN or infinity"):
+        LMHeadHook(model, role).check(IDS, MASK, AT)
 
 
-def test_the_check_reads_the_shortest_row(tmp_path: Path) -> None:
-    rows = make_rows()
-    rows[0]["prompt"][0]["content"] = "w1 " * 60
-    rows[8]["prompt"][0]["content"], rows[8]["completion"][0]["content"] = "w1", "w2"
-    teacher, lengths = make_teacher(), []
-    teacher.model.embed_tokens.register_forward_pre_hook(
-        lambda _, args: lengths.append(args[0].shape[1])
-    )
-    config = make_config(tmp_path, max_steps=1)
-    LeafTrainer(make_student(), teacher, config, rows, None, make_tokenizer()).train()
-    assert lengths[:2] == [5, 5]  # its own logits, then the head's
-
-
-def test_an_adapter_on_the_head_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["no head", "an adapter on the head"])
+def test_another_head_than_a_plain_one_is_refused(kind: str) -> None:
     from peft import LoraConfig, get_peft_model
 
-    student = make_student(tie_word_embeddings=False)
-    adapted = get_peft_model(student, LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="student: needs a causal language model with a plain"):
-        LeafTrainer(
-            adapted, make_teacher(), make_config(tmp_path), make_rows(), None, make_tokenizer()
-        )
+    model: Any = build("headless")
+    if kind == "an adapter on the head":
+        model = get_peft_model(build(), LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="student: must be a causal language model with a plain"):
+        LMHeadHook(model, "student")
+
+
+def test_a_model_that_does_not_call_its_head_is_refused() -> None:
+    class _Own(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            states = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+            return hf.modeling_outputs.CausalLMOutputWithPast(logits=states @ self.lm_head.weight.T)
+
+    model = _Own(LlamaConfig(**SIZES))
+    with pytest.raises(ValueError, match="student: must call its head in its forward pass"):
+        LMHeadHook(model, "student").check(IDS, MASK, AT)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,38 +60,79 @@ def test_pad_token_is_set_when_missing(tmp_path, make_tokenizer):
 )
 def test_missing_path(name):
     for load in (load_model, load_tokenizer, model_fingerprint):
-        with pytest.raises(ValueError, match=f"'{name}' does not exist: no such directory"):
+        with pytest.raises(ValueError, match=f"got '{name}', which does not exist; check the path"):
             load(name)
 
 
 def test_unreachable_hub_name(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for load in (load_model, load_tokenizer, model_fingerprint):
-        with pytest.raises(ValueError, match="can be read from 'nobody/nothing'; give a directory"):
+        with pytest.raises(ValueError, match=r"^model: must be .*'nobody/nothing', from which"):
             load("nobody/nothing")
 
 
+HUB = """
+import sys, pathlib
+from leaf_distill.models.loading import LazyModel, load_tokenizer, model_fingerprint
+for commit in "ac":
+    pathlib.Path(sys.argv[1]).write_text(commit * 40)
+    for name in ("someone/model", "someone/adapter"):
+        model = LazyModel(name).load()
+        print(type(model).__name__, load_tokenizer(name).is_fast, model_fingerprint(name))
+"""
+
+
+def test_hub_names_stand_for_their_commits(tmp_path, saved, make_model):
+    """Read from a cache as huggingface_hub lays it out, without a network."""
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(make_model(), lora)
+    adapted.peft_config["default"].base_model_name_or_path = "someone/model"
+    adapted.save_pretrained(tmp_path / "adapter")
+    for directory, name, commit in (
+        (saved, "model", "a"),
+        (saved, "model", "c"),
+        (tmp_path / "adapter", "adapter", "b"),
+    ):
+        home = tmp_path / f"hub/models--someone--{name}"
+        shutil.copytree(directory, home / "snapshots" / (commit * 40))
+        (home / "refs").mkdir(exist_ok=True)
+        (home / "refs/main").write_text(commit * 40)
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    newest = str(tmp_path / "hub/models--someone--model/refs/main")
+    command = [sys.executable, "-c", HUB, newest]
+    output = subprocess.check_output(command, text=True, env=environment)
+    lines = [line.split() for line in output.splitlines()]
+    assert [line[:2] for line in lines] == [["LlamaForCausalLM", "True"]] * 4
+    assert len({line[2] for line in lines}) == 4  # the base is part of the adapter's
+
+
 def test_other_files(tmp_path, saved):
-    with pytest.raises(ValueError, match=r"is a file, but not a \.gguf one: name its folder"):
+    with pytest.raises(ValueError, match=r"^model: must be .* got the file .*; name its dir"):
         load_model(str(saved / "config.json"))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF no more")
-    with pytest.raises(ValueError, match=r"No model .* from '.*bad.gguf'"):
+    with pytest.raises(ValueError, match=r"^model: must be .*bad.gguf', from which no model"):
         load_model(str(tmp_path / "bad.gguf"))
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"No model .* from '.*student'"):
+    with pytest.raises(ValueError, match=r"^model: must be .*student', from which no model"):
         load_model(str(saved))
     (tmp_path / "empty").mkdir()
     for load in (load_model, load_tokenizer):
-        with pytest.raises(ValueError, match="of a causal language model can be read from"):
+        with pytest.raises(
+            ValueError, match=r"^model: must be .*empty', from which no (model|tok)"
+        ):
             load(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="has none of the files of a model"):
+        model_fingerprint(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"got '/aaaa.*aaaa', which does not exist"):
+        load_model("/" + "a" * 5000)
 
 
 def test_missing_weights_are_named(saved):
     weights = load_file(saved / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 of its weights, such as 'model.norm.weight'"):
+    with pytest.raises(ValueError, match=r"which lacks 1 of them, such as 'model.norm.weight'"):
         load_model(str(saved))
 
 
@@ -104,22 +149,22 @@ def test_tied_head_is_not_missing(tmp_path, make_model):
 def test_other_kind_of_model(tmp_path):
     config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="No model of a causal language model can be read"):
+    with pytest.raises(ValueError, match=r"must be a causal .* of the type 't5'"):
         load_model(str(tmp_path))
 
 
 def test_slow_tokenizer_is_refused(tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is a slow one \(ByT5Tokenizer\)"):
+    with pytest.raises(ValueError, match=r"^tokenizer: must be a fast one, .* got ByT5Tokenizer"):
         load_tokenizer(str(tmp_path))
 
 
 def test_settings_are_checked(saved):
-    with pytest.raises(ValueError, match=r"dtype must be one of auto, float32, .* not 'half'"):
+    with pytest.raises(ValueError, match=r"^dtype: must be one of auto, float32, .* got 'half'"):
         load_model(str(saved), dtype="half")
-    with pytest.raises(ValueError, match="device must be 'auto', 'cpu' or"):
+    with pytest.raises(ValueError, match=r"^device: must be 'auto', 'cpu' or .* got 'gpu'"):
         resolve_device("gpu")
-    with pytest.raises(ValueError, match=r"device 'cuda:99' was asked for, but \d+ GPUs are here"):
+    with pytest.raises(ValueError, match=r"^device: must be one of the \d+ GPUs .*'cuda:99'"):
         resolve_device("cuda:99")
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -189,11 +234,14 @@ def test_same_tokenizers(make_tokenizer):
 
 
 def test_different_tokenizers_are_refused_with_the_first_difference(make_tokenizer):
-    with pytest.raises(ValueError, match=r"token 'b' is number 2 in the teacher's and number 3 in"):
+    with pytest.raises(
+        ValueError,
+        match=r"^tokenizers: .* got token 'b' as number 2 in the teacher's and number 3",
+    ):
         check_same_tokenizer(_words("a", "b", "c"), _words("a", "c", "b"))
-    with pytest.raises(ValueError, match=r"token 'c' is absent in the teacher's and number 3 in"):
+    with pytest.raises(ValueError, match=r"token 'c' as absent in the teacher's and number 3 in"):
         check_same_tokenizer(_words("a", "b"), _words("a", "b", "c"))
-    with pytest.raises(ValueError, match=r"they split .* differently, into \d+ and \d+ tokens"):
+    with pytest.raises(ValueError, match=r"that split .* differently, into \d+ and \d+ tokens"):
         check_same_tokenizer(make_tokenizer("bytes"), make_tokenizer("nfc"))
 
 

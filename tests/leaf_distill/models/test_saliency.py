@@ -3,80 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from architectures import CAUSAL, SIZES, VOCABULARY, build
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from leaf_distill.data.prompt import Rendering
-from leaf_distill.models.saliency import saliency
-
-VOCABULARY = 50
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "attention_dropout": 0.0,
-}
-
-
-class HeadlessLlama(LlamaForCausalLM):
-    """A model that does not tell which module its head is."""
-
-    def get_output_embeddings(self) -> None:
-        return None
-
-
-def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    )
-
-
-def gemma2() -> PreTrainedModel:
-    config = Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.5)
-    return Gemma2ForCausalLM(config)
-
-
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "headless": lambda: HeadlessLlama(LlamaConfig(**SIZES)),
-    "softcap": gemma2,
-    "divided": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
-    "scaled": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
-    "gpt2": gpt2,
-}
-
-
-def build(name: str = "llama") -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = MODELS[name]()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.05)
-    return model
+from leaf_distill.data.example import Rendering
+from leaf_distill.models.saliency import saliency, token_nll
 
 
 def rendering(prompt: int, labels: int, seed: int = 0, avoid: int | None = None) -> Rendering:
@@ -84,9 +19,9 @@ def rendering(prompt: int, labels: int, seed: int = 0, avoid: int | None = None)
     ids = torch.randint(3, VOCABULARY - 1, (prompt + labels,), generator=generator)
     if avoid is not None:
         ids[ids == avoid] = 3
-    mask = [False] * prompt + [True] * labels
-    nowhere = [(-1, -1)] * (prompt + labels)
-    return Rendering(ids.tolist(), mask, [not m for m in mask], [not m for m in mask], nowhere)
+    mask = np.arange(prompt + labels) >= prompt
+    offsets = np.where(mask[:, None], -1, np.arange(prompt + labels)[:, None] + [[0, 1]])
+    return Rendering(ids.numpy().astype(np.int32), mask, offsets.astype(np.int32), ~mask)
 
 
 ROWS = [rendering(5, 1, 1), rendering(12, 7, 2), rendering(3, 14, 3), rendering(20, 4, 4)]
@@ -95,17 +30,18 @@ ROWS = [rendering(5, 1, 1), rendering(12, 7, 2), rendering(3, 14, 3), rendering(
 def plain_loop(model: PreTrainedModel, row: Rendering) -> tuple[float, np.ndarray]:
     """The definition, one row at a time, in float64, with the model's own full logits."""
     exact = copy.deepcopy(model).double().eval()
-    embeddings = exact.get_input_embeddings()(torch.tensor([row.input_ids])).detach()
+    embeddings = exact.get_input_embeddings()(torch.from_numpy(row.input_ids[None])).detach()
     embeddings.requires_grad_(True)
-    logits = exact(inputs_embeds=embeddings).logits[0]
-    labels = [at for at, is_label in enumerate(row.label_mask) if is_label]
+    # CTRL scales in place what it is given.
+    logits = exact(inputs_embeds=embeddings * 1, use_cache=False).logits[0]
     chances = torch.log_softmax(logits, -1)
-    loss = -torch.stack([chances[at - 1, row.input_ids[at]] for at in labels]).mean()
+    labels = row.loss_mask.nonzero()[0].tolist()
+    loss = -torch.stack([chances[at - 1, int(row.input_ids[at])] for at in labels]).mean()
     (gradient,) = torch.autograd.grad(loss, embeddings)
     return loss.item(), gradient[0].norm(dim=-1).numpy()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_equals_a_plain_loop_in_float64(name: str) -> None:
     model = build(name)
     for row, result in zip(ROWS, saliency(model, ROWS), strict=True):
@@ -116,19 +52,132 @@ def test_equals_a_plain_loop_in_float64(name: str) -> None:
         assert not result.invalid
 
 
-def test_batch_equals_one_by_one() -> None:
-    model = build()
-    for row, result in zip(ROWS, saliency(model, ROWS), strict=True):
+@pytest.mark.parametrize("name", CAUSAL)
+def test_padding_changes_no_more_than_rounding(name: str) -> None:
+    model = build(name)
+    likelihoods = token_nll(model, ROWS)
+    for row, result, nll in zip(ROWS, saliency(model, ROWS), likelihoods, strict=True):
         (alone,) = saliency(model, [row])
         assert result.nll == pytest.approx(alone.nll, rel=5e-6)
-        np.testing.assert_allclose(result.norms, alone.norms, rtol=5e-6)
+        scale = alone.norms.max()
+        np.testing.assert_allclose(result.norms, alone.norms, rtol=5e-6, atol=5e-7 * scale)
+        np.testing.assert_allclose(nll, token_nll(model, [row])[0], rtol=5e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["xlnet", "cpmant"])
+def test_an_embedding_that_is_not_one_vector_a_token_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="model: must call its input embedding once, with one"):
+        saliency(build(name), ROWS)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_likelihood_of_every_token_equals_float64(name: str) -> None:
+    model = build(name)
+    exact = copy.deepcopy(model).double()
+    for row, nll in zip(ROWS, token_nll(model, ROWS), strict=True):
+        ids = torch.from_numpy(row.input_ids).long()
+        with torch.no_grad():
+            chances = exact(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        expected = -chances.gather(1, ids[1:, None])[:, 0].numpy()
+        assert nll.dtype == np.float32 and nll.shape == (len(row),) and nll[0] == 0.0
+        np.testing.assert_allclose(nll[1:], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_over_the_labels_is_the_loss() -> None:
+    model = build()
+    for row, nll, result in zip(ROWS, token_nll(model, ROWS), saliency(model, ROWS), strict=True):
+        assert nll[row.loss_mask].mean() == pytest.approx(result.nll, rel=1e-5)
+
+
+def test_likelihoods_never_hold_the_logits_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leaf_distill.models.saliency._LOGITS_A_CHUNK", 7 * VOCABULARY)
+    model, seen = build(), []
+    expected = token_nll(model, ROWS)
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.numel()))
+    for nll, before in zip(token_nll(model, ROWS), expected, strict=True):
+        np.testing.assert_array_equal(nll, before)
+    assert len(seen) > 9 and max(seen) == 7 * VOCABULARY
+
+
+def test_a_row_of_one_token_has_a_likelihood_of_zero() -> None:
+    one = rendering(1, 0)
+    assert token_nll(build(), [one])[0].tolist() == [0.0]
+    assert [len(nll) for nll in token_nll(build(), [one, ROWS[0], one])] == [1, 6, 1]
+
+
+class _Cropped(LlamaForCausalLM):
+    """Makes logits for a part of its head's rows only, and its config does not tell."""
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits[..., :40]
+        return output
+
+
+def test_what_a_model_does_to_its_logits_counts() -> None:
+    torch.manual_seed(0)
+    model = _Cropped(LlamaConfig(**SIZES))
+    low = [Rendering(row.input_ids % 40, *vars_of(row)) for row in ROWS]
+    for row, nll in zip(low, token_nll(model, low), strict=True):
+        ids = torch.from_numpy(row.input_ids).long()
+        with torch.no_grad():
+            chances = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        assert chances.shape[-1] == 40
+        np.testing.assert_allclose(nll[1:], -chances.gather(1, ids[1:, None])[:, 0], rtol=1e-5)
+    row = low[0]
+    row.input_ids[-1] = 45
+    for run in (saliency, token_nll):
+        with pytest.raises(ValueError, match="renderings: must hold token ids below 40"):
+            run(model, [row])
+
+
+def vars_of(row: Rendering) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return row.loss_mask, row.offsets, row.prunable
+
+
+@pytest.mark.parametrize("run", [saliency, token_nll])
+def test_a_label_without_a_logit_is_named(run: object) -> None:
+    model = build("padded head")  # 64 embeddings, 50 logits
+    bad = rendering(5, 3)
+    bad.input_ids[6] = 55
+    with pytest.raises(ValueError, match=r"renderings\[1\]: must hold token ids below 50, the num"):
+        run(model, [ROWS[0], bad])
+
+
+def test_a_token_of_the_prompt_needs_no_logit() -> None:
+    row = rendering(5, 3)
+    row.input_ids[2] = 55
+    assert not saliency(build("padded head"), [row])[0].invalid
+
+
+@pytest.mark.parametrize("run", [saliency, token_nll])
+def test_a_token_outside_the_embedding_is_named(run: object) -> None:
+    bad = rendering(5, 3)
+    bad.input_ids[2] = VOCABULARY
+    with pytest.raises(ValueError, match=r"renderings\[1\]: must hold token ids below 50.*got 50"):
+        run(build(), [ROWS[0], bad])
+
+
+def test_a_batch_beyond_the_memory_runs_in_parts(caplog: pytest.LogCaptureFixture) -> None:
+    model = build()
+    expected, likelihoods = saliency(model, ROWS), token_nll(model, ROWS)
+
+    def allocate(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+        torch.empty((1 << 50) if len(args[0]) > 1 else 1)  # more than any machine has
+
+    model.get_input_embeddings().register_forward_pre_hook(allocate)
+    for result, before in zip(saliency(model, ROWS), expected, strict=True):
+        np.testing.assert_allclose(result.norms, before.norms, rtol=5e-6)
+    for nll, before in zip(token_nll(model, ROWS), likelihoods, strict=True):
+        np.testing.assert_allclose(nll, before, rtol=5e-6)
+    assert len(caplog.records) == 6 and "a batch of 4 rows" in caplog.records[0].getMessage()
 
 
 def test_only_what_predicts_the_labels_reaches_the_head() -> None:
     model, seen = build(), []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     saliency(model, ROWS)
-    assert seen == [(1, sum(sum(row.label_mask) for row in ROWS), VOCABULARY)]
+    assert seen == [(1, sum(int(row.loss_mask.sum()) for row in ROWS), VOCABULARY)]
 
 
 def test_positions_after_the_last_prediction_have_no_gradient() -> None:
@@ -217,9 +266,9 @@ def test_float16_keeps_gradients_below_its_smallest_number() -> None:
 
 
 def test_a_row_without_labels_is_named() -> None:
-    with pytest.raises(ValueError, match=r"rows\[1\].*label"):
+    with pytest.raises(ValueError, match=r"renderings\[1\]: must have a label"):
         saliency(build(), [ROWS[0], rendering(4, 0)])
 
 
 def test_no_rows_no_results() -> None:
-    assert saliency(build(), []) == []
+    assert saliency(build(), []) == [] == token_nll(build(), [])

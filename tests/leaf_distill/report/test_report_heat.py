@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leaf_distill.report.heat import LEVELS, Token, cut_excerpt, heat, score_level, tail
+from leaf_distill.report.heat import LEVELS, Token, cut_excerpt, heat, last_lines, score_level
 
 
 def test_low_score_is_the_strong_color() -> None:
@@ -40,14 +40,27 @@ def test_excerpt_keeps_the_text_around_each_cut() -> None:
     ]
 
 
-def test_tail_starts_at_a_line_or_a_word() -> None:
+def test_the_end_of_an_answer_starts_at_a_line_or_a_word() -> None:
     answer = (
         "first " * 40
         + "word\n"
         + "the sum is taken step by step, then halved.\n\nThe answer is 4.\n"
     )
-    assert tail(answer, length=100) == (
+    assert last_lines(answer, length=100) == (
         "the sum is taken step by step, then halved.\n\nThe answer is 4."
     )
-    assert tail("one two three four", length=10) == "four"
-    assert tail("x" * 30, length=10) == "x" * 10
+    assert last_lines("one two three four", length=10) == "four"
+    assert last_lines("x" * 30, length=10) == "x" * 10
+    assert last_lines("one two", length=10) == "one two"
+
+
+def test_excerpt_breaks_no_word_where_there_are_spaces() -> None:
+    text = "zero one two three four five six seven eight nine ten"
+    pieces = cut_excerpt(text, [(18, 23)], context=10)
+    assert [(p.text, p.cut, p.hidden) for p in pieces] == [
+        ("", False, 9),
+        ("two three", False, 0),
+        (" four", True, 0),
+        (" five six", False, 0),
+        ("", False, 21),
+    ]

@@ -16,7 +16,8 @@ import torch
 from distill_pair import make_config, make_rows, make_student, make_teacher, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from leaf_distill.io import StoreError
+from leaf_distill.io import StoreError, locked
+from leaf_distill.models.loading import load_model
 from leaf_distill.training.config import DistillArguments
 from leaf_distill.training.distill import distill
 from leaf_distill.training.trainer import LeafTrainer
@@ -87,10 +88,11 @@ def test_other_rows_are_all_originals(
         max_rows=5,
     )
     config = make_config(tmp_path / "out", per_device_train_batch_size=8, num_train_epochs=1)
-    metrics = distill(arguments, config).metrics
+    with caplog.at_level(logging.INFO, logger="leaf_distill"):
+        metrics = distill(arguments, config).metrics
     assert metrics["rows"]["originals"] == 5 and metrics["rows"]["counterfactuals"] == 0
     assert metrics["log"][0]["steps_without_cf"] == 1
-    assert "so this is plain distillation" in caplog.text
+    assert "has no counterfactuals: the loss is that of plain distillation" in caplog.text
     assert "by plain distillation" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -159,8 +161,8 @@ def test_the_same_command_goes_on_and_another_one_is_refused(
         for result in (whole, resumed)
     ]
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
-    with pytest.raises(ValueError, match=r"kd_weight was 'pool' and is now '0.5'"):
-        distill(arguments, make_config(tmp_path / "out", kd_weight="0.5", **saving))
+    with pytest.raises(ValueError, match=r"kd_weight was 'pool' and is now 0.5\n"):
+        distill(arguments, make_config(tmp_path / "out", kd_weight=0.5, **saving))
 
 
 def test_an_unfinished_run_and_a_damaged_file_are_named(
@@ -170,10 +172,10 @@ def test_an_unfinished_run_and_a_damaged_file_are_named(
     config = make_config(tmp_path / "out")
     file = run / "dataset.parquet"
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"dataset.parquet cannot be read"):
+    with pytest.raises(ValueError, match=r"dataset.parquet"):
         distill(DistillArguments(**pair, dataset=str(run)), config)
     file.unlink()
-    with pytest.raises(ValueError, match="is not finished"):
+    with pytest.raises(ValueError, match="has no dataset yet"):
         distill(DistillArguments(**pair, dataset=str(run)), config)
 
 
@@ -194,8 +196,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, pair: dict[str, str]) -> 
     assert again.metrics == json.loads(json.dumps(first.metrics))
     assert weights(output) == trained and (output / "README.md").read_text() == card
 
-    # Killed after the last step and before the end: what is left is to save it.
-    (output / "metrics.json").unlink()
+    # Its weights were lost (or it was killed before the end): what is left is to save them.
     (output / "model.safetensors").unlink()
     late = distill(arguments, make_config(output, resume_from_checkpoint="True", **SAVING))
     assert weights(output) == trained and not (output / "checkpoint-4").exists()
@@ -211,7 +212,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, pair: dict[str, str]) -> 
     ("settings", "message"),
     [
         ({"chat_template": "foo"}, "chat_template"),
-        ({"max_length": 5}, "no row is left"),
+        ({"max_length": 5}, r"must have a row to train on, got 9 too_long \(row 0: "),
         ({"eval_strategy": "steps", "eval_steps": 1}, "eval"),
         ({"report_to": "foo"}, "foo"),
         ({"optim": "rmsprop", "optim_args": "foo"}, "unpack"),
@@ -289,7 +290,7 @@ def test_rows_that_cannot_be_read_are_counted(tmp_path: Path, pair: dict[str, st
     assert "left out: 1 empty_completion" in (tmp_path / "out" / "README.md").read_text()
 
     file.write_text(json.dumps(lines[0]) + "\n")
-    with pytest.raises(ValueError, match=r"no row .* can be used: {'empty_completion': 1}"):
+    with pytest.raises(ValueError, match="got 1 empty_completion"):
         distill(arguments, make_config(tmp_path / "other", max_steps=1))
 
 
@@ -339,3 +340,264 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     distill(arguments, make_config(tmp_path / "out", **settings))
     assert weights(tmp_path / "out") == weights(whole.output_dir)
+
+
+def trained_steps(metrics: dict[str, Any]) -> list[int]:
+    return [log["step"] for log in metrics["log"] if "loss" in log]
+
+
+# ---- whose a directory is ----
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "checkpoint-2"])
+def test_files_of_others_are_not_overwritten(
+    name: str, tmp_path: Path, pair: dict[str, str]
+) -> None:
+    """Not even a checkpoint is gone on from, which no run of `leaf distill` here has written."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "notes.txt").write_text("kept")
+    if name == "checkpoint-2":
+        (output / name).mkdir()
+    else:
+        (output / name).write_text("theirs")
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(8, 1)))
+    with pytest.raises(ValueError, match=rf"output_dir: must be empty .*, got .*out with {name}"):
+        distill(arguments, make_config(output, max_steps=1))
+    assert sorted(path.name for path in output.iterdir()) == sorted([name, "notes.txt"])
+    if name == "checkpoint-2":
+        (output / name).rmdir()
+    else:
+        assert (output / name).read_text() == "theirs"
+        (output / name).unlink()
+    distill(arguments, make_config(output, max_steps=1))  # notes.txt is in nobody's way
+    assert (output / "notes.txt").read_text() == "kept"
+
+
+def test_an_input_is_no_output(tmp_path: Path, pair: dict[str, str]) -> None:
+    run = write_run(tmp_path / "run", make_rows(8, 1))
+    arguments = DistillArguments(**pair, dataset=run)
+    for directory in (pair["student"], pair["teacher"], run):
+        before = {path: path.read_bytes() for path in Path(directory).iterdir()}
+        with pytest.raises(ValueError, match="output_dir: must be empty or hold a run"):
+            distill(arguments, make_config(directory, max_steps=1))
+        assert {path: path.read_bytes() for path in Path(directory).iterdir()} == before
+    with pytest.raises(ValueError, match="output_dir: must be a directory, got the file"):
+        distill(arguments, make_config(f"{run}/dataset.parquet", max_steps=1))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, pair: dict[str, str]) -> None:
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(12, 5)))
+    distill(arguments, make_config(tmp_path / "one", **SAVING))
+    checkpoint = str(tmp_path / "one" / "checkpoint-2")
+    named = {**SAVING, "resume_from_checkpoint": checkpoint}
+    with pytest.raises(
+        ValueError, match=r"got .*one, where\n  kd_weight was 'pool' and is now 0\.5"
+    ):
+        distill(arguments, make_config(tmp_path / "two", kd_weight=0.5, **named))
+    assert not (tmp_path / "two" / "run.json").exists()
+    metrics = distill(arguments, make_config(tmp_path / "two", **named)).metrics
+    assert trained_steps(metrics) == [1, 2, 3]
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    (tmp_path / "one" / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"got .*checkpoint-2, which has no run\.json beside it"):
+        distill(arguments, make_config(tmp_path / "three", **named))
+
+
+def test_only_what_changes_the_result_is_compared(tmp_path: Path, pair: dict[str, str]) -> None:
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(8, 1)))
+    output = tmp_path / "out"
+    distill(arguments, make_config(output, max_steps=1))
+    written = json.loads((output / "run.json").read_text())
+    assert len(written) < 45 and "logging_steps" not in written
+    # A later version knows another setting, and an earlier one a setting less.
+    written["setting_of_later"] = 1
+    del written["neftune_noise_alpha"]
+    (output / "run.json").write_text(json.dumps(written))
+    distill(arguments, make_config(output, max_steps=1))
+    with pytest.raises(ValueError) as refused:
+        other = DistillArguments(**{**pair, "teacher": pair["student"]}, dataset=arguments.dataset)
+        distill(other, make_config(output, max_steps=1, weight_decay=0.1))
+    assert str(refused.value).splitlines()[1:-1] == [
+        f"  teacher was '{pair['teacher']}' and is now '{pair['student']}'",
+        "  weight_decay was 0.0 and is now 0.1",
+    ]
+
+
+def test_one_process_works_in_a_directory(tmp_path: Path, pair: dict[str, str]) -> None:
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(8, 1)))
+    with locked(tmp_path / "out"), pytest.raises(StoreError, match="nother process"):
+        distill(arguments, make_config(tmp_path / "out", max_steps=1))
+    distill(arguments, make_config(tmp_path / "out", max_steps=1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"teacher": "./nowhere"}, "nowhere"),
+        ({"dataset": "./nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"eval_dataset": "./nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"teacher_dtype": "float17"}, "float17"),
+        ({"lora_r": 2, "lora_target_modules": ["no_such_layer"]}, "no_such_layer"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_claim(
+    wrong: dict[str, Any], message: str, tmp_path: Path, pair: dict[str, str]
+) -> None:
+    right = {**pair, "dataset": write_run(tmp_path / "run", make_rows(8, 1))}
+    config = make_config(tmp_path / "out", max_steps=1)
+    with pytest.raises(ValueError, match=message):
+        distill(DistillArguments(**{**right, **wrong}), config)
+    assert not (tmp_path / "out" / "run.json").exists()
+    distill(DistillArguments(**right), config)
+
+
+# ---- numbers that are not finite, more steps ----
+
+
+class _Overflow(TrainerCallback):
+    """Stands for a learning rate that drives the weights out of float32 in the second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        if state.global_step == 2 and args.learning_rate > 1:
+            with torch.no_grad():
+                model.lm_head.weight.mul_(1e38).mul_(1e38)
+
+
+def test_a_lower_learning_rate_goes_on_where_numbers_were_not_finite(
+    tmp_path: Path, pair: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = LeafTrainer.train
+
+    def overflowing(self: LeafTrainer, *words: Any, **options: Any) -> Any:
+        self.add_callback(_Overflow())
+        return train(self, *words, **options)
+
+    monkeypatch.setattr(LeafTrainer, "train", overflowing)
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(12, 5)))
+    output = tmp_path / "out"
+    with pytest.raises(RuntimeError, match=r"not finite.*Lower learning_rate and run the same"):
+        distill(arguments, make_config(output, learning_rate=2.0, **SAVING))
+    assert not (output / "model.safetensors").exists()
+    assert not (output / "metrics.json").exists()
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
+    result = distill(arguments, make_config(output, learning_rate=1e-3, **SAVING))
+    assert trained_steps(result.metrics) == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.001 and is now 0\.002"):
+        distill(arguments, make_config(output, learning_rate=2e-3, **SAVING))
+
+
+def test_max_steps_can_be_extended_and_not_shortened(tmp_path: Path, pair: dict[str, str]) -> None:
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(12, 5)))
+    output = tmp_path / "out"
+    first = distill(arguments, make_config(output, **SAVING))
+    longer = distill(arguments, make_config(output, **{**SAVING, "max_steps": 5}))
+    assert trained_steps(longer.metrics) == [1, 2, 3, 4, 5]
+    loss = [log["loss"] for log in longer.metrics["log"] if "loss" in log]
+    assert loss[:3] == [log["loss"] for log in first.metrics["log"] if "loss" in log]
+    assert longer.metrics["train"]["train_loss"] == pytest.approx(sum(loss) / 5)
+    with pytest.raises(ValueError, match="max_steps was 5 and is now 3"):
+        distill(arguments, make_config(output, **SAVING))
+    unsaved = make_config(tmp_path / "unsaved", max_steps=1)
+    distill(arguments, unsaved)
+    with pytest.raises(ValueError, match=r"max_steps: must stay as it was, since .* no checkpoint"):
+        distill(arguments, unsaved.with_changes(max_steps=2))
+
+
+def test_a_run_that_starts_over_forgets_the_checkpoints_after_it(
+    tmp_path: Path, pair: dict[str, str]
+) -> None:
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(12, 5)))
+    output = tmp_path / "out"
+    distill(arguments, make_config(output, **{**SAVING, "save_total_limit": None}))
+    again = {**SAVING, "save_strategy": "no", "resume_from_checkpoint": f"{output}/checkpoint-1"}
+    distill(arguments, make_config(output, **again))
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+# ---- the dataset and the card ----
+
+
+def test_a_run_with_arms_gives_its_only_one_or_lists_them(
+    tmp_path: Path, pair: dict[str, str]
+) -> None:
+    run = tmp_path / "run"
+    (run / "arms").mkdir(parents=True)
+    write_run(run / "arms" / "span", make_rows(8, 4))
+    config = make_config(tmp_path / "out", max_steps=1)
+    metrics = distill(DistillArguments(**pair, dataset=str(run)), config).metrics
+    assert metrics["rows"]["counterfactuals"] == 4
+    write_run(run / "arms" / "random_spans", make_rows(8, 2))
+    with pytest.raises(
+        ValueError, match=r"one arm of the run .*2: .*arms/random_spans, .*arms/span"
+    ):
+        distill(DistillArguments(**pair, dataset=str(run)), config)
+    arm = DistillArguments(**pair, dataset=str(run / "arms" / "random_spans"))
+    metrics = distill(arm, make_config(tmp_path / "control", max_steps=1)).metrics
+    assert metrics["rows"]["counterfactuals"] == 2
+
+
+@pytest.mark.parametrize("strategy", ["span", "random_spans"])
+def test_the_card_says_what_was_done(strategy: str, tmp_path: Path, pair: dict[str, str]) -> None:
+    rows = make_rows(8, 4)
+    for row in rows:
+        row["strategy"] = strategy if row["branch"] == "counterfactual" else None
+    run = write_run(tmp_path / "run", rows)
+    settings = {"strategy": strategy, "threshold": 0.15, "rule": "absolute", "validate": "teacher"}
+    (Path(run) / "funnel.json").write_text(json.dumps({"settings": settings}))
+    config = make_config(tmp_path / "out", max_steps=4, logging_steps=2)
+    metrics = distill(DistillArguments(**pair, dataset=run), config).metrics
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in (
+        f"| what is cut | {strategy} |",
+        "| threshold | 0.15 |",
+        "| rule of the threshold | absolute |",
+        "| who must answer a cut prompt correctly | teacher |",
+        f"sha256 of the rows {metrics['dataset_sha256'][:16]}",
+        "training, mean of steps 1 to 1 | training, mean of steps 3 to 4",
+        f"over the whole run: {metrics['train']['train_loss']:.4f}",
+    ):
+        assert words in card, words
+    assert ("as a control of [LeaF]" in card) is (strategy == "random_spans")
+    assert ("with their confounding tokens cut out" in card) is (strategy == "span")
+
+
+# ---- adapters ----
+
+
+def test_lora_trains_an_adapter_that_trains_on(tmp_path: Path, pair: dict[str, str]) -> None:
+    pytest.importorskip("peft")
+    dataset = write_run(tmp_path / "run", make_rows(12, 5))
+    arguments = DistillArguments(**pair, dataset=dataset, lora_r=2)
+    settings = {"learning_rate": 3e-2, **SAVING}
+    first = distill(arguments, make_config(tmp_path / "first", **settings))
+    saved = {path.name for path in first.output_dir.iterdir()}
+    assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
+    assert (
+        "| LoRA | rank 2, alpha 4, all linear layers but the head |"
+        in (first.output_dir / "README.md").read_text()
+    )
+    again = distill(arguments, make_config(tmp_path / "first", **settings))
+    assert again.metrics == json.loads(json.dumps(first.metrics))  # it is finished
+    adapter = first.output_dir / "adapter_model.safetensors"
+    trained = adapter.read_bytes()
+    for start in ("True", str(first.output_dir / "checkpoint-2"), "false"):
+        adapter.unlink()
+        distill(arguments, make_config(first.output_dir, resume_from_checkpoint=start, **settings))
+        assert adapter.read_bytes() == trained
+
+    onward = DistillArguments(
+        student=str(first.output_dir), teacher=pair["teacher"], dataset=dataset
+    )
+    second = distill(onward, make_config(tmp_path / "second", **settings))
+    ends = [run.metrics["log"] for run in (first, second)]
+    assert ends[1][0]["loss"] < ends[0][0]["loss"]  # it starts from what was learned
+    assert (second.output_dir / "adapter_model.safetensors").is_file()
+    merged = load_model(str(second.output_dir)).state_dict()
+    before = load_model(pair["student"]).state_dict()
+    assert any(not torch.equal(merged[name], before[name]) for name in before)
+    with pytest.raises(ValueError, match="peft_config: must be left out"):
+        both = DistillArguments(
+            student=str(first.output_dir), teacher=pair["teacher"], dataset=dataset, lora_r=2
+        )
+        distill(both, make_config(tmp_path / "third", **settings))

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import distill_pair
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from distill_pair import (
@@ -31,13 +33,15 @@ from distill_pair import (
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from leaf_distill.data.collator import collate, count_reasons
+from leaf_distill.data.example import Example
 from leaf_distill.training.trainer import LeafTrainer
 
 # ---- the objective ----
 
 
-@pytest.mark.parametrize("kd_weight", ["pool", "0.3"])
-def test_the_first_step_is_the_papers_loss(tmp_path: Path, kd_weight: str) -> None:
+@pytest.mark.parametrize("kd_weight", ["pool", 0.3])
+def test_the_first_step_is_the_papers_loss(tmp_path: Path, kd_weight: Any) -> None:
     rows = make_rows(8, 3)
     expected = plain_measures(make_student().eval(), make_teacher().eval(), rows)
     trainer = make_trainer(tmp_path, rows, kd_weight=kd_weight, num_train_epochs=1)
@@ -64,7 +68,7 @@ def test_the_student_learns_and_the_teacher_does_not(tmp_path: Path) -> None:
 
 
 def test_a_step_without_counterfactuals_is_counted(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, make_rows(24, 1), num_train_epochs=1, kd_weight="0.5")
+    trainer = make_trainer(tmp_path, make_rows(24, 1), num_train_epochs=1, kd_weight=0.5)
     trainer.train()
     logs = trainer.state.log_history[:3]
     assert sum(log["steps_without_cf"] for log in logs) == 2
@@ -78,7 +82,7 @@ def test_the_evaluation_loss_is_that_of_the_whole_dataset(tmp_path: Path) -> Non
     expected = plain_measures(make_student().eval(), make_teacher().eval(), rows)
     for batch_size in (1, 3, 16):
         trainer = make_trainer(
-            tmp_path, rows, kd_weight="0.25", per_device_eval_batch_size=batch_size
+            tmp_path, rows, kd_weight=0.25, per_device_eval_batch_size=batch_size
         )
         measured = trainer.evaluate()
         loss = 0.25 * expected["kd_loss"] + 0.75 * expected["cd_loss"]
@@ -93,7 +97,7 @@ def test_the_evaluation_loss_is_that_of_the_whole_dataset(tmp_path: Path) -> Non
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     single, double = [], []
     for batch_size in (8, 4, 1):
-        settings = {"per_device_train_batch_size": batch_size, "max_steps": 5, "kd_weight": "0.4"}
+        settings = {"per_device_train_batch_size": batch_size, "max_steps": 5, "kd_weight": 0.4}
         trainer = make_trainer(tmp_path, **settings)
         assert trainer.args.gradient_accumulation_steps == 8 // batch_size
         trainer.train()
@@ -110,11 +114,43 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     assert_same(double[2], double[0], 1e-10)
 
 
+class _Rows:
+    """Counts the padded tokens of each forward pass."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.tokens: list[int] = []
+        model.get_input_embeddings().register_forward_hook(self._see)  # type: ignore[operator]
+
+    def _see(self, module: Any, args: Any, output: Tensor) -> None:
+        self.tokens.append(output.shape[0] * output.shape[1])
+
+
+def test_a_pass_is_bounded_and_changes_nothing(tmp_path: Path) -> None:
+    rows = make_rows(4, 24)  # six counterfactuals come with each original
+    results, logs = [], []
+    for bound in (8192, 64):
+        student, teacher = make_student().double(), make_teacher().double()
+        seen = [_Rows(student), _Rows(teacher)]
+        settings = {"originals_per_step": 4, "per_device_train_batch_size": 2, "max_steps": 3}
+        config = make_config(tmp_path, max_batch_tokens=bound, kd_weight=0.4, **settings)
+        trainer = LeafTrainer(student, teacher, config, rows, None, make_tokenizer())
+        trainer.train()
+        results.append(weights(student))
+        logs.append([log for log in trainer.state.log_history if "loss" in log])
+        largest = max(max(one.tokens) for one in seen)
+        assert (largest <= 64) is (bound == 64)
+    assert_same(results[1], results[0], 1e-10)
+    for one, two in zip(*logs, strict=True):
+        for name in ("loss", "kd_loss", "cd_loss", "agreement", "cf_rows", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+
+
 def settings_file(directory: Path) -> Path:
     """20 originals in steps of 8: the last step of an epoch has 4, all of them on one rank."""
     directory.mkdir()
     file = directory / "settings.json"
     settings = {"double": True, "max_steps": 5, "per_device_train_batch_size": 4}
+    settings["max_batch_tokens"] = 40  # ranks then need different numbers of passes
     file.write_text(json.dumps(settings))
     return file
 
@@ -220,10 +256,11 @@ def test_long_rows_are_left_out_counted_and_kept_track_of(
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="leaf_distill"):
         trainer = make_trainer(tmp_path, max_length=14)
-    assert trainer.rejections and {r.reason for r in trainer.rejections} == {"too_long"}
-    assert len(trainer.train_dataset) + len(trainer.rejections) == 27
-    assert f"{len(trainer.rejections)} of 27 rows left out" in caplog.text
-    with pytest.raises(ValueError, match=r"no row is left.*27.*the first: .*max_length 3"):
+    assert trainer.left_out and count_reasons(trainer.left_out).keys() == {"too_long"}
+    assert trainer.train_dataset is not None
+    assert len(trainer.train_dataset) + len(trainer.left_out) == 27
+    assert f"{len(trainer.left_out)} of 27 rows left out" in caplog.text
+    with pytest.raises(ValueError, match=r"got 27 too_long \(row 0: must have at most 3 tokens"):
         make_trainer(tmp_path, max_length=3)
 
 
@@ -239,7 +276,9 @@ def test_the_teacher_may_have_another_template_but_no_other_labels(tmp_path: Pat
     framed = build("w39 w38 " + TEMPLATE)
     framed.train()
     assert 0 < losses(framed)[0] < 10
-    with pytest.raises(ValueError, match="different label tokens"):
+    with pytest.raises(
+        ValueError, match=r"got 27 different_labels .*for the teacher and .* student"
+    ):
         build(TEMPLATE.replace("<eos>", "<unk>"))
 
 
@@ -273,3 +312,188 @@ def test_a_lora_student_trains_its_adapter_only(tmp_path: Path) -> None:
     trainer.save_model()
     saved = PeftModel.from_pretrained(make_student(), tmp_path)
     assert_same(weights(saved), after)
+
+
+# ---- what a user brings ----
+
+
+def test_models_and_rows_may_be_names(tmp_path: Path) -> None:
+    names = {}
+    for name, model in (("student", make_student()), ("teacher", make_teacher())):
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+        names[name] = str(tmp_path / name)
+    arm = tmp_path / "run" / "arms" / "span"
+    arm.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(make_rows()), arm / "dataset.parquet")
+    config = make_config(tmp_path / "out", max_steps=2)
+    named = LeafTrainer(names["student"], names["teacher"], config, str(tmp_path / "run"))
+    named.train()
+    given = make_trainer(tmp_path / "out", max_steps=2)
+    given.train()
+    assert_same(weights(named.model), weights(given.model))
+    assert len(named.processing_class) == len(WORDS)
+
+
+def test_rows_may_be_conversations_or_a_dataset(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"w{i} w1"},
+                {"role": "assistant", "content": "w2 w3"},
+            ]
+        }
+        for i in range(8)
+    ]
+    trainer = make_trainer(tmp_path, datasets.Dataset.from_list(rows), max_steps=1)
+    trainer.train()
+    pairs = [{"prompt": f"w{i} w1", "completion": "w2 w3"} for i in range(8)]
+    same = make_trainer(tmp_path, pairs, max_steps=1)
+    same.train()
+    assert losses(trainer) == losses(same)
+
+
+def test_a_peft_config_wraps_the_student(tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel
+
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    models, config = (make_student(), make_teacher()), make_config(tmp_path, max_steps=1)
+    trainer = LeafTrainer(*models, config, make_rows(), None, make_tokenizer(), peft_config=lora)
+    assert isinstance(trainer.model, PeftModel)
+    assert all("lora_" in n for n, p in trainer.model.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="peft_config: must be left out"):
+        LeafTrainer(
+            trainer.model,
+            make_teacher(),
+            config,
+            make_rows(),
+            None,
+            make_tokenizer(),
+            peft_config=lora,
+        )
+
+
+def test_compute_metrics_adds_to_the_evaluations_measures(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    def both(measures: dict[str, float]) -> dict[str, float]:
+        seen.append(measures)
+        return {"sum": measures["kd_loss"] + measures["cd_loss"]}
+
+    config, rows = make_config(tmp_path), make_rows(6, 3)
+    trainer = LeafTrainer(
+        make_student(), make_teacher(), config, rows, rows, make_tokenizer(), compute_metrics=both
+    )
+    measured = trainer.evaluate()
+    assert measured["eval_sum"] == measured["eval_kd_loss"] + measured["eval_cd_loss"]
+    assert seen[0]["loss"] == measured["eval_loss"]
+
+
+def test_a_users_collator_makes_the_batches(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def counting(examples: Any) -> dict[str, Tensor]:
+        assert all(isinstance(one, Example) for one in examples)
+        calls.append(len(examples))
+        return collate(examples)
+
+    def build(collator: Any) -> LeafTrainer:
+        return LeafTrainer(
+            make_student(),
+            make_teacher(),
+            make_config(tmp_path, max_steps=1),
+            make_rows(8, 4),
+            None,
+            make_tokenizer(),
+            data_collator=collator,
+        )
+
+    build(counting).train()
+    assert sum(calls) > 12  # also the one row on which the heads are checked
+    with pytest.raises(
+        ValueError, match=r"data_collator: must return the keys .*teacher_loss_mask"
+    ):
+        build(lambda rows: {"input_ids": collate(rows)["input_ids"]}).train()
+
+
+def test_models_in_memory_must_share_a_vocabulary(tmp_path: Path) -> None:
+    config, rows = make_config(tmp_path), make_rows()
+    with pytest.raises(
+        ValueError,
+        match=r"teacher_model: must share the tokenizer's vocabulary, got 30 embeddings for a "
+        "tokenizer whose token 'w39' has the id 44",
+    ):
+        teacher = make_teacher(vocab_size=30)
+        LeafTrainer(make_student(), teacher, config, rows, None, make_tokenizer())
+
+    other = make_tokenizer()
+    swapped = {"w1": 7, "w2": 6}
+    vocabulary = {**other.get_vocab(), **swapped}
+    other.backend_tokenizer.model = type(other.backend_tokenizer.model)(
+        vocabulary, unk_token="<unk>"
+    )
+    make_teacher().save_pretrained(tmp_path / "teacher")
+    other.save_pretrained(tmp_path / "teacher")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="tokenizers: must be the same"):
+        LeafTrainer(make_student(), loaded, config, rows, None, make_tokenizer())
+    same = make_student()
+    with pytest.raises(ValueError, match="teacher_model: must be a model of its own"):
+        LeafTrainer(same, same, config, rows, None, make_tokenizer())
+
+
+def test_a_pad_token_outside_the_embedding_does_no_harm(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    assert tokenizer.pad_token_id == len(WORDS)  # beyond the student's embedding
+    runs = []
+    for one in (tokenizer, make_tokenizer()):
+        trainer = LeafTrainer(
+            make_student(),
+            make_teacher(),
+            make_config(tmp_path, max_steps=2),
+            make_rows(),
+            None,
+            one,
+        )
+        trainer.train()
+        runs.append(weights(trainer.model))
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_rows_longer_than_a_models_positions_leave(tmp_path: Path, role: str) -> None:
+    short = {"max_position_embeddings": 14}
+    student = make_student(**short if role == "student" else {})
+    teacher = make_teacher(**short if role == "teacher" else {})
+    config = make_config(tmp_path, max_steps=1)
+    trainer = LeafTrainer(student, teacher, config, make_rows(), None, make_tokenizer())
+    longest = max(len(one.renderings["student"]) for one in trainer.train_dataset.examples)
+    assert longest <= 14 and count_reasons(trainer.left_out).keys() == {"too_long"}
+
+
+def test_variables_reach_the_chat_template(tmp_path: Path) -> None:
+    template = TEMPLATE.replace("<assistant> {% endif %}", "<assistant> {{ mark }} {% endif %}")
+    tokenizer = make_tokenizer(template)
+    config = make_config(tmp_path, chat_template_kwargs='{"mark": "w39"}')
+    models = make_student(), make_teacher()
+    trainer = LeafTrainer(*models, config, make_rows(8, 0), None, tokenizer)
+    ids = trainer.train_dataset.examples[0].renderings["student"].input_ids.tolist()
+    assert ids[ids.index(WORDS.index("<assistant>")) + 1] == WORDS.index("w39")
+
+
+def test_dropout_can_be_switched_off(tmp_path: Path) -> None:
+    def trained(**settings: Any) -> dict[str, Tensor]:
+        student = make_student(attention_dropout=0.5)
+        config = make_config(tmp_path, max_steps=2, **settings)
+        LeafTrainer(student, make_teacher(), config, make_rows(), None, make_tokenizer()).train()
+        assert student.config.attention_dropout == 0.5
+        return weights(student)
+
+    plain = make_trainer(tmp_path, max_steps=2)
+    plain.train()
+    assert_same(trained(disable_dropout=True), weights(plain.model))
+    with pytest.raises(AssertionError, match="differs"):
+        assert_same(trained(), weights(plain.model))

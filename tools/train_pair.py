@@ -1,6 +1,6 @@
 """Trains the demo's tiny teacher and student, and writes them only if they pass the gates.
 
-    python -m leaf_distill.demo.train_pair --output-dir assets --seed 0
+    python tools/train_pair.py --output-dir assets --seed 0
 
 The teacher sees clean problems and hints that are mostly wrong, so it learns to do the sum. The
 student sees mostly hints that are right, so it learns to copy the hint: it is confounded, which is
@@ -31,7 +31,7 @@ from leaf_distill.demo.task import (
     make_problems,
 )
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).resolve().parents[1] / "python/leaf_distill/demo/assets"
 HELD_OUT_SEED = 10**6  # training seeds count up from the pair's own seed and never come near
 
 

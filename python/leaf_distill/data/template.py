@@ -1,0 +1,205 @@
+"""A chat template, applied: a conversation as one string, and where the user's text is in it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from leaf_distill.data.example import Example, Message, UnusableRow
+
+PROBE: tuple[Message, ...] = ({"role": "user", "content": "What is 2 + 2?"},)
+CACHE = 1024  # frames that a template, and prompts that a Renderer remembers
+
+OPENING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+"""Markup with which a template's first turn begins."""
+
+OWN_ARGUMENTS = {
+    name
+    for name in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    if name not in ("self", "tools", "documents", "kwargs")
+} | {"messages"}
+"""Names that no variable of a template may have."""
+
+T = TypeVar("T")
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, or plain text, with a system prompt and variables.
+
+    Attributes:
+        source: The template's text, None for plain text; `sources` has those for special cases.
+        named: The words in it: keys and variables that are not among them are not read.
+        probe: A short question as the template writes it.
+        reply_tail: What it writes after a reply.
+
+    Raises:
+        ValueError: `chat_template` is neither "auto" nor "none", a variable has the name of an
+            argument, or the template refuses a short question.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str,
+        system_prompt: str | None,
+        variables: Mapping[str, Any],
+    ) -> None:
+        if chat_template not in ("auto", "none"):
+            raise ValueError(f"chat_template: must be 'auto' or 'none', got {chat_template!r}.")
+        if own := sorted(OWN_ARGUMENTS & variables.keys()):
+            raise ValueError(f"template_kwargs: must be variables of a chat template, got {own}.")
+        self.tokenizer = tokenizer
+        self.name: str = tokenizer.name_or_path or type(tokenizer).__name__
+        self.system_prompt = system_prompt
+        self.variables = dict(variables)
+        sources = tokenizer.chat_template if chat_template == "auto" else None
+        self.sources = sources if isinstance(sources, dict) else {"default": sources}
+        self.source: str | None = self.sources.get("default")
+        self.named = {word for text in self.sources.values() for word in _words(text)}
+        self._frames: dict[str, tuple[str, str]] = {}
+        try:
+            self.probe = self.apply(PROBE, {})
+            talk = self.apply([*PROBE, {"role": "assistant", "content": "REPLY"}], {}, reply=True)
+        except UnusableRow as problem:
+            raise ValueError(f"chat_template: must render a question, got: {problem}") from problem
+        self.reply_tail = talk.rpartition("REPLY")[2]
+        self._bos, self._opening = _opening(talk, tokenizer.bos_token or "")
+
+    def apply(
+        self, messages: Sequence[Message], variables: Mapping[str, Any], *, reply: bool = False
+    ) -> str:
+        """Return the conversation as one string, ready for the reply, or ending with one."""
+        turns = [dict(turn) for turn in messages]
+        if self.system_prompt is not None and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": self.system_prompt})
+        if self.source is None:
+            return "\n\n".join(turn["content"] for turn in turns)
+        variables = {**self.variables, **variables}
+        if own := sorted(OWN_ARGUMENTS & variables.keys()):
+            raise UnusableRow("bad_chat_template_kwargs", f"{own} are no variables of a template.")
+        with_tools = self.sources.get("tool_use") if variables.get("tools") else None
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns,
+                chat_template=with_tools or self.source,
+                tokenize=False,
+                add_generation_prompt=not reply,
+                **variables,
+            )
+        except Exception as error:  # a template is a program of others and may fail in any way
+            reason = str(error) or type(error).__name__
+            raise UnusableRow(
+                "not_renderable",
+                f"The chat template of {self.name} refuses the conversation with roles "
+                f"{[turn['role'] for turn in turns]}: {reason:.300}; change the row or "
+                "system_prompt, or use chat_template='none'.",
+            ) from error
+        return str(text)
+
+    def find_user_text(self, example: Example, text: str) -> tuple[int, int, int]:
+        """Return where the user's text stands in `text`: start, stop, characters stripped in front.
+
+        The template writes the same frame around it for all rows with the same other messages. It
+        is asked for a frame once, and again by a row that the frame does not fit.
+        """
+        content = example.user_text
+        others = [*example.messages[:-1], {**example.messages[-1], "content": ""}]
+        key = cache_key(others, example.template_kwargs)
+        place = _place(self._frames.get(key), text, content)
+        if place is None:
+            place = _place(remember(self._frames, key, self._frame(example, text)), text, content)
+        if place is None:
+            raise UnusableRow("not_renderable", self._changed(example))
+        return place
+
+    def _frame(self, example: Example, text: str) -> tuple[str, str]:
+        """Return what the template writes before and after the user's text."""
+        placeholder = "USERTEXT"
+        while placeholder in text:
+            placeholder += "X"
+        turn = {**example.messages[-1], "content": placeholder}
+        blank = self.apply([*example.messages[:-1], turn], example.template_kwargs)
+        before, _, after = blank.partition(placeholder)
+        if placeholder in after:
+            raise UnusableRow("not_renderable", self._changed(example))
+        return before, after
+
+    def _changed(self, example: Example) -> str:
+        return (
+            f"The chat template of {self.name} changes the user's text beyond stripping it, so its "
+            "characters cannot be told apart from the template's; use chat_template='none', or a "
+            f"template that writes the text once, as it is; it begins {example.user_text[:40]!r}."
+        )
+
+    def check_raw(self, content: str) -> None:
+        """Refuse a text that begins as the template itself begins a conversation."""
+        start = content.lstrip().removeprefix(self._bos).lstrip()
+        if self.source and self._opening and start.startswith(self._opening):
+            raise UnusableRow(
+                "already_rendered",
+                f"The prompt begins with {self._opening!r}, so it has been through a chat template "
+                "already; give the messages themselves, or use chat_template='none'.",
+            )
+
+    def reply_after(
+        self, prompt: str, example: Example, turn: Message, ends: Sequence[str]
+    ) -> str | None:
+        """Return the text of a reply as the template writes it, without its end.
+
+        None if the conversation with the reply does not begin with `prompt`, the same conversation
+        made ready for a reply.
+        """
+        whole = self.apply([*example.messages, turn], example.template_kwargs, reply=True)
+        if not whole.startswith(prompt):
+            return None
+        written = whole.removeprefix(prompt)
+        if written.endswith(self.reply_tail):
+            return written[: len(written) - len(self.reply_tail)]
+        end = next((end for end in ends if end in written), None)
+        return written if end is None else written.rpartition(end)[0]
+
+
+def cache_key(*parts: object) -> str:
+    """Return what tells messages and variables of one kind from others."""
+    return repr(parts)
+
+
+def remember(cache: dict[str, T], key: str, value: T) -> T:
+    """Store and return a value; the oldest one leaves a full cache."""
+    if len(cache) >= CACHE:
+        cache.pop(next(iter(cache)))
+    cache[key] = value
+    return value
+
+
+def _words(text: str | None) -> list[str]:
+    return re.findall(r"\w+", text or "")
+
+
+def _opening(talk: str, bos: str) -> tuple[str, str]:
+    """Return the tokenizer's BOS, and the markup behind it with which a conversation begins.
+
+    Some models call the mark of every turn their BOS; that is no BOS here.
+    """
+    bos = "" if talk.count(bos) > 1 else bos
+    opening = OPENING.match(talk.lstrip().removeprefix(bos).lstrip())
+    return bos, opening[0] if opening else ""
+
+
+def _place(frame: tuple[str, str] | None, text: str, content: str) -> tuple[int, int, int] | None:
+    """Return where the user's text stands in its frame, None unless it stands there as it is."""
+    if frame is None:
+        return None
+    before, after = frame
+    stop = len(text) - len(after)
+    kept = text[len(before) : stop]
+    if text != before + kept + after:
+        return None
+    left = len(content) - len(content.lstrip())
+    strips = {content.strip(): left, content.lstrip(): left, content.rstrip(): 0}
+    shift = {**strips, content: 0}.get(kept)
+    return None if shift is None else (len(before), stop, shift)

@@ -1,0 +1,161 @@
+"""Greedy answers of a model, graded; both are kept in the row cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+from leaf_distill.config import AnswerOptions, json_object
+from leaf_distill.data.example import Answer, Example, Role
+from leaf_distill.data.prompt import Renderer, tokenizer_fingerprint
+from leaf_distill.detection.cache import RowCache, compute_missing, default_cache_directory
+from leaf_distill.grading import Grader, gold_kinds
+from leaf_distill.io import digest
+from leaf_distill.models.generation import generate, plan_batches
+from leaf_distill.models.loading import LazyModel
+from leaf_distill.models.memory import default_batch_tokens
+
+ROWS_A_GRADING = 256
+
+
+@dataclass(frozen=True)
+class PromptedModel:
+    """A model, and the renderer of the prompts that it reads."""
+
+    role: Role
+    model: LazyModel
+    renderer: Renderer
+
+    @cached_property
+    def identity(self) -> list[object]:
+        """Fingerprint and dtype of the weights, tokenizer, end tokens: for keys of the cache."""
+        return [
+            self.model.fingerprint,
+            self.model.dtype,
+            tokenizer_fingerprint(self.renderer.tokenizer),
+            self.renderer.end_ids,
+        ]
+
+    def batch_tokens(self, config: AnswerOptions) -> int:
+        """Return the most tokens of a batch, padding included."""
+        if config.max_batch_tokens is not None:
+            return config.max_batch_tokens
+        return default_batch_tokens(self.model.config, self.model.device)
+
+
+def prompted_model(role: Role, model: LazyModel, config: AnswerOptions) -> PromptedModel:
+    """Return a model with the renderer that the configuration asks for."""
+    renderer = Renderer(
+        model.tokenizer,
+        chat_template=config.chat_template,
+        system_prompt=config.system_prompt,
+        template_kwargs=json_object(config.chat_template_kwargs, "chat_template_kwargs"),
+    )
+    return PromptedModel(role, model, renderer)
+
+
+def open_cache(config: AnswerOptions) -> RowCache:
+    """Open the row cache of a configuration."""
+    own = config.cache_dir
+    return RowCache(Path(own).expanduser() if own else default_cache_directory())
+
+
+def answer(
+    asked: PromptedModel,
+    examples: Sequence[Example],
+    golds: Sequence[str],
+    config: AnswerOptions,
+    cache: RowCache,
+) -> None:
+    """Set `answers[role]` of each example to the model's greedy answer with its verdict.
+
+    Args:
+        asked: the model; its weights are loaded only where the cache lacks an answer.
+        examples: rows or candidates with a rendering for the model's role.
+        golds: the text that each answer is graded against.
+    """
+    given = _generate(asked, examples, config, cache)
+    ungraded = [at for at, one in enumerate(given) if one.verdict is None]
+    verdicts = _grade([(golds[at], given[at].text) for at in ungraded], config, cache)
+    for at, verdict in zip(ungraded, verdicts, strict=True):
+        given[at] = replace(given[at], verdict=verdict)
+    for example, one in zip(examples, given, strict=True):
+        example.answers[asked.role] = one
+
+
+def _generate(
+    asked: PromptedModel, examples: Sequence[Example], config: AnswerOptions, cache: RowCache
+) -> list[Answer]:
+    settings = ["answer", *asked.identity, config.max_new_tokens]
+    prompts = [prompt_ids(example, asked.role) for example in examples]
+    keys = [digest([*settings, prompt]) for prompt in prompts]
+    plan = plan_batches(
+        [len(prompt) + config.max_new_tokens for prompt in prompts],
+        max_tokens=asked.batch_tokens(config),
+    )
+
+    def compute(batch: list[int]) -> list[bytes]:
+        answers = generate(
+            asked.model.load(),
+            asked.renderer.tokenizer,
+            [prompts[at] for at in batch],
+            end_ids=asked.renderer.end_ids,
+            max_new_tokens=config.max_new_tokens,
+        )
+        return [json.dumps([one.text, one.n_tokens, one.verdict]).encode() for one in answers]
+
+    description = f"{asked.role} answers"
+    values = compute_missing(cache, keys, plan, compute, description=description)
+    return [Answer(*json.loads(value)) for value in values]
+
+
+def gold_warning(golds: Sequence[str], config: AnswerOptions) -> list[str]:
+    """Return a sentence where golds are no mathematics although answers are graded as such."""
+    if config.grade != "math":
+        return []
+    kinds = gold_kinds(golds)
+    others = {kind: count for kind, count in kinds.items() if kind not in ("math", "number")}
+    if not others:
+        return []
+    listed = ", ".join(f"{count} {kind}" for kind, count in others.items())
+    return [
+        f"{sum(others.values())} of {len(golds)} golds are no mathematics and are graded as what "
+        f"they are: {listed}."
+    ]
+
+
+def prompt_ids(example: Example, role: Role) -> list[int]:
+    """Return the token ids of a rendering before its completion."""
+    rendering = example.renderings[role]
+    ids: list[int] = rendering.input_ids[~rendering.loss_mask].tolist()
+    return ids
+
+
+def _grade(
+    pairs: Sequence[tuple[str, str]], config: AnswerOptions, cache: RowCache
+) -> Sequence[str]:
+    if config.grade != "math":  # cheaper than a look into the cache
+        with Grader(config.grade, timeout_s=config.grade_timeout) as grader:
+            return grader.grade(pairs)
+    settings = ["grade", config.grade, version("math-verify"), version("leaf-distill")]
+    keys = [digest([*settings, *pair]) for pair in pairs]
+    batches = [range(at, at + ROWS_A_GRADING) for at in range(0, len(pairs), ROWS_A_GRADING)]
+    plan = [[at for at in batch if at < len(pairs)] for batch in batches]
+    with Grader(config.grade, timeout_s=config.grade_timeout) as grader:
+
+        def compute(batch: list[int]) -> list[bytes]:
+            return [verdict.encode() for verdict in grader.grade([pairs[at] for at in batch])]
+
+        values = compute_missing(
+            cache,
+            keys,
+            plan,
+            compute,
+            description="grading",
+            keep=lambda value: value != b"timeout",
+        )
+    return [value.decode() for value in values]

@@ -1,0 +1,147 @@
+"""The row cache: what a model pass costs is kept per row, under a key of its content.
+
+One SQLite file serves all runs of a user, at the same time. A value is written once and never
+changed; what two processes compute at once is stored by the first. A batch is one transaction, so
+that a killed run leaves whole batches behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from leaf_distill.io import Progress, StoreError, make_directory
+
+FILE = "rows.sqlite"
+WAIT_S = 60.0  # for another process that is writing
+KEYS_A_QUERY = 500  # SQLite limits the variables of a statement
+
+
+def default_cache_directory() -> Path:
+    """Return LEAF_CACHE_DIR, else leaf-distill in XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("LEAF_CACHE_DIR"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "leaf-distill"
+
+
+class RowCache:
+    """Bytes by key, in `directory`/rows.sqlite; use it as a context manager.
+
+    Raises:
+        StoreError: the file is no cache, is damaged, or cannot be written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        make_directory(directory)
+        self.path = directory / FILE
+        with self._errors():
+            self._db = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            # A power cut may lose the last batches; a killed process loses none.
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, crc INTEGER NOT NULL, "
+                "value BLOB NOT NULL) WITHOUT ROWID"
+            )
+
+    def __enter__(self) -> RowCache:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._db.close()
+
+    def get(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """Return the values that are there; one whose checksum is wrong is not."""
+        found: dict[str, bytes] = {}
+        wanted = list(dict.fromkeys(keys))
+        with self._errors():
+            for start in range(0, len(wanted), KEYS_A_QUERY):
+                part = wanted[start : start + KEYS_A_QUERY]
+                marks = ",".join("?" * len(part))
+                lines = self._db.execute(
+                    f"SELECT key, crc, value FROM rows WHERE key IN ({marks})", part
+                )
+                found.update((key, value) for key, crc, value in lines if zlib.crc32(value) == crc)
+        return found
+
+    def put(self, values: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Store values in one transaction and return what the cache now holds for their keys."""
+        with self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                for key, value in values.items():
+                    line = self._db.execute("SELECT crc, value FROM rows WHERE key = ?", (key,))
+                    old = line.fetchone()
+                    if old is None or zlib.crc32(old[1]) != old[0]:
+                        self._db.execute(
+                            "INSERT OR REPLACE INTO rows VALUES (?, ?, ?)",
+                            (key, zlib.crc32(value), value),
+                        )
+                self._db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise
+        return self.get(list(values))
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            reason = str(error)
+            if "full" in reason:
+                cure = "free some space and run the same command again; what was done is kept"
+            elif "malformed" in reason or "not a database" in reason:
+                cure = "delete it; its answers and saliencies are then computed again"
+            elif "locked" in reason:
+                cure = "another process holds it: wait for its end, or give another cache_dir"
+            else:
+                cure = "give another cache_dir"
+            raise StoreError(f"the cache {self.path} cannot be used ({reason}): {cure}") from error
+
+
+def compute_missing(
+    cache: RowCache,
+    keys: Sequence[str],
+    batches: Sequence[Sequence[int]],
+    compute: Callable[[list[int]], Sequence[bytes]],
+    *,
+    description: str,
+    whole_batches: bool = False,
+    keep: Callable[[bytes], bool] = lambda value: True,
+) -> list[bytes]:
+    """Return the value of each key, computing those that the cache lacks.
+
+    Args:
+        cache: where values are looked up and stored.
+        keys: one for each row; rows of equal content may share a key.
+        batches: positions in `keys`, each in one batch. The plan covers all rows, also those that
+            are in the cache, so that a killed run computes the rest in the same batches.
+        compute: returns the values of some positions of one batch.
+        description: what the progress says.
+        whole_batches: compute all rows of a batch where one is missing, for values that depend on
+            the batch's shape.
+        keep: whether a value is stored; the others are computed again by the next run.
+    """
+    found = cache.get(keys)
+    planned = set(found)
+    parts: list[list[int]] = []
+    for batch in batches:
+        part = [at for at in batch if keys[at] not in planned]
+        planned.update(keys[at] for at in part)
+        if part:
+            parts.append(list(batch) if whole_batches else part)
+    if parts:
+        with Progress(sum(map(len, parts)), description) as progress:
+            for part in parts:
+                values = dict(zip((keys[at] for at in part), compute(part), strict=True))
+                found |= values
+                found |= cache.put({key: value for key, value in values.items() if keep(value)})
+                progress.update(len(part))
+    return [found[key] for key in keys]

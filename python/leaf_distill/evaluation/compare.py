@@ -1,0 +1,311 @@
+"""`leaf compare`: arms through detection, distillation at equal compute, and evaluation."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from leaf_distill.config import (
+    AnswerOptions,
+    CompareConfig,
+    DetectConfig,
+    EvaluateConfig,
+    need,
+)
+from leaf_distill.data.example import Mask
+from leaf_distill.detection.pipeline import detect
+from leaf_distill.evaluation.evaluate import evaluate, wilson_interval
+from leaf_distill.io import make_directory, write_bytes, write_json, write_table
+from leaf_distill.training.config import DistillArguments, LeafConfig
+from leaf_distill.training.distill import distill
+
+UNTRAINED = "untrained"
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Training:
+    """One distillation: what it trained on, and what it cost.
+
+    tokens: all that the student read, without padding. kl_first, kl_last: the first and the last
+    logged loss, which are means over different rows.
+    """
+
+    model: Path
+    steps: int
+    originals: int
+    counterfactuals: int
+    originals_a_step: int
+    tokens: int
+    kl_first: float
+    kl_last: float
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the comparison.
+
+    interval: Wilson's 95 % interval of the accuracy. difference: the accuracy less that of the
+    reference, on the same problems, with the 95 % interval of a paired bootstrap over problems.
+    """
+
+    name: str
+    training: Training | None
+    accuracy: float
+    interval: tuple[float, float]
+    difference: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """The arms, the reference of their differences, and the written table."""
+
+    arms: tuple[Arm, ...]
+    reference: str
+    problems: int
+    table: Path
+
+
+def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig) -> CompareResult:
+    """Run arms through both stages and evaluation, and write one table of them.
+
+    Every arm starts from the same student and sees the same originals. It makes the same number of
+    optimizer steps and reads as many rows in each, `training.originals_per_step`: an arm with
+    counterfactuals has fewer originals in a step. All students answer the same problems.
+
+    Writes compare.json and compare.md in `detection.output_dir`, beside arms/, students/ and
+    evaluation/. The same command goes on where a killed one stopped.
+
+    Args:
+        config: the arms, and the problems of the evaluation.
+        detection: models, rows and settings of detection; its strategy is each arm's own.
+        training: settings of the distillation; its output_dir is each arm's own.
+
+    Raises:
+        ValueError: settings or inputs cannot work.
+        StoreError: a file cannot be written.
+    """
+    need(detection, "student", "teacher", "dataset")
+    need(config, "eval_dataset")
+    root = Path(detection.output_dir).expanduser()
+    datasets = _detect(config.arms, detection, root)
+    models = {UNTRAINED: detection.student}
+    trained: dict[str, Training] = {}
+    for name in config.arms:
+        _say(f"distillation: {name}")
+        trained[name] = distill_equally(
+            DistillArguments(
+                student=detection.student, teacher=detection.teacher, dataset=str(datasets[name])
+            ),
+            training,
+            root / "students" / name,
+        )
+        models[name] = str(trained[name].model)
+    right = {}
+    for name, model in models.items():
+        _say(f"evaluation: {name}")
+        right[name] = _evaluate(name, model, config, detection, root)
+    reference = "kd" if "kd" in config.arms else config.arms[0]
+    arms = [
+        _arm(name, trained.get(name), right[name], None if name == reference else right[reference])
+        for name in models
+    ]
+    result = CompareResult(tuple(arms), reference, len(right[UNTRAINED]), root / "compare.md")
+    write_json(
+        root / "compare.json",
+        {
+            "reference": reference,
+            "problems": result.problems,
+            "arms": [_plain(asdict(arm)) for arm in arms],
+            "settings": {"compare": asdict(config), "detect": asdict(detection)},
+        },
+    )
+    write_bytes(result.table, _markdown(result).encode())
+    for table in comparison_tables(result):
+        Console().print(table)
+    print(f"The table is in {result.table}, its numbers are in {root / 'compare.json'}")
+    return result
+
+
+def _say(step: str) -> None:
+    print(f"{step} ...", file=sys.stderr, flush=True)
+
+
+def _detect(arms: Sequence[str], detection: DetectConfig, root: Path) -> dict[str, Path]:
+    """Return the dataset of each arm; that of `kd` has the originals of the others alone."""
+    datasets: dict[str, Path] = {}
+    for name in arms:
+        if name != "kd":
+            _say(f"detection: {name}")
+            datasets[name] = detect(replace(detection, strategy=name)).dataset  # type: ignore[arg-type]
+    if "kd" in arms:
+        table = pq.read_table(next(iter(datasets.values())))
+        make_directory(root / "arms" / "kd")
+        datasets["kd"] = root / "arms" / "kd" / "dataset.parquet"
+        write_table(datasets["kd"], table.filter(pc.equal(table["branch"], "original")))
+    return datasets
+
+
+def distill_equally(
+    arguments: DistillArguments, training: LeafConfig, output_dir: Path
+) -> Training:
+    """Distil with as many steps, and as many rows in a step, whatever the dataset holds.
+
+    Steps: `training.max_steps`, or `num_train_epochs` passes over the originals at
+    `originals_per_step` originals each, as plain distillation makes them.
+    """
+    branches = Counter(pq.read_table(arguments.dataset, columns=["branch"])["branch"].to_pylist())
+    originals = branches["original"]
+    rows = min(training.originals_per_step, originals)
+    steps = training.max_steps
+    if steps <= 0:
+        steps = math.ceil(training.num_train_epochs * originals / rows)
+    a_step = max(1, round(rows * originals / branches.total()))
+    result = distill(
+        arguments,
+        training.with_changes(
+            output_dir=str(output_dir),
+            max_steps=steps,
+            originals_per_step=a_step,
+            per_device_train_batch_size=a_step,
+            dataloader_drop_last=True,  # every step is a full one
+            include_num_input_tokens_seen="non_padding",
+        ),
+    )
+    log = [entry for entry in result.metrics["log"] if "loss" in entry]
+    return Training(
+        model=result.output_dir,
+        steps=log[-1]["step"],
+        originals=originals,
+        counterfactuals=branches["counterfactual"],
+        originals_a_step=a_step,
+        tokens=int(log[-1]["num_input_tokens_seen"]),
+        kl_first=log[0]["loss"],
+        kl_last=log[-1]["loss"],
+    )
+
+
+def _evaluate(
+    name: str, model: str, config: CompareConfig, detection: DetectConfig, root: Path
+) -> Mask:
+    """Return which problems a model answers correctly."""
+    shared = {item: getattr(detection, item) for item in AnswerOptions.__dataclass_fields__}
+    result = evaluate(
+        EvaluateConfig(
+            **shared,
+            model=model,
+            dataset=config.eval_dataset,
+            dataset_split=config.eval_split,
+            columns=detection.columns,
+            output_dir=str(root / "evaluation" / name),
+        )
+    )
+    verdicts = pq.read_table(result.answers, columns=["verdict"])["verdict"].to_pylist()
+    return np.array([verdict == "right" for verdict in verdicts])
+
+
+def _arm(name: str, training: Training | None, right: Mask, reference: Mask | None) -> Arm:
+    return Arm(
+        name=name,
+        training=training,
+        accuracy=float(right.mean()),
+        interval=wilson_interval(int(right.sum()), len(right)),
+        difference=None if reference is None else paired_bootstrap(reference, right),
+    )
+
+
+def paired_bootstrap(
+    reference: Mask, right: Mask, *, draws: int = DRAWS, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return the difference of two accuracies with its 95 % percentile interval.
+
+    Args:
+        reference, right: bool [n], whether each problem was answered correctly, in one order.
+        draws: resamples of the n problems, with replacement; a problem keeps both its answers.
+        seed: of the draws.
+    """
+    change = right.astype(np.int64) - reference.astype(np.int64)
+    # A resample depends only on how many problems were won, lost and unchanged.
+    shares = np.array([(change == value).mean() for value in (-1, 0, 1)])
+    counts = np.random.default_rng(seed).multinomial(len(change), shares, size=draws)
+    means = (counts[:, 2] - counts[:, 0]) / len(change)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(change.mean()), float(low), float(high)
+
+
+Lines = list[tuple[str, ...]]
+
+NOTES = (
+    "All arms make as many optimizer steps and read as many rows in each. Cut: counterfactuals; a "
+    "step: originals in one; tokens: all that the student read, without padding. KL(teacher, "
+    "student): the first and the last logged mean, over different rows.",
+    "Accuracy with Wilson's 95 % interval. Differences in points, with the 95 % interval of a "
+    "paired bootstrap over the problems. Chance in training is in no interval: there is one seed.",
+)
+
+
+def _training_lines(result: CompareResult) -> Lines:
+    lines: Lines = [("arm", "originals", "cut", "steps", "a step", "tokens", "KL")]
+    for arm in result.arms:
+        if (done := arm.training) is not None:
+            counts = done.originals, done.counterfactuals, done.steps, done.originals_a_step
+            kl = f"{done.kl_first:.3f} > {done.kl_last:.3f}"
+            lines.append((arm.name, *map(str, counts), f"{done.tokens:,}", kl))
+    return lines
+
+
+def _accuracy_lines(result: CompareResult) -> Lines:
+    lines: Lines = [("arm", "accuracy", "95 %", f"less {result.reference}", "95 %")]
+    for arm in result.arms:
+        low, high = (f"{100 * value:.1f}" for value in arm.interval)
+        difference, between = "", ""
+        if arm.difference is not None:
+            difference, least, most = (f"{100 * value:+.1f}" for value in arm.difference)
+            between = f"{least} to {most}"
+        lines.append((arm.name, f"{arm.accuracy:.1%}", f"{low} to {high}", difference, between))
+    return lines
+
+
+def comparison_tables(result: CompareResult) -> list[Table]:
+    """Return the two tables that are printed: the training of the arms, and their accuracy."""
+    titles = ("Distillation at equal compute", f"Accuracy on {result.problems} problems")
+    tables = []
+    for title, lines, note in zip(
+        titles, (_training_lines(result), _accuracy_lines(result)), NOTES, strict=True
+    ):
+        table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
+        for index, column in enumerate(lines[0]):
+            table.add_column(column, justify="right" if index else "left")
+        for line in lines[1:]:
+            table.add_row(*line)
+        tables.append(table)
+    return tables
+
+
+def _markdown(result: CompareResult) -> str:
+    parts = ["# Arms at equal compute"]
+    both = ((_accuracy_lines(result), NOTES[1]), (_training_lines(result), NOTES[0]))
+    for (head, *lines), note in both:
+        rule = ("---", *("---:" for _ in head[1:]))
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines)))
+        parts.append(note)
+    parts.insert(2, f"{result.problems} problems.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON can hold."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,148 @@
+"""Checks a model once when it is loaded, and readies the process for its first batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:  # seconds to import
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module in eval mode, and each one back in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def max_positions(config: Any) -> int | None:
+    """Return the longest sequence that a model takes, None where its configuration names none."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+@torch.inference_mode()
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """Check that later tokens and padding leave the logits of earlier tokens alone.
+
+    An encoder, or a model that reads its prompt in both directions, loads as a causal model as
+    well, and all that the loop would compute with it is meaningless. The check takes two forward
+    passes of at most 8 tokens.
+
+    Padding is not checked in float16 and bfloat16.
+
+    Raises:
+        ValueError: the model is not causal, depends on padding, or cannot run on token ids alone.
+    """
+    rows = embedding_rows(model)
+    length = min(8, max_positions(model.config) or 8)
+    if rows < 2 or length < 2:
+        return
+    late = torch.arange(length) >= length // 2
+    first = torch.arange(1, length + 1) * rows // (length + 2)
+    other = torch.where(late, (first + max(1, rows // 2)) % rows, first)
+    ids = torch.stack([first, other, first])
+    mask = torch.stack([torch.ones_like(first)] * 2 + [(~late).long()])
+    batch = _probe(model, name, ids, mask)[:, ~late].double()
+    alone = _probe(model, name, ids[:1, ~late], mask[:1, ~late]).double()[0]
+    eps = torch.finfo(model.dtype).eps
+    pairs = [(batch[0], batch[1], max(2e-5, eps), "the tokens after it")]
+    # Rows of one batch are computed alike. Another shape of the batch rounds differently, which in
+    # 16 bits can choose other experts.
+    if eps < 1e-5:
+        pairs.append((batch[2], alone, 1e-4, "the padding after it"))
+    for one, other_one, tolerance, reason in pairs:
+        finite = one.isfinite() & other_one.isfinite()
+        if not finite.any():
+            continue
+        difference = float((one - other_one)[finite].abs().max())
+        if difference > tolerance * float(one[finite].abs().max()):
+            raise ValueError(
+                f"model: must be a causal language model, got {name!r} ({type(model).__name__}), "
+                f"whose logits for a token depend on {reason}; choose a decoder (one that was "
+                "trained with is_decoder needs it in its config.json)"
+            )
+
+
+def _probe(
+    model: PreTrainedModel, name: str, ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    try:
+        with eval_mode(model):
+            output = model(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                use_cache=False,
+            )
+        logits: torch.Tensor = output.logits
+        if logits.shape[:2] != ids.shape:
+            raise ValueError(f"it makes logits of the shape {tuple(logits.shape)}")
+        return logits
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an architecture raises whatever its forward raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"model: must be a causal language model, got {name!r} ({type(model).__name__}), which "
+            f"cannot run on a prompt alone: {reason}; choose another model"
+        ) from error
+
+
+@functools.cache
+def warm_up() -> None:
+    """Call the vector math functions of the CPU once, in one thread.
+
+    Their library chooses its code at the first call. Several threads that make the first call at
+    once may compute with different code, which changed results of the first batch by 2e-5.
+    """
+    small = torch.linspace(0.1, 1.0, 64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        values = small.to(dtype)
+        for function in (
+            *(torch.exp, torch.expm1, torch.log, torch.log1p, torch.sqrt, torch.rsqrt),
+            *(torch.sin, torch.cos, torch.tanh, torch.erf, torch.sigmoid),
+            *(torch.nn.functional.silu, torch.nn.functional.gelu, torch.nn.functional.softplus),
+        ):
+            function(values)
+        for reduction in (torch.softmax, torch.log_softmax, torch.logsumexp):
+            reduction(values, 0)
+        torch.pow(values, 2.5)
+        torch.nn.functional.gelu(values, approximate="tanh")
+        torch.nn.functional.linear(values[None], values[None])
+
+
+def embedding_rows(model: Any) -> int:
+    """Return the number of token ids that a model's input embedding takes."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    return int(rows if rows is not None else next(embedding.parameters()).shape[0])
+
+
+def check_ids(model: Any, sequences: Sequence[Any], argument: str) -> None:
+    """Raise ValueError for the first sequence with a token id outside the model's embedding."""
+    rows = embedding_rows(model)
+    for index, ids in enumerate(sequences):
+        check_below(ids, rows, f"{argument}[{index}]", "the rows of the model's embedding")
+
+
+def check_below(ids: Any, limit: int, argument: str, what: str) -> None:
+    """Raise ValueError for the first of the token ids that is not in [0, limit)."""
+    ids = np.asarray(ids)
+    outside = ids[(ids < 0) | (ids >= limit)]
+    if outside.size:
+        raise ValueError(
+            f"{argument}: must hold token ids below {limit}, {what}, got {int(outside[0])}; use "
+            "the tokenizer of this model, or resize the model to the tokenizer"
+        )

@@ -1,0 +1,81 @@
+"""Resolves the dtype and the device of a model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+import torch
+
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16", "float64")
+_NATIVE: Final = {
+    "bfloat16": ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"),
+    "float16": ("avx512_fp16", "amx_fp16", "avx10_2", "fp16_arith"),
+}  # the instructions of a CPU that multiply in a dtype, as torch.cpu.get_capabilities names them
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError unless `load_model` knows the dtype."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def resolve_dtype(dtype: str, config: Any, device: torch.device) -> str:
+    """Return the name of the dtype that weights are loaded in.
+
+    "auto" is the checkpoint's own, or float32 where it names none; and float32 on a CPU that has no
+    instructions for products in it, where they are slower and less accurate. `load_model` chooses
+    float32 for a GGUF file.
+    """
+    if dtype != "auto":
+        return dtype
+    stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    name = str(stored).removeprefix("torch.")
+    if name not in DTYPES:
+        return "float32"
+    if device.type == "cpu" and name in _NATIVE:
+        capabilities = torch.cpu.get_capabilities()
+        if not any(capabilities.get(instructions, False) for instructions in _NATIVE[name]):
+            return "float32"
+    return name
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device of a name; "auto" is this process's GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: the device is unknown, or a GPU that is not there.
+    """
+    if device == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: must be 'auto', 'cpu' or 'cuda[:N]', got {device!r}") from error
+    count = torch.cuda.device_count()
+    if resolved.type == "cuda" and (resolved.index or 0) >= count:
+        raise ValueError(
+            f"device: must be one of the {count} GPUs of this machine, got {device!r}; "
+            "choose another, or 'cpu'"
+        )
+    return resolved
+
+
+def check_in_memory(model: Any, name: str, dtype: str, device: str) -> str:
+    """Return the dtype of a model in memory; ValueError where another or another place is asked."""
+    own = str(model.dtype).removeprefix("torch.")
+    if dtype not in ("auto", own):
+        raise ValueError(
+            f"dtype: must be 'auto' or {own!r} for the model {name!r} in memory, got {dtype!r}; "
+            "convert the model first"
+        )
+    if device != "auto":
+        asked = resolve_device(device)
+        if asked.type != model.device.type or asked.index not in (None, model.device.index):
+            raise ValueError(
+                f"device: must be 'auto' or {str(model.device)!r} for the model {name!r} in "
+                f"memory, got {device!r}; move the model first"
+            )
+    return own

@@ -1,0 +1,219 @@
+"""The saliency of one prompt, to look at in a terminal, a notebook, a table or a file."""
+
+from __future__ import annotations
+
+import html
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from leaf_distill.data.example import Example, Message
+from leaf_distill.data.prompt import Renderer
+from leaf_distill.io import write_bytes
+from leaf_distill.models import saliency as passes
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.text import Text
+
+_BLUE: Final = (70, 143, 216)
+_PAGE: Final = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Saliency</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>:root {{ color-scheme: light dark }} body {{ max-width: 46rem; margin: 3rem auto; \
+padding: 0 1rem }}</style></head>
+<body>{body}</body></html>
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class SaliencyResult:
+    """How strongly a model's loss reacts to each token of the user's text.
+
+    Attributes:
+        text: the user's text, the content of the last message.
+        tokens: the characters of each of its n tokens; tokens that are the bytes of one character
+            share it.
+        offsets: int32 [n, 2], the characters [start, stop) of each token in `text`.
+        norms: float32 [n], the L2 norm of the loss's gradient at each token's embedding (Eq. 2).
+        nll: the loss, the mean negative log-likelihood of the completion in nats per token.
+        model: the model's name.
+    """
+
+    text: str
+    tokens: list[str]
+    offsets: npt.NDArray[np.int32]
+    norms: npt.NDArray[np.float32]
+    nll: float
+    model: str
+
+    @property
+    def saliency(self) -> npt.NDArray[np.float32]:
+        """float32 [n], the norms scaled to [0, 1] over the user's text (Eq. 3)."""
+        if not len(self.norms):
+            return self.norms
+        low, high = self.norms.min(), self.norms.max()
+        return (self.norms - low) / (high - low) if high > low else np.zeros_like(self.norms)
+
+    def show(self) -> None:
+        """Print the text to the terminal; the stronger a token's saliency, the bluer it is."""
+        from rich.console import Console
+
+        Console().print(self._rich(), soft_wrap=True)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row for each token: token, start, stop, saliency, grad_norm.
+
+        Raises:
+            ImportError: the package pandas is missing.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "to_pandas: needs the package pandas, which is missing; run: pip install pandas"
+            ) from error
+        return pandas.DataFrame(self._rows())
+
+    def save(self, path: str | Path) -> None:
+        """Write an HTML page or JSON, as the path's suffix says; an existing file is replaced.
+
+        Raises:
+            ValueError: the suffix is another one.
+        """
+        path = Path(path)
+        if path.suffix.lower() == ".html":
+            content = _PAGE.format(body=self._repr_html_())
+        elif path.suffix.lower() == ".json":
+            fields = {"model": self.model, "nll": self.nll, "text": self.text}
+            content = json.dumps({**fields, "tokens": self._rows()}, ensure_ascii=False, indent=1)
+        else:
+            raise ValueError(f"path: must end in .html or .json, got {str(path)!r}; add one")
+        # Half of a surrogate pair, which Python text may hold, has no bytes in UTF-8.
+        write_bytes(path, content.encode("utf-8", "replace"))
+
+    def _repr_html_(self) -> str:
+        """Return the coloured text as HTML for a notebook."""
+        pieces = []
+        for text, saliency, title in self._cells():
+            shown = html.escape(_printable(text))
+            if saliency is None:
+                pieces.append(shown)
+                continue
+            tint = f"rgb({' '.join(map(str, _BLUE))} / {saliency:.2f})"
+            pieces.append(
+                f'<span title="{html.escape(title)}" style="background:{tint}">{shown}</span>'
+            )
+        caption = html.escape(_printable(self._caption()))
+        return (
+            '<div style="font-family:sans-serif;line-height:1.7">'
+            f'<div style="opacity:.65;font-size:.8em">{caption}</div>'
+            '<div style="white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext">'
+            f"{''.join(pieces)}</div></div>"
+        )
+
+    def _rich(self) -> Text:
+        from rich.text import Text
+
+        shown = Text(f"{_printable(self._caption())}\n", style="dim")
+        for text, saliency, _ in self._cells():
+            # Black on a tint of white is readable on a dark and on a light terminal.
+            tint = ",".join(str(round(255 - (saliency or 0) * (255 - part))) for part in _BLUE)
+            style = "not dim" if saliency is None else f"not dim black on rgb({tint})"
+            shown.append(_printable(text), style=style)
+        return shown
+
+    def _caption(self) -> str:
+        return (
+            f"{self.model}: saliency of {len(self.tokens)} tokens, from 0 (no colour) to 1 (blue); "
+            f"loss of the completion {self.nll:.3f} nats per token"
+        )
+
+    def _rows(self) -> list[dict[str, Any]]:
+        columns = zip(
+            self.tokens,
+            self.offsets.tolist(),
+            self.saliency.tolist(),
+            self.norms.tolist(),
+            strict=True,
+        )
+        return [
+            {"token": token, "start": start, "stop": stop, "saliency": level, "grad_norm": norm}
+            for token, (start, stop), level, norm in columns
+        ]
+
+    def _cells(self) -> list[tuple[str, float | None, str]]:
+        """The whole text in order: pieces with their saliency (None outside tokens) and a title.
+
+        Tokens that share characters make one piece, with the highest of their saliencies.
+        """
+        cells: list[tuple[str, float | None, str]] = []
+        at = 0
+        pieces: list[tuple[int, int, float, str]] = []
+        for row in self._rows():
+            start, stop, level = row["start"], row["stop"], row["saliency"]
+            title = f"saliency {level:.3f}, grad_norm {row['grad_norm']:.3g}"
+            if pieces and start < pieces[-1][1]:
+                first, last, most, titles = pieces.pop()
+                pieces.append((first, max(last, stop), max(most, level), f"{titles}\n{title}"))
+            else:
+                pieces.append((start, stop, level, title))
+        for start, stop, level, title in pieces:
+            if at < start:
+                cells.append((self.text[at:start], None, ""))
+            cells.append((self.text[start:stop], level, title))
+            at = stop
+        return [*cells, (self.text[at:], None, "")] if at < len(self.text) else cells
+
+
+def saliency(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: str | Sequence[Message],
+    completion: str,
+) -> SaliencyResult:
+    """Measure how strongly a model's loss on a completion reacts to each token of the prompt.
+
+    Args:
+        model: a causal language model in memory; it stays as it is.
+        tokenizer: its fast tokenizer, whose chat template renders the messages.
+        messages: a conversation that ends with the user's turn, or the user's text alone.
+        completion: what the model should answer.
+
+    Returns:
+        The norms of the user's text (Eq. 2), with `show()`, `to_pandas()` and `save(path)`; a
+        notebook shows it coloured.
+
+    Raises:
+        ValueError: the messages cannot be rendered, or the loss or a norm is not finite.
+    """
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [*messages]
+    rendering = Renderer(tokenizer).render(Example(0, tuple(turns), completion))
+    (row,) = passes.saliency(model, [rendering])
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    if row.invalid:
+        raise ValueError(
+            f"model: must have finite losses and gradients, got NaN or infinity from {name!r}; "
+            "load it in float32, or choose a checkpoint that is whole"
+        )
+    text = str(turns[-1]["content"])
+    offsets = rendering.offsets[rendering.domain]
+    tokens = [text[start:stop] for start, stop in offsets]
+    return SaliencyResult(text, tokens, offsets, row.norms[rendering.domain], row.nll, name)
+
+
+def _printable(text: str) -> str:
+    """The text with every control character but line breaks and tabs replaced by a mark."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}"
+        if char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cs")
+        else char
+        for char in text
+    )

@@ -1,0 +1,234 @@
+"""Finds the files of a model and takes the fingerprint of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+TOKENIZER_FILES: Final = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja", "chat_template.json"),
+)
+_MODEL_FILES: Final = (
+    *("config.json", "generation_config.json", "adapter_config.json", "*.index.json"),
+    *("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "*.gguf"),
+    *("modeling_*.py", "configuration_*.py", "tokenization_*.py"),
+    *TOKENIZER_FILES,
+)  # all that from_pretrained reads; other files beside them, such as metrics, decide nothing
+_MEBIBYTE: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The place of a model's files: a directory, a hub name or a GGUF file.
+
+    place: what `from_pretrained` takes. base: set where `place` holds an adapter of another model.
+    """
+
+    name: str
+    place: str
+    gguf_file: str | None = None
+    base: ModelSource | None = None
+
+    @property
+    def root(self) -> ModelSource:
+        """The source of the whole model below all adapters."""
+        return self if self.base is None else self.base.root
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `from_pretrained` that belong to the place."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+    @property
+    def is_local(self) -> bool:
+        return os.path.isdir(self.place)
+
+    def has(self, *patterns: str) -> bool:
+        """Whether a local directory has a file of one of these patterns."""
+        return any(any(Path(self.place).glob(pattern)) for pattern in patterns)
+
+
+def locate_model(name: str, *, _above: tuple[str, ...] = ()) -> ModelSource:
+    """Find a model by name; an adapter's base is found beside it where its path is relative.
+
+    Raises:
+        ValueError: the path does not exist, the file is no GGUF file, or an adapter names no base.
+    """
+    place = os.path.expanduser(name)
+    if os.path.isfile(place):
+        if not name.lower().endswith(".gguf"):
+            raise ValueError(
+                f"model: must be a directory, a hub name or a .gguf file, got the file {name!r}; "
+                "name its directory"
+            )
+        return ModelSource(name, os.path.dirname(place) or ".", os.path.basename(place))
+    if not os.path.isdir(place):
+        if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+            raise ValueError(
+                "model: must be a directory, a hub name or a .gguf file, got "
+                f"{_short(name)}, which does not exist; check the path"
+            )
+        place = name
+    adapter = _adapter_config(place)
+    if adapter is None:
+        return ModelSource(name, place)
+    return ModelSource(name, place, base=_locate_base(name, place, adapter, _above))
+
+
+def model_fingerprint(name: str) -> str:
+    """Return the sha256 of a model's settings, code, tokenizer and weights.
+
+    Of a file above 64 MiB 64 evenly spaced MiB are read; training changes every weight. A hub name
+    stands for itself and its commit. An adapter's fingerprint includes that of its base model.
+
+    Raises:
+        ValueError: the model is not there, or has no files.
+    """
+    return fingerprint_source(locate_model(name))
+
+
+def fingerprint_source(source: ModelSource) -> str:
+    """Return `model_fingerprint` of a model that was found."""
+    digest = hashlib.sha256()
+    if source.base is not None:
+        digest.update(fingerprint_source(source.base).encode())
+    try:
+        if source.gguf_file is not None:
+            _add_file(digest, Path(source.place, source.gguf_file))
+        elif source.is_local:
+            _add_directory(digest, Path(source.place), source)
+        else:
+            _add_hub(digest, source)
+    except OSError as error:
+        raise ValueError(unreadable("model", source.name, error)) from error
+    return digest.hexdigest()
+
+
+def fingerprint_in_memory(model: Any) -> str:
+    """Return the sha256 of a model's configuration and of up to 1 MiB of each of its tensors."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for config in (model.config, getattr(model, "generation_config", None)):
+        settings = {} if config is None else config.to_dict()
+        for incidental in ("_name_or_path", "transformers_version"):
+            settings.pop(incidental, None)
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):  # the settings of a quantization
+            digest.update(f"{name} {tensor!r}\n".encode())
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        for part in _sample(tensor.detach()):
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def unreadable(what: str, name: str, error: Exception) -> str:
+    """Return the sentence for a model or tokenizer that transformers cannot read."""
+    if "trust_remote_code" in str(error):
+        return (
+            f"trust_remote_code: must be true for {_short(name)}, which brings code of its own, "
+            "got false; read its *.py files, and set it if you trust them"
+        )
+    lines = str(error).strip().splitlines()
+    first = next((line.strip() for line in lines if line.strip()), type(error).__name__)
+    return (
+        "model: must be a directory saved by save_pretrained, a hub name or a .gguf file, got "
+        f"{_short(name)}, from which no {what} of a causal language model can be read; "
+        f"transformers says: {first}"
+    )
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 200 else f"{name[:100]}...{name[-60:]}")
+
+
+def _adapter_config(place: str) -> Path | None:
+    """The adapter's configuration, where the place holds an adapter and no model of its own."""
+    if os.path.isdir(place):
+        path = Path(place, "adapter_config.json")
+        return path if path.is_file() and not Path(place, "config.json").is_file() else None
+    try:
+        if cached_file(place, "config.json", _raise_exceptions_for_missing_entries=False):
+            return None
+        found = cached_file(place, "adapter_config.json")
+    except (OSError, ValueError):
+        return None  # the model's own loading says what is wrong
+    return None if found is None else Path(found)
+
+
+def _locate_base(name: str, place: str, adapter: Path, above: tuple[str, ...]) -> ModelSource:
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(unreadable("adapter", name, error)) from error
+    if not isinstance(base, str) or base in (*above, name, place):
+        raise ValueError(
+            f"model: must be an adapter that names its base model, got {name!r}, whose "
+            f"adapter_config.json names {base!r}; set base_model_name_or_path there"
+        )
+    beside = os.path.join(place, base)
+    if not os.path.exists(os.path.expanduser(base)) and os.path.exists(beside):
+        base = beside
+    try:
+        return locate_model(base, _above=(*above, name, place))
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (the base model of the adapter {name!r}: base_model_name_or_path in its "
+            "adapter_config.json)"
+        ) from error
+
+
+def _add_directory(digest: Any, directory: Path, source: ModelSource) -> None:
+    files = sorted({file for kind in _MODEL_FILES for file in directory.glob(kind)})
+    if not files:
+        raise FileNotFoundError(f"{str(directory)!r} has none of the files of a model.")
+    for file in files:
+        if source.base is not None and file.name == "adapter_config.json":
+            # The base model counts by its content, so its path does not.
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings.pop("base_model_name_or_path", None)
+            digest.update(json.dumps(settings, sort_keys=True).encode())
+            continue
+        digest.update(f"{file.name} ".encode())
+        _add_file(digest, file)
+
+
+def _add_file(digest: Any, file: Path) -> None:
+    size = file.stat().st_size
+    digest.update(f"{size}\n".encode())
+    with file.open("rb") as stream:
+        blocks = min(64, -(-size // _MEBIBYTE))
+        for block in range(blocks):
+            stream.seek(block * max(size - _MEBIBYTE, 0) // max(blocks - 1, 1))
+            digest.update(stream.read(_MEBIBYTE))
+
+
+def _add_hub(digest: Any, source: ModelSource) -> None:
+    settings = "config.json" if source.base is None else "adapter_config.json"
+    file = cached_file(source.place, settings)
+    commit = extract_commit_hash(file, None)
+    if commit is not None:
+        digest.update(f"{source.place}@{commit}".encode())
+    else:  # a cache of another layout
+        _add_directory(digest, Path(str(file)).parent, source)
+
+
+def _sample(tensor: torch.Tensor, pieces: int = 16) -> Iterator[torch.Tensor]:
+    """Yield a tensor of up to 1 MiB whole, of a larger one evenly spaced pieces of 64 KiB."""
+    flat = tensor.reshape(-1)
+    if flat.numel() * flat.element_size() <= _MEBIBYTE:
+        yield flat
+        return
+    length = _MEBIBYTE // pieces // flat.element_size()
+    for piece in range(pieces):
+        start = piece * (flat.numel() - length) // (pieces - 1)
+        yield flat[start : start + length]

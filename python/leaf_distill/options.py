@@ -1,0 +1,176 @@
+"""Command-line options from dataclasses, and from the flat keys of a YAML file.
+
+An option, a key of `--config file.yaml` and a field of the configuration have one name, one type
+and one default. (transformers' HfArgumentParser does the same and takes seconds to import.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print one sentence and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+
+
+def parse_options(
+    prog: str,
+    description: str,
+    example: str,
+    configs: Sequence[type],
+    argv: Sequence[str],
+    *,
+    hidden: Iterable[str] = (),
+) -> tuple[Any, ...]:
+    """Return an instance of each dataclass from a command line, which wins over `--config`.
+
+    Args:
+        prog, description, example: what --help says.
+        configs: dataclasses whose fields are the options; a name in two of them is one option.
+        argv: the words after the command.
+        hidden: options that --help leaves out.
+
+    Raises:
+        SystemExit: an option is unknown (status 2), a value is refused (2), or --help (0).
+        ValueError: the file of --config cannot be used.
+    """
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--config FILE.yaml] [--option value ...]" if configs else prog,
+        description=description,
+        epilog=f"example: {example}",
+        allow_abbrev=False,
+    )
+    if configs:
+        parser.add_argument(
+            "--config",
+            metavar="FILE.yaml",
+            help="flat keys, each one of these options; the command line wins",
+        )
+    fields = {
+        config: [item for item in dataclasses.fields(config) if item.init] for config in configs
+    }
+    known: set[str] = set()
+    for config, items in fields.items():
+        hints = get_type_hints(config)
+        for item in items:
+            if item.name not in known:
+                known.add(item.name)
+                _add(parser, item, hints[item.name], hide=item.name in hidden)
+    given, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        near = nearest(unknown[0].split("=")[0], options)
+        parser.error(f"{unknown[0]} is not an option of this command{near}")
+    if getattr(given, "config", None) is not None:
+        file = _words(Path(given.config), known)
+        given = parser.parse_args([*file, *argv])
+    values = vars(given)
+    try:
+        return tuple(
+            config(**{item.name: values[item.name] for item in items if item.name in values})
+            for config, items in fields.items()
+        )
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        parser.error(" ".join(str(error).split()) or type(error).__name__)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question with the known word that is most like an unknown one, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _add(parser: _Parser, item: dataclasses.Field[Any], hint: Any, *, hide: bool) -> None:
+    kinds = _kinds(hint)
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    if not hide:
+        text = str(item.metadata.get("help", "")).replace("%", "%%")
+        shown = item.default not in (None, "", dataclasses.MISSING)
+        options["help"] = f"{text} (default: {item.default})" if shown else text
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    names = {get_origin(kind) or kind for kind in kinds}
+    if choices and len(names) == 1:
+        options |= {"type": _choice(choices), "metavar": "|".join(map(str, choices))}
+    elif bool in names:
+        options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+    elif list in names and str not in names:
+        options |= {"nargs": "+", "metavar": "VALUE"}
+    elif float in names and str not in names:
+        options |= {"type": _number(float, "a number"), "metavar": "NUMBER"}
+    elif int in names and str not in names:
+        options |= {"type": _number(int, "a whole number"), "metavar": "NUMBER"}
+    else:
+        options |= {"metavar": "VALUE"}
+    parser.add_argument(f"--{item.name}", **options)
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """Return the members of a union, without None."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [kind for part in get_args(hint) for kind in _kinds(part)]
+    return [] if hint is type(None) else [hint]
+
+
+def _choice(choices: Sequence[Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        for choice in choices:
+            if str(choice) == text:
+                return choice
+        listed = ", ".join(map(str, choices))
+        raise argparse.ArgumentTypeError(f"must be one of {listed}, got {text!r}")
+
+    return convert
+
+
+def _boolean(text: str) -> bool:
+    if (word := text.lower()) in ("true", "yes", "1", "false", "no", "0"):
+        return word in ("true", "yes", "1")
+    raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+
+
+def _number(kind: type, wanted: str) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            message = f"must be {wanted}, got {text[:80]!r}"
+            raise argparse.ArgumentTypeError(message) from None
+
+    return convert
+
+
+def _words(path: Path, known: Iterable[str]) -> list[str]:
+    """Return the flat keys of a YAML file as command-line words, so that one parser reads both."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--config {path}: must be a readable YAML file, got: {reason}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: must hold flat `option: value` lines")
+    words: list[str] = []
+    for key, value in values.items():
+        if key not in known:
+            near = nearest(str(key), known)
+            raise ValueError(f"--config {path}: {key!r} is not an option of this command{near}")
+        if value is None:
+            continue  # the option keeps its default
+        parts = value if isinstance(value, list) else [value]
+        if not parts:
+            continue
+        texts = [json.dumps(part) if isinstance(part, dict) else str(part) for part in parts]
+        # One word, so that a value that begins with a dash is no option.
+        words += [f"--{key}={texts[0]}"] if len(texts) == 1 else [f"--{key}", *texts]
+    return words

@@ -1,0 +1,122 @@
+"""`leaf compare`: arms at equal compute, and the interval of a difference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import detect_pair
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from leaf_distill.config import CompareConfig, DetectConfig
+from leaf_distill.evaluation.compare import CompareResult, compare, paired_bootstrap
+from leaf_distill.training.config import LeafConfig
+
+ROWS = detect_pair.make_rows(40)
+ARMS = ["kd", "span", "random_spans", "student_saliency"]
+
+
+def settings(pair: dict[str, str], root: Path) -> tuple[CompareConfig, DetectConfig, LeafConfig]:
+    root.mkdir(exist_ok=True)
+    train = detect_pair.write_rows(root / "train.jsonl", ROWS[:24])
+    test = detect_pair.write_rows(root / "test.jsonl", ROWS[24:])
+    detection = DetectConfig(
+        **pair,
+        dataset=train,
+        output_dir=str(root / "out"),
+        cache_dir=str(root / "cache"),
+        grade="exact",
+        max_new_tokens=4,
+        threshold=0.15,
+    )
+    training = LeafConfig(
+        output_dir=str(root / "out"),
+        max_steps=3,
+        originals_per_step=8,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return CompareConfig(arms=ARMS, eval_dataset=test), detection, training
+
+
+@pytest.fixture(scope="module")
+def compared(pair: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("compare") / "root"
+    return root, compare(*settings(pair, root))
+
+
+def test_every_arm_is_trained_at_equal_compute(compared: tuple[Path, CompareResult]) -> None:
+    root, result = compared
+    assert [arm.name for arm in result.arms] == ["untrained", *ARMS]
+    trained = {arm.name: arm.training for arm in result.arms if arm.training}
+    assert list(trained) == ARMS and trained["kd"].counterfactuals == 0
+    assert trained["span"].counterfactuals > 0
+    for name, one in trained.items():
+        assert (one.steps, one.originals) == (3, 24)
+        rows = one.originals_a_step * (1 + one.counterfactuals / one.originals)
+        assert rows == pytest.approx(8, abs=1)
+        arm = "kd" if name == "kd" else f"{name}-threshold-0.15"
+        branches = pq.read_table(root / "out/arms" / arm / "dataset.parquet")["branch"].to_pylist()
+        assert branches.count("counterfactual") == one.counterfactuals
+        assert branches.count("original") == 24
+
+
+def test_the_table_is_of_the_answers(compared: tuple[Path, CompareResult]) -> None:
+    root, result = compared
+    assert result.reference == "kd" and result.problems == 16
+    right = {}
+    for arm in result.arms:
+        answers = pq.read_table(root / "out/evaluation" / arm.name / "answers.parquet")
+        right[arm.name] = [verdict == "right" for verdict in answers["verdict"].to_pylist()]
+        assert arm.accuracy == sum(right[arm.name]) / 16
+        assert arm.interval[0] <= arm.accuracy <= arm.interval[1]
+    for arm in result.arms:
+        if arm.name == "kd":
+            assert arm.difference is None
+        else:
+            assert arm.difference is not None
+            assert arm.difference[0] == pytest.approx(arm.accuracy - sum(right["kd"]) / 16)
+    text = result.table.read_text()
+    assert all(f"| {name} |" in text for name in right)
+    stored = json.loads((root / "out/compare.json").read_text())
+    assert [arm["accuracy"] for arm in stored["arms"]] == [arm.accuracy for arm in result.arms]
+
+
+def test_the_same_command_trains_nothing_again(
+    pair: dict[str, str], compared: tuple[Path, CompareResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, result = compared
+    monkeypatch.setattr("leaf_distill.training.trainer.LeafTrainer.train", None)
+    monkeypatch.setattr("leaf_distill.models.loading.load_model", None)
+    assert compare(*settings(pair, root)) == result
+
+
+def test_a_missing_evaluation_set_is_asked_for(pair: dict[str, str], tmp_path: Path) -> None:
+    config, detection, training = settings(pair, tmp_path)
+    with pytest.raises(ValueError, match="eval_dataset: must be given"):
+        compare(replace(config, eval_dataset=""), detection, training)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_bootstrap_is_that_of_problems() -> None:
+    reference = np.array([1, 1, 0, 0, 0], dtype=np.bool_)
+    right = np.array([1, 0, 1, 1, 0], dtype=np.bool_)
+    change = right.astype(int) - reference.astype(int)
+    every = [np.mean(pick) for pick in product(change, repeat=5)]  # all resamples there are
+    difference, low, high = paired_bootstrap(reference, right, draws=200_000)
+    assert difference == pytest.approx(0.2)
+    assert (low, high) == pytest.approx(tuple(np.quantile(every, (0.025, 0.975))))
+
+
+def test_equal_answers_differ_by_nothing() -> None:
+    same = np.array([True, False, True])
+    assert paired_bootstrap(same, same) == (0.0, 0.0, 0.0)

@@ -1,0 +1,76 @@
+"""The checks of a model at its loading, and the first batch of a fresh process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from architectures import CAUSAL, NOT_CAUSAL, build
+from torch import nn
+
+from leaf_distill.models.checks import check_causal, eval_mode
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal_models_pass_in_every_dtype(name: str, dtype: torch.dtype) -> None:
+    model = build(name).to(dtype).train()
+    check_causal(model, name)
+    assert model.training
+
+
+@pytest.mark.parametrize("name", ["bert", "xlnet", "cpmant"])
+def test_encoders_are_refused_in_bfloat16(name: str) -> None:
+    with pytest.raises(ValueError, match="depend on the tokens after it"):
+        check_causal(build(name).bfloat16(), name)
+
+
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_others_are_refused_with_a_reason(name: str) -> None:
+    reason = "the padding after it" if name == "prophetnet" else "the tokens after it"
+    expected = rf"^model: must be a causal .* got '{name}' .* depend on {reason}; choose a decoder"
+    with pytest.raises(ValueError, match=expected):
+        check_causal(build(name), name)
+
+
+def test_a_model_that_cannot_run_is_refused() -> None:
+    model = build()
+    model.model.layers[1].self_attn.o_proj = nn.Linear(7, 32)
+    with pytest.raises(ValueError, match=r"^model: .* cannot run on a prompt alone: mat1 and mat2"):
+        check_causal(model, "broken")
+
+
+def test_each_module_gets_its_mode_back() -> None:
+    model = build().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(KeyError), eval_mode(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [module.training for module in model.modules()] == modes
+
+
+FIRST_BATCH = """
+import hashlib, sys, numpy as np
+from leaf_distill.data.example import Rendering
+from leaf_distill.models.loading import LazyModel
+from leaf_distill.models.saliency import saliency
+ids = (np.arange(40) * 7 % 50 + 10).astype(np.int32)
+late = np.arange(40) >= 30
+row = Rendering(ids, late, np.full((40, 2), -1, np.int32), ~late)
+results = saliency(LazyModel(sys.argv[1]).load(), [row] * 4)
+print(hashlib.sha256(b"".join(one.norms.tobytes() for one in results)).hexdigest())
+"""
+
+
+def first_batches(student: str, count: int) -> set[str]:
+    command = [sys.executable, "-c", FIRST_BATCH, student]
+    return {subprocess.check_output(command, text=True).strip() for _ in range(count)}
+
+
+@pytest.mark.slow
+def test_the_first_batch_of_every_process_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert len(first_batches("python/leaf_distill/demo/assets/teacher", 8)) == 1

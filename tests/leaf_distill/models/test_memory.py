@@ -1,0 +1,85 @@
+"""Bounds of a batch: by the device's memory, and halved where that is not enough."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import SIZES, build
+from transformers import LlamaConfig, MixtralConfig
+
+from leaf_distill.models.memory import (
+    CPU_BATCH_TOKENS,
+    batch_tokens,
+    default_batch_tokens,
+    with_smaller_batches,
+)
+
+GIB = 1 << 30
+BILLION = LlamaConfig(
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+)
+
+
+def fits(rows: int) -> None:
+    """Real memory, or the real error of an allocator."""
+    torch.empty((1 << 50) if rows > 2 else 1)
+
+
+def test_a_batch_that_is_too_large_runs_in_halves(caplog: pytest.LogCaptureFixture) -> None:
+    seen = []
+
+    def run(batch: list[int]) -> list[int]:
+        seen.append(len(batch))
+        fits(len(batch))
+        return [10 * item for item in batch]
+
+    assert with_smaller_batches(list(range(7)), run) == [10 * item for item in range(7)]
+    assert seen == [7, 4, 2, 2, 3, 2, 1]
+    assert "lower max_batch_tokens" in caplog.records[0].getMessage()
+
+
+def test_a_row_that_is_too_large_is_said() -> None:
+    with pytest.raises(ValueError, match=r"^max_batch_tokens: .* single row .*; lower max_length"):
+        with_smaller_batches([1, 2], lambda batch: fits(9) or [])
+
+    def run(batch: list[int]) -> list[int]:
+        raise MemoryError
+
+    with pytest.raises(ValueError, match=r"^max_batch_tokens: "):
+        with_smaller_batches([1], run)
+
+
+def test_other_errors_pass() -> None:
+    def run(batch: list[int]) -> list[int]:
+        raise RuntimeError("a size does not match")
+
+    with pytest.raises(RuntimeError, match="a size does not match"):
+        with_smaller_batches([1, 2], run)
+
+
+def test_the_default_on_a_cpu() -> None:
+    for subject in (build(), LlamaConfig(**SIZES)):
+        assert default_batch_tokens(subject, "cpu") == CPU_BATCH_TOKENS == 1024
+
+
+def test_the_default_of_a_gpu_follows_memory_and_model() -> None:
+    def tokens(config: object = BILLION, free: int = 24, itemsize: int = 2) -> int:
+        return batch_tokens(config, free * GIB, itemsize=itemsize, loaded=True)
+
+    # 24 layers keep 3.1 MB of a token in bfloat16 and the logits take 1.8 MB.
+    assert 2000 < tokens() < 3000
+    assert tokens(free=80) > 3 * tokens() > 6 * tokens(free=12)
+    assert tokens(itemsize=4) < tokens()
+    assert tokens(free=1) == 256 and tokens(LlamaConfig(**SIZES)) == 65536
+    # The weights, 2.6 billion here, are still to be loaded.
+    assert batch_tokens(BILLION, 24 * GIB, itemsize=2, loaded=False) < 0.9 * tokens()
+    assert 256 <= tokens(MixtralConfig()) <= 65536
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_default_fits_a_gpu() -> None:
+    assert 256 <= default_batch_tokens(BILLION, "cuda") <= 65536

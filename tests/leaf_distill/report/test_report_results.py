@@ -1,0 +1,171 @@
+"""Results of the other commands on the report page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from html_page import Element, Page
+from report_run import scored, write_run
+
+from leaf_distill.io import write_json
+from leaf_distill.report import write_report
+
+LOG: list[dict[str, Any]] = [
+    {"step": 5, "kd_loss": 0.8, "cd_loss": 0.4},
+    {"step": 10, "kd_loss": 0.4},
+    {"step": 15, "kd_loss": float("nan")},
+    {"epoch": 1},
+]
+TRAINING = {"rows": {"originals": 30, "counterfactuals": 12}, "log": LOG}
+
+
+def interval(right: int) -> tuple[float, float]:
+    return right / 1600 - 0.02, right / 1600 + 0.02
+
+
+def evaluation(right: int) -> dict[str, Any]:
+    return {
+        "command": "evaluate",
+        "rows": 1600,
+        "accuracy": right / 1600,
+        "interval": interval(right),
+        "counts": {"right": right, "no_answer": 1600 - right},
+    }
+
+
+def arm(name: str, right: int, *difference: float, trained: bool = True) -> dict[str, Any]:
+    training = {"model": "m", "steps": 100, "counterfactuals": 12, "tokens": 51200}
+    return {
+        "name": name,
+        "training": training if trained else None,
+        "accuracy": right / 1600,
+        "interval": interval(right),
+        "difference": difference or None,
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_run(tmp_path, [scored(0, "one")])
+    return tmp_path
+
+
+def put(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)
+
+
+def lines(page: Page) -> list[Element]:
+    table = page.root.find("table", cls="evaluations")[0]
+    return table.find("tbody")[0].find("tr")
+
+
+def test_a_run_without_results_has_no_such_section(run: Path) -> None:
+    assert "Distillation" not in Page(write_report(run)).root.text
+    put(run / "other" / "metrics.json", {"something": 1})
+    assert "Distillation" not in Page(write_report(run)).root.text
+
+
+@pytest.mark.parametrize("place", ["leaf", "students/leaf"])
+def test_training_curves_with_their_axis(run: Path, place: str) -> None:
+    put(run / place / "metrics.json", TRAINING)
+    figure = Page(write_report(run)).root.find("figure", cls="curve")[0]
+    caption = figure.find("figcaption")[0].text
+    assert "30 originals and 12 counterfactuals" in caption and "originals 0.8 to 0.4" in caption
+    points = [line.attributes["points"] for line in figure.find("polyline")]
+    assert points == ["0.00,0.00 100.00,50.00", "0.00,50.00 0.00,50.00"]
+    # The axis stands beside the plot, in a column of its own, and so under no curve.
+    chart = figure.find("div", cls="chart")[0]
+    assert [one.text for one in chart.find("div", cls="axis")[0].find("span")] == ["0.8", "0"]
+    assert not chart.find("svg")[0].find("span")
+    assert [one.text for one in chart.find("p", cls="ends")[0].find("span")] == [
+        "step 5",
+        "step 10",
+    ]
+
+
+@pytest.mark.parametrize("place", ["eval", "evaluation/eval"])
+def test_an_accuracy_is_a_point_with_an_interval(run: Path, place: str) -> None:
+    put(run / place / "metrics.json", evaluation(1200))
+    (line,) = lines(Page(write_report(run)))
+    low, high = (100 * bound for bound in interval(1200))
+    for text in ("75.0%", "1,600 rows", "400 no answer", f"{low:.1f} to"):
+        assert text in line.text
+    svg = line.find("svg")[0]
+    assert svg.attributes["aria-label"] == f"{low:.1f} to {high:.1f} percent"
+    assert not svg.find("rect")  # a bar would be read as the value
+    assert svg.find("path", cls="point")[0].attributes["d"] == "M75.00 5h0.001"
+    assert f"M{low:.2f} 5H{high:.2f}" in (svg.find("path")[1].attributes["d"] or "")
+
+
+def test_a_comparison_is_one_table_with_its_evaluations(run: Path) -> None:
+    arms = [
+        arm("untrained", 800, -0.1, -0.13, -0.07, trained=False),
+        arm("kd", 960),
+        arm("span", 1040, 0.05, 0.02, 0.08),
+    ]
+    put(run / "compare.json", {"reference": "kd", "problems": 1600, "arms": arms})
+    put(run / "evaluation" / "kd" / "metrics.json", evaluation(960))
+    put(run / "evaluation" / "span" / "metrics.json", evaluation(1041))  # a later evaluation
+    page = Page(write_report(run))
+    shown = lines(page)
+    assert [line.find("th")[0].text for line in shown] == ["untrained", "kd", "span", "span"]
+    untrained, kd, span, later = (line.text for line in shown)
+    assert "\N{MINUS SIGN}10.0\N{MINUS SIGN}13.0 to \N{MINUS SIGN}7.0" in untrained
+    assert "steps" not in untrained and "steps" not in later
+    assert "640 no answer" in kd and "12 cut prompts, 100 steps, 51,200 tokens" in kd
+    assert "65.0%" in span and "+5.0+2.0 to +8.0" in span and "no answer" not in span
+    assert "65.1%" in later and "559 no answer" in later
+    assert "Less kd, points" in page.root.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "where"),
+    [
+        ("leaf/metrics.json", {"log": {}}, "rows: must be given"),
+        ("leaf/metrics.json", {**TRAINING, "log": [3]}, r"log\.0: must be an object"),
+        (
+            "leaf/metrics.json",
+            {**TRAINING, "log": [{"kd_loss": 1}]},
+            r"log\.0\.step: must be given",
+        ),
+        (
+            "leaf/metrics.json",
+            {**TRAINING, "log": [{"step": 1, "kd_loss": 10**400}]},
+            r"log\.0\.kd_loss: must be below 2\^63",
+        ),
+        ("students/a/metrics.json", {**TRAINING, "rows": 3}, "rows: must be an object"),
+        ("eval/metrics.json", {**evaluation(3), "interval": [1]}, "interval: must be a list of 2"),
+        ("eval/metrics.json", {**evaluation(3), "accuracy": None}, "accuracy: must be a number"),
+        ("eval/metrics.json", {**evaluation(3), "counts": {"a": "b"}}, r"counts\.a: must be a w"),
+        ("eval/metrics.json", [], "must hold a JSON object"),
+        ("compare.json", {"reference": "kd", "problems": 1}, "arms: must be given"),
+        (
+            "compare.json",
+            {"reference": "kd", "problems": 1, "arms": [{**arm("kd", 3), "difference": [1, 2]}]},
+            r"arms\.0\.difference: must be a list of 3, got a list of 2",
+        ),
+    ],
+)
+def test_results_of_another_shape_are_one_sentence(
+    run: Path, name: str, value: object, where: str
+) -> None:
+    put(run / name, value)
+    with pytest.raises(ValueError, match=where) as caught:
+        write_report(run)
+    assert str(caught.value).startswith(str(run / name)) and "\n" not in str(caught.value)
+
+
+def test_names_in_results_become_no_markup(run: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>'\""
+    reached = {"reference": evil, "problems": 1600, "arms": [arm(evil, 960, 0.1, 0.0, 0.2)]}
+    put(run / "compare.json", reached)
+    put(run / "<img src=x>" / "metrics.json", {**evaluation(800), "counts": {evil: 800}})
+    put(run / "<b onclick=x>" / "metrics.json", TRAINING)
+    page = Page(write_report(run))
+    assert (
+        not page.root.find("img") and "<img" not in page.source and "<b onclick" not in page.source
+    )
+    assert page.root.text.count(evil) == 3
