@@ -104,6 +104,7 @@ SITE  = import sysconfig; print(sysconfig.get_path("purelib"))
 TORCH_SITE = import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))
 
 $(VENV)/.python:
+	@echo "Setting up $(VENV): a few minutes the first time, mostly torch's download and the compiler."
 	$(PYTHON) -m venv $(VENV)
 	found=$$($(PYTHON) -c '$(TORCH_SITE)' 2>/dev/null) && \
 	  echo "$$found" > "$$($(VENV)/bin/python -c '$(SITE)')/torch_of_python.pth" || true

@@ -23,7 +23,8 @@ import reasoning_gym
 import torch
 
 from leaf_distill import DetectConfig, EvaluateConfig, LeafConfig, detect, distill, evaluate
-from leaf_distill.models.loading import load_model, load_tokenizer
+from leaf_distill.models.loading import load_model
+from leaf_distill.models.tokenizer import load_tokenizer
 from leaf_distill.report import write_report
 from leaf_distill.training.config import DistillArguments
 

@@ -27,3 +27,11 @@ __all__ = [
     "linear_dual_kl",
     "row_weights",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("leaf-distill")
+    raise AttributeError(f"module 'leaf_ext' has no attribute {name!r}")

@@ -13,11 +13,12 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from leaf_distill.options import nearest, parse_options
+from leaf_distill.options import nearest, parse_options, shortened
 
 PACKAGES = (
     "leaf-distill",
@@ -36,79 +37,36 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: what it is for, the dataclasses that it takes, and what it runs."""
+    """One subcommand.
+
+    Attributes:
+        summary: its purpose, in one line.
+        example: a command line that works.
+        configs: the dataclasses whose fields are its options, as "module:name" in leaf_distill, so
+            that --help and a usage error import no more than they need.
+        run: the function that takes them, in the same form.
+        interrupted: what Ctrl-C leaves behind.
+    """
 
     summary: str
     example: str
-    arguments: Callable[[], tuple[Any, ...]]
-    run: Callable[..., None]
-    hidden: Callable[[], frozenset[str]] = frozenset  # options that --help leaves out
-    interrupted: str = "nothing is kept"  # what Ctrl-C leaves behind
+    configs: tuple[str, ...]
+    run: str | Callable[..., object]
+    interrupted: str = "nothing is kept"
 
 
-def _detect_arguments() -> tuple[Any, ...]:
-    from leaf_distill.config import DetectConfig
-
-    return (DetectConfig,)
-
-
-def _run_detect(config: Any) -> None:
-    from leaf_distill.detection.pipeline import detect
-
-    detect(config)
+def _named(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(f"leaf_distill.{module}"), attribute)
 
 
-def _distill_arguments() -> tuple[Any, ...]:
-    from leaf_distill.training.config import DistillArguments, LeafConfig
-
-    return (DistillArguments, LeafConfig)
-
-
-def _hidden_training_arguments() -> frozenset[str]:
-    """The fields of transformers.TrainingArguments that LeafConfig does not set otherwise."""
-    from transformers import TrainingArguments
-
-    from leaf_distill.training.config import LeafConfig
-
-    shown = {*LeafConfig.__annotations__, "output_dir", "seed", "max_steps", "report_to"}
-    return frozenset({f.name for f in dataclasses.fields(TrainingArguments)} - shown)
-
-
-def _run_distill(arguments: Any, config: Any) -> None:
-    from leaf_distill.training.distill import distill
-
-    distill(arguments, config)
-
-
-def _evaluate_arguments() -> tuple[Any, ...]:
-    from leaf_distill.config import EvaluateConfig
-
-    return (EvaluateConfig,)
-
-
-def _run_evaluate(config: Any) -> None:
-    from leaf_distill.evaluation.evaluate import evaluate
-
-    evaluate(config)
-
-
-def _compare_arguments() -> tuple[Any, ...]:
-    from leaf_distill.config import CompareConfig, DetectConfig
-    from leaf_distill.training.config import LeafConfig
-
-    return (CompareConfig, DetectConfig, LeafConfig)
-
-
-def _run_compare(config: Any, detection: Any, training: Any) -> None:
-    from leaf_distill.evaluation.compare import compare
-
-    compare(config, detection, training)
-
-
-def _report_arguments() -> tuple[Any, ...]:
-    from leaf_distill.config import ReportConfig
-
-    return (ReportConfig,)
+def _hidden(configs: Sequence[type]) -> frozenset[str]:
+    """Return the fields of TrainingArguments that LeafConfig does not define itself."""
+    for config in configs:
+        if config.__name__ == "LeafConfig":
+            shown = {*config.__annotations__, "output_dir", "seed", "max_steps", "report_to"}
+            return frozenset({item.name for item in dataclasses.fields(config)} - shown)
+    return frozenset()
 
 
 def _run_report(config: Any) -> None:
@@ -118,16 +76,11 @@ def _run_report(config: Any) -> None:
     print(f"The page is {page}")
 
 
-def _demo_arguments() -> tuple[Any, ...]:
-    from leaf_distill.config import DemoConfig
-
-    return (DemoConfig,)
-
-
 def _run_demo(config: Any) -> None:
     from leaf_distill.demo.run import run_demo
+    from leaf_distill.io import user_directory
 
-    run_demo(Path(config.output_dir).expanduser())
+    run_demo(user_directory(config.output_dir))
 
 
 def _run_env() -> None:
@@ -138,6 +91,7 @@ def _run_env() -> None:
 
     import leaf_ext
     from leaf_distill.config import package_versions
+    from leaf_distill.detection.cache import FILE, default_cache_directory
 
     print(f"python          {platform.python_version()} on {platform.platform()}")
     for package, number in package_versions(PACKAGES).items():
@@ -145,6 +99,9 @@ def _run_env() -> None:
     print(f"cpu             {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         print(f"gpu {index}           {torch.cuda.get_device_name(index)}")
+    cache = default_cache_directory() / FILE
+    size = cache.stat().st_size if cache.exists() else 0
+    print(f"cache           {cache}, {size / 1e6:.1f} MB")
     try:
         for key, value in leaf_ext.build_info().items():
             print(f"leaf_ext        {key}: {value}")
@@ -159,55 +116,54 @@ COMMANDS = {
         "find the confounding tokens of a dataset, cut them out, keep the cuts that hold",
         "leaf detect --student ./student --teacher ./teacher --dataset train.jsonl "
         "--output_dir runs/math",
-        _detect_arguments,
-        _run_detect,
-        interrupted=KEPT,
+        ("config:DetectConfig",),
+        "detection.pipeline:detect",
+        KEPT,
     ),
     "distill": Command(
         "distil the teacher into the student on originals and counterfactuals",
         "leaf distill --student ./student --teacher ./teacher --dataset runs/math "
         "--output_dir student-leaf",
-        _distill_arguments,
-        _run_distill,
-        _hidden_training_arguments,
-        interrupted="the same command goes on from the newest checkpoint, where there is one",
+        ("training.config:DistillArguments", "training.config:LeafConfig"),
+        "training.distill:distill",
+        "the same command goes on from the newest checkpoint, where there is one",
     ),
     "evaluate": Command(
         "grade a model's greedy answers on a dataset",
         "leaf evaluate --model student-leaf --dataset test.jsonl --output_dir runs/eval",
-        _evaluate_arguments,
-        _run_evaluate,
-        interrupted=KEPT,
+        ("config:EvaluateConfig",),
+        "evaluation.evaluate:evaluate",
+        KEPT,
     ),
     "compare": Command(
         "run LeaF, plain distillation and controls at equal compute, and make one table of them",
         "leaf compare --student ./student --teacher ./teacher --dataset train.jsonl "
         "--eval_dataset test.jsonl --arms kd span random_spans --output_dir runs/compared",
-        _compare_arguments,
-        _run_compare,
-        _hidden_training_arguments,
-        interrupted=KEPT,
+        ("config:CompareConfig", "config:DetectConfig", "training.config:LeafConfig"),
+        "evaluation.compare:compare",
+        KEPT,
     ),
     "report": Command(
         "write one self-contained HTML page about a run of `leaf detect`",
         "leaf report --run_dir runs/math",
-        _report_arguments,
+        ("config:ReportConfig",),
         _run_report,
     ),
     "demo": Command(
         "run the whole method on an embedded example",
         "leaf demo --output_dir outputs/demo",
-        _demo_arguments,
+        ("config:DemoConfig",),
         _run_demo,
     ),
-    "env": Command("print versions and devices, for bug reports", "leaf env", lambda: (), _run_env),
+    "env": Command("print versions and devices, for bug reports", "leaf env", (), _run_env),
 }
 
 
 def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     """Return the dataclasses of a subcommand, from its options and `--config`."""
     command = COMMANDS[name]
-    configs, hidden = command.arguments(), command.hidden()
+    configs = tuple(_named(config) for config in command.configs)
+    hidden = _hidden(configs)
     more = "; every field of transformers.TrainingArguments is an option too" if hidden else ""
     return parse_options(
         f"leaf {name}",
@@ -232,7 +188,7 @@ def _report(name: str, error: Exception) -> None:
     """Print one line for an error; the traceback of one that is not ours goes to a file."""
     message = str(error).strip()
     if isinstance(error, (ValueError, RuntimeError, OSError)) and _raised_by_us(error):
-        print(f"leaf {name}: error: {message}", file=sys.stderr)
+        print(f"leaf {name}: error: {shortened(message)}", file=sys.stderr)
         return
     first = message.splitlines()[0] if message else "no message"
     with tempfile.NamedTemporaryFile(
@@ -275,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"leaf: {name!r} is not a command{nearest(name, COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        COMMANDS[name].run(*parse(name, words[1:]))
+        configs, run = parse(name, words[1:]), COMMANDS[name].run
+        (_named(run) if isinstance(run, str) else run)(*configs)
     except KeyboardInterrupt:
         print(f"\nleaf {name}: interrupted; {COMMANDS[name].interrupted}", file=sys.stderr)
         return 130

@@ -7,7 +7,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from inspect import cleandoc
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 Select = Literal["student_wrong", "all"]
 CompletionSource = Literal["dataset", "teacher"]
@@ -21,6 +24,9 @@ Validate = Literal["both", "teacher", "none"]
 PACKAGES = ("leaf-distill", "torch", "transformers", "datasets", "pyarrow")
 """The packages whose versions are written beside results."""
 
+LARGEST = 2**31 - 1
+"""Of a count; more overflows somewhere, and means nothing."""
+
 MODEL = "a directory (also of a LoRA adapter), a hub name or a .gguf file"
 ROWS = "hub name, file (.jsonl, .json, .csv, .parquet, .gz), directory or glob"
 
@@ -28,6 +34,14 @@ ROWS = "hub name, file (.jsonl, .json, .csv, .parquet, .gz), directory or glob"
 def about(description: str) -> dict[str, str]:
     """Return a field's metadata: the text that --help shows for it."""
     return {"help": description}
+
+
+def documented(config: type[T]) -> type[T]:
+    """Add every field with its help text to the docstring of a dataclass, for `help()`."""
+    described = {item.name: item.metadata.get("help") for item in fields(config)}  # type: ignore[arg-type]
+    lines = [f"    {name}: {text}" for name, text in described.items() if text]
+    config.__doc__ = "\n".join([cleandoc(config.__doc__ or ""), "", "Attributes:", *lines])
+    return config
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,7 @@ class AnswerOptions(ModelOptions):
     )
 
 
+@documented
 @dataclass(frozen=True)
 class DetectConfig(AnswerOptions, RowOptions, PairOptions):
     """Settings of stage 1, from rows to validated counterfactuals.
@@ -166,12 +181,13 @@ class DetectConfig(AnswerOptions, RowOptions, PairOptions):
     def __post_init__(self) -> None:
         check_answer_options(self)
         check_rows(self)
-        check_range(self, "min_length", 1)
-        check_range(self, "join_gap", 0)
+        check_range(self, "min_length", 1, LARGEST)
+        check_range(self, "join_gap", 0, LARGEST)
         for name in ("threshold", "cap", "teacher_max"):
             check_range(self, name, 0, 1)
 
 
+@documented
 @dataclass(frozen=True)
 class EvaluateConfig(AnswerOptions, RowOptions):
     """Settings of `leaf evaluate`: a model's greedy answers, graded."""
@@ -187,6 +203,7 @@ class EvaluateConfig(AnswerOptions, RowOptions):
         check_rows(self)
 
 
+@documented
 @dataclass(frozen=True)
 class CompareConfig:
     """Settings of `leaf compare`, beside those of `leaf detect` and `leaf distill`."""
@@ -213,6 +230,7 @@ class CompareConfig:
             raise ValueError(f"arms: must be different, one of them no kd, got {listed!r}")
 
 
+@documented
 @dataclass(frozen=True)
 class ReportConfig:
     """Settings of `leaf report`."""
@@ -227,9 +245,10 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         need(self, "run_dir")
-        check_range(self, "samples", 0)
+        check_range(self, "samples", 0, LARGEST)
 
 
+@documented
 @dataclass(frozen=True)
 class DemoConfig:
     """Settings of `leaf demo`."""
@@ -250,7 +269,7 @@ def check_rows(config: Any) -> None:
             f'columns: must map text to text as {{"prompt": "question"}}, got {columns!r}'
         )
     object.__setattr__(config, "columns", columns)
-    check_range(config, "max_rows", 1)
+    check_range(config, "max_rows", 1, LARGEST)
 
 
 def check_answer_options(config: Any) -> None:
@@ -259,7 +278,7 @@ def check_answer_options(config: Any) -> None:
     object.__setattr__(config, "chat_template_kwargs", kwargs)
     check_choices(config)
     for name in ("max_length", "max_new_tokens", "max_batch_tokens"):
-        check_range(config, name, 1, 2**31 - 1)
+        check_range(config, name, 1, LARGEST)
     if not 0 < config.grade_timeout < math.inf:
         raise ValueError(f"grade_timeout: must be seconds above 0, got {config.grade_timeout}")
     if not config.output_dir:
@@ -278,6 +297,10 @@ def json_object(value: dict[str, Any] | str | None, name: str) -> dict[str, Any]
             raise ValueError(f"{name}: must be a JSON object, got {value!r} ({error})") from None
     if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
         raise ValueError(f"{name}: must be a JSON object, got {value!r}")
+    try:
+        json.dumps(mapping, ensure_ascii=False, default=str).encode()
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair, or a circle
+        raise ValueError(f"{name}: must be a JSON object, got {value!r} ({error})") from None
     return mapping
 
 
@@ -306,7 +329,8 @@ def check_range(config: Any, name: str, low: float, high: float = math.inf) -> N
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and low <= value <= high):
-        wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        low_enough = high >= LARGEST and not (number and value > high)
+        wanted = f"at least {low}" if low_enough else f"from {low} to {high}"
         raise ValueError(f"{name}: must be {wanted}, got {value!r}")
 
 

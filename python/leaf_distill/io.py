@@ -30,8 +30,13 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all and flush it to the disk.
 
     Raises:
-        StoreError: the file cannot be written; names it, and says whether the disk is full.
+        StoreError: the file cannot be written, or the path is no regular file (a device, a pipe, a
+            directory), which is never replaced; names it, and says whether the disk is full.
     """
+    if path.exists() and not path.is_file():
+        raise StoreError(
+            f"{path}: must be a regular file or new, got something else; give another path"
+        )
     # The name is unique, and an existing file or link of that name is never opened.
     temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -52,8 +57,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON with sorted keys, as `write_bytes` does."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+    """Write JSON with sorted keys, and paths as text, as `write_bytes` does."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=str)
     write_bytes(path, f"{text}\n".encode())
 
 
@@ -82,6 +87,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_of(path: Path, command: str) -> bool:
+    """Return whether a file is a JSON object that a command of `leaf` wrote under its name."""
+    try:
+        return bool(read_json(path).get("command") == command)
+    except ValueError:
+        return False
+
+
 def digest(parts: Iterable[object]) -> str:
     """Return the sha256, as 64 hexadecimal digits, of values that JSON can express, or bytes."""
     state = hashlib.sha256()
@@ -96,9 +109,12 @@ def digest(parts: Iterable[object]) -> str:
 def locked(directory: Path) -> Iterator[None]:
     """Hold a directory for this process; the lock ends with the process, however it ends.
 
+    A directory that is made here, and is empty when an error comes, goes again.
+
     Raises:
         StoreError: another process holds the directory, or it cannot be written to.
     """
+    is_new = not directory.exists()
     make_directory(directory)
     path = directory / ".lock"
     try:
@@ -114,8 +130,39 @@ def locked(directory: Path) -> Iterator[None]:
                 "output_dir"
             ) from error
         yield
+    except BaseException:
+        if is_new and os.listdir(directory) == [path.name]:
+            path.unlink()
+            directory.rmdir()
+        raise
     finally:
         os.close(handle)
+
+
+def user_directory(name: str | os.PathLike[str], argument: str = "output_dir") -> Path:
+    """Return the path of a directory that a user named; it is there, or may be made.
+
+    Raises:
+        ValueError: it is a file, a dangling link, or no path at all; names the argument.
+    """
+    if not str(name):
+        raise ValueError(f"{argument}: must be a directory, got an empty name; give one")
+    try:
+        path = Path(name).expanduser()
+        taken = os.path.lexists(path) and not path.is_dir()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a null byte
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ValueError(
+            f"{argument}: must be a directory, got {str(name)!r} ({reason}); give another one"
+        ) from error
+    if taken:
+        raise ValueError(
+            f"{argument}: must be a directory, got {path}, which is none; give another one"
+        )
+    return path
 
 
 def make_directory(directory: Path) -> None:
@@ -138,7 +185,10 @@ def disk_error(error: OSError, path: Path, size: int | None = None) -> StoreErro
             f"the disk is full: {path}{need} could not be written; results so far are kept: free "
             "some space and run the same command again"
         )
-    return StoreError(f"{path} could not be written ({error.strerror or error}); check the path")
+    return StoreError(
+        f"{path}: must be a place to write to, got {error.strerror or error}; give another one, or "
+        "change its permissions"
+    )
 
 
 class Progress:

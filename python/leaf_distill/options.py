@@ -10,16 +10,30 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+LONGEST_SENTENCE = 2000
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one sentence and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+        sentence = shortened(message.removeprefix("argument "))
+        for nothing in ("expected one argument", "expected at least one argument"):
+            sentence = sentence.replace(nothing, "must have a value, got none")
+        self.exit(2, f"{self.prog}: error: {sentence}\n")
+
+
+def shortened(message: str) -> str:
+    """Return a message without its middle where a value in it would fill the screen."""
+    if len(message) <= LONGEST_SENTENCE:
+        return message
+    half = LONGEST_SENTENCE // 2
+    return f"{message[:half]} [...] {message[-half:]}"
 
 
 def parse_options(
@@ -59,13 +73,13 @@ def parse_options(
     fields = {
         config: [item for item in dataclasses.fields(config) if item.init] for config in configs
     }
-    known: set[str] = set()
+    known: dict[str, bool] = {}  # whether an option takes several values
     for config, items in fields.items():
         hints = get_type_hints(config)
         for item in items:
             if item.name not in known:
-                known.add(item.name)
-                _add(parser, item, hints[item.name], hide=item.name in hidden)
+                action = _add(parser, item, hints[item.name], hide=item.name in hidden)
+                known[item.name] = action.nargs == "+"
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
@@ -90,7 +104,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _add(parser: _Parser, item: dataclasses.Field[Any], hint: Any, *, hide: bool) -> None:
+def _add(
+    parser: _Parser, item: dataclasses.Field[Any], hint: Any, *, hide: bool
+) -> argparse.Action:
     kinds = _kinds(hint)
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     if not hide:
@@ -104,14 +120,14 @@ def _add(parser: _Parser, item: dataclasses.Field[Any], hint: Any, *, hide: bool
     elif bool in names:
         options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
     elif list in names and str not in names:
-        options |= {"nargs": "+", "metavar": "VALUE"}
+        options |= {"type": _text, "nargs": "+", "metavar": "VALUE"}
     elif float in names and str not in names:
         options |= {"type": _number(float, "a number"), "metavar": "NUMBER"}
     elif int in names and str not in names:
         options |= {"type": _number(int, "a whole number"), "metavar": "NUMBER"}
     else:
-        options |= {"metavar": "VALUE"}
-    parser.add_argument(f"--{item.name}", **options)
+        options |= {"type": _text, "metavar": "VALUE"}
+    return parser.add_argument(f"--{item.name}", **options)
 
 
 def _kinds(hint: Any) -> list[Any]:
@@ -132,6 +148,13 @@ def _choice(choices: Sequence[Any]) -> Callable[[str], Any]:
     return convert
 
 
+def _text(text: str) -> str:
+    """Refuse what can be no name, path or message: bytes that are no UTF-8, and null characters."""
+    if not re.search("[\0\ud800-\udfff]", text):
+        return text
+    raise argparse.ArgumentTypeError(f"must be UTF-8 text without null characters, got {text!r}")
+
+
 def _boolean(text: str) -> bool:
     if (word := text.lower()) in ("true", "yes", "1", "false", "no", "0"):
         return word in ("true", "yes", "1")
@@ -149,13 +172,13 @@ def _number(kind: type, wanted: str) -> Callable[[str], Any]:
     return convert
 
 
-def _words(path: Path, known: Iterable[str]) -> list[str]:
+def _words(path: Path, known: Mapping[str, bool]) -> list[str]:
     """Return the flat keys of a YAML file as command-line words, so that one parser reads both."""
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--config {path}: must be a readable YAML file, got: {reason}") from error
     if not isinstance(values, dict):
@@ -167,6 +190,10 @@ def _words(path: Path, known: Iterable[str]) -> list[str]:
             raise ValueError(f"--config {path}: {key!r} is not an option of this command{near}")
         if value is None:
             continue  # the option keeps its default
+        if isinstance(value, list) and not known[key]:
+            raise ValueError(
+                f"--config {path}: {key}: must be one value, got a list of {len(value)}"
+            )
         parts = value if isinstance(value, list) else [value]
         if not parts:
             continue

@@ -204,3 +204,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEAF_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def saved(tmp_path, make_model, make_tokenizer):
+    """A model and its tokenizer in a directory."""
+    path = tmp_path / "student"
+    make_model().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path

@@ -97,7 +97,7 @@ def test_a_bad_file_is_one_sentence(
         (["detect", *NAMES, "--max_rows", "1.5"], "--max_rows: must be a whole number, got '1.5'"),
         (["detect", *NAMES, "--strategy", "words"], "--strategy: must be one of span, collective,"),
         (["detect", *NAMES, "--trust_remote_code", "perhaps"], "must be true or false, got"),
-        (["detect", *NAMES, "--threshold"], "--threshold: expected one argument"),
+        (["detect", *NAMES, "--threshold"], "--threshold: must have a value, got none"),
         (["detect", *NAMES, "--thresh", "1"], "--thresh is not an option of this command; did"),
         (["detect", *NAMES, "--threshold", "nan"], "threshold: must be from 0 to 1, got nan"),
         (["report"], "run_dir: must be given"),
@@ -205,3 +205,37 @@ def test_python_m_leaf_distill_is_leaf() -> None:
         [sys.executable, "-m", "leaf_distill", "--help"], capture_output=True, text=True
     )
     assert result.returncode == 0 and "usage: leaf" in result.stdout
+
+
+@pytest.mark.parametrize("value", ["a\0b", "\udcff"])
+def test_text_that_can_be_no_name_is_refused(
+    value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "detect", *NAMES, "--system_prompt", value)
+    assert status == 2 and "--system_prompt: must be UTF-8 text without null characters" in err
+    (tmp_path / "c.yaml").write_text(json.dumps({"dataset": value}))
+    status, _, err = run(capsys, "detect", "--config", str(tmp_path / "c.yaml"))
+    assert status == 2 and "--dataset: must be UTF-8 text" in err
+    status, _, err = run(capsys, "detect", *NAMES, "--chat_template_kwargs", '{"a": "\\ud800"}')
+    assert status == 2 and "chat_template_kwargs: must be a JSON object" in err
+
+
+def test_a_long_value_does_not_fill_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--dtype", "--columns", "--seed"):
+        status, _, err = run(capsys, "detect", *NAMES, option, "[" * 100_000)
+        assert status in (1, 2) and len(err) < 2500 and option[2:] in err
+
+
+def test_a_list_for_a_single_value_and_a_number_beyond_python(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    for text, sentence in (
+        ("student: [a, b]", "student: must be one value, got a list of 2"),
+        (f"seed: {'9' * 5000}", "must be a readable YAML file"),
+    ):
+        file.write_text(text)
+        status, _, err = run(capsys, "detect", "--config", str(file))
+        assert status == 1 and sentence in err
+    status, _, err = run(capsys, "detect", "--student")
+    assert status == 2 and "--student: must have a value, got none" in err

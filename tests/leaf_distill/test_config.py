@@ -83,6 +83,7 @@ def test_every_field_has_help(config: type) -> None:
     for item in fields(config):
         if item.name in own:
             assert item.metadata.get("help"), item.name
+            assert f"{item.name}: {item.metadata['help']}" in (config.__doc__ or ""), item.name
 
 
 def test_columns_as_json_or_mapping() -> None:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from leaf_distill.io import Progress, StoreError, digest, read_json, write_bytes, write_json
+from leaf_distill.io import (
+    Progress,
+    StoreError,
+    digest,
+    read_json,
+    user_directory,
+    write_bytes,
+    write_json,
+)
 
 
 def names(directory: Path) -> list[str]:
@@ -22,8 +30,17 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
     write_bytes(path, b"old")
     write_bytes(path, b"new content")
     assert path.read_bytes() == b"new content" and names(tmp_path) == ["file"]
-    with pytest.raises(StoreError, match="could not be written"):
+    with pytest.raises(StoreError, match="must be a place to write to"):
         write_bytes(tmp_path / "absent" / "file", b"x")
+
+
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "directory").mkdir()
+    for name in ("pipe", "directory"):
+        with pytest.raises(StoreError, match="must be a regular file or new, got something else"):
+            write_bytes(tmp_path / name, b"x")
+    assert names(tmp_path) == ["directory", "pipe"] and (tmp_path / "pipe").is_fifo()
 
 
 def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path) -> None:
@@ -93,3 +110,18 @@ def test_progress_in_a_file_is_a_line_now_and_then(
         "student answers: 4 of 10",
         "student answers: 10 of 10",
     ]
+
+
+@pytest.mark.parametrize(
+    "name", ["file", "file/below", "dangling", "loop", "x" * 300, "~no-such-user/x"]
+)
+def test_what_can_be_no_directory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("dangling").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="cache_dir: must be a directory, got"):
+        user_directory(name, "cache_dir")
+    assert user_directory("new/deep") == Path("new/deep") and not Path("new").exists()

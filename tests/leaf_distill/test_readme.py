@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from leaf_distill import EvaluateConfig, evaluate
 from leaf_distill.demo.run import ASSETS
 from leaf_distill.demo.task import make_problems
 
@@ -46,8 +47,12 @@ def test_the_loop_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names: dict[str, Any] = {}
     exec(code_with("LeafTrainer"), names)
     before = (tmp_path / "student" / "model.safetensors").read_bytes()
-    names["student"].save_pretrained("trained")
-    assert (tmp_path / "trained" / "model.safetensors").read_bytes() != before
+    after = (tmp_path / "runs/math/student" / "model.safetensors").read_bytes()
+    assert after != before
+    result = evaluate(
+        EvaluateConfig(model="runs/math/student", dataset="train.jsonl", grade="number")
+    )
+    assert sum(result.counts.values()) == 8
     assert names["run"].funnel["stages"][0]["rows"] == 8
 
 

@@ -1,4 +1,4 @@
-"""From examples to padded batches: each is rendered once for the student, once for the teacher."""
+"""Renders examples for both models, and makes padded batches and forward passes of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,10 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 PREFIXES: Mapping[Role, str] = {"student": "", "teacher": "teacher_"}
-"""How the keys of a batch begin that hold a model's tensors."""
+"""The prefixes of the keys of a batch that hold a model's tensors."""
 
 FILLER = -1
 """Index of a row without labels, for a rank that has nothing left in the last step of an epoch."""
-
-# Any id serves as padding: no label position attends to it. Every embedding has this one, which is
-# not true of a tokenizer's pad token.
-_PADDING_ID = 0
 
 
 def render_examples(
@@ -44,7 +41,7 @@ def render_examples(
         examples: those that have left already are passed over.
         renderers: one for each model; equal ones render once.
         max_length: tokens of prompt and completion that both models take; nothing is cut off.
-        embedding_rows: for each model, how many token ids its embedding has.
+        embedding_rows: the number of token ids in each model's embedding.
     """
     roles: Iterable[Role] = PREFIXES
     if renderers["student"].fingerprint == renderers["teacher"].fingerprint:
@@ -54,23 +51,22 @@ def render_examples(
             for role in roles:
                 example.renderings[role] = renderers[role].render(example)
             example.renderings.setdefault("teacher", example.renderings["student"])
-            _check_length(example, max_length)
-            _check_ids(example, renderers, embedding_rows)
+            _check_tokens(example, renderers, max_length, embedding_rows)
             _check_labels(example, renderers)
         except UnusableRow as problem:
             example.renderings.clear()
             example.leave("distill", problem.reason, problem.detail)
 
 
-def _check_length(example: Example, max_length: int) -> None:
+def _check_tokens(
+    example: Example,
+    renderers: Mapping[Role, Renderer],
+    max_length: int,
+    embedding_rows: Mapping[Role, int],
+) -> None:
     longest = max(map(len, example.renderings.values()))
     if longest > max_length:
         raise UnusableRow("too_long", f"must have at most {max_length} tokens, got {longest}")
-
-
-def _check_ids(
-    example: Example, renderers: Mapping[Role, Renderer], embedding_rows: Mapping[Role, int]
-) -> None:
     for role, rendering in example.renderings.items():
         largest = int(rendering.input_ids.max())
         if largest >= embedding_rows[role]:
@@ -82,57 +78,49 @@ def _check_ids(
 
 
 def _check_labels(example: Example, renderers: Mapping[Role, Renderer]) -> None:
-    """The KL compares distributions token by token, so both models need the very same labels."""
-    student, teacher = (
-        one.input_ids[one.loss_mask]
-        for one in (example.renderings["student"], example.renderings["teacher"])
-    )
-    if np.array_equal(student, teacher):
+    """Refuse different labels: the KL compares the two models' distributions token by token."""
+    labels = {role: one.input_ids[one.loss_mask] for role, one in example.renderings.items()}
+    student, teacher = labels["student"].tolist(), labels["teacher"].tolist()
+    if student == teacher:
         return
-    common = min(len(student), len(teacher))
-    differs = (student[:common] != teacher[:common]).nonzero()[0]
-    first = int(differs[0]) if len(differs) else common
-    ours, theirs = (
-        _token(renderer, int(labels[first])) if first < len(labels) else "none"
-        for renderer, labels in (
-            (renderers["student"], student),
-            (renderers["teacher"], teacher),
-        )
-    )
+    pairs = enumerate(zip_longest(student, teacher))
+    first, (ours, theirs) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
     raise UnusableRow(
         "different_labels",
-        f"label {first} must be one token for both models, got {theirs} for the teacher and {ours} "
-        "for the student; use one tokenizer and chat template, or chat_template none",
+        f"label {first} must be one token for both models, got "
+        f"{_token(renderers['teacher'], theirs)} for the teacher and "
+        f"{_token(renderers['student'], ours)} for the student; use one tokenizer and chat "
+        "template, or chat_template none",
     )
 
 
-def _token(renderer: Renderer, index: int) -> str:
+def _token(renderer: Renderer, index: int | None) -> str:
+    if index is None:
+        return "none"
     return f"{renderer.tokenizer.convert_ids_to_tokens(index)!r} (id {index})"
 
 
 def count_notes(examples: Iterable[Example]) -> dict[str, int]:
-    """How many examples were altered in each way when they were read and rendered."""
+    """Return how many examples were altered in each way when they were read and rendered."""
     return dict(Counter(note for one in examples for note in set(one.notes)))
 
 
 def count_reasons(examples: Iterable[Example]) -> dict[str, int]:
-    """How many examples left for each reason."""
+    """Return how many examples left for each reason."""
     return dict(Counter(one.outcome.reason for one in examples if one.outcome is not None))
 
 
 class ExampleDataset(Dataset[Example]):
-    """Rendered examples by index; `FILLER` is the shortest one with its labels taken away."""
+    """Rendered examples by index; `FILLER` gives the shortest one without its labels."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = list(examples)
         self.shortest = min(self.examples, key=lambda one: len(one.renderings["student"]))
-        self._filler = replace(
-            self.shortest,
-            candidate_id=-1,
-            renderings={
-                role: _without_labels(one) for role, one in self.shortest.renderings.items()
-            },
-        )
+        without_labels = {
+            role: replace(one, loss_mask=np.zeros_like(one.loss_mask))
+            for role, one in self.shortest.renderings.items()
+        }
+        self._filler = replace(self.shortest, candidate_id=-1, renderings=without_labels)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -152,7 +140,7 @@ class ExampleDataset(Dataset[Example]):
 
     @property
     def label_tokens(self) -> int:
-        """Label tokens of all examples together."""
+        """The number of label tokens of all examples."""
         return sum(int(one.renderings["student"].loss_mask.sum()) for one in self.examples)
 
 
@@ -164,12 +152,15 @@ def prepare_dataset(
     embedding_rows: Mapping[Role, int],
     name: str,
 ) -> tuple[ExampleDataset, list[Example]]:
-    """Read and render a dataset: the examples to train on, and those that left.
+    """Read and render a dataset.
 
     Args:
-        rows: what `load_examples` takes, or a list of Examples.
+        rows: a source that `load_examples` takes, or a list of Examples.
         renderers, max_length, embedding_rows: as for `render_examples`.
-        name: how messages call the dataset.
+        name: the name of the dataset in messages.
+
+    Returns:
+        The examples to train on, and those that left.
 
     Raises:
         ValueError: the rows cannot be read, or none is left.
@@ -195,75 +186,107 @@ def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-def _without_labels(rendering: Rendering) -> Rendering:
-    return replace(rendering, loss_mask=np.zeros_like(rendering.loss_mask))
-
-
 def collate(examples: Sequence[Example]) -> Batch:
     """Pad rendered examples on the right.
 
+    Args:
+        examples: B examples with the renderings of both models.
+
     Returns:
-        `input_ids`, `attention_mask` int64 [B, T] and `loss_mask` bool [B, T] for the student, the
-        same with the prefix `teacher_` for the teacher (its own T), `counterfactual` bool [B] and
-        `row_id` int64 [B]. `loss_mask` is True where the NEXT token is a label: at the position
-        whose hidden state predicts it. Row by row, both masks mark the same labels in order.
+        The tensors of `pad` for the student, those for the teacher with the prefix `teacher_` (of
+        another T), `counterfactual` bool [B] and `row_id` int64 [B]. Row by row, both `loss_mask`
+        mark the same labels in order.
     """
     batch: Batch = {}
     for role, prefix in PREFIXES.items():
-        batch |= _pad([one.renderings[role] for one in examples], prefix)
+        tensors = pad([one.renderings[role] for one in examples])
+        batch |= {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
     batch["counterfactual"] = torch.tensor([one.branch == "counterfactual" for one in examples])
     batch["row_id"] = torch.tensor([one.row_id for one in examples])
     return batch
 
 
-def _pad(rows: Sequence[Rendering], prefix: str) -> Batch:
-    shape = (len(rows), max(map(len, rows)))
-    input_ids = torch.full(shape, _PADDING_ID)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    loss_mask = torch.zeros(shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.from_numpy(row.input_ids)
-        attention_mask[i, : len(row)] = 1
-        loss_mask[i, : len(row) - 1] = torch.from_numpy(row.loss_mask[1:])
+def pad(rows: Sequence[Rendering]) -> Batch:
+    """Pad renderings on the right.
+
+    Args:
+        rows: B renderings of at most T tokens.
+
+    Returns:
+        `input_ids` and `attention_mask`, int64 [B, T], and `loss_mask`, bool [B, T], which is True
+        where the NEXT token is a label: at the position whose hidden state predicts it.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    # A row is padded with its last token: the embedding of a pad token could be missing or NaN, and
+    # a NaN passes through attention even where its weight is 0.
+    ids = [np.pad(row.input_ids, (0, width - len(row)), mode="edge") for row in rows]
+    labels = [np.pad(row.loss_mask[1:], (0, width - len(row) + 1)) for row in rows]
     return {
-        f"{prefix}input_ids": input_ids,
-        f"{prefix}attention_mask": attention_mask,
-        f"{prefix}loss_mask": loss_mask,
+        "input_ids": torch.from_numpy(np.stack(ids)).long(),
+        "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+        "loss_mask": torch.from_numpy(np.stack(labels)),
     }
 
 
-def split_batch(batch: Batch, max_tokens: int, *, at_least: int = 1) -> list[Batch]:
-    """Cut a batch into forward passes of at most `max_tokens` padded tokens for either model.
+def plan_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Group rows into batches of like length, longest first.
 
-    Rows of like length share a pass. A row that is longer than `max_tokens` has a pass of its own.
-    Passes without labels are added up to `at_least`, for ranks that must run in step.
+    The longest come first so that a batch too large for the memory fails at once.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: most tokens of a batch, padding included; a longer row stands alone.
+
+    Returns:
+        The positions of each batch's rows.
+
+    Raises:
+        ValueError: `max_tokens` is less than 1.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens: must be at least 1, got {max_tokens}")
+    batches: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * width <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            width = lengths[index]
+    return batches
+
+
+def split_batch(batch: Batch, max_tokens: int, *, at_least: int = 1) -> list[Batch]:
+    """Split a batch into forward passes.
+
+    Args:
+        batch: a batch of `collate`.
+        max_tokens: most tokens of a pass for either model, padding included; a longer row stands
+            alone.
+        at_least: fewest passes, for ranks that must run in step; passes without labels are added.
+
+    Returns:
+        The passes, each a batch, the longest row last: gradients are reduced after a pass with
+        labels.
     """
     widths = [batch[f"{prefix}attention_mask"].sum(dim=1) for prefix in PREFIXES.values()]
-    lengths: list[int] = torch.stack(widths).amax(dim=0).tolist()
-    passes: list[list[int]] = []
-    if len(lengths) * max(lengths) <= max_tokens:
-        passes = [list(range(len(lengths)))]
-    else:
-        for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if passes and (len(passes[-1]) + 1) * lengths[row] <= max_tokens:
-                passes[-1].append(row)
-            else:
-                passes.append([row])
+    lengths = torch.stack(widths).amax(dim=0).tolist()
+    passes = plan_batches(lengths, max_tokens=max_tokens)[::-1]
     parts = [batch] if len(passes) == 1 else [_rows(batch, rows) for rows in passes]
     if len(parts) < at_least:
-        empty = _rows(batch, passes[0][:1])
+        empty = _rows(batch, passes[0][-1:])
         for prefix in PREFIXES.values():
             empty[f"{prefix}loss_mask"] = torch.zeros_like(empty[f"{prefix}loss_mask"])
-        # The last pass is the one that a wrapper reduces gradients after: it stays a real one.
         parts = [empty] * (at_least - len(parts)) + parts
     return parts
 
 
 def _rows(batch: Batch, rows: list[int]) -> Batch:
-    """Some rows of a batch, without the columns that are padding in all of them."""
+    """Return some rows of a batch, without the columns that are padding in all of them."""
     part = {name: tensor[rows] for name, tensor in batch.items()}
     for prefix in PREFIXES.values():
-        width = int(part[f"{prefix}attention_mask"].any(dim=0).nonzero()[-1]) + 1
+        width = int(part[f"{prefix}attention_mask"].sum(dim=1).max())
         for name in ("input_ids", "attention_mask", "loss_mask"):
             part[prefix + name] = part[prefix + name][:, :width]
     return part

@@ -14,26 +14,21 @@ from typing import Any, get_args
 
 from leaf_distill.data.example import Branch, Example, Message, Range, UnusableRow
 from leaf_distill.data.messages import add_context, decoded, read_messages
-from leaf_distill.data.source import named, read_records
+from leaf_distill.data.source import Record, named, read_records
 
-LAYOUTS = (
-    ("prompt", "completion"),
-    ("messages",),
-    ("conversations",),
-    ("instruction", "output"),
-    ("problem", "solution"),
-    ("question", "completion"),
-    ("question", "solution"),
-    ("question", "output"),
-    ("question", "answer"),
-)
 WORKED = ("question", "answer")
 """GSM8K's layout: the answer is a worked solution that ends in `#### 33`."""
+
+LAYOUTS = (
+    *(("prompt", "completion"), ("messages",), ("conversations",)),
+    *(("instruction", "output"), ("problem", "solution"), ("question", "completion")),
+    *(("question", "solution"), ("question", "output"), WORKED),
+)
 
 EXTRAS = ("input", "answer", "system", "history", "tools", "chat_template_kwargs")
 FIELDS = {name for layout in LAYOUTS for name in layout} | set(EXTRAS)
 UNREAD = ("no_layout", "no_completion")
-"""Reasons that, given to every row, mean that the columns were not understood."""
+"""Reasons which mean, if every row has one of them, that the columns were not understood."""
 
 
 def load_examples(
@@ -60,11 +55,11 @@ def load_examples(
         source: A hub name (`owner/name` or `owner/name:config`); a .jsonl, .json, .csv or .parquet
             file, the text ones also as .gz; a directory or a glob of such files; a directory saved
             by `datasets`; a `datasets.Dataset`; or rows as dicts.
-        split: The split to read, where the source has several.
-        columns: The dataset's own names of fields, as in `{"prompt": "query"}`. One column may
-            serve two fields.
+        split: The split to read, if the source has several.
+        columns: The column of each field, as in `{"prompt": "query"}`. One column may serve two
+            fields.
         max_rows: Read so many originals, with their counterfactuals.
-        need_completion: Whether a row must have a completion; else an answer is enough.
+        need_completion: Whether a row must have a completion. Otherwise an answer is enough.
 
     Returns:
         One Example a row. A row that cannot be used has its `outcome` set (stage "rows"), and
@@ -76,22 +71,22 @@ def load_examples(
             no row has a known layout, or the columns beside `branch` are malformed.
     """
     if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows: must be at least 1, got {max_rows}.")
+        raise ValueError(f"max_rows: must be at least 1, got {max_rows}")
     records = read_records(source, split=split, max_rows=max_rows)
-    for position, record in enumerate(records):
-        if not isinstance(record, Mapping):
-            raise ValueError(
-                f"dataset: row {position}: must be a dict of columns, got {record!r:.60}."
-            )
     names = [str(name) for name in dict.fromkeys(name for record in records for name in record)]
     mapping = _mapping(names, columns or {})
     examples = [
         _read(position, record, mapping, need_completion) for position, record in enumerate(records)
     ]
     if all(one.outcome is not None and one.outcome.reason in UNREAD for one in examples):
-        raise ValueError(_no_layout(named(source), names, need_completion))
-    if _has_branches(records):
-        _read_branches(examples, records)
+        layouts = ", ".join("/".join(layout) for layout in LAYOUTS)
+        also = "" if need_completion else " (an answer may stand for the second)"
+        second = "completion" if need_completion else "answer"
+        raise ValueError(
+            f"dataset: {named(source)}: must have the columns {layouts}{also}, got {names}; map "
+            f'yours with --columns \'{{"prompt": "question", "{second}": "answer"}}\''
+        )
+    _read_branches(examples, records)
     if max_rows is None:
         return examples
     originals = [example.row_id for example in examples if example.branch == "original"]
@@ -100,21 +95,21 @@ def load_examples(
 
 
 def _mapping(names: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
-    """Return field -> column: the given mapping, then the columns that carry a field's own name."""
+    """Return the column of each field: the given one, or the column with the field's name."""
     for field, column in columns.items():
         if field not in FIELDS:
             raise ValueError(
                 f"columns: must map the fields {sorted(FIELDS)}, got {field!r}"
-                f"{_meant(field, FIELDS)}."
+                f"{_meant(field, FIELDS)}"
             )
         if column not in names:
             raise ValueError(
                 f"columns: must name columns of the dataset, {list(names)}, got {column!r} for "
-                f"{field!r}{_meant(column, names)}."
+                f"{field!r}{_meant(column, names)}"
             )
     taken = set(columns.values())
-    own = {name: name for name in names if name in FIELDS and name not in taken}
-    return {**own, **columns}
+    same_name = {name: name for name in names if name in FIELDS and name not in taken}
+    return {**same_name, **columns}
 
 
 def _meant(word: str, words: Iterable[str]) -> str:
@@ -122,58 +117,47 @@ def _meant(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _no_layout(source: str, names: Sequence[str], need_completion: bool) -> str:
-    layouts = ", ".join("/".join(layout) for layout in LAYOUTS)
-    second = "completion" if need_completion else "answer"
-    also = "" if need_completion else " (an answer may stand for the second)"
-    return (
-        f"dataset: {source}: must have the columns {layouts}{also}, got {list(names)}; map yours "
-        f'with --columns \'{{"prompt": "question", "{second}": "answer"}}\'.'
-    )
-
-
 def _read(
-    position: int, record: Mapping[str, Any], mapping: Mapping[str, str], need_completion: bool
+    position: int, record: Record, mapping: Mapping[str, str], need_completion: bool
 ) -> Example:
     example = Example(row_id=position, messages=(), completion="")
     fields = {
         field: _given(record[column]) for field, column in mapping.items() if column in record
     }
     try:
-        _fill(example, fields, record, need_completion)
+        _fill(example, fields, list(record), need_completion)
     except UnusableRow as problem:
         example.leave("rows", problem.reason, problem.detail)
     except RecursionError:
-        example.leave("rows", "too_deep", "The row nests values too deeply.")
+        example.leave("rows", "too_deep", "the row nests values too deeply")
     return example
 
 
 def _given(value: Any) -> Any:
-    """Return a value, None where it is a missing one: None or a float NaN."""
-    missing = isinstance(value, Number) and value != value  # Decimal and numpy have their own NaN
+    """Return a value, or None if it is a NaN."""
+    missing = isinstance(value, Number) and value != value  # Decimal and numpy have a NaN too
     return None if missing else value
 
 
 def _fill(
-    example: Example, fields: dict[str, Any], record: Mapping[str, Any], need_completion: bool
+    example: Example, fields: dict[str, Any], columns: list[str], need_completion: bool
 ) -> None:
     layout = _layout(fields)
     if layout is None:
-        raise UnusableRow("no_layout", f"No known layout has the columns {list(record)}.")
+        raise UnusableRow("no_layout", f"no known layout has the columns {columns}")
     if len(layout) == 1:
         turns = read_messages(layout[0], fields[layout[0]])
         turns, reply = _split(turns, need_completion, example.notes)
     else:
         if layout[1] not in fields and (need_completion or "answer" not in fields):
-            raise UnusableRow(
-                "no_completion", f"The row has {layout[0]} but no {layout[1]}: {list(record)}."
-            )
+            detail = f"{layout[1]}: must be given beside {layout[0]}, got {columns}"
+            raise UnusableRow("no_completion", detail)
         turns, reply = _pair(layout, fields)
     turns = add_context(turns, fields, example.notes)
     if not turns or turns[-1]["role"] != "user":
-        raise UnusableRow("no_user_turn", "The turn before the completion is not the user's.")
+        raise UnusableRow("no_user_turn", "the turn before the completion is not the user's")
     if not turns[-1]["content"].strip():
-        raise UnusableRow("empty_prompt", "The user's turn is empty.")
+        raise UnusableRow("empty_prompt", "the user's turn is empty")
     example.messages, example.completion = tuple(turns), reply["content"]
     example.reply = reply if len(reply) > 2 else None
     example.template_kwargs = _template_kwargs(fields)
@@ -182,7 +166,7 @@ def _fill(
     enough = example.reply is not None or (example.answer is not None and not need_completion)
     if not reply["content"].strip() and not enough:
         also = "" if need_completion else ", and there is no answer to grade against"
-        raise UnusableRow("empty_completion", f"The completion is empty{also}.")
+        raise UnusableRow("empty_completion", f"the completion is empty{also}")
     _check_unicode([turns, reply, example.answer, example.template_kwargs])
 
 
@@ -197,15 +181,12 @@ def _layout(fields: Mapping[str, Any]) -> tuple[str, ...] | None:
     for layout in LAYOUTS:
         if present.issuperset(layout) and (layout != WORKED or "####" in str(fields["answer"])):
             return layout
-    for names in (present, set(fields)):
-        for layout in LAYOUTS:
-            if layout[0] in names:
-                return layout
-    return None
+    begun = (one for names in (present, fields) for one in LAYOUTS if one[0] in names)
+    return next(begun, None)
 
 
 def _pair(layout: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[list[Message], Message]:
-    """Read the prompt and the completion from columns of their own."""
+    """Read the prompt and the completion from two columns."""
     prompt, extra = fields[layout[0]], fields.get("input")
     if layout[0] == "instruction" and isinstance(prompt, str) and isinstance(extra, str):
         prompt = f"{prompt}\n\n{extra}" if extra.strip() else prompt
@@ -215,14 +196,14 @@ def _pair(layout: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[list[Mess
         reply = reply[0]
     replies = read_messages(layout[1], reply, role="assistant")
     if len(replies) != 1 or replies[0]["role"] != "assistant":
-        raise UnusableRow("bad_completion", f"{layout[1]} must be text or one assistant message.")
+        raise UnusableRow("bad_completion", f"{layout[1]}: must be text or one assistant message")
     return turns, replies[0]
 
 
 def _split(
     turns: list[Message], need_completion: bool, notes: list[str]
 ) -> tuple[list[Message], Message]:
-    """Split a conversation at its last assistant turn; without need, a last question is enough."""
+    """Split a conversation at its last assistant turn; a last question may have no reply."""
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     if last < 0 or not (need_completion or turns[-1]["role"] == "assistant"):
         return turns, {"role": "assistant", "content": ""}
@@ -233,8 +214,8 @@ def _split(
 
 def _template_kwargs(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the template's variables: those of `chat_template_kwargs`, and the tools."""
-    kwargs = decoded("chat_template_kwargs", fields.get("chat_template_kwargs"), dict) or {}
-    tools = decoded("tools", fields.get("tools"), list)
+    kwargs = decoded("chat_template_kwargs", fields, dict) or {}
+    tools = decoded("tools", fields, list)
     return {**({"tools": tools} if tools else {}), **kwargs}
 
 
@@ -248,26 +229,26 @@ def _answer(value: Any) -> str | None:
         return None
     infinite = isinstance(value, float | Decimal) and math.isinf(value)
     if infinite or not isinstance(value, str | Number):
-        raise UnusableRow("bad_answer", f"answer must be text or a number, got {value!r:.60}.")
+        raise UnusableRow("bad_answer", f"answer: must be text or a number, got {value!r:.60}")
     return str(value).strip() or None
 
 
 def _check_unicode(values: Any) -> None:
-    """Half of a surrogate pair (a broken JSON escape) can neither be tokenized nor stored."""
+    """Refuse half of a surrogate pair, which can neither be tokenized nor stored."""
     try:
         json.dumps(values, ensure_ascii=False, default=str, skipkeys=True).encode()
     except UnicodeEncodeError as error:
-        raise UnusableRow("bad_unicode", f"The text is not valid Unicode: {error}.") from error
+        raise UnusableRow("bad_unicode", f"the text is not valid Unicode: {error}") from error
 
 
-def _has_branches(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether `branch` says what it says in the dataset of `leaf detect`, and nothing else."""
+def _read_branches(examples: Sequence[Example], records: Sequence[Record]) -> None:
+    """Fill in which original each row belongs to, and the cut that made a counterfactual.
+
+    A column `branch` with other values than those of `leaf detect` is left alone.
+    """
     values = [record.get("branch") for record in records]
-    return any(values) and all(value in (None, *get_args(Branch)) for value in values)
-
-
-def _read_branches(examples: Sequence[Example], records: Sequence[Mapping[str, Any]]) -> None:
-    """Fill in which original each row belongs to, and the cut that made a counterfactual."""
+    if not any(values) or any(value not in (None, *get_args(Branch)) for value in values):
+        return
     seen: Counter[int] = Counter()
     for position, (example, record) in enumerate(zip(examples, records, strict=True)):
         example.row_id = _integer(record, "row_id", position, position)
@@ -276,27 +257,39 @@ def _read_branches(examples: Sequence[Example], records: Sequence[Mapping[str, A
         given = _integer(record, "candidate_id", position, -1)
         example.candidate_id = given if given >= 0 else seen[example.row_id]
         seen[example.row_id] += 1
-        example.strategy = record.get("strategy")
+        example.strategy = _strategy(record.get("strategy"), position)
         example.cut = _cut(record.get("cut"), position)
 
 
-def _integer(record: Mapping[str, Any], name: str, position: int, missing: int) -> int:
+def _integer(record: Record, name: str, position: int, missing: int) -> int:
     value = _given(record.get(name))
     if value is None:
         return missing
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if int(value) == value:
+        if int(value) == value and abs(value) < 2**63:
             return int(value)
     raise ValueError(
-        f"dataset: row {position}: {name}: must be a whole number, got {value!r:.60}; rename the "
-        "column `branch` if it is not that of `leaf detect`."
+        f"dataset: row {position}: {name}: must be a whole number of 64 bits, got {value!r:.60}; "
+        "rename the column `branch` if it is not that of `leaf detect`"
     )
+
+
+def _strategy(value: Any, position: int) -> str | None:
+    if value is not None and not (isinstance(value, str) and value.isprintable()):
+        raise ValueError(
+            f"dataset: row {position}: strategy: must be the name of one, got {value!r:.60}"
+        )
+    return value
 
 
 def _cut(value: Any, position: int) -> tuple[Range, ...]:
     try:
-        return tuple((int(start), int(stop)) for start, stop in value or ())
-    except (TypeError, ValueError) as error:
+        cut = tuple((int(start), int(stop)) for start, stop in value or ())
+        if not all(0 <= start < stop < 2**63 for start, stop in cut):
+            raise ValueError("no range of characters")
+        return cut
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"dataset: row {position}: cut: must be pairs of characters, got {value!r:.60}."
+            f"dataset: row {position}: cut: must be pairs of characters, start before stop, got "
+            f"{value!r:.60}"
         ) from error

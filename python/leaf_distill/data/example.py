@@ -35,7 +35,7 @@ class UnusableRow(ValueError):
 
 
 class Outcome(NamedTuple):
-    """Where a row or candidate left the search for counterfactuals, and why."""
+    """The stage at which a row or candidate left the search for counterfactuals, and the reason."""
 
     stage: str
     reason: str  # a short code
@@ -46,29 +46,36 @@ class Outcome(NamedTuple):
 class Answer:
     """A model's greedy answer.
 
-    verdict: the grader's ("right", "wrong", "no_answer", "timeout"); "cut_off" by the length limit
-    or "not_finite" logits, which need no grader; None where the answer was not graded.
+    Attributes:
+        text: the decoded tokens.
+        n_tokens: their number, without the end token.
+        verdict: the grader's ("right", "wrong", "no_answer" or "timeout"), "cut_off" by the length
+            limit, or "not_finite" for invalid logits; None if the answer was not graded.
     """
 
     text: str
-    n_tokens: int  # without the end token
+    n_tokens: int
     verdict: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """A tokenized prompt, with or without its completion; every array has T entries.
+    """A tokenized prompt, with or without its completion.
 
-    offsets are characters [start, stop) of the user's text on domain tokens, and -1 elsewhere.
-    Consecutive domain tokens leave no gap: characters that a tokenizer drops from its offsets, such
-    as a trimmed space, belong to the following token. Tokens that are the bytes of one character
-    share it.
+    Attributes:
+        input_ids: int32 [T].
+        loss_mask: bool [T], True on the completion's tokens and its end token.
+        offsets: int32 [T, 2], characters [start, stop) of the user's text on domain tokens, and -1
+            elsewhere. Consecutive domain tokens leave no gap: characters that a tokenizer drops,
+            such as a trimmed space, belong to the next token. Tokens that are the bytes of one
+            character share it.
+        prunable: bool [T], the domain without tokens of whitespace only.
     """
 
-    input_ids: Ids  # int32 [T]
-    loss_mask: Mask  # bool [T], the completion's tokens and its end token
-    offsets: NDArray[np.int32]  # int32 [T, 2]
-    prunable: Mask  # bool [T], the domain without tokens of whitespace only
+    input_ids: Ids
+    loss_mask: Mask
+    offsets: NDArray[np.int32]
+    prunable: Mask
 
     @property
     def domain(self) -> Mask:
@@ -84,16 +91,16 @@ class Rendering:
 class Example:
     """A row of the dataset (candidate_id -1), or a counterfactual of it.
 
-    The first block is what the row says; the rest is filled in by the stages of `leaf detect`. A
-    counterfactual is an Example of its own with the row_id, completion and answer of its original,
-    and messages whose last user turn lacks the characters of `cut`.
+    The first block is read from the row; the stages of `leaf detect` fill in the rest. A
+    counterfactual is another Example, with the row_id, completion and answer of its original, and
+    messages whose last user turn lacks the characters of `cut`.
     """
 
     row_id: int  # position in the dataset
     messages: tuple[Message, ...]  # the prompt; the last message is the user's
     completion: str
     answer: str | None = None
-    reply: Message | None = None  # the completion's message, where it holds more than its text
+    reply: Message | None = None  # the completion's message, if it holds more than text
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # tools and other variables
     candidate_id: int = -1
     cut: tuple[Range, ...] = ()  # sorted, disjoint characters of the original's user text
@@ -128,7 +135,7 @@ class Example:
 
     @property
     def gold(self) -> str:
-        """What an answer is graded against: the known answer, else the completion."""
+        """The text that an answer is graded against: the known answer, else the completion."""
         return self.completion if self.answer is None else self.answer
 
     def leave(self, stage: str, reason: str, detail: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Messages from what datasets hold: chat turns, ShareGPT's, content parts, text, JSON text."""
+"""Reads chat turns, ShareGPT's turns, content parts, text and JSON text as messages."""
 
 from __future__ import annotations
 
@@ -9,19 +9,13 @@ from typing import Any
 
 from leaf_distill.data.example import Message, UnusableRow
 
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "observation": "tool",
-}
-"""ShareGPT's names of roles, where they differ from those of chat templates."""
+ROLES = dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
+ROLES |= {"human": "user", "observation": "tool"}
+"""The roles of chat templates for ShareGPT's names."""
 
 
 def read_messages(column: str, value: Any, *, role: str | None = None) -> list[Message]:
-    """Read a column as messages; text is one message of `role`, where that is given.
+    """Read a column as messages; plain text is one message of `role`, if that is given.
 
     Raises:
         UnusableRow: The column holds something else, or a turn without text.
@@ -35,7 +29,7 @@ def read_messages(column: str, value: Any, *, role: str | None = None) -> list[M
         value = value if parsed is None else parsed
     if not isinstance(value, list | tuple):
         kind = "text or messages" if role else "messages"
-        raise UnusableRow("not_text", f"{column} must be {kind}, got {type(value).__name__}.")
+        raise UnusableRow("not_text", f"{column}: must be {kind}, got {type(value).__name__}")
     return [_message(column, turn) for turn in value]
 
 
@@ -48,7 +42,7 @@ def _parsed_turns(text: str) -> list[Any] | None:
     except ValueError:
         return None
     known = all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
-    return turns if known and turns else None
+    return turns if turns and known else None
 
 
 def _message(column: str, turn: Any) -> Message:
@@ -58,7 +52,7 @@ def _message(column: str, turn: Any) -> Message:
         name = turn.pop("from").lower()
         role = ROLES.get(name, name)
         if role not in ("system", "user", "assistant", "tool"):
-            raise UnusableRow("unknown_role", f"{column} holds a turn from {name!r}.")
+            raise UnusableRow("unknown_role", f"{column}: must hold known roles, got {name!r}")
         turn = {"role": role, "content": turn.pop("value", None), **turn}
     content = turn.get("content")
     if content is None and len(turn.keys() - {"role", "content"}):
@@ -66,17 +60,15 @@ def _message(column: str, turn: Any) -> Message:
     if isinstance(content, list):
         content = "".join(_part(column, part) for part in content)
     if not isinstance(turn.get("role"), str) or not isinstance(content, str):
-        raise UnusableRow("not_text", f"{column} holds a message without a text role or content.")
+        raise UnusableRow("not_text", f"{column}: must hold messages with text as role and content")
     return {**turn, "content": content}
 
 
 def _part(column: str, part: Any) -> str:
-    if isinstance(part, dict) and part.get("type", "text") == "text":
-        text = part.get("text")
-        if isinstance(text, str):
-            return text
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise UnusableRow("not_text", f"{column} holds a content part that is no text: {kind!r}.")
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if kind == "text" and isinstance(text := part.get("text"), str):
+        return text
+    raise UnusableRow("not_text", f"{column}: must hold content parts of text, got {kind!r}")
 
 
 def _without_none(value: Any) -> Any:
@@ -89,32 +81,33 @@ def _without_none(value: Any) -> Any:
 
 
 def add_context(turns: list[Message], fields: Mapping[str, Any], notes: list[str]) -> list[Message]:
-    """Put the columns `system` and `history` before a conversation; its own system turn wins."""
-    own, rest = (turns[:1], turns[1:]) if turns and turns[0]["role"] == "system" else ([], turns)
+    """Put the columns `system` and `history` before a conversation; a system turn in it wins."""
+    head, rest = (turns[:1], turns[1:]) if turns and turns[0]["role"] == "system" else ([], turns)
     system = fields.get("system")
     if system is not None and not isinstance(system, str):
-        raise UnusableRow("not_text", f"system must be text, got {type(system).__name__}.")
+        raise UnusableRow("not_text", f"system: must be text, got {type(system).__name__}")
     if system and system.strip():
-        if not own:
-            own = [{"role": "system", "content": system}]
-        elif own[0]["content"] != system:
+        if not head:
+            head = [{"role": "system", "content": system}]
+        elif head[0]["content"] != system:
             notes.append("system_column_dropped")
     history: list[Message] = []
-    for pair in decoded("history", fields.get("history"), list) or []:
+    for pair in decoded("history", fields, list) or []:
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-            raise UnusableRow("bad_history", "history must hold pairs of user and assistant text.")
-        history.append({"role": "user", "content": pair[0]})
-        history.append({"role": "assistant", "content": pair[1]})
-    return [*own, *history, *rest]
+            raise UnusableRow("bad_history", "history: must hold pairs of user and assistant text")
+        roles = zip(("user", "assistant"), pair, strict=True)
+        history += [{"role": role, "content": text} for role, text in roles]
+    return [*head, *history, *rest]
 
 
-def decoded(column: str, value: Any, kind: type) -> Any:
-    """Return a list or dict that may be given as JSON text, without keys that hold no value."""
+def decoded(column: str, fields: Mapping[str, Any], kind: type) -> Any:
+    """Return a column's list or dict, which may be JSON text, without keys that hold no value."""
+    value = fields.get(column)
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # said below
+        with contextlib.suppress(ValueError):  # refused below
             value = json.loads(value) if value.strip() else None
     if value is not None and not isinstance(value, kind):
         raise UnusableRow(
-            f"bad_{column}", f"{column} must be a {kind.__name__} or its JSON, got {value!r:.60}."
+            f"bad_{column}", f"{column}: must be a {kind.__name__} or its JSON, got {value!r:.60}"
         )
     return _without_none(value)

@@ -1,10 +1,9 @@
-"""Examples to token ids, and every token of the user's own text back to its characters.
+"""Renders examples to token ids, and maps each token of the user's text to its characters.
 
-The user's text is found in the rendered prompt by rendering once more with a placeholder in its
-place, never by searching for it, so that a text which repeats the template's words does no harm.
-A special-token string inside the user's text ("<|im_end|>") becomes that special token, as it does
-in transformers' own `apply_chat_template` and in the servers built on it: the model is scored on
-what it would really be given. Such a token belongs to the user's text, and so to the domain.
+The user's text is found in the rendered prompt by a second rendering with a placeholder, never by
+a search, so that a text which repeats the template's words does no harm. A special-token string in
+the user's text ("<|im_end|>") becomes that special token, as in `apply_chat_template` and in the
+servers built on it. Such a token belongs to the user's text, and so to the domain.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ THOUGHT = re.compile(r"(<(?:think|thinking|thought|reasoning)>|\[THINK\])(\s*)\Z
 """The end of a generation prompt that leaves a thought open: its tag, and white space."""
 
 ANCHORS = ("\n", "]", "0")
-"""Characters behind which a text does not begin."""
+"""Contexts in which a completion is tokenized where it would melt into the prompt's last token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +44,9 @@ class Renderer:
 
     Args:
         tokenizer: A fast tokenizer with an end token.
-        chat_template: "auto" is the tokenizer's own template, or plain text where it has none;
+        chat_template: "auto" is the tokenizer's template, or plain text if it has none;
             "none" is plain text: the contents of the messages joined by an empty line, after the
-            tokenizer's own BOS.
+            tokenizer's BOS.
         system_prompt: Put before conversations that bring no system message.
         template_kwargs: Variables for the template, such as `enable_thinking`; those of an example
             win over these.
@@ -75,10 +74,10 @@ class Renderer:
         if end_id is None:
             raise ValueError(
                 f"tokenizer: must have an end token, got none in {self.template.name}; set its "
-                "eos_token, so that a completion can end."
+                "eos_token, so that a completion can end"
             )
         self._end_id = end_id
-        self.end_ids: tuple[int, ...] = tuple(sorted({end_id, *([] if eos is None else [eos])}))
+        self.end_ids: tuple[int, ...] = tuple(sorted({end_id, end_id if eos is None else eos}))
         self._ends = tuple(tokenizer.convert_ids_to_tokens(list(self.end_ids)))
         self._anchors = [(anchor, self._ids(anchor)) for anchor in ANCHORS]
         split = [*self._ids("]"), *self._ids("The")]
@@ -87,23 +86,22 @@ class Renderer:
     @cached_property
     def fingerprint(self) -> str:
         """The sha256 of all that decides a rendering; a template's date of today is part of it."""
-        template = self.template
-        parts = [
-            tokenizer_fingerprint(self.tokenizer),
-            template.sources,
-            template.system_prompt,
-            template.variables,
-            template.probe,
-            self._prefix_ids,
-            self.end_ids,
-        ]
+        one = self.template
+        chat = (one.sources, one.system_prompt, one.variables, one.probe)
+        parts = (tokenizer_fingerprint(self.tokenizer), *chat, self._prefix_ids, self.end_ids)
         return hashlib.sha256(cache_key(*parts).encode()).hexdigest()
 
     def prompt(self, example: Example) -> Rendering:
-        """Render up to where the model's answer begins.
+        """Render the prompt, up to the start of the model's answer.
 
         Keys of messages that stand nowhere in the template are noted in the example as
         "message_key_ignored", its template_kwargs as "template_variable_ignored".
+
+        Args:
+            example: An example whose last message is the user's.
+
+        Returns:
+            The rendering of T tokens, none of them a label.
 
         Raises:
             UnusableRow: The template refuses the conversation or changes the user's text; the last
@@ -115,28 +113,33 @@ class Renderer:
     def render(self, example: Example) -> Rendering:
         """Render the prompt, then the completion's tokens and the end token as labels.
 
-        The completion is tokenized where it stands, behind the prompt. An end token that it brings
-        along is dropped (note "end_token_stripped"). Where the generation prompt opens a thought:
+        The completion is tokenized behind the prompt. Its end token is dropped where it has one
+        (note "end_token_stripped"). If the generation prompt opens a thought:
 
-        - a completion that opens it again loses its own tag (note "think_tag_stripped");
-        - one that closes it goes on from there, as it is;
-        - any other is put as the template puts an answer without a thought, which mostly means
-          after an empty one (note "thought_closed"). The closing tag is then part of the labels,
-          because the model must write it to leave the thought. A template that has no such form
-          would have the model answer inside its thought: the row is refused.
+        - a completion that opens it again loses its tag (note "think_tag_stripped");
+        - a completion that closes it is not changed;
+        - any other is written as the template writes an answer without a thought, mostly after an
+          empty one (note "thought_closed"). The labels then begin with the closing tag, which the
+          model must write to leave the thought. The row is refused if the template cannot do so.
 
-        A `reply` with keys that the template reads is what the template makes of it. It is used
-        only while its content is the example's completion.
+        A `reply` with keys that the template reads is rendered by the template, as long as its
+        content is the example's completion.
+
+        Args:
+            example: An example with a completion.
+
+        Returns:
+            The rendering of T tokens, prompt and labels.
 
         Raises:
-            UnusableRow: As for `prompt`; or the completion is empty; or the template's own form of
-                it does not go on from the generation prompt.
+            UnusableRow: As for `prompt`; or the completion is empty; or the template's form of it
+                does not go on from the generation prompt.
         """
         self._note_ignored(example)
         prompt = self._prompt(example)
         text = self._completion(example, prompt)
         if not text.strip():
-            raise UnusableRow("empty_completion", "The completion is empty.")
+            raise UnusableRow("empty_completion", "the completion is empty")
         labels = np.asarray([*self._completion_ids(prompt, text), self._end_id], dtype=np.int32)
         behind = np.ones(len(labels), dtype=np.bool_)
         head = prompt.rendering
@@ -152,7 +155,7 @@ class Renderer:
         if key in self._prompts:
             return self._prompts[key]
         if not example.messages or example.messages[-1]["role"] != "user":
-            raise UnusableRow("no_user_turn", "The last message must be the user's turn.")
+            raise UnusableRow("no_user_turn", "the last message must be the user's turn")
         self.template.check_raw(example.user_text)
         text = self.template.apply(example.messages, example.template_kwargs)
         start, stop, shift = self.template.find_user_text(example, text)
@@ -161,7 +164,7 @@ class Renderer:
         prefix = [] if ids[: len(self._prefix_ids)] == self._prefix_ids else self._prefix_ids
         offsets = np.full((len(prefix) + len(ids), 2), -1, dtype=np.int32)
         offsets[len(prefix) :] = _user_offsets(encoding.offsets, start, stop, shift)
-        # How many characters before each one are no white space.
+        # The number of characters before each one that are no white space.
         solid = np.cumsum([0, *(not character.isspace() for character in example.user_text)])
         rendering = Rendering(
             input_ids=np.asarray([*prefix, *ids], dtype=np.int32),
@@ -172,7 +175,7 @@ class Renderer:
         return remember(self._prompts, key, _Prompt(text, text[stop:], rendering))
 
     def _completion(self, example: Example, prompt: _Prompt) -> str:
-        """Return what the model is to write after the prompt, up to its end token."""
+        """Return the text that the model must write after the prompt, up to its end token."""
         text = self._without_end(example)
         reply = example.reply or {}
         read = (reply.keys() - {"role", "content"}) & self.template.named
@@ -182,9 +185,9 @@ class Renderer:
             if written is None:
                 raise UnusableRow(
                     "not_renderable",
-                    f"With {sorted(read)} the chat template of {self.template.name} writes a reply "
+                    f"with {sorted(read)} the chat template of {self.template.name} writes a reply "
                     "that does not go on from its generation prompt; change the row or "
-                    "template_kwargs.",
+                    "template_kwargs",
                 )
             return written
         opened = THOUGHT.search(prompt.tail) if self.template.source else None
@@ -197,8 +200,8 @@ class Renderer:
         if text.lstrip().startswith(tag):
             _note(example, "think_tag_stripped")
             rest = text.lstrip().removeprefix(tag)
-            said = next(n for n in range(len(space), -1, -1) if rest.startswith(space[:n]))
-            return rest[said:]
+            kept = next(n for n in range(len(space), -1, -1) if rest.startswith(space[:n]))
+            return rest[kept:]
         if f"{tag[0]}/{tag[1:]}" in text:
             return text
         turn = {"role": "assistant", "content": text}
@@ -206,9 +209,9 @@ class Renderer:
         if written is None:
             raise UnusableRow(
                 "open_thought",
-                f"The generation prompt of {self.template.name} opens a thought with {tag}, the "
+                f"the generation prompt of {self.template.name} opens a thought with {tag}, the "
                 "completion has none; give completions with their thought, or template_kwargs or "
-                "a template that leave it closed.",
+                "a template that leave it closed",
             )
         _note(example, "thought_closed")
         return written
@@ -221,26 +224,23 @@ class Renderer:
         return text
 
     def _completion_ids(self, prompt: _Prompt, text: str) -> list[int]:
-        """Tokenize a completion where it stands.
+        """Tokenize a completion behind its prompt.
 
         Alone, it would begin with the mark of a space under tokenizers of the SentencePiece family.
-        Where its first characters would melt into the prompt's last token, which the model is
-        given, it is tokenized behind an anchor, and at last alone.
+        If its first characters would melt into the prompt's last token, which the model is given,
+        it is tokenized behind an anchor, or else alone.
         """
         contexts = [(prompt.text, prompt.rendering.input_ids.tolist()), *self._anchors]
         for context, ids in contexts if self._marks_beginnings else ():
-            whole = self._ids(context + text)
-            if whole[: len(ids)] == ids:
-                return whole[len(ids) :]
+            both = self._ids(context + text)
+            if both[: len(ids)] == ids:
+                return both[len(ids) :]
         return self._ids(text)
 
     def _encode(self, text: str) -> Encoding:
-        """Tokenize without special tokens; a call of the tokenizer does the same at twice the time.
-
-        That call, too, takes away the padding and the truncation that an earlier one has left.
-        """
+        """Tokenize without special tokens, in half of the time that the tokenizer's call takes."""
         backend = self.tokenizer.backend_tokenizer
-        if backend.truncation is not None:
+        if backend.truncation is not None:  # left by an earlier call of the tokenizer
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
@@ -254,10 +254,10 @@ class Renderer:
     def _end_of_turn(self) -> int | None:
         """Return the first special token that the template writes after a reply, else EOS."""
         eos: int | None = self.tokenizer.eos_token_id
-        special = _special_ids(self.tokenizer)
+        added = self.tokenizer.added_tokens_decoder
         for token in self._ids(self.template.reply_tail):
-            if token in special:
-                return int(token)
+            if token in self.tokenizer.all_special_ids or (token in added and added[token].special):
+                return token
             if str(self.tokenizer.decode([token])).strip():
                 break
         return eos
@@ -279,45 +279,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def template_differences(teacher: Renderer, student: Renderer) -> list[str]:
-    """Say in sentences what the two models are told differently around the same user's text."""
-    theirs, ours = teacher.template, student.template
-    both = {"teacher": theirs, "student": ours}
-    sentences = []
-    if (theirs.source is None) != (ours.source is None):
-        chat, plain = ("student", "teacher") if theirs.source is None else ("teacher", "student")
-        sentences.append(f"The {chat} gets a chat template, the {plain} plain text.")
-    elif theirs.source != ours.source:
-        sentences.append("The teacher's and the student's chat templates are different.")
-    if theirs.system_prompt != ours.system_prompt:
-        sentences.append(
-            f"The teacher's system prompt is {theirs.system_prompt!r}, the student's "
-            f"{ours.system_prompt!r}."
-        )
-    for who, one in both.items():
-        if unread := sorted(one.variables.keys() - one.named):
-            sentences.append(f"The chat template of the {who} does not read {', '.join(unread)}.")
-    dated = [who for who, one in both.items() if "strftime_now" in one.named]
-    if dated:
-        sentences.append(
-            f"The chat template of the {' and the '.join(dated)} writes the date of the day: "
-            "a run continued on another day starts over."
-        )
-    if theirs.probe != ours.probe:
-        sentences.append(
-            f"The same question reads {_short(theirs.probe)} to the teacher and "
-            f"{_short(ours.probe)} to the student."
-        )
-    return sentences
-
-
 def _user_offsets(
     spans: list[tuple[int, int]], start: int, stop: int, shift: int
 ) -> NDArray[np.int32]:
-    """Characters of the user's text, for tokens wholly inside [start, stop); -1 elsewhere.
+    """Return characters of the user's text for tokens inside [start, stop), and -1 elsewhere.
 
-    A token that begins after the last character so far takes the characters in between: tokenizers
-    leave them out when they trim spaces from their offsets or drop them altogether.
+    A token that begins after the last character so far takes the characters in between, which some
+    tokenizers trim from their offsets or drop.
     """
     flat = np.fromiter(chain.from_iterable(spans), dtype=np.int32, count=2 * len(spans))
     first, last = flat[0::2], flat[1::2]
@@ -336,20 +304,9 @@ def _note(example: Example, code: str) -> None:
         example.notes.append(code)
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = tokenizer.added_tokens_decoder.items()
-    return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
-
-
 def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before plain text: its BOS, or nothing."""
+    """Return the tokens that the tokenizer puts before plain text: its BOS, or none."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    for count in range(len(full) - len(bare) + 1):
-        if full[count : count + len(bare)] == bare:
-            return list(full[:count])
-    return []
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 240 else f"{text[:160]}...{text[-60:]}")
+    starts = (n for n in range(len(full)) if full[n : n + len(bare)] == bare)
+    return list(full[: next(starts, 0)])

@@ -1,4 +1,4 @@
-"""Rows of any source as dictionaries: files, directories, hub datasets and objects in memory."""
+"""Reads the rows of any source as dictionaries: files, directories, hub datasets and objects."""
 
 from __future__ import annotations
 
@@ -13,41 +13,51 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz
 SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:]+)?", re.ASCII)
 BOM = b"\xef\xbb\xbf"
-LONGEST_CELL = 2**31 - 1
 
 
-def read_records(source: object, *, split: str = "train", max_rows: int | None = None) -> list[Any]:
+def read_records(
+    source: object, *, split: str = "train", max_rows: int | None = None
+) -> list[Record]:
     """Read the rows of a source, in order.
 
     Args:
         source: As for `load_examples`.
         split: The split of a hub dataset, a saved DatasetDict or a directory of files.
-        max_rows: How many rows to read. Ignored where the first row has a column `branch`: the
-            dataset may be one of `leaf detect`, of which originals are counted.
+        max_rows: The number of rows to read. It is ignored where the first row has a column
+            `branch`: the dataset may be one of `leaf detect`, where originals are counted.
 
     Returns:
-        The rows. Those of an object in memory are whatever the object yields.
+        One dictionary per row.
 
     Raises:
-        ValueError: The source cannot be read or has no rows; the sentence names file and line.
+        ValueError: The source cannot be read, has no rows, or has a row that is no dictionary. The
+            message names the file and the line.
     """
     rows = iter(_rows(source, split))
     head = list(islice(rows, 1))
     if not head:
-        raise ValueError(f"dataset: {named(source)}: must have at least one row, got none.")
+        raise _error(f"{named(source)}: must have at least one row", "none")
     branched = isinstance(head[0], Mapping) and "branch" in head[0]
-    limit = None if max_rows is None or branched else max_rows - 1
-    return [*head, *islice(rows, limit)]
+    records = [*head, *islice(rows, None if max_rows is None or branched else max_rows - 1)]
+    for position, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            raise _error(f"row {position}: must be a dict of columns", f"{record!r:.60}")
+    return records
 
 
 def named(source: object) -> str:
-    """Return what an error calls a source."""
+    """Return the name of a source in messages."""
     return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} given"
+
+
+def _error(wanted: str, got: object, advice: str = "") -> ValueError:
+    return ValueError(f"dataset: {wanted}, got {got}" + (f"; {advice}" if advice else ""))
 
 
 def _rows(source: object, split: str) -> Iterable[Any]:
@@ -55,7 +65,7 @@ def _rows(source: object, split: str) -> Iterable[Any]:
         return _object_rows(source, named(source), split)
     name = str(source)
     if not name.strip():
-        raise ValueError("dataset: must be a name or a path, got an empty text.")
+        raise _error("must be a name or a path", "an empty text")
     try:
         path = Path(name).expanduser()
         if path.is_dir():
@@ -63,39 +73,60 @@ def _rows(source: object, split: str) -> Iterable[Any]:
         if path.is_file():
             return _file_rows(path)
         if re.search(r"[*?\[]", name):
-            files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
-            return _many_rows(name, [file for file in files if file.is_file()])
+            found = sorted(glob.glob(str(path), recursive=True))
+            return _rows_of_files(name, [file for file in map(Path, found) if file.is_file()])
     except (OSError, RuntimeError) as error:  # a name that is too long, no permission, no home
         reason = (isinstance(error, OSError) and error.strerror) or error
-        raise ValueError(f"dataset: {name:.200}: must be readable, got: {reason}.") from error
-    if _kind(path) or name.startswith((".", "/", "~")):
-        raise ValueError(f"dataset: {name}: must be a file or directory, got none; check the path.")
-    return _hub_rows(name, split)
+        raise _error(f"{name:.200}: must be readable", reason) from error
+    # A name whose first part is a folder here is a misspelled path, and not asked of the hub.
+    beside = "/" in name and path.parent.is_dir()
+    if _kind(path) or beside or not HUB_NAME.fullmatch(name):
+        wanted = "must be a file or directory, or a name on the hub as owner/name"
+        raise _error(f"{name}: {wanted}", "neither", "check the path")
+    return _library_rows(name, split, saved=False)
 
 
 def _object_rows(source: object, name: str, split: str) -> Iterable[Any]:
     """Return the rows of a `datasets.Dataset`, of one split of a dict of them, or of a list."""
+    wanted = "must be a name, a path, a Dataset or a list of rows"
     if isinstance(source, Mapping):
         if not all(hasattr(value, "column_names") for value in source.values()):
-            raise ValueError(
-                f"dataset: must be a name, a path, a Dataset or a list of rows, got {name}; give "
-                "one dict a row."
-            )
+            raise _error(wanted, name, "give one dict a row")
         if split not in source:
-            raise ValueError(
-                f"dataset: {name} must have the split {split!r}, got {sorted(source)}; name one of "
-                "these."
+            raise _error(
+                f"{name} must have the split {split!r}", sorted(source), "name one of these"
             )
         source = source[split]
     if hasattr(source, "with_format"):
-        # As Arrow, nothing is turned into tensors, and no image that nobody reads is decoded.
+        # As Arrow, nothing is turned into tensors, and images are not decoded.
         tables = source.with_format("arrow").iter(batch_size=1000)
         return (row for table in tables for row in table.to_pylist())
     if not isinstance(source, Iterable):
-        raise ValueError(
-            f"dataset: must be a name, a path, a Dataset or a list of rows, got {name}."
-        )
+        raise _error(wanted, name)
     return source
+
+
+def _library_rows(name: str, split: str, *, saved: bool) -> Iterable[Any]:
+    """Return the rows of a hub dataset, or of a directory written by `save_to_disk`."""
+    from datasets import load_dataset, load_from_disk
+
+    repository, _, config = name.partition(":")
+    try:
+        if saved:
+            dataset = load_from_disk(name)
+        else:
+            dataset = load_dataset(repository, config or None, split=split)
+    except Exception as error:  # the network, the hub and damaged files fail in many ways
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if saved:
+            wanted = f"{name}: must be a dataset saved by datasets.save_to_disk"
+        else:
+            wanted = (
+                f"{name:.200} (split {split!r}): must be a file or directory here, or owner/name "
+                "or owner/name:config on the hub"
+            )
+        raise _error(wanted, reason if len(reason) <= 300 else f"{reason[:300]}...") from error
+    return _object_rows(dataset, name, split)
 
 
 def _kind(path: Path) -> str | None:
@@ -108,67 +139,96 @@ def _kind(path: Path) -> str | None:
 
 def _directory_rows(path: Path, split: str) -> Iterable[Any]:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _saved_rows(path, split)
-    if (path / "dataset.parquet").is_file() and (path / "dataset.jsonl").is_file():
-        return _file_rows(path / "dataset.parquet")  # the two hold the same rows
-    found = sorted(path.rglob("*"))
-    files = [
-        file
-        for file in found
-        if file.is_file()
-        and _kind(file)
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    words = {file: _words(file.relative_to(path)) for file in files}
-    of_split = [file for file in files if split.lower() in words[file]]
-    if not of_split and any(words[file] & SPLITS for file in files):
-        raise ValueError(
-            f"dataset: {path}: must have files of the split {split!r}, got "
-            f"{[file.name for file in files[:5]]}; name another split, or the files as "
-            f"'{path}/*{_kind(files[0])}'."
+        return _library_rows(str(path), split, saved=True)
+    is_arm = (path / "dataset.parquet").is_file() and (path / "dataset.jsonl").is_file()
+    if is_arm or (path / "run.json").is_file():
+        return _file_rows(find_arm(path) / "dataset.parquet")
+    words: dict[Path, set[str]] = {}  # those in the path of each data file
+    for file in sorted(path.rglob("*")):
+        relative = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if _kind(file) and not hidden and file.is_file():
+            words[file] = set(re.split(r"[\W_]+", str(relative).lower()))
+    of_split = [file for file in words if split.lower() in words[file]]
+    if not of_split and any(found & SPLITS for found in words.values()):
+        first = next(iter(words))
+        raise _error(
+            f"{path}: must have files of the split {split!r}",
+            [file.name for file in islice(words, 5)],
+            f"name another split, or the files as '{path}/*{_kind(first)}'",
         )
-    return _many_rows(str(path), of_split or files)
+    return _rows_of_files(str(path), of_split or list(words))
 
 
-def _words(path: Path) -> set[str]:
-    return set(re.split(r"[\W_]+", str(path).lower()))
+def find_arm(directory: Path) -> Path:
+    """Return the arm of a run directory of `leaf detect`, or the directory if it is an arm itself.
+
+    An arm is a directory with a dataset.parquet.
+
+    Raises:
+        ValueError: There is no arm, or there are several; the sentence names them.
+    """
+    try:
+        if (directory / "dataset.parquet").is_file():
+            return directory
+        found = sorted(path.parent for path in directory.glob("arms/*/dataset.parquet"))
+    except OSError as error:  # a name that is too long, no permission
+        raise _error(
+            "must be the run directory of a finished `leaf detect`",
+            f"{directory!s:.200} ({error.strerror})",
+            "check the path",
+        ) from error
+    if not found:
+        raise _error(
+            f"{directory}: must be the run directory of a finished `leaf detect`",
+            "one without an arm",
+            "run `leaf detect` again, it goes on where it stopped",
+        )
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise _error(
+            f"{directory}: must have one arm",
+            f"{len(found)} ({names})",
+            f"name one, as {found[0]}",
+        )
+    return found[0]
 
 
-def _many_rows(name: str, files: list[Path]) -> Iterator[Any]:
+def _rows_of_files(name: str, files: list[Path]) -> Iterator[Any]:
     """Return the rows of all files, which must be of one kind."""
     kinds = {kind: file for file in files if (kind := _kind(file))}
     if len(kinds) > 1:
         kinds.pop(".json", None)  # beside data of another kind these are metadata
     if not kinds:
-        raise ValueError(
-            f"dataset: {name}: must hold {', '.join(SUFFIXES)} files or a dataset saved by "
-            "datasets.save_to_disk, got none; check the path."
+        raise _error(
+            f"{name}: must hold {', '.join(SUFFIXES)} files or a dataset saved by "
+            "datasets.save_to_disk",
+            "none",
+            "check the path",
         )
     if len(kinds) > 1:
-        raise ValueError(
-            f"dataset: {name}: must hold files of one kind, got {sorted(kinds)}; name those to "
-            f"read, as '{next(iter(kinds.values())).parent}/*{min(kinds)}'."
+        example = f"{next(iter(kinds.values())).parent}/*{min(kinds)}"
+        raise _error(
+            f"{name}: must hold files of one kind",
+            sorted(kinds),
+            f"name those to read, as '{example}'",
         )
     return (row for file in files if _kind(file) in kinds for row in _file_rows(file))
 
 
 def _file_rows(path: Path) -> Iterator[Record]:
     kind = _kind(path)
-    readers = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows}
     if kind is None:
-        raise ValueError(
-            f"dataset: {path}: must end in {', '.join(SUFFIXES)} (or .gz), got {path.suffix!r}."
-        )
-    return _parquet_rows(path) if kind == ".parquet" else _text_rows(path, readers[kind])
-
-
-def _text_rows(path: Path, reader: Any) -> Iterator[Record]:
-    packed = path.suffix.lower() == ".gz"
+        raise _error(f"{path}: must end in {', '.join(SUFFIXES)} (or .gz)", repr(path.suffix))
+    if kind == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    reader: Any = _csv_rows if kind == ".csv" else _json_rows
     try:
-        with gzip.open(path) if packed else path.open("rb") as file:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             yield from reader(path, file)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"dataset: {path}: must be a readable file, got: {error}.") from error
+        raise _error(f"{path}: must be a readable file", error) from error
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
@@ -176,61 +236,60 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
         try:
             yield number, (line.removeprefix(BOM) if number == 1 else line).decode()
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"dataset: {path}, line {number}: must be UTF-8 text, got {error.reason} at byte "
-                f"{error.start}; convert the file."
-            ) from error
+            place = f"{path}, line {number}"
+            got = f"{error.reason} at byte {error.start}"
+            raise _error(f"{place}: must be UTF-8 text", got, "convert the file") from error
 
 
 def _json_rows(path: Path, file: IO[bytes]) -> Iterator[Record]:
-    """Yield the objects of a JSON list, or of JSON lines, whatever the file is called."""
+    """Yield the objects of a JSON list or of JSON lines, which the first character tells apart."""
     lines = ((number, line) for number, line in _lines(path, file) if line.strip())
     head = list(islice(lines, 1))
+    values: Iterable[tuple[str, Any]]
     if head and head[0][1].lstrip().startswith("["):
-        whole = "".join(line for _, line in chain(head, lines))
-        for index, value in enumerate(_parsed(whole, str(path))):
-            yield _object(value, f"{path}, item {index}")
-        return
-    for number, line in chain(head, lines):
-        place = f"{path}, line {number}"
-        yield _object(_parsed(line, place), place)
+        text = "".join(line for _, line in chain(head, lines))
+        values = ((f"{path}, item {i}", item) for i, item in enumerate(_parsed(text, str(path))))
+    else:
+        places = ((f"{path}, line {number}", line) for number, line in chain(head, lines))
+        values = ((place, _parsed(line, place)) for place, line in places)
+    for place, value in values:
+        if not isinstance(value, dict):
+            raise _error(
+                f"{place}: must be a JSON object, one a row",
+                f"{value!r:.60}",
+                "give each row its column names",
+            )
+        yield value
 
 
 def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"dataset: {place}: must be valid JSON, got: {error}; a file holds one object a line, "
-            "or one list of objects."
-        ) from error
-
-
-def _object(value: object, place: str) -> Record:
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"dataset: {place}: must be a JSON object, one a row, got {value!r:.60}; give each "
-            "row its column names."
-        )
-    return value
+        advice = "a file holds one object a line, or one list of objects"
+        raise _error(f"{place}: must be valid JSON", error, advice) from error
 
 
 def _csv_rows(path: Path, file: IO[bytes]) -> Iterator[Record]:
     """Yield the rows of a CSV file with a header; every cell is text."""
-    csv.field_size_limit(LONGEST_CELL)
+    csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(text for _, text in _lines(path, file))
     try:
+        names = reader.fieldnames or []
+        if twice := {name for name in names if names.count(name) > 1}:
+            wanted = f"{path}: must have another name for each column"
+            raise _error(wanted, f"{sorted(twice)} twice", "rename one")
         for row in reader:
             if None in row:
-                raise ValueError(
-                    f"dataset: {path}, line {reader.line_num}: must have {len(row) - 1} cells as "
-                    "the header has, got more; put quotes around cells with commas."
+                raise _error(
+                    f"{path}, line {reader.line_num}: must have {len(row) - 1} cells as the header "
+                    "has",
+                    "more",
+                    "put quotes around cells with commas",
                 )
-            yield dict(row)
+            yield row
     except csv.Error as error:
-        raise ValueError(
-            f"dataset: {path}, line {reader.line_num}: must be valid CSV, got: {error}."
-        ) from error
+        raise _error(f"{path}, line {reader.line_num}: must be valid CSV", error) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Record]:
@@ -241,37 +300,5 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"dataset: {path}: must be a Parquet file, got: {error}.") from error
-
-
-def _saved_rows(path: Path, split: str) -> Iterable[Any]:
-    from datasets import load_from_disk
-
-    try:
-        dataset = load_from_disk(str(path))
-    except Exception as error:  # whatever a damaged directory makes the library raise
-        raise ValueError(
-            f"dataset: {path}: must be a dataset saved by datasets.save_to_disk, got: "
-            f"{_short(error)}."
-        ) from error
-    return _object_rows(dataset, str(path), split)
-
-
-def _hub_rows(source: str, split: str) -> Iterable[Any]:
-    from datasets import load_dataset
-
-    name, _, config = source.partition(":")
-    try:
-        dataset = load_dataset(name, config or None, split=split)
-    except Exception as error:  # the network, the hub and any builder may fail in their own ways
-        raise ValueError(
-            f"dataset: {source:.200} (split {split!r}): must be a file or directory here, or "
-            f"owner/name or owner/name:config on the hub, got: {_short(error)}."
-        ) from error
-    return _object_rows(dataset, source, split)
-
-
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+        raise _error(f"{path}: must be a Parquet file", error) from error

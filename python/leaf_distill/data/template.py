@@ -1,4 +1,4 @@
-"""A chat template, applied: a conversation as one string, and where the user's text is in it."""
+"""Applies a chat template, and finds the user's text in the string that it writes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from leaf_distill.data.example import Example, Message, UnusableRow
 
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "What is 2 + 2?"},)
-CACHE = 1024  # frames that a template, and prompts that a Renderer remembers
+CACHE = 1024  # entries of each cache: frames of a template, prompts of a Renderer
 
 OPENING = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 """Markup with which a template's first turn begins."""
 
-OWN_ARGUMENTS = {
+RESERVED = {
     name
     for name in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     if name not in ("self", "tools", "documents", "kwargs")
@@ -32,9 +32,9 @@ class ChatTemplate:
 
     Attributes:
         source: The template's text, None for plain text; `sources` has those for special cases.
-        named: The words in it: keys and variables that are not among them are not read.
+        named: The words in it. A key or variable that is not among them is not read.
         probe: A short question as the template writes it.
-        reply_tail: What it writes after a reply.
+        reply_tail: The text that the template writes after a reply.
 
     Raises:
         ValueError: `chat_template` is neither "auto" nor "none", a variable has the name of an
@@ -49,9 +49,9 @@ class ChatTemplate:
         variables: Mapping[str, Any],
     ) -> None:
         if chat_template not in ("auto", "none"):
-            raise ValueError(f"chat_template: must be 'auto' or 'none', got {chat_template!r}.")
-        if own := sorted(OWN_ARGUMENTS & variables.keys()):
-            raise ValueError(f"template_kwargs: must be variables of a chat template, got {own}.")
+            raise ValueError(f"chat_template: must be 'auto' or 'none', got {chat_template!r}")
+        if wrong := sorted(RESERVED & variables.keys()):
+            raise ValueError(f"template_kwargs: must be variables of a chat template, got {wrong}")
         self.tokenizer = tokenizer
         self.name: str = tokenizer.name_or_path or type(tokenizer).__name__
         self.system_prompt = system_prompt
@@ -59,8 +59,8 @@ class ChatTemplate:
         sources = tokenizer.chat_template if chat_template == "auto" else None
         self.sources = sources if isinstance(sources, dict) else {"default": sources}
         self.source: str | None = self.sources.get("default")
-        self.named = {word for text in self.sources.values() for word in _words(text)}
-        self._frames: dict[str, tuple[str, str]] = {}
+        self.named = set(re.findall(r"\w+", " ".join(filter(None, self.sources.values()))))
+        self._frames: dict[str, tuple[str, str] | None] = {}
         try:
             self.probe = self.apply(PROBE, {})
             talk = self.apply([*PROBE, {"role": "assistant", "content": "REPLY"}], {}, reply=True)
@@ -79,8 +79,9 @@ class ChatTemplate:
         if self.source is None:
             return "\n\n".join(turn["content"] for turn in turns)
         variables = {**self.variables, **variables}
-        if own := sorted(OWN_ARGUMENTS & variables.keys()):
-            raise UnusableRow("bad_chat_template_kwargs", f"{own} are no variables of a template.")
+        if wrong := sorted(RESERVED & variables.keys()):
+            detail = f"chat_template_kwargs: must be variables of a chat template, got {wrong}"
+            raise UnusableRow("bad_chat_template_kwargs", detail)
         with_tools = self.sources.get("tool_use") if variables.get("tools") else None
         try:
             text = self.tokenizer.apply_chat_template(
@@ -90,50 +91,53 @@ class ChatTemplate:
                 add_generation_prompt=not reply,
                 **variables,
             )
-        except Exception as error:  # a template is a program of others and may fail in any way
+        except Exception as error:  # a template is a program and may fail in any way
             reason = str(error) or type(error).__name__
             raise UnusableRow(
                 "not_renderable",
-                f"The chat template of {self.name} refuses the conversation with roles "
+                f"the chat template of {self.name} refuses the conversation with roles "
                 f"{[turn['role'] for turn in turns]}: {reason:.300}; change the row or "
-                "system_prompt, or use chat_template='none'.",
+                "system_prompt, or use chat_template='none'",
             ) from error
         return str(text)
 
     def find_user_text(self, example: Example, text: str) -> tuple[int, int, int]:
-        """Return where the user's text stands in `text`: start, stop, characters stripped in front.
+        """Find the user's text in the rendered conversation.
 
-        The template writes the same frame around it for all rows with the same other messages. It
-        is asked for a frame once, and again by a row that the frame does not fit.
+        The template writes the same frame around it for all rows with the same other messages. The
+        frame is asked for once, and again for a row that it does not fit.
+
+        Returns:
+            The characters [start, stop) of `text`, and the number that were stripped in front.
+
+        Raises:
+            UnusableRow: The template changes the user's text beyond stripping it.
         """
-        content = example.user_text
         others = [*example.messages[:-1], {**example.messages[-1], "content": ""}]
         key = cache_key(others, example.template_kwargs)
-        place = _place(self._frames.get(key), text, content)
+        place = _place(self._frames.get(key), text, example.user_text)
         if place is None:
-            place = _place(remember(self._frames, key, self._frame(example, text)), text, content)
+            frame = remember(self._frames, key, self._frame(example, text))
+            place = _place(frame, text, example.user_text)
         if place is None:
-            raise UnusableRow("not_renderable", self._changed(example))
+            raise UnusableRow(
+                "not_renderable",
+                f"the chat template of {self.name} changes the user's text beyond stripping it, so "
+                "its characters cannot be told apart from the template's; use chat_template="
+                "'none', or a template that writes the text once, as it is; it begins "
+                f"{example.user_text[:40]!r}",
+            )
         return place
 
-    def _frame(self, example: Example, text: str) -> tuple[str, str]:
-        """Return what the template writes before and after the user's text."""
+    def _frame(self, example: Example, text: str) -> tuple[str, str] | None:
+        """Return the text before and after the user's, None if the template repeats the latter."""
         placeholder = "USERTEXT"
         while placeholder in text:
             placeholder += "X"
         turn = {**example.messages[-1], "content": placeholder}
         blank = self.apply([*example.messages[:-1], turn], example.template_kwargs)
         before, _, after = blank.partition(placeholder)
-        if placeholder in after:
-            raise UnusableRow("not_renderable", self._changed(example))
-        return before, after
-
-    def _changed(self, example: Example) -> str:
-        return (
-            f"The chat template of {self.name} changes the user's text beyond stripping it, so its "
-            "characters cannot be told apart from the template's; use chat_template='none', or a "
-            f"template that writes the text once, as it is; it begins {example.user_text[:40]!r}."
-        )
+        return None if placeholder in after else (before, after)
 
     def check_raw(self, content: str) -> None:
         """Refuse a text that begins as the template itself begins a conversation."""
@@ -141,8 +145,8 @@ class ChatTemplate:
         if self.source and self._opening and start.startswith(self._opening):
             raise UnusableRow(
                 "already_rendered",
-                f"The prompt begins with {self._opening!r}, so it has been through a chat template "
-                "already; give the messages themselves, or use chat_template='none'.",
+                f"the prompt begins with {self._opening!r}, so it has been through a chat template "
+                "already; give the messages themselves, or use chat_template='none'",
             )
 
     def reply_after(
@@ -153,37 +157,64 @@ class ChatTemplate:
         None if the conversation with the reply does not begin with `prompt`, the same conversation
         made ready for a reply.
         """
-        whole = self.apply([*example.messages, turn], example.template_kwargs, reply=True)
-        if not whole.startswith(prompt):
+        talk = self.apply([*example.messages, turn], example.template_kwargs, reply=True)
+        if not talk.startswith(prompt):
             return None
-        written = whole.removeprefix(prompt)
+        written = talk.removeprefix(prompt)
         if written.endswith(self.reply_tail):
-            return written[: len(written) - len(self.reply_tail)]
+            return written.removesuffix(self.reply_tail)
         end = next((end for end in ends if end in written), None)
         return written if end is None else written.rpartition(end)[0]
 
 
+def template_differences(teacher: ChatTemplate, student: ChatTemplate) -> list[str]:
+    """Say in sentences how the prompts of the two models differ around the same user's text."""
+    both = {"teacher": teacher, "student": student}
+    sentences = []
+    if (teacher.source is None) != (student.source is None):
+        chat, plain = ("student", "teacher") if teacher.source is None else ("teacher", "student")
+        sentences.append(f"The {chat} gets a chat template, the {plain} plain text.")
+    elif teacher.source != student.source:
+        sentences.append("The teacher's and the student's chat templates are different.")
+    if teacher.system_prompt != student.system_prompt:
+        sentences.append(
+            f"The teacher's system prompt is {teacher.system_prompt!r}, the student's "
+            f"{student.system_prompt!r}."
+        )
+    for who, one in both.items():
+        if unread := sorted(one.variables.keys() - one.named):
+            sentences.append(f"The chat template of the {who} does not read {', '.join(unread)}.")
+    dated = " and the ".join(who for who, one in both.items() if "strftime_now" in one.named)
+    if dated:
+        sentences.append(
+            f"The chat template of the {dated} writes the date of the day: a run continued on "
+            "another day starts over."
+        )
+    if teacher.probe != student.probe:
+        sentences.append(
+            f"The same question reads {_short(teacher.probe)} to the teacher and "
+            f"{_short(student.probe)} to the student."
+        )
+    return sentences
+
+
 def cache_key(*parts: object) -> str:
-    """Return what tells messages and variables of one kind from others."""
+    """Return a text that is the same for equal messages and variables."""
     return repr(parts)
 
 
 def remember(cache: dict[str, T], key: str, value: T) -> T:
-    """Store and return a value; the oldest one leaves a full cache."""
+    """Store and return a value; a full cache loses its oldest one."""
     if len(cache) >= CACHE:
         cache.pop(next(iter(cache)))
     cache[key] = value
     return value
 
 
-def _words(text: str | None) -> list[str]:
-    return re.findall(r"\w+", text or "")
-
-
 def _opening(talk: str, bos: str) -> tuple[str, str]:
     """Return the tokenizer's BOS, and the markup behind it with which a conversation begins.
 
-    Some models call the mark of every turn their BOS; that is no BOS here.
+    The mark of every turn, which some models name as their BOS, does not count as one.
     """
     bos = "" if talk.count(bos) > 1 else bos
     opening = OPENING.match(talk.lstrip().removeprefix(bos).lstrip())
@@ -203,3 +234,7 @@ def _place(frame: tuple[str, str] | None, text: str, content: str) -> tuple[int,
     strips = {content.strip(): left, content.lstrip(): left, content.rstrip(): 0}
     shift = {**strips, content: 0}.get(kept)
     return None if shift is None else (len(before), stop, shift)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 240 else f"{text[:160]}...{text[-60:]}")

@@ -1,4 +1,4 @@
-"""How well a score finds the planted sentences, and how often a cut alone makes a student right."""
+"""Measures of the demo: scores against planted sentences, and cuts without any training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Tokens:
-    """The prompt tokens of one row that may be cut: what is known of them and what was scored.
+    """The prompt tokens of one row that may be cut, with the truth and the scores.
 
     planted, number, flagged: bool [n]; suspicion: float64 [n] by method, high for a confounder.
     """
@@ -28,7 +28,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Detection:
-    """How one method meets the planted truth; shares from 0 to 1, NaN where nothing is to count.
+    """One method against the planted truth; shares from 0 to 1, NaN where nothing is to count.
 
     precision: flagged tokens that are planted; token_recall: planted tokens that are flagged;
     clause_recall: planted sentences with a flagged token; top_1: rows with a planted sentence
@@ -46,7 +46,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What cutting alone did to prompts that the student had failed, without any training."""
+    """The effect of cutting alone on prompts that the student had failed, without any training."""
 
     method: str
     prompts: int
@@ -59,7 +59,13 @@ class Pruning:
 def read_tokens(
     sample: Mapping[str, Any], planted: Sequence[Sequence[int]], suspicion: Mapping[str, Floats]
 ) -> Tokens:
-    """The prunable tokens of a row of samples.parquet; `suspicion` has an entry for each token."""
+    """Return the prunable tokens of a row of samples.parquet.
+
+    Args:
+        sample: the row.
+        planted: characters [start, stop) of each planted sentence.
+        suspicion: scores of other methods, one for each token of the row.
+    """
     text: str = sample["user_text"]
     offsets: list[list[int]] = sample["offsets"]
     prunable = np.array(sample["prunable"], dtype=np.bool_)
@@ -79,7 +85,7 @@ def read_tokens(
 
 
 def measure_detection(rows: Sequence[Tokens]) -> list[Detection]:
-    """Every method against the truth.
+    """Measure every method against the truth.
 
     LeaF flags what it would cut; each other method flags as many tokens in each row, those that it
     finds the most suspicious.
@@ -110,7 +116,14 @@ def _measure(rows: Sequence[Tokens], method: str) -> Detection:
 
 
 def auc(suspicion: Floats, truth: Mask) -> float:
-    """Chance that a true item is more suspicious than a false one, ties half; NaN without both."""
+    """Return the chance that a true item is more suspicious than a false one.
+
+    Ties count half; without items of both kinds it is NaN.
+
+    Args:
+        suspicion: float64 [n].
+        truth: bool [n].
+    """
     positives = int(truth.sum())
     negatives = len(truth) - positives
     if not positives or not negatives:

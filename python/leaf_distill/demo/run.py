@@ -1,4 +1,4 @@
-"""The whole method on an embedded pair, with the product's own functions, measured on known truth.
+"""The whole method on an embedded pair, by the product's own functions, measured on known truth.
 
 Everything is computed when it is run: the pair and the recipe of the problems are shipped, no
 number is.
@@ -7,7 +7,6 @@ number is.
 from __future__ import annotations
 
 import json
-import math
 import random
 import shutil
 import time
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from leaf_distill.config import CompareConfig, DetectConfig, Strategy
 from leaf_distill.data.dataset import load_examples
@@ -31,9 +29,10 @@ from leaf_distill.demo.show import show_results
 from leaf_distill.demo.task import Kind, Problem, make_problems
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.evaluation.compare import CompareResult, compare
-from leaf_distill.io import make_directory, read_json, write_bytes
-from leaf_distill.models.loading import load_model, load_tokenizer
+from leaf_distill.io import is_of, make_directory, write_bytes, write_json
+from leaf_distill.models.loading import load_model
 from leaf_distill.models.saliency import token_nll
+from leaf_distill.models.tokenizer import load_tokenizer
 from leaf_distill.report import write_report
 from leaf_distill.training.config import LeafConfig
 
@@ -41,7 +40,7 @@ ASSETS = Path(__file__).parent / "assets"
 TEACHER, STUDENT = str(ASSETS / "teacher"), str(ASSETS / "student")
 RESULTS = "demo.json"
 WRITTEN = ("rows.jsonl", "held-out.jsonl", "demo.log", "cache", "run", RESULTS)
-"""Every name that a demo writes into its directory."""
+"""All names that a demo writes into its directory."""
 
 SEED = 0
 ROWS = 400
@@ -69,7 +68,6 @@ def run_demo(output_dir: Path) -> dict[str, Any]:
         ValueError: the directory holds anything else.
         StoreError: a file cannot be written.
     """
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading, which is quick here
     started = time.perf_counter()
     start_afresh(output_dir)
     problems = make_problems(ROWS, seed=SEED + 1, mix=MIX)
@@ -100,8 +98,9 @@ def run_demo(output_dir: Path) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "finished": True,
     }
-    path = write_results(output_dir, results)
-    print(f"\nThe numbers are in {path} ({results['seconds']:.0f} s).\nThe page is {page}")
+    write_results(output_dir, results)
+    numbers = output_dir / RESULTS
+    print(f"\nThe numbers are in {numbers} ({results['seconds']:.0f} s).\nThe page is {page}")
     return results
 
 
@@ -120,7 +119,7 @@ def start_afresh(output_dir: Path) -> None:
     """Make an empty directory, also out of an earlier demo's, but of nothing else."""
     if output_dir.exists():
         entries = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else [""]
-        if entries and not (set(entries) <= set(WRITTEN) and _of_a_demo(output_dir / RESULTS)):
+        if entries and not (set(entries) <= set(WRITTEN) and is_of(output_dir / RESULTS, "demo")):
             raise ValueError(
                 "output_dir: must be a new or empty directory, or that of an earlier demo, got "
                 f"{output_dir}, which holds something else; give another --output_dir"
@@ -130,15 +129,8 @@ def start_afresh(output_dir: Path) -> None:
     write_results(output_dir, {"command": "demo", "finished": False})
 
 
-def _of_a_demo(path: Path) -> bool:
-    try:
-        return read_json(path).get("command") == "demo"
-    except ValueError:
-        return False
-
-
 def write_problems(path: Path, problems: Sequence[Problem]) -> Path:
-    """Write problems as JSON lines."""
+    """Write problems as JSON lines; return the path."""
     lines = (json.dumps(problem.as_row()) + "\n" for problem in problems)
     write_bytes(path, "".join(lines).encode())
     return path
@@ -215,18 +207,7 @@ def compare_arms(rows: Path, output_dir: Path) -> tuple[CompareResult, dict[str,
     return compared, accuracy
 
 
-def write_results(output_dir: Path, results: Mapping[str, Any]) -> Path:
-    """Write results as JSON; what could not be measured (NaN) becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return str(value) if isinstance(value, Path) else value
-
-    path = output_dir / RESULTS
-    write_bytes(path, (json.dumps(plain(results), indent=2) + "\n").encode())
-    return path
+def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:
+    """Write demo.json; what could not be measured (NaN) becomes null."""
+    text = json.dumps(results, default=str)
+    write_json(output_dir / RESULTS, json.loads(text, parse_constant=lambda _: None))

@@ -1,4 +1,4 @@
-"""The demo's tables, and what their numbers are and are not evidence of."""
+"""The tables of the demo, and the limits of their evidence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from leaf_distill.demo.measure import Detection, Pruning
-from leaf_distill.evaluation.compare import CompareResult, comparison_tables
+from leaf_distill.evaluation.compare import CompareResult, training_table
+from leaf_distill.evaluation.tables import printed_table
 
 EVIDENCE = (
     "In short: without any training, {right:.0%} of LeaF's cuts make the student right, and "
@@ -34,87 +35,73 @@ def show_results(
     held_out: Mapping[str, int],
     scored: int,
 ) -> None:
-    """Print the four tables of the embedded demo."""
+    """Print the four tables of the demo, and the limits of their evidence.
+
+    Args:
+        detection: one line for each score.
+        pruning: one line for each strategy; LeaF's is the first, random spans are the last.
+        compared: the arms.
+        accuracy: of each arm's student on each held-out set, from 0 to 1.
+        held_out: the number of problems in each set.
+        scored: the number of prompts that were scored.
+    """
     console = Console()
     for table in (
         _detection(detection, scored),
         _pruning(pruning),
-        comparison_tables(compared)[0],
+        training_table(compared),
         _accuracy(accuracy, held_out),
     ):
-        console.print()
-        console.print(table)
+        console.print("", table)
     sizes = held_out.values()
-    noise = 2 * math.sqrt(2 * 0.25 / min(sizes))
-    console.print()
-    shares = [row.cuts_right / row.cuts if row.cuts else math.nan for row in pruning]
-    leaf, control = shares[0], shares[-1]
-    console.print(
-        EVIDENCE.format(
-            right=leaf,
-            random=control,
-            scored=scored,
-            smallest=min(sizes),
-            largest=max(sizes),
-            noise=noise,
-        )
+    leaf, *_, control = [row.cuts_right / row.cuts if row.cuts else math.nan for row in pruning]
+    text = EVIDENCE.format(
+        right=leaf,
+        random=control,
+        scored=scored,
+        smallest=min(sizes),
+        largest=max(sizes),
+        noise=2 * math.sqrt(2 * 0.25 / min(sizes)),
     )
+    console.print("", text, sep="\n")
 
 
 def _detection(rows: Sequence[Detection], scored: int) -> Table:
-    table = _table(
-        f"Detection against the planted sentences, {scored} prompts",
-        ("score", "precision", "clauses", "tokens", "top one", "AUC", "AUC numbers"),
-    )
+    lines: list[tuple[str, ...]] = [
+        ("score", "precision", "clauses", "tokens", "top one", "AUC", "AUC numbers")
+    ]
     for row in rows:
-        table.add_row(
-            row.method,
-            *map(_percent, (row.precision, row.clause_recall, row.token_recall, row.top_1)),
-            f"{row.auc:.3f}",
-            f"{row.auc_numbers:.3f}",
-        )
-    table.caption = (
+        shares = map(_percent, (row.precision, row.clause_recall, row.token_recall, row.top_1))
+        lines.append((row.method, *shares, f"{row.auc:.3f}", f"{row.auc_numbers:.3f}"))
+    caption = (
         "LeaF flags tokens by its threshold, the others as many in each prompt. Precision: flagged "
         "tokens that are planted. Clauses, tokens: the share of planted ones that is hit. Top one: "
         "prompts whose most suspicious token is planted. AUC: over all tokens, and over numbers."
     )
-    return table
+    title = f"Detection against the planted sentences, {scored} prompts"
+    return printed_table(title, lines, caption=caption)
 
 
 def _pruning(rows: Sequence[Pruning]) -> Table:
-    table = _table(
-        "Pruning alone, on prompts that the student had failed",
-        ("what is cut", "cuts", "student right", "passed validation", "prompts helped"),
-    )
+    lines: list[tuple[str, ...]] = [
+        ("what is cut", "cuts", "student right", "passed validation", "prompts helped")
+    ]
     for row in rows:
-        table.add_row(
-            row.method,
-            str(row.cuts),
-            _part(row.cuts_right, row.cuts),
-            _part(row.cuts_kept, row.cuts),
-            _part(row.prompts_right, row.prompts),
+        parts = (
+            *((row.cuts_right, row.cuts), (row.cuts_kept, row.cuts)),
+            (row.prompts_right, row.prompts),
         )
-    return table
+        shares = (f"{n} ({_percent(n / total if total else math.nan)})" for n, total in parts)
+        lines.append((row.method, str(row.cuts), *shares))
+    return printed_table("Pruning alone, on prompts that the student had failed", lines)
 
 
 def _accuracy(accuracy: Mapping[str, Mapping[str, float]], held_out: Mapping[str, int]) -> Table:
-    columns = [f"{name}\n({count})" for name, count in held_out.items()]
-    table = _table("Held-out accuracy of the student after", ("", *columns))
+    lines = [("", *(f"{name}\n({count})" for name, count in held_out.items()))]
     for name, figures in accuracy.items():
-        table.add_row(name, *(_percent(figures[held]) for held in held_out))
-    return table
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table
+        lines.append((name, *(_percent(figures[held]) for held in held_out)))
+    return printed_table("Held-out accuracy of the student after", lines)
 
 
 def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{share:.1%}"
-
-
-def _part(count: int, total: int) -> str:
-    return f"{count} ({_percent(count / total if total else float('nan'))})"

@@ -1,4 +1,4 @@
-"""Templated word problems with planted distractors, and the tokenizer that reads them.
+"""Word problems from templates with planted distractors, and the tokenizer that reads them.
 
 A problem is one addition or subtraction told in a few sentences. A *hint* is a planted sentence
 that names a number ("the sticker says 8 ."): `aligned` when the number is the answer, `misaligned`
@@ -24,16 +24,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 NAMES = ("tom", "anna", "ben", "lucy", "sam", "mia", "max", "nora", "leo", "eva")
 OBJECTS = (
-    "apples",
-    "books",
-    "coins",
-    "shells",
-    "stamps",
-    "pencils",
-    "stones",
-    "cards",
-    "eggs",
-    "nuts",
+    *("apples", "books", "coins", "shells", "stamps"),
+    *("pencils", "stones", "cards", "eggs", "nuts"),
 )
 GAINS = ("finds", "buys", "gets", "collects")
 LOSSES = ("loses", "sells", "drops", "breaks")
@@ -75,7 +67,7 @@ class Problem:
     planted: tuple[tuple[int, int], ...]
 
     def as_row(self) -> dict[str, object]:
-        """The problem as one JSON line; the loop reads prompt, completion and answer."""
+        """Return a row of a dataset; the loop reads prompt, completion and answer."""
         return asdict(self)
 
 
@@ -111,14 +103,21 @@ def make_problem(rng: random.Random, kind: Kind, *, aside_rate: float = 0.5) -> 
 def make_problems(
     count: int, *, seed: int, mix: Mapping[Kind, float], aside_rate: float = 0.5
 ) -> list[Problem]:
-    """`count` problems, their kinds drawn with the weights of `mix`; the seed decides them all."""
+    """Draw problems.
+
+    Args:
+        count: how many.
+        seed: decides all of them.
+        mix: the weight of each kind.
+        aside_rate: the chance of a harmless extra sentence, from 0 to 1.
+    """
     rng = random.Random(seed)
     kinds = rng.choices(list(mix), weights=list(mix.values()), k=count)
     return [make_problem(rng, kind, aside_rate=aside_rate) for kind in kinds]
 
 
 def vocabulary() -> list[str]:
-    """Every token of the task in a fixed order: special tokens, numbers, then words."""
+    """Return all tokens of the task in a fixed order: special tokens, numbers, then words."""
     templates = (*HINTS, UNSEEN_HINT, *ASIDES, "how many does have now ? has more + - = #")
     words = {word for template in templates for word in template.split() if "{" not in word}
     words.update(NAMES, OBJECTS, GAINS, LOSSES, filter(None, TIMES), COLORS, WEATHERS)
@@ -127,7 +126,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The word-level tokenizer with its chat template: a token is a word between blanks."""
+    """Build the tokenizer, whose tokens are the words between blanks, with its chat template."""
     ids = {token: index for index, token in enumerate(vocabulary())}
     tokenizer = Tokenizer(WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = WhitespaceSplit()

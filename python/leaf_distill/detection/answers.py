@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 
 from leaf_distill.config import AnswerOptions, json_object
-from leaf_distill.data.example import Answer, Example, Role
+from leaf_distill.data.collator import plan_batches
+from leaf_distill.data.example import Answer, Example, Rendering, Role, UnusableRow
 from leaf_distill.data.prompt import Renderer, tokenizer_fingerprint
 from leaf_distill.detection.cache import RowCache, compute_missing, default_cache_directory
 from leaf_distill.grading import Grader, gold_kinds
-from leaf_distill.io import digest
-from leaf_distill.models.generation import generate, plan_batches
+from leaf_distill.io import digest, user_directory
+from leaf_distill.models.generation import generate
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import default_batch_tokens
 
@@ -40,11 +40,32 @@ class PromptedModel:
             self.renderer.end_ids,
         ]
 
+    def render(self, example: Example) -> Rendering:
+        """Render prompt and completion; UnusableRow as the renderer's, or for an unknown token."""
+        return self._known(self.renderer.render(example))
+
+    def prompt(self, example: Example) -> Rendering:
+        """Render the prompt alone; UnusableRow as the renderer's, or for an unknown token."""
+        return self._known(self.renderer.prompt(example))
+
+    def _known(self, rendering: Rendering) -> Rendering:
+        """Refuse a token that the tokenizer has, and the embedding has not."""
+        rows = int(self.model.config.get_text_config().vocab_size)
+        largest = int(rendering.input_ids.max(initial=0))
+        if largest >= rows:
+            token = self.renderer.tokenizer.convert_ids_to_tokens(largest)
+            raise UnusableRow(
+                "outside_vocabulary",
+                f"token {token!r} (id {largest}) is beyond the {rows} embeddings of the "
+                f"{self.model.argument}",
+            )
+        return rendering
+
     def batch_tokens(self, config: AnswerOptions) -> int:
         """Return the most tokens of a batch, padding included."""
         if config.max_batch_tokens is not None:
             return config.max_batch_tokens
-        return default_batch_tokens(self.model.config, self.model.device)
+        return default_batch_tokens(self.model.config, self.model.dtype, self.model.device)
 
 
 def prompted_model(role: Role, model: LazyModel, config: AnswerOptions) -> PromptedModel:
@@ -61,7 +82,7 @@ def prompted_model(role: Role, model: LazyModel, config: AnswerOptions) -> Promp
 def open_cache(config: AnswerOptions) -> RowCache:
     """Open the row cache of a configuration."""
     own = config.cache_dir
-    return RowCache(Path(own).expanduser() if own else default_cache_directory())
+    return RowCache(user_directory(own or default_cache_directory(), "cache_dir"))
 
 
 def answer(

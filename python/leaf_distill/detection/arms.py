@@ -26,8 +26,11 @@ NAMING: Final = (
 )
 """Settings that, beside the strategy, make an arm of their own; for a random one also the seed."""
 
-INCIDENTAL: Final = ("output_dir", "cache_dir", "device", "max_batch_tokens")
-"""Settings that change no result beyond rounding."""
+INCIDENTAL: Final = (
+    *("student", "teacher", "output_dir"),
+    *("cache_dir", "device", "max_batch_tokens", "grade_timeout"),
+)
+"""Settings that change no result beyond rounding; the two models are known by their content."""
 
 
 def arm_name(config: DetectConfig) -> str:
@@ -41,7 +44,7 @@ def arm_name(config: DetectConfig) -> str:
     for name in names:
         value = getattr(config, name)
         if value != defaults[name]:
-            parts.append(f"{name}-{value:g}" if isinstance(value, float) else f"{name}-{value}")
+            parts.append(f"{name}-{str(value).removesuffix('.0')}")
     return "-".join(parts)
 
 
@@ -51,8 +54,6 @@ def check_run(root: Path, config: DetectConfig) -> None:
     Raises:
         ValueError: it is a file, an input, or holds files of somebody else where results go.
     """
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"output_dir: must be a directory, got the file {root}")
     if (root / "arms").exists() and not (root / "run.json").exists():
         raise ValueError(
             f"output_dir: must be new, or of an earlier `leaf detect`, got {root}, with arms but "
@@ -60,8 +61,8 @@ def check_run(root: Path, config: DetectConfig) -> None:
         )
     arm = (root / "arms" / arm_name(config)).resolve()
     for name in ("student", "teacher", "dataset"):
-        given = Path(getattr(config, name) or "/dev/null").expanduser()
         try:
+            given = Path(getattr(config, name) or "/dev/null").expanduser()
             path = given.resolve()
         except (OSError, RuntimeError):
             continue  # not a path at all; the loader says what is wrong with it
@@ -78,19 +79,24 @@ def check_models(root: Path, models: Mapping[Role, LazyModel]) -> dict[str, Any]
         ValueError: it is of other models; one line for each difference.
     """
     new: dict[str, Any] = {
-        role: {"name": models[role].name, "sha256": models[role].fingerprint} for role in ROLES
+        role: {"name": one.name + " in memory" * one.in_memory, "sha256": one.fingerprint}
+        for role, one in ((role, models[role]) for role in ROLES)
     }
     path = root / "run.json"
     if not path.exists():
         return new
-    old = read_json(path)
+    try:
+        old = read_json(path)
+    except ValueError:
+        old = {}
     differences = []
     for role in ROLES:
         known, name = old.get(role), new[role]["name"]
         if not isinstance(known, dict) or "sha256" not in known:
             raise ValueError(
-                f"{path}: must name a student and a teacher, got {sorted(old)}; give another "
-                "output_dir"
+                f"output_dir: must be new, or of an earlier `leaf detect`, got {root}, whose "
+                "run.json is damaged or of something else; give another one (known answers and "
+                "saliencies are used there too)"
             )
         if known["sha256"] == new[role]["sha256"]:
             continue
@@ -102,9 +108,20 @@ def check_models(root: Path, models: Mapping[Role, LazyModel]) -> dict[str, Any]
         listed = "\n  ".join(differences)
         raise ValueError(
             f"output_dir: must be of the same models, got {root}:\n  {listed}\n"
-            "give another output_dir; known answers and saliencies are used there too"
+            "give another output_dir; known answers and saliencies are used there too (a model in "
+            "memory and its files count as two)"
         )
     return old
+
+
+def is_unchanged(arm: Path, summary: Mapping[str, Any]) -> bool:
+    """Whether funnel.json says the same already, apart from the seconds."""
+    try:
+        old = read_json(arm / "funnel.json")
+    except ValueError:
+        return False
+    new = json.loads(json.dumps(summary))
+    return {**old, "seconds": None} == {**new, "seconds": None}
 
 
 def explain_replacement(arm: Path, summary: Mapping[str, Any]) -> list[str]:
@@ -125,30 +142,10 @@ def explain_replacement(arm: Path, summary: Mapping[str, Any]) -> list[str]:
             if name in settings and settings[name] != new[name] and name not in INCIDENTAL
         ]
         if others:
-            sentences.append(f"This replaces the arm's results with {', '.join(others)}.")
+            sentences.append(
+                f"Earlier results of this arm, which had {', '.join(others)}, are replaced."
+            )
     stale = old.get("dataset_sha256") != summary["dataset_sha256"]
     if stale and (arm / "report.html").exists():
         sentences.append("report.html shows the earlier results: run `leaf report` again.")
     return sentences
-
-
-def find_arm(directory: Path) -> Path:
-    """Return the arm that a run directory, or an arm itself, stands for.
-
-    Raises:
-        ValueError: there is none, or there are several; names them.
-    """
-    if (directory / "funnel.json").is_file() and directory.parent.name == "arms":
-        return directory
-    found = sorted(path.parent for path in (directory / "arms").glob("*/funnel.json"))
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise ValueError(
-            f"{directory}: must be the run directory of a finished `leaf detect`, got one without "
-            "an arm; run `leaf detect` again, it goes on where it stopped"
-        )
-    names = ", ".join(path.name for path in found)
-    raise ValueError(
-        f"{directory}: must have one arm, got {len(found)} ({names}); name one, as {found[0]}"
-    )

@@ -22,11 +22,11 @@ KEYS_A_QUERY = 500  # SQLite limits the variables of a statement
 
 
 def default_cache_directory() -> Path:
-    """Return LEAF_CACHE_DIR, else leaf-distill in XDG_CACHE_HOME or ~/.cache."""
+    """Return LEAF_CACHE_DIR, else leaf-distill in XDG_CACHE_HOME or ~/.cache; ~ stays as it is."""
     if own := os.environ.get("LEAF_CACHE_DIR"):
-        return Path(own).expanduser()
+        return Path(own)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "leaf-distill"
+    return Path(base) / "leaf-distill"
 
 
 class RowCache:

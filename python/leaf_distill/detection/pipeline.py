@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from leaf_distill.config import DetectConfig, json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import ROLES, Example, Floats, Role, UnusableRow, remaining
-from leaf_distill.data.prompt import template_differences
+from leaf_distill.data.template import template_differences
 from leaf_distill.detection.answers import (
     PromptedModel,
     answer,
@@ -28,17 +28,28 @@ from leaf_distill.detection.answers import (
     open_cache,
     prompted_model,
 )
-from leaf_distill.detection.arms import arm_name, check_models, check_run, explain_replacement
+from leaf_distill.detection.arms import (
+    arm_name,
+    check_models,
+    check_run,
+    explain_replacement,
+    is_unchanged,
+)
 from leaf_distill.detection.counterfactual import propose
 from leaf_distill.detection.funnel import funnel, outcomes_table, show_funnel
 from leaf_distill.detection.output import write_dataset, write_samples
 from leaf_distill.detection.scores import score_perplexity, score_saliency
 from leaf_distill.detection.spans import find_spans
-from leaf_distill.io import digest, locked, make_directory, write_json, write_table
-from leaf_distill.models.loading import LazyModel, check_same_tokenizer
+from leaf_distill.io import digest, locked, make_directory, user_directory, write_json, write_table
+from leaf_distill.models.loading import LazyModel
+from leaf_distill.models.tokenizer import check_same_tokenizer
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+ANSWER_SHOWN: Final = 120
+"""Characters of an answer that outcomes.parquet quotes."""
 
 
 @dataclass(frozen=True)
@@ -75,36 +86,29 @@ def detect(
         dataset: rows in memory in place of config.dataset, a `datasets.Dataset` or dicts.
         student, teacher: models in memory, in place of the names in config; they stay where they
             are, in their dtype.
-        processing_class: the tokenizer of a student in memory.
-        teacher_processing_class: the teacher's; default: the student's.
+        processing_class: the student's tokenizer; default: the one beside the model.
+        teacher_processing_class: the teacher's; default: the one beside its name, or for a teacher
+            in memory the student's.
 
     Raises:
         ValueError: settings or inputs cannot work, or no row is usable.
         StoreError: a file cannot be written, or another process holds the run directory.
     """
-    need(
-        config,
-        *([] if student is not None else ["student"]),
-        *([] if teacher is not None else ["teacher"]),
-        *([] if dataset is not None else ["dataset"]),
-    )
-    in_memory = {
-        "student": (student, processing_class),
-        "teacher": (teacher, teacher_processing_class or processing_class),
-    }
+    sources = {"student": student, "teacher": teacher, "dataset": dataset}
+    need(config, *(name for name, given in sources.items() if given is None))
+    tokenizers = {"student": processing_class, "teacher": teacher_processing_class}
+    if teacher is not None and teacher_processing_class is None:
+        tokenizers["teacher"] = processing_class
     models: dict[Role, LazyModel] = {}
     for role in ROLES:
-        model, tokenizer = in_memory[role]
-        if model is not None and tokenizer is None:
-            raise ValueError(
-                f"processing_class: must be the tokenizer of the {role} in memory, got None"
-            )
+        model = sources[role]
         models[role] = LazyModel(
-            model if model is not None else getattr(config, role),
-            processing_class=tokenizer if model is not None else None,
+            getattr(config, role) if model is None else model,
+            processing_class=tokenizers[role],
             dtype=config.dtype,
             device=config.device,
             trust_remote_code=config.trust_remote_code,
+            argument=role,
         )
     return _Run(config, models, config.dataset if dataset is None else dataset).run()
 
@@ -114,17 +118,25 @@ class _Run:
 
     def __init__(self, config: DetectConfig, models: dict[Role, LazyModel], rows: Any) -> None:
         self.config = config
-        self.root = Path(config.output_dir).expanduser()
+        self.root = user_directory(config.output_dir)
         self.seconds: dict[str, float] = {}
         check_run(self.root, config)
         with self._clock("rows"):
-            self.examples = load_examples(
+            rows_in = load_examples(
                 rows,
                 split=config.dataset_split,
                 columns=json_object(config.columns, "columns"),
                 max_rows=config.max_rows,
                 need_completion=config.completion_source == "dataset",
             )
+            # The dataset of an earlier run brings its counterfactuals along.
+            self.examples = [one for one in rows_in if one.branch == "original"]
+            self.earlier = len(rows_in) - len(self.examples)
+            if not self.examples:
+                raise ValueError(
+                    f"dataset: must have originals, got {self.earlier} counterfactuals alone; give "
+                    "the rows that these were cut from"
+                )
             self.pair = {role: prompted_model(role, models[role], config) for role in ROLES}
         check_same_tokenizer(models["teacher"].tokenizer, models["student"].tokenizer)
         self.run_json = check_models(self.root, models)
@@ -189,7 +201,7 @@ class _Run:
             for example in remaining(examples):
                 try:
                     for role, one in self.pair.items():
-                        make = one.renderer.render if whole else one.renderer.prompt
+                        make = one.render if whole else one.prompt
                         example.renderings[role] = make(example)
                 except UnusableRow as problem:
                     example.leave("render", problem.reason, problem.detail)
@@ -232,7 +244,13 @@ class _Run:
         verdict = example.answers[role].verdict
         if verdict not in wanted:
             judged = verdict in ("right", "wrong", "no_answer")
-            example.leave("mark" if judged else "predict", f"{role}_{verdict}")
+            stage = "mark" if judged else "predict"
+            example.leave(stage, f"{role}_{verdict}", self._said(example, role))
+
+    def _said(self, example: Example, role: Role) -> str:
+        """Quote the end of an answer, and the text that it was graded against."""
+        text, gold = example.answers[role].text, self.golds[example.row_id]
+        return f"the answer ends {text[-ANSWER_SHOWN:]!r}, the gold ends {gold[-ANSWER_SHOWN:]!r}"
 
     def _propose(self, scored: Sequence[Example]) -> None:
         """Set the candidates of each row, rendered without their completion."""
@@ -250,7 +268,7 @@ class _Run:
     def _render_candidate(self, candidate: Example) -> None:
         try:
             for role, one in self.pair.items():
-                candidate.renderings[role] = one.renderer.prompt(candidate)
+                candidate.renderings[role] = one.prompt(candidate)
         except UnusableRow as problem:
             candidate.leave("prune", "not_renderable", problem.detail)
         else:
@@ -270,7 +288,7 @@ class _Run:
             for candidate in asked:
                 verdict = candidate.answers[role].verdict
                 if verdict != "right":
-                    candidate.leave("validate", f"{role}_{verdict}")
+                    candidate.leave("validate", f"{role}_{verdict}", self._said(candidate, role))
         for example in examples:
             if not any(remaining(example.candidates)):
                 detail = "no cut prompt was answered correctly"
@@ -307,17 +325,37 @@ class _Run:
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
         replaced = explain_replacement(arm, summary)
-        write_json(arm / "funnel.json", summary)
+        if not is_unchanged(arm, summary):  # else the seconds stay those of the passes
+            write_json(arm / "funnel.json", summary)
         show_funnel(summary, [*warnings, *replaced])
         print(f"The dataset is {dataset}; samples, outcomes and funnel are beside it")
         return DetectResult(self.root, arm, dataset, samples, outcomes, summary)
 
+    def _nothing_marked(self) -> list[str]:
+        """Say what the models' answers were graded where no row is left to search."""
+        if self.config.select == "all" or any(one.nll for one in self.examples):
+            return []
+        given = []
+        for role in ROLES:
+            verdicts = [one.answers[role].verdict for one in self.examples if role in one.answers]
+            counts = Counter(str(verdict).replace("_", " ") for verdict in verdicts)
+            if counts:
+                listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+                given.append(f"the {role}'s {len(verdicts)} answers are {listed}")
+        return [
+            f"No row is left to search: {'; '.join(given)}. outcomes.parquet quotes them; see "
+            f"--grade (now {self.config.grade}), --max_new_tokens and --chat_template."
+        ]
+
     def _warnings(self) -> list[str]:
         """Return what a user should know before using the result."""
-        renderers = [self.pair[role].renderer for role in ("teacher", "student")]
-        found = template_differences(*renderers)
+        templates = [self.pair[role].renderer.template for role in ("teacher", "student")]
+        found = template_differences(*templates)
+        if self.earlier:
+            found.append(f"{self.earlier} counterfactuals of an earlier run were left out.")
         if not (self.config.select == "all" and self.config.validate == "none"):
             found += gold_warning(list(self.golds.values()), self.config)
+        found += self._nothing_marked()
         for role, one in self.pair.items():
             losses = [example.nll[role] for example in self.examples if role in example.nll]
             vocabulary = len(one.model.tokenizer)

@@ -8,11 +8,11 @@ from typing import Final
 import numpy as np
 
 from leaf_distill.config import AnswerOptions
+from leaf_distill.data.collator import plan_batches
 from leaf_distill.data.example import Example, Floats, Rendering
 from leaf_distill.detection.answers import PromptedModel
 from leaf_distill.detection.cache import RowCache, compute_missing
 from leaf_distill.io import digest
-from leaf_distill.models.generation import plan_batches
 from leaf_distill.models.saliency import saliency, token_nll
 
 EXACT: Final = ("float32", "float64")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -21,14 +21,27 @@ from leaf_distill.config import (
     CompareConfig,
     DetectConfig,
     EvaluateConfig,
+    json_object,
     need,
 )
+from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Mask
 from leaf_distill.detection.pipeline import detect
-from leaf_distill.evaluation.evaluate import evaluate, wilson_interval
-from leaf_distill.io import make_directory, write_bytes, write_json, write_table
+from leaf_distill.evaluation.evaluate import check_directory, evaluate, wilson_interval
+from leaf_distill.evaluation.tables import printed_table
+from leaf_distill.io import (
+    is_of,
+    make_directory,
+    user_directory,
+    write_bytes,
+    write_json,
+    write_table,
+)
+from leaf_distill.models.source import named
 from leaf_distill.training.config import DistillArguments, LeafConfig
 from leaf_distill.training.distill import distill
+from leaf_distill.training.identity import check_output
+from leaf_distill.training.model_card import markdown_table
 
 UNTRAINED = "untrained"
 DRAWS = 10_000
@@ -36,7 +49,7 @@ DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Training:
-    """One distillation: what it trained on, and what it cost.
+    """One distillation: its rows and its cost.
 
     tokens: all that the student read, without padding. kl_first, kl_last: the first and the last
     logged loss, which are means over different rows.
@@ -92,13 +105,28 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
         detection: models, rows and settings of detection; its strategy is each arm's own.
         training: settings of the distillation; its output_dir is each arm's own.
 
+    Returns:
+        The arms in their order, after the student before any training.
+
     Raises:
         ValueError: settings or inputs cannot work.
         StoreError: a file cannot be written.
     """
     need(detection, "student", "teacher", "dataset")
     need(config, "eval_dataset")
-    root = Path(detection.output_dir).expanduser()
+    root = user_directory(detection.output_dir)
+    _check_directory(root)
+    for name in (UNTRAINED, *config.arms):
+        check_directory(root / "evaluation" / name)
+        check_output(root / "students" / name)
+    # A wrong name is said before the training, not after it.
+    with named("eval_dataset", "dataset"):
+        load_examples(
+            config.eval_dataset,
+            split=config.eval_split,
+            columns=json_object(detection.columns, "columns"),
+            need_completion=False,
+        )
     datasets = _detect(config.arms, detection, root)
     models = {UNTRAINED: detection.student}
     trained: dict[str, Training] = {}
@@ -118,24 +146,41 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
         right[name] = _evaluate(name, model, config, detection, root)
     reference = "kd" if "kd" in config.arms else config.arms[0]
     arms = [
-        _arm(name, trained.get(name), right[name], None if name == reference else right[reference])
-        for name in models
+        Arm(
+            name=name,
+            training=trained.get(name),
+            accuracy=float(mine.mean()),
+            interval=wilson_interval(int(mine.sum()), len(mine)),
+            difference=None if name == reference else paired_bootstrap(right[reference], mine),
+        )
+        for name, mine in right.items()
     ]
     result = CompareResult(tuple(arms), reference, len(right[UNTRAINED]), root / "compare.md")
     write_json(
         root / "compare.json",
         {
+            "command": "compare",
             "reference": reference,
             "problems": result.problems,
-            "arms": [_plain(asdict(arm)) for arm in arms],
+            "arms": [asdict(arm) for arm in arms],
             "settings": {"compare": asdict(config), "detect": asdict(detection)},
         },
     )
     write_bytes(result.table, _markdown(result).encode())
-    for table in comparison_tables(result):
-        Console().print(table)
+    Console().print(training_table(result), accuracy_table(result))
     print(f"The table is in {result.table}, its numbers are in {root / 'compare.json'}")
     return result
+
+
+def _check_directory(root: Path) -> None:
+    """Refuse a directory in which the table would replace somebody else's files."""
+    written = any(os.path.lexists(root / name) for name in ("compare.json", "compare.md"))
+    if written and not is_of(root / "compare.json", "compare"):
+        raise ValueError(
+            f"output_dir: must be new or of an earlier `leaf compare`, got {root}, whose "
+            "compare.json or compare.md is damaged or of something else; delete them, or give "
+            "another output_dir"
+        )
 
 
 def _say(step: str) -> None:
@@ -160,9 +205,9 @@ def _detect(arms: Sequence[str], detection: DetectConfig, root: Path) -> dict[st
 def distill_equally(
     arguments: DistillArguments, training: LeafConfig, output_dir: Path
 ) -> Training:
-    """Distil with as many steps, and as many rows in a step, whatever the dataset holds.
+    """Distil with a number of steps, and of rows in a step, that do not depend on counterfactuals.
 
-    Steps: `training.max_steps`, or `num_train_epochs` passes over the originals at
+    The steps are `training.max_steps`, or `num_train_epochs` passes over the originals at
     `originals_per_step` originals each, as plain distillation makes them.
     """
     branches = Counter(pq.read_table(arguments.dataset, columns=["branch"])["branch"].to_pylist())
@@ -215,16 +260,6 @@ def _evaluate(
     return np.array([verdict == "right" for verdict in verdicts])
 
 
-def _arm(name: str, training: Training | None, right: Mask, reference: Mask | None) -> Arm:
-    return Arm(
-        name=name,
-        training=training,
-        accuracy=float(right.mean()),
-        interval=wilson_interval(int(right.sum()), len(right)),
-        difference=None if reference is None else paired_bootstrap(reference, right),
-    )
-
-
 def paired_bootstrap(
     reference: Mask, right: Mask, *, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -234,6 +269,9 @@ def paired_bootstrap(
         reference, right: bool [n], whether each problem was answered correctly, in one order.
         draws: resamples of the n problems, with replacement; a problem keeps both its answers.
         seed: of the draws.
+
+    Returns:
+        The difference, and the lower and upper end of its interval, as shares.
     """
     change = right.astype(np.int64) - reference.astype(np.int64)
     # A resample depends only on how many problems were won, lost and unchanged.
@@ -246,12 +284,14 @@ def paired_bootstrap(
 
 Lines = list[tuple[str, ...]]
 
-NOTES = (
+COMPUTE = (
     "All arms make as many optimizer steps and read as many rows in each. Cut: counterfactuals; a "
     "step: originals in one; tokens: all that the student read, without padding. KL(teacher, "
-    "student): the first and the last logged mean, over different rows.",
+    "student): the first and the last logged mean, over different rows."
+)
+CHANCE = (
     "Accuracy with Wilson's 95 % interval. Differences in points, with the 95 % interval of a "
-    "paired bootstrap over the problems. Chance in training is in no interval: there is one seed.",
+    "paired bootstrap over the problems. Chance in training is in no interval: there is one seed."
 )
 
 
@@ -260,7 +300,7 @@ def _training_lines(result: CompareResult) -> Lines:
     for arm in result.arms:
         if (done := arm.training) is not None:
             counts = done.originals, done.counterfactuals, done.steps, done.originals_a_step
-            kl = f"{done.kl_first:.3f} > {done.kl_last:.3f}"
+            kl = f"{done.kl_first:.3f} to {done.kl_last:.3f}"
             lines.append((arm.name, *map(str, counts), f"{done.tokens:,}", kl))
     return lines
 
@@ -277,35 +317,19 @@ def _accuracy_lines(result: CompareResult) -> Lines:
     return lines
 
 
-def comparison_tables(result: CompareResult) -> list[Table]:
-    """Return the two tables that are printed: the training of the arms, and their accuracy."""
-    titles = ("Distillation at equal compute", f"Accuracy on {result.problems} problems")
-    tables = []
-    for title, lines, note in zip(
-        titles, (_training_lines(result), _accuracy_lines(result)), NOTES, strict=True
-    ):
-        table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
-        for index, column in enumerate(lines[0]):
-            table.add_column(column, justify="right" if index else "left")
-        for line in lines[1:]:
-            table.add_row(*line)
-        tables.append(table)
-    return tables
+def training_table(result: CompareResult) -> Table:
+    """Return the printed table of the arms' distillations."""
+    title = "Distillation at equal compute"
+    return printed_table(title, _training_lines(result), caption=COMPUTE)
+
+
+def accuracy_table(result: CompareResult) -> Table:
+    """Return the printed table of the arms' accuracies."""
+    title = f"Accuracy on {result.problems} problems"
+    return printed_table(title, _accuracy_lines(result), caption=CHANCE)
 
 
 def _markdown(result: CompareResult) -> str:
-    parts = ["# Arms at equal compute"]
-    both = ((_accuracy_lines(result), NOTES[1]), (_training_lines(result), NOTES[0]))
-    for (head, *lines), note in both:
-        rule = ("---", *("---:" for _ in head[1:]))
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines)))
-        parts.append(note)
-    parts.insert(2, f"{result.problems} problems.")
-    return "\n\n".join(parts) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON can hold."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return str(value) if isinstance(value, Path) else value
+    accuracies, trainings = _accuracy_lines(result), _training_lines(result)
+    parts = ("# Arms at equal compute", markdown_table(accuracies), f"{result.problems} problems.")
+    return "\n\n".join([*parts, CHANCE, markdown_table(trainings), COMPUTE]) + "\n"

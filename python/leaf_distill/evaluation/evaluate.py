@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from leaf_distill.config import EvaluateConfig, json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
@@ -25,7 +25,8 @@ from leaf_distill.detection.answers import (
     open_cache,
     prompted_model,
 )
-from leaf_distill.io import locked, read_json, write_json, write_table
+from leaf_distill.evaluation.tables import printed_table
+from leaf_distill.io import is_of, locked, user_directory, write_json, write_table
 from leaf_distill.models.loading import LazyModel
 
 if TYPE_CHECKING:  # seconds to import
@@ -37,8 +38,18 @@ VERDICTS = (
     *("right", "wrong", "no_answer", "timeout"),
     *("cut_off", "not_finite", "too_long", "not_renderable"),
 )
-"""The grader's verdicts; cut_off by the length limit; logits not_finite; a prompt too_long, or
-not_renderable: refused by the chat template."""
+"""The grader's verdicts; an answer cut_off by the length limit; logits that are not_finite; a
+prompt that is too_long, or not_renderable by the chat template."""
+
+
+ANSWERS = pa.schema(
+    [
+        ("row_id", pa.int64()),
+        *((name, pa.string()) for name in ("prompt", "gold", "answer", "verdict")),
+        ("n_tokens", pa.int32()),
+    ]
+)
+"""The columns of answers.parquet."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +80,18 @@ def evaluate(
         dataset: rows in memory in place of config.dataset, a `datasets.Dataset` or dicts.
         model, processing_class: a model and its tokenizer in memory in place of config.model.
 
+    Returns:
+        The accuracy, and where the answers are.
+
     Raises:
         ValueError: the model or the rows cannot be read, or the directory holds other files.
         StoreError: a file cannot be written, or another process holds the directory.
     """
-    need(
-        config,
-        *([] if model is not None else ["model"]),
-        *([] if dataset is not None else ["dataset"]),
-    )
-    root = Path(config.output_dir).expanduser()
-    _check_directory(root, config)
+    given = {"model": model, "dataset": dataset}
+    need(config, *(name for name, value in given.items() if value is None))
+    root = user_directory(config.output_dir)
+    check_directory(root)
+    _check_inputs(root, config)
     lazy = LazyModel(
         model if model is not None else config.model,
         processing_class=processing_class,
@@ -99,18 +111,17 @@ def evaluate(
     if not rows:
         detail = examples[0].outcome.detail if examples and examples[0].outcome else "it is empty"
         raise ValueError(
-            f"dataset: must have a usable row, got none of {config.dataset} ({detail})"
+            f"dataset: must have a usable row, got none of {config.dataset} ({detail}); name other "
+            "columns or rows"
         )
+    golds = [example.gold for example in rows]
     with locked(root), open_cache(config) as cache:
         fitting = _render(asked, rows, config)
         answer(asked, fitting, [example.gold for example in fitting], config, cache)
-        table = _table(rows)
-        write_table(root / "answers.parquet", table)
-        result = _result(root, table)
+        result = _write_answers(root / "answers.parquet", rows)
         metrics = {
             "command": "evaluate",
             **asdict(result),
-            "answers": str(result.answers),
             "rows": len(rows),
             "unreadable_rows": len(examples) - len(rows),
             "settings": asdict(config),
@@ -118,27 +129,44 @@ def evaluate(
             "versions": package_versions(),
         }
         write_json(root / "metrics.json", metrics)
-    for sentence in gold_warning([example.gold for example in rows], config):
+    for sentence in gold_warning(golds, config):
         logger.warning("%s", sentence)
     _show(f"{lazy.name} on {config.dataset or 'rows in memory'}", result, metrics)
     return result
 
 
-def _check_directory(root: Path, config: EvaluateConfig) -> None:
-    """Refuse a directory in which results would replace an input or somebody else's files."""
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"output_dir: must be a directory, got the file {root}")
-    path = root / "metrics.json"
-    if path.exists() and read_json(path).get("command") != "evaluate":
-        raise ValueError(
-            f"output_dir: must be new or of an earlier `leaf evaluate`, got {root}, whose "
-            "metrics.json is of another command; give another one"
-        )
-    if not path.exists() and (root / "answers.parquet").exists():
-        raise ValueError(
-            f"output_dir: must be new or of an earlier `leaf evaluate`, got {root}, which holds an "
-            "answers.parquet of something else; give another one"
-        )
+def _check_inputs(root: Path, config: EvaluateConfig) -> None:
+    """Refuse a directory in which results would replace an input, or stand in a model's."""
+    written = [(root / name).resolve() for name in ("", "metrics.json", "answers.parquet")]
+    for name in ("model", "dataset"):
+        try:
+            given = Path(getattr(config, name) or os.devnull).expanduser()
+            taken = given.resolve() in written[0 if name == "model" else 1 :]
+        except (OSError, RuntimeError):
+            continue  # no path; the loader says what is wrong with it
+        if taken:
+            raise ValueError(
+                f"output_dir: must not be an input, but the {name} is {given}; give another one"
+            )
+
+
+def check_directory(root: Path) -> None:
+    """Raise ValueError where an evaluation would replace somebody else's files."""
+    metrics, answers = root / "metrics.json", root / "answers.parquet"
+    for path, ours in ((metrics, is_of(metrics, "evaluate")), (answers, _is_answers(answers))):
+        if os.path.lexists(path) and not ours:
+            raise ValueError(
+                f"output_dir: must be new or of an earlier `leaf evaluate`, got {root}, whose "
+                f"{path.name} is damaged or of something else; delete it, or give another "
+                "output_dir"
+            )
+
+
+def _is_answers(path: Path) -> bool:
+    try:
+        return bool(pq.read_schema(path).names == ANSWERS.names)
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _render(asked: PromptedModel, rows: Sequence[Example], config: EvaluateConfig) -> list[Example]:
@@ -149,7 +177,7 @@ def _render(asked: PromptedModel, rows: Sequence[Example], config: EvaluateConfi
     refused: list[str] = []
     for example in rows:
         try:
-            rendering = asked.renderer.prompt(example)
+            rendering = asked.prompt(example)
         except UnusableRow as problem:
             refused.append(f"row {example.row_id}: {problem.detail}")
             example.answers["student"] = Answer("", 0, "not_renderable")
@@ -159,42 +187,54 @@ def _render(asked: PromptedModel, rows: Sequence[Example], config: EvaluateConfi
             fitting.append(example)
         else:
             example.answers["student"] = Answer("", 0, "too_long")
+    if not fitting:
+        first = refused[0] if refused else f"all prompts have more than {limit} tokens"
+        raise ValueError(
+            f"dataset: must have a row that the model can be asked, got {len(rows)} that are not "
+            f"({first})"
+        )
     if refused:
         logger.warning("%d rows cannot be rendered, as %s", len(refused), refused[0])
     return fitting
 
 
-def _table(rows: Sequence[Example]) -> pa.Table:
+def _write_answers(path: Path, rows: Sequence[Example]) -> EvaluateResult:
     answers = [example.answers["student"] for example in rows]
     texts = [None if one.verdict in ("too_long", "not_renderable") else one.text for one in answers]
-    return pa.table(
+    table = pa.table(
         {
-            "row_id": pa.array([example.row_id for example in rows], pa.int64()),
+            "row_id": [example.row_id for example in rows],
             "prompt": [example.user_text for example in rows],
             "gold": [example.gold for example in rows],
-            "answer": pa.array(texts, pa.string()),
+            "answer": texts,
             "verdict": [one.verdict for one in answers],
-            "n_tokens": pa.array([one.n_tokens for one in answers], pa.int32()),
-        }
+            "n_tokens": [one.n_tokens for one in answers],
+        },
+        schema=ANSWERS,
     )
-
-
-def _result(root: Path, table: pa.Table) -> EvaluateResult:
-    counts = Counter(table["verdict"].to_pylist())
+    write_table(path, table)
+    counts = Counter(one.verdict for one in answers)
     return EvaluateResult(
-        accuracy=counts["right"] / table.num_rows,
-        interval=wilson_interval(counts["right"], table.num_rows),
+        accuracy=counts["right"] / len(rows),
+        interval=wilson_interval(counts["right"], len(rows)),
         counts={name: counts[name] for name in VERDICTS if counts[name]},
-        answers=root / "answers.parquet",
+        answers=path,
     )
 
 
 def wilson_interval(right: int, total: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion; z = 1.96 is 95 %.
+    """Return Wilson's score interval of a proportion.
 
         (p + z^2/2n +- z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n)
 
     Unlike p +- z sqrt(p (1 - p) / n), it stays in [0, 1] and has a width at 0 and 1.
+
+    Args:
+        right, total: counts.
+        z: quantile of the normal distribution; 1.96 gives 95 %.
+
+    Returns:
+        The lower and the upper end, as shares.
     """
     if not 0 <= right <= total or total < 1:
         raise ValueError(f"right: must be from 0 to total, and total >= 1, got {right}, {total}")
@@ -207,14 +247,9 @@ def wilson_interval(right: int, total: int, *, z: float = 1.959964) -> tuple[flo
 
 def _show(title: str, result: EvaluateResult, metrics: dict[str, Any]) -> None:
     total = metrics["rows"]
-    table = Table(title=Text(title))
-    table.add_column("verdict")
-    table.add_column("rows", justify="right")
-    table.add_column("share", justify="right")
-    for verdict, count in result.counts.items():
-        table.add_row(verdict, str(count), f"{count / total:.1%}")
+    counts = [(name, str(n), f"{n / total:.1%}") for name, n in result.counts.items()]
     console = Console()
-    console.print(table)
+    console.print(printed_table(title, [("verdict", "rows", "share"), *counts]))
     if metrics["unreadable_rows"]:
         console.print(f"{metrics['unreadable_rows']} rows could not be used and are not counted")
     low, high = result.interval

@@ -1,4 +1,4 @@
-"""Where a text's final answer stands, and the mathematics in it."""
+"""Finds the final answer of a text, and the mathematics in it."""
 
 from __future__ import annotations
 
@@ -10,33 +10,13 @@ from leaf_distill.grading.quantity import FUNCTIONS, MULTIPLES, TEXT, UNITS
 TAIL = 4000  # characters: the end of a text that may hold its answer, and an answer's length
 Place = Literal["box", "mark", "phrase", "whole"]
 
-# Characters that mean the same; a full stop of Chinese or Japanese ends a sentence as well.
+# Characters that mean the same. A full stop of Chinese or Japanese ends a sentence too.
 CHARACTERS = str.maketrans(
-    {
-        "\u2212": "-",
-        "\uff0d": "-",
-        "\u00a0": " ",
-        "\u202f": " ",
-        "\uff0c": ",",
-        "\u3001": ",",
-        "\u3002": ". ",
-        "\uff1a": ":",
-        "\uff05": "%",
-        "\uff08": "(",
-        "\uff09": ")",
-        "\u00d7": "\\times ",
-        "\u00b7": "\\cdot ",
-        "\u00f7": "/",
-        "\u03c0": "\\pi ",
-        "\u221e": "\\infty ",
-        "\u2264": "\\le ",
-        "\u2265": "\\ge ",
-        "\u00b1": "\\pm ",
-        "\u222a": "\\cup ",
-        "\u00b0": "^\\circ",
-        "\u00b2": "^2",
-        "\u00b3": "^3",
-    }
+    dict(zip("\u2212\uff0d\u00a0\u202f\uff0c\u3001", "--  ,,", strict=True))
+    | dict(zip("\uff1a\uff05\uff08\uff09\u00f7", ":%()/", strict=True))
+    | {"\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u00b1": "\\pm ", "\u03c0": "\\pi "}
+    | {"\u2264": "\\le ", "\u2265": "\\ge ", "\u221e": "\\infty ", "\u222a": "\\cup "}
+    | {"\u00b0": "^\\circ", "\u00b2": "^2", "\u00b3": "^3", "\u3002": ". "}
 )
 ROOT = re.compile(r"(?:\u221a|(?<![\\A-Za-z])sqrt(?=\s*\())\s*(?:\(([^()]*)\)|(\w+))")
 BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -76,10 +56,12 @@ TERMS = re.compile(
 
 
 class Answer(NamedTuple):
-    """A final answer as it is written, and by what it was found.
+    """A final answer as it is written, and the place where it was found.
 
-    place: "box" (the last `\\boxed{}`), "mark" (after `####`), "phrase" (after "the answer is") or
-    "whole" (the text has none of these).
+    Attributes:
+        text: the answer.
+        place: "box" (the last `\\boxed{}`), "mark" (after `####`), "phrase" (after "the answer is")
+            or "whole" (the text has none of these).
     """
 
     text: str
@@ -87,7 +69,7 @@ class Answer(NamedTuple):
 
 
 def find_answer(text: str) -> Answer:
-    """Return the final answer of a text; what a model thought before `</think>` does not count."""
+    """Return the final answer of a text; a thought before `</think>` does not count."""
     text = text.rpartition("</think>")[2]
     marked = marked_answer(text)
     if marked is not None:
@@ -102,7 +84,7 @@ def find_answer(text: str) -> Answer:
 
 
 def marked_answer(text: str) -> Answer | None:
-    """Return what stands in the last box, or else after the last `####`; None without either."""
+    """Return the content of the last box, or else the line after the last `####`, or None."""
     boxes = _boxes(text)
     if boxes:
         start, _, content = boxes.pop()
@@ -118,7 +100,7 @@ def marked_answer(text: str) -> Answer | None:
 
 
 def readable(text: str) -> str:
-    """Return a text with LaTeX in place of Unicode's and Python's mathematics, without emphasis."""
+    """Write Unicode's and Python's mathematics as LaTeX, and drop Markdown's emphasis."""
     text = ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text.translate(CHARACTERS))
     text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", text)
     return re.sub(r"(?<![\w)\]])\*\*|\*\*(?![\w(])", " ", text)  # emphasis, no power
@@ -133,15 +115,17 @@ def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text has plain words, not only symbols and functions."""
+    """Tell whether a text has plain words, not only symbols and functions."""
     words = WORD.findall(NOT_PROSE.sub(" ", text))
     return any(word not in FUNCTIONS for word in words)
 
 
 def expression(text: str, *, first: bool) -> str:
-    """Return the mathematics of an answer: all of it, or the first or last of it in prose.
+    """Return the mathematics of an answer; an empty text says that there is none.
 
-    An empty text says that there is none.
+    Args:
+        text: an answer.
+        first: in prose, return the first expression; otherwise the last.
     """
     words = re.fullmatch(rf"{TEXT}\{{([^{{}}]*)\}}", text)
     text = (words[1] if words else text)[:TAIL]
@@ -176,7 +160,7 @@ def without_delimiters(text: str) -> str:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """The closed boxes of a text: start, end, content."""
+    """Return start, end and content of the closed boxes of a text."""
     found: list[tuple[int, int, str]] = []
     opened: list[re.Match[str] | None] = []
     for token in BRACE.finditer(text):

@@ -1,10 +1,10 @@
-"""Is the answer right? By mathematics, by the last number, or by the text."""
+"""Grades answers by mathematics, by the last number, or by the text."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import get_args
 
 from leaf_distill.config import GradeRule
@@ -23,8 +23,8 @@ from leaf_distill.grading.text import (
 class Grader:
     """Grades (gold, prediction) pairs by one rule; use it as a context manager.
 
-    Each side's final answer counts: what stands in the last `\\boxed{}`, or else after the last
-    `####`, or else ("math" only) after "the answer is", or else in the whole text.
+    The final answer of each text is compared: the content of the last `\\boxed{}`, or else the
+    line after the last `####`, or else ("math" only) the text after "the answer is", or else all.
 
     - "math": equal as mathematics, by LaTeX and math-verify; a gold answer that is a letter, a word
       or a text (`gold_kind`) is compared as such.
@@ -45,25 +45,18 @@ class Grader:
     ) -> None:
         if rule not in get_args(GradeRule):
             names = ", ".join(get_args(GradeRule))
-            raise ValueError(f"grade: must be one of {names}, got {rule!r}; choose one of them.")
-        if not 0 < timeout_s < float("inf"):
-            raise ValueError(
-                f"grade_timeout: must be above 0 and finite, got {timeout_s}; 5 seconds suit most."
-            )
+            raise ValueError(f"grade: must be one of {names}, got {rule!r}")
+        if not 0 < timeout_s < math.inf:
+            raise ValueError(f"grade_timeout: must be seconds above 0, got {timeout_s}")
         if workers is not None and workers < 1:
-            raise ValueError(f"workers: must be at least 1, got {workers}; None takes one a core.")
+            raise ValueError(f"workers: must be at least 1, got {workers}; None takes one a core")
         self.rule = rule
         self._pool = Pool(timeout_s, workers)
 
     def __enter__(self) -> Grader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -88,18 +81,15 @@ class Grader:
             if not gold.strip():
                 raise ValueError(
                     f"gold: must be a text with an answer, got {gold!r} in pair {index}; "
-                    "give the row an answer or leave it out."
+                    "give the row an answer or leave it out"
                 )
         verdicts = [self._quickly(gold, prediction) for gold, prediction in pairs]
-        left = [index for index, verdict in enumerate(verdicts) if verdict is None]
-        if left:
-            judged = self._pool.judge([pairs[index] for index in left])
-            for index, verdict in zip(left, judged, strict=True):
-                verdicts[index] = verdict
-        return [verdict for verdict in verdicts if verdict is not None]
+        left = [pair for pair, known in zip(pairs, verdicts, strict=True) if known is None]
+        judged = iter(self._pool.judge(left))
+        return [next(judged) if known is None else known for known in verdicts]
 
     def _quickly(self, gold: str, prediction: str) -> Verdict | None:
-        """The verdict where it takes no math-verify, else None."""
+        """Return the verdict if it needs no math-verify, else None."""
         if not prediction.strip():
             return "no_answer"
         if self.rule == "exact":
@@ -112,12 +102,5 @@ class Grader:
 
 
 def gold_kinds(golds: Iterable[str]) -> Counter[Kind]:
-    """Count the kinds of gold answers: how many are no mathematics, for example.
-
-    Args:
-        golds: gold answers, or completions that end in one.
-
-    Returns:
-        How often each kind of `gold_kind` occurs.
-    """
+    """Count each kind of `gold_kind` among gold answers, or completions that end in one."""
     return Counter(map(gold_kind, golds))

@@ -1,4 +1,4 @@
-"""Is one expression another? By its LaTeX, and else by math-verify. It runs in a worker."""
+"""Compares expressions by their LaTeX, and else by math-verify, which runs in a worker."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def judge(gold: str, prediction: str) -> Verdict:
 
 
 def judge_quickly(gold: str, prediction: str) -> Verdict | None:
-    """Return the verdict where text and plain numbers decide it, None where math-verify must."""
+    """Return the verdict if text and plain numbers decide it, None if math-verify must."""
     answers = find_answer(gold), find_answer(prediction)
     wanted, found = _both(*answers)
     numbers = _number(wanted), _number(found, letters=True)
@@ -79,17 +79,19 @@ def _number(text: str, *, letters: bool = False) -> Quantity | None:
 
 
 def normal(latex: str, *, words: bool = False) -> str:
-    """Return one form of LaTeX that is written in many: `\\dfrac 12` and `\\frac{1}{2}`.
+    """Write LaTeX that has many forms in one: `\\dfrac 12` becomes `\\frac{1}{2}`.
 
-    words: keep the spaces, which plain words need.
+    Args:
+        latex: an expression.
+        words: whether to keep the spaces, which plain words need.
     """
     for pattern, form in FORMS[:-1] if words else FORMS:
         latex = pattern.sub(form, latex)
-    return latex.replace("$", "").strip(" .") if not words else latex.strip()
+    return latex.strip() if words else latex.replace("$", "").strip(" .")
 
 
 def same(gold: str, found: str) -> bool:
-    """Whether two expressions, or two lists of them in any order, are equal."""
+    """Tell whether two expressions, or two lists of them in any order, are equal."""
     wanted, given = items(gold), items(found)
     # Brackets around all of it may be left out or put in, but a pair keeps its order.
     if len(wanted) == 1 != len(given):
@@ -130,7 +132,7 @@ def members(latex: str) -> tuple[str, list[str]]:
 
 
 def _split(latex: str, *, thousands: bool = True) -> list[str]:
-    """The parts of a list between commas; that of 1,234 is none, unless `thousands` is false."""
+    """Split a list at its commas; with `thousands`, the comma of 1,234 is none of them."""
     parts, start = [], 0
     for at, depth in enumerate(_depths(latex)):
         if latex[at] in ",;" and not depth and not (thousands and THOUSANDS.match(latex, at)):
@@ -140,12 +142,12 @@ def _split(latex: str, *, thousands: bool = True) -> list[str]:
 
 
 def _depths(latex: str) -> list[int]:
-    """How many brackets are open after each character."""
+    """Return how many brackets are open after each character."""
     return list(accumulate((char in "([{") - (char in ")]}") for char in latex))
 
 
 def same_item(gold: str, found: str) -> bool:
-    """Whether two expressions are equal, with their units and brackets."""
+    """Tell whether two expressions are equal, with their units and brackets."""
     if normal(gold) == normal(found):
         return True
     numbers = quantity(gold), quantity(found)
@@ -169,7 +171,7 @@ def _same_in_order(wanted: list[str], given: list[str]) -> bool:
 
 
 def equal(gold: str, found: str) -> bool:
-    """Whether math-verify takes two expressions for equal, the gold answer first."""
+    """Tell whether math-verify finds two expressions equal; the gold answer comes first."""
     from math_verify import verify
 
     wanted, given = _parsed(gold), _parsed(found)
@@ -187,19 +189,14 @@ def equal(gold: str, found: str) -> bool:
 def _parsed(latex: str) -> Any:
     from math_verify import LatexExtractionConfig, parse
 
-    # Units are split off before: math-verify would take the m of 6m for metres.
+    # Units have been split off; math-verify would take the m of 6m for metres.
     config = LatexExtractionConfig()
     config = replace(config, normalization_config=replace(config.normalization_config, units=False))
-    found = parse(
-        f"${latex}$",
-        [config],
-        fallback_mode="no_fallback",
-        parsing_timeout=None,
-    )
+    found = parse(f"${latex}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
     return found[0] if found else None
 
 
 def _both(gold: Answer, prediction: Answer) -> tuple[str, str]:
-    """The expressions of two final answers."""
+    """Return the expressions of two final answers."""
     first = prediction.place != "whole"
     return gold_expression(gold), expression(prediction.text, first=first)

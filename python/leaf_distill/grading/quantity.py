@@ -1,4 +1,4 @@
-"""Numbers with units: `1,234.50`, `\\$18`, `62.5\\%`, `90^\\circ`, `5 \\text{ cm}`, `42 apples`."""
+"""Reads numbers with units: `1,234.50`, `\\$18`, `62.5\\%`, `5 \\text{ cm}`, `42 eggs`."""
 
 from __future__ import annotations
 
@@ -53,14 +53,8 @@ UNITS = {
     }.items()
     for name in names.split()
 }
-MULTIPLES = {
-    "dozen": 12,
-    "hundred": 10**2,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
+MULTIPLES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6}
+MULTIPLES |= {"billion": 10**9, "trillion": 10**12}
 FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh"}
 FUNCTIONS |= {"tanh", "log", "exp", "min", "max", "gcd", "lcm", "mod", "det", "lim", "sqrt", "and"}
 CURRENCY = re.compile(r"([-+]?)\s*(\\?\$|[\u20ac\u00a3\u00a5])\s*")
@@ -90,7 +84,9 @@ def last_number(text: str) -> Decimal | None:
 def split_unit(text: str, *, letters: bool = False) -> tuple[str, str]:
     """Return a value without its unit, and the unit: "" where it has none that is known.
 
-    letters: take `5 m` for metres and not for five times m.
+    Args:
+        text: a value, perhaps with a unit.
+        letters: whether `5 m` is metres and not five times m.
     """
     text = text.strip()
     based = BASE.fullmatch(text)
@@ -115,7 +111,7 @@ def split_unit(text: str, *, letters: bool = False) -> tuple[str, str]:
 
 
 def _mathematical(words: str, value: str, letters: bool) -> bool:
-    """Whether letters after a value are symbols or functions rather than a unit in plain words."""
+    """Tell whether letters after a value are symbols or functions rather than a unit."""
     if words in UNITS and (letters or len(words) > 1):
         return False
     parts = re.findall("[a-z]+", words)
@@ -127,9 +123,10 @@ def _mathematical(words: str, value: str, letters: bool) -> bool:
 
 
 def quantity(text: str, *, letters: bool = False) -> Quantity | None:
-    """Return the plain number that a text is, with its unit; None where it is anything else.
+    """Return a text as a plain number with its unit, None if it is anything else.
 
-    letters: as in `split_unit`.
+    Args:
+        text, letters: as for `split_unit`.
     """
     text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")
     value, unit = split_unit(text, letters=letters)
@@ -144,12 +141,12 @@ def quantity(text: str, *, letters: bool = False) -> Quantity | None:
 
 
 def units_agree(gold: str, found: str) -> bool:
-    """Whether two units may belong to one answer: a unit may be left out, but not exchanged."""
+    """Tell whether two units fit one answer: a unit may be left out, but not exchanged."""
     return not gold or not found or gold == found
 
 
 def same_quantity(gold: Quantity, found: Quantity) -> bool:
-    """Whether two quantities are one; `10%` is 0.1, and is 10 only where the gold has no unit."""
+    """Tell whether two quantities are equal; `10%` is 0.1, and 10 only if the gold has no unit."""
     if gold.unit == "%" != found.unit:
         return not found.unit and found.value * 100 == gold.value
     if found.unit == "%" != gold.unit:

@@ -1,4 +1,4 @@
-"""Answers that are no mathematics: a choice's letter, a word, a text."""
+"""Grades answers that are no mathematics: a number, a choice's letter, a word, a text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CLAUSE_END = re.compile(r"[,.;:!?(\u2014]|\s-\s|\b(?:because|since|as)\b")
 
 
 def gold_kind(gold: str) -> Kind:
-    """Say what a gold answer is, which decides how it is compared.
+    """Return the kind of a gold answer, which decides how it is compared.
 
     Args:
         gold: a gold answer, or a completion that ends in one.
@@ -60,7 +60,7 @@ def gold_kind(gold: str) -> Kind:
 
 
 def gold_expression(answer: Answer) -> str:
-    """Return a gold answer's mathematics, an empty text where it is words with a number inside."""
+    """Return a gold answer's mathematics, an empty text if it is words with a number inside."""
     text = answer.text
     if answer.place == "whole" and is_prose(text) and not text.startswith("$"):
         # A completion's last number counts, a label's does not: "July 4, 1776".
@@ -71,23 +71,16 @@ def gold_expression(answer: Answer) -> str:
 
 
 def grade_exact(gold: str, prediction: str) -> Verdict:
-    """Compare two texts, or what each of them has in a box or after `####`."""
-    if not prediction.strip():
-        return "no_answer"
-    wanted, found = marked_answer(gold), marked_answer(prediction)
-    gold = wanted.text if wanted else gold.strip()
-    same = gold in (prediction.strip(), found.text if found else None)
+    """Compare two texts, or the answers that they have in a box or after `####`."""
+    same = _marked(gold) in (prediction.strip(), _marked(prediction))
     return "right" if same else "wrong"
 
 
 def grade_number(gold: str, prediction: str) -> Verdict:
-    """Compare the last numbers of two texts, in a box or after `####` where a text has them."""
-    marked = marked_answer(gold)
-    wanted = last_number(_joined(marked.text if marked else gold))
+    """Compare the last numbers of two texts, or of their answers in a box or after `####`."""
+    wanted, found = (last_number(_joined(_marked(text))) for text in (gold, prediction))
     if wanted is None:
         return grade_words(gold, prediction)
-    marked = marked_answer(prediction)
-    found = last_number(_joined(marked.text if marked else prediction))
     if found is None:
         return "no_answer"
     return "right" if wanted == found else "wrong"
@@ -95,8 +88,6 @@ def grade_number(gold: str, prediction: str) -> Verdict:
 
 def grade_words(gold: str, prediction: str) -> Verdict:
     """Compare a letter, a word or a text with a prediction's final answer."""
-    if not prediction.strip():
-        return "no_answer"
     answer, wanted = find_answer(prediction), unwrapped(find_answer(gold).text)
     if _plain(wanted) == _plain(answer.text):
         return "right"
@@ -115,6 +106,11 @@ def grade_words(gold: str, prediction: str) -> Verdict:
 def unwrapped(text: str) -> str:
     """Return a text without `\\text{}`, dollars, emphasis and quotes around it."""
     return WRAPPED.sub(r"\1", text.strip()).strip("$*_`\"' \n").removesuffix(".").strip()
+
+
+def _marked(text: str) -> str:
+    answer = marked_answer(text)
+    return answer.text if answer else text.strip()
 
 
 def _joined(text: str) -> str:
@@ -149,16 +145,14 @@ def _sentences(text: str) -> list[str]:
 
 
 def _claims(answer: Answer, family: tuple[str, ...]) -> set[str]:
-    """What a prediction says, in the forms that a word may be compared with."""
+    """Return the forms of a prediction's answer that a word may be compared with."""
     sentences = _sentences(answer.text)
     if family:
         said = [re.findall(r"\w+", part.casefold()) for part in (sentences[-1], sentences[0])]
         if "not" in said[0]:
             return set()
         edges = [word for words in said if words for word in (words[0], words[-1])]
-        return {word for word in edges if word in family} and {
-            next(word for word in edges if word in family)
-        }
+        return set([word for word in edges if word in family][:1])
     text = answer.text
     if answer.place == "whole":
         found = COPULA.match(sentences[-1])

@@ -1,4 +1,4 @@
-"""Checks a model once when it is loaded, and readies the process for its first batch."""
+"""Checks of a model at its loading, of token ids, and the warm-up before the first batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # seconds to import
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, and each one back in its own mode afterwards."""
+    """Put every module in eval mode, and restore each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -27,7 +27,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the longest sequence that a model takes, None where its configuration names none."""
+    """Return the most tokens that a model takes, None if its configuration names no limit."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
@@ -35,13 +35,15 @@ def max_positions(config: Any) -> int | None:
 
 @torch.inference_mode()
 def check_causal(model: PreTrainedModel, name: str) -> None:
-    """Check that later tokens and padding leave the logits of earlier tokens alone.
+    """Check that the logits of earlier tokens do not depend on later tokens or padding.
 
-    An encoder, or a model that reads its prompt in both directions, loads as a causal model as
-    well, and all that the loop would compute with it is meaningless. The check takes two forward
-    passes of at most 8 tokens.
+    An encoder, or a model that reads its prompt in both directions, loads as a causal model too,
+    but its likelihoods mean nothing. The check takes two forward passes of at most 8 tokens. It
+    leaves padding out in float16 and bfloat16.
 
-    Padding is not checked in float16 and bfloat16.
+    Args:
+        model: a model of transformers, on any device.
+        name: its name in messages.
 
     Raises:
         ValueError: the model is not causal, depends on padding, or cannot run on token ids alone.
@@ -104,8 +106,8 @@ def _probe(
 def warm_up() -> None:
     """Call the vector math functions of the CPU once, in one thread.
 
-    Their library chooses its code at the first call. Several threads that make the first call at
-    once may compute with different code, which changed results of the first batch by 2e-5.
+    Their library chooses its code at the first call. If several threads make that call at once,
+    they may compute with different code, which changed results of the first batch by 2e-5.
     """
     small = torch.linspace(0.1, 1.0, 64)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -137,12 +139,12 @@ def check_ids(model: Any, sequences: Sequence[Any], argument: str) -> None:
         check_below(ids, rows, f"{argument}[{index}]", "the rows of the model's embedding")
 
 
-def check_below(ids: Any, limit: int, argument: str, what: str) -> None:
-    """Raise ValueError for the first of the token ids that is not in [0, limit)."""
+def check_below(ids: Any, limit: int, argument: str, meaning: str) -> None:
+    """Raise ValueError for the first token id outside [0, limit); `meaning` names the limit."""
     ids = np.asarray(ids)
     outside = ids[(ids < 0) | (ids >= limit)]
     if outside.size:
         raise ValueError(
-            f"{argument}: must hold token ids below {limit}, {what}, got {int(outside[0])}; use "
+            f"{argument}: must hold token ids below {limit}, {meaning}, got {int(outside[0])}; use "
             "the tokenizer of this model, or resize the model to the tokenizer"
         )

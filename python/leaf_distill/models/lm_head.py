@@ -1,14 +1,14 @@
 """Captures the LM head's input during the model's forward.
 
-`linear_dual_kl` needs the hidden states that the head would see and the head's weight. Hooks take
-both while the model (DDP, FSDP or DeepSpeed around it) runs its own forward, and return what is
-computed from them as the forward's output. Calling the decoder and the head apart from the wrapper
-would skip its gradient reduction and read a sharded weight. Asking for `output_hidden_states` would
-keep every layer's output and still leave the head outside.
+`linear_dual_kl` needs the head's input and its weight. Hooks take both while the model runs its
+forward (within DDP, FSDP or DeepSpeed), and a function of them becomes the forward's output. A call
+of the decoder and the head outside the wrapper would skip its gradient reduction and read a sharded
+weight. `output_hidden_states` would keep every layer's output.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from leaf_distill.models.checks import eval_mode
 
-# The names in transformers' configurations for what follows the head: scale first, then softcap.
+# Settings in transformers' configurations that act on the logits: a factor first, then the softcap.
 _FACTORS: Final = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-_DIVISORS: Final = ("logits_scaling",)
 _SOFTCAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 AtHead = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -27,14 +26,14 @@ AtHead = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 class LMHeadHook:
-    """Captures the LM head's input during the model's forward and computes something from it.
+    """Captures the LM head's input during the model's forward and computes a result from it.
 
     Args:
         model: a transformers model, or a PeftModel around one; not yet wrapped for training.
         role: the name of the model in error messages, "student" or "teacher".
 
     Attributes:
-        scale, softcap: what the model applies to its logits, in this order.
+        scale, softcap: the factor and the softcap that the model applies to its logits.
         vocab_size: the rows of the head that make logits; a padded head may have more.
 
     Raises:
@@ -44,11 +43,10 @@ class LMHeadHook:
     def __init__(self, model: Any, role: str) -> None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
-            kind = type(head).__name__
             raise ValueError(
                 f"{role}: must be a causal language model with a plain linear head, got "
-                f"{type(model).__name__} with the head {kind}; merge or leave away an adapter or "
-                "quantization on the head"
+                f"{type(model).__name__} with the head {type(head).__name__}; merge or leave away "
+                "an adapter or quantization on the head"
             )
         self.model, self.head, self.role = model, head, role
         self.scale, self.softcap = logit_transform(model.config)
@@ -72,6 +70,9 @@ class LMHeadHook:
             at: bool [B, T], the N positions whose hidden states are wanted, in row-major order.
             then: takes the hidden states [N, H], the head's weight [V, H] and its bias [V] or None.
 
+        Returns:
+            The result of `then`.
+
         Raises:
             ValueError: the model does not call its head, or not with one state per position.
         """
@@ -83,37 +84,37 @@ class LMHeadHook:
         return result
 
     def check(self, ids: Tensor, attention_mask: Tensor, at: Tensor) -> None:
-        """Compare the logits computed from the head's input with the model's own on one row.
+        """Compare the logits computed from the head's input with the model's on one row.
 
         Positions where neither is finite are left out: training skips such a row of the teacher's
         and names one of the student's.
 
         Args:
-            ids, attention_mask, at: as of `run`.
+            ids, attention_mask, at: as for `run`.
 
         Raises:
-            ValueError: the head is not finite, or the two differ by more than rounding, so that
-                training would optimize something else than what the model computes.
+            ValueError: the head is not finite, or the two differ by more than rounding: training
+                would optimize other logits than the model's.
         """
         with eval_mode(self.model), torch.no_grad():
-            own = self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-            own = own.logits[at]
-            path = self.run(self.model, ids, attention_mask, at, self._logits)
-        if own.shape != path.shape:
+            output = self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+            expected = output.logits[at]
+            made = self.run(self.model, ids, attention_mask, at, self._logits)
+        if expected.shape != made.shape:
             raise ValueError(
-                f"{self.role}: must make one logit for each of the {path.shape[-1]} rows of its "
-                f"head, got {own.shape[-1]} logits from {type(self.model).__name__}; choose a "
+                f"{self.role}: must make one logit for each of the {made.shape[-1]} rows of its "
+                f"head, got {expected.shape[-1]} logits from {type(self.model).__name__}; choose a "
                 "model without padding in its head"
             )
-        unknown = ~(own.isfinite() | path.isfinite())
-        own, path = own.masked_fill(unknown, 0), path.masked_fill(unknown, 0)
-        eps = max(torch.finfo(one.dtype).eps for one in (own, path))
-        tolerance = 32 * eps * max(1.0, float(own.abs().max()))
-        difference = float((own - path).abs().max())
-        # What one logit may be off by hides a factor in bfloat16. Over all logits rounding, at most
-        # eps / 2 of each and of either sign, averages out, and a factor does not.
-        square = float(path.float().square().sum())
-        excess = float((own.float() * path.float()).sum()) - square
+        unknown = ~(expected.isfinite() | made.isfinite())
+        expected, made = expected.masked_fill(unknown, 0), made.masked_fill(unknown, 0)
+        eps = max(torch.finfo(one.dtype).eps for one in (expected, made))
+        tolerance = 32 * eps * max(1.0, float(expected.abs().max()))
+        difference = float((expected - made).abs().max())
+        # The tolerance of single logits would hide a factor in bfloat16. Rounding errors, at most
+        # eps / 2 of a logit and of either sign, average out over all logits; a factor does not.
+        square = float(made.float().square().sum())
+        excess = float((expected.float() * made.float()).sum()) - square
         if not (difference <= tolerance and abs(excess) <= max(1e-3, eps / 4) * square):
             raise ValueError(
                 f"{self.role}: must make the logits that its head and config describe (scale "
@@ -128,12 +129,10 @@ class LMHeadHook:
             if part is not None and not torch.stack(torch.aminmax(part)).isfinite().all():
                 raise ValueError(
                     f"{self.role}: must have finite weights, got NaN or infinity in the head of "
-                    f"{type(self.model).__name__}; choose a checkpoint that is whole"
+                    f"{type(self.model).__name__}; choose another checkpoint"
                 )
-        logits = nn.functional.linear(hidden, weight, bias) * self.scale
-        if self.softcap is None:
-            return logits
-        return torch.tanh(logits / self.softcap) * self.softcap
+        logits = nn.functional.linear(hidden, weight, bias)
+        return finish_logits(logits, self.scale, self.softcap)
 
     def _enter(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         if self._positions is None:
@@ -170,34 +169,33 @@ class LMHeadHook:
 
 def logit_transform(config: Any) -> tuple[float, float | None]:
     """Return the factor and the softcap that a model applies to its logits, from its config."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = 1.0
-    for name in _FACTORS:
-        scale *= _number(config, name) or 1.0
-    for name in _DIVISORS:
-        value = _number(config, name) or 1.0
-        family = str(config.model_type)
-        if family.startswith("minicpm3"):
-            continue  # divides the hidden states, before the head
-        # One family multiplies by what all others divide by.
-        scale *= value if family.startswith("hyperclovax") else 1.0 / value
-    softcap = next((cap for name in _SOFTCAPS if (cap := _number(config, name))), None)
+    text = config.get_text_config()
+    scale = math.prod(_number(text, name) or 1.0 for name in _FACTORS)
+    divisor, family = _number(text, "logits_scaling") or 1.0, str(text.model_type)
+    if family.startswith("hyperclovax"):
+        scale *= divisor  # one family multiplies by it
+    elif not family.startswith("minicpm3"):  # which divides the hidden states, before the head
+        scale *= 1.0 / divisor
+    softcap = next((cap for name in _SOFTCAPS if (cap := _number(text, name))), None)
     return scale, softcap
 
 
+def finish_logits(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Return the model's logits, made of the head's output by `logit_transform`."""
+    logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
 def logit_count(config: Any, head: nn.Linear) -> int:
-    """Return how many rows of the head make logits; some models cut those of its padding off."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    """Return how many rows of the head make logits; some models cut off the rest as padding."""
     rows = head.weight.shape[0]
-    return min(rows, int(_number(config, "unpadded_vocab_size") or rows))
+    return min(rows, int(_number(config.get_text_config(), "unpadded_vocab_size") or rows))
 
 
 def logit_rows(model: Any) -> int | None:
-    """Return how many tokens a model makes logits for, None where its head does not tell."""
+    """Return how many tokens a model makes logits for, None if its head is not a plain one."""
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        return None
-    return logit_count(model.config, head)
+    return logit_count(model.config, head) if isinstance(head, nn.Linear) else None
 
 
 def _number(config: Any, name: str) -> float | None:

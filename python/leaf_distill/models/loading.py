@@ -1,4 +1,4 @@
-"""Loads models and tokenizers by name: a directory, a hub name, a GGUF file or an adapter."""
+"""Loads models by name: a directory, a hub name, a GGUF file or an adapter's directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from transformers.utils import logging as transformers_logging
 
 from leaf_distill.models.checks import check_causal, max_positions, warm_up
 from leaf_distill.models.placement import (
-    DTYPES,
     check_dtype,
     check_in_memory,
     resolve_device,
@@ -33,33 +32,20 @@ from leaf_distill.models.source import (
     fingerprint_in_memory,
     fingerprint_source,
     locate_model,
-    model_fingerprint,
+    named,
     unreadable,
 )
-from leaf_distill.models.tokenizer import check_fast, check_same_tokenizer, load_tokenizer
+from leaf_distill.models.tokenizer import check_fast, load_tokenizer
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
 
-__all__ = [
-    "DTYPES",
-    "LazyModel",
-    "check_dtype",
-    "check_same_tokenizer",
-    "load_model",
-    "load_tokenizer",
-    "model_fingerprint",
-    "resolve_device",
-    "resolve_dtype",
-]
-
 
 class LazyModel:
-    """One model of a run, of which the weights are loaded at the first need.
+    """One model of a run, whose weights are loaded at the first need.
 
-    Everything else is read and checked at once: the place, the configuration, the tokenizer, the
-    dtype and the device. A model in memory is used as it is: never moved, never converted to
-    another dtype, never released.
+    The place, the configuration, the tokenizer, the dtype and the device are read and checked at
+    once. A model in memory is never moved, converted to another dtype or released.
 
     Args:
         source: a directory, a hub name, a ``.gguf`` file, the directory of an adapter (its base
@@ -68,6 +54,7 @@ class LazyModel:
         dtype: of the weights; see `resolve_dtype`.
         device: see `resolve_device`.
         trust_remote_code: whether code that comes with the model may run.
+        argument: how messages call the model, such as "student".
 
     Attributes:
         name: of the source, for messages.
@@ -77,7 +64,7 @@ class LazyModel:
         max_positions: the longest sequence that the model takes, None where it names no limit.
 
     Raises:
-        ValueError: something of this cannot be read, or does not fit.
+        ValueError: one of these cannot be read, or does not fit.
     """
 
     def __init__(
@@ -88,14 +75,17 @@ class LazyModel:
         dtype: str = "auto",
         device: str = "auto",
         trust_remote_code: bool = False,
+        argument: str = "model",
     ) -> None:
+        self.argument = argument
         check_dtype(dtype)
         self._trust = trust_remote_code
         self._source: ModelSource | None = None
         self._model: PreTrainedModel | None = None
-        self._checked = False
+        self._checked = True  # by `load_model`
         if isinstance(source, torch.nn.Module):
             self._model = source
+            self._checked = False
             self.name = str(getattr(source, "name_or_path", "") or type(source).__name__)
             self.config: Any = source.config
             self.dtype = check_in_memory(source, self.name, dtype, device)
@@ -106,17 +96,19 @@ class LazyModel:
             )
         else:
             self.name = os.fspath(source)
-            self._source = locate_model(self.name)
-            self.config = _load_config(self._source, trust_remote_code)
+            with named(argument):
+                self._source = locate_model(self.name)
+                self.config = _load_config(self._source, trust_remote_code)
             self.device = resolve_device(device)
             self.dtype = _resolve_dtype(self._source, dtype, self.config, self.device)
         self.max_positions = max_positions(self.config)
         if processing_class is None:
-            processing_class = self._own_tokenizer()
+            with named(argument):
+                processing_class = self._load_tokenizer()
         self.tokenizer = processing_class
         check_fast(self.tokenizer, self.name)
 
-    def _own_tokenizer(self) -> PreTrainedTokenizerBase:
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         place = self.name if self._source else getattr(self._model, "name_or_path", "")
         try:
             if place:
@@ -131,10 +123,15 @@ class LazyModel:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The sha256 of the content: see `model_fingerprint`; of a model in memory, its weights."""
+        """The sha256 of the model's content; see `model_fingerprint`, `fingerprint_in_memory`."""
         if self._source is None:
             return fingerprint_in_memory(self._model)
         return fingerprint_source(self._source)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the model was given as an object."""
+        return self._source is None
 
     def load(self) -> PreTrainedModel:
         """Return the model, which is loaded and checked at the first call.
@@ -142,21 +139,22 @@ class LazyModel:
         Raises:
             ValueError: the weights cannot be read, or the model is not causal.
         """
-        if self._model is None:
-            self._model = load_model(
-                self.name,
-                dtype=self.dtype,
-                device=str(self.device),
-                trust_remote_code=self._trust,
-            )
-        elif not self._checked and self._source is None:
-            warm_up()
-            check_causal(self._model, self.name)
+        with named(self.argument):
+            if self._model is None:
+                self._model = load_model(
+                    self.name,
+                    dtype=self.dtype,
+                    device=str(self.device),
+                    trust_remote_code=self._trust,
+                )
+            elif not self._checked:
+                warm_up()
+                check_causal(self._model, self.name)
         self._checked = True
         return self._model
 
     def release(self) -> None:
-        """Let weights that `load` has read go; they are read again at the next need."""
+        """Free the weights that `load` has read; they are read again at the next need."""
         if self._source is None or self._model is None:
             return
         self._model = None
@@ -175,9 +173,18 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode, and check that it is one.
 
-    A GGUF file becomes a plain model that trains and saves like any other. An adapter is merged
-    into its base model; with `trainable_adapter` the result is a `peft.PeftModel` instead, whose
-    adapter can be trained on (a model without an adapter comes as it is).
+    A GGUF file becomes a plain model that trains and saves like any other.
+
+    Args:
+        name: a directory, a hub name, a ``.gguf`` file or the directory of an adapter.
+        dtype: of the weights; see `resolve_dtype`.
+        device: see `resolve_device`.
+        trust_remote_code: whether code that comes with the model may run.
+        trainable_adapter: makes an adapter a `peft.PeftModel` that can be trained on. Otherwise the
+            adapter is merged into its base model.
+
+    Returns:
+        The model on its device.
 
     Raises:
         ValueError: the path is missing, the model is of another kind, weights are missing, or the
@@ -187,7 +194,7 @@ def load_model(
     target = resolve_device(device)
     source = locate_model(name)
     dtype = _resolve_dtype(source, dtype, _load_config(source, trust_remote_code), target)
-    with _without_progress_bars():
+    with without_progress_bars():
         model = _read(source, dtype, trust_remote_code, trainable_adapter)
     model = model.to(target)
     warm_up()
@@ -196,7 +203,7 @@ def load_model(
 
 
 def _load_config(source: ModelSource, trust_remote_code: bool) -> Any:
-    """The configuration of the model below all adapters; ValueError for another kind of model."""
+    """Read the configuration of the model below all adapters; refuse another kind of model."""
     root = source.root
     try:
         config: Any = AutoConfig.from_pretrained(
@@ -205,10 +212,12 @@ def _load_config(source: ModelSource, trust_remote_code: bool) -> Any:
     except Exception as error:  # damaged files raise whatever their parser raises
         raise ValueError(unreadable("model", source.name, error)) from error
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    if encoder_decoder or (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote):
         raise ValueError(
             f"model: must be a causal language model, got {source.name!r} of the type "
-            f"{config.model_type!r}; choose a decoder"
+            f"{config.model_type!r}{', an encoder and decoder' if encoder_decoder else ''}; choose "
+            "a decoder"
         )
     weights = ("*.safetensors", "*.bin", "*.index.json")
     if root.is_local and root.gguf_file is None and not root.has(*weights):
@@ -227,20 +236,17 @@ def _resolve_dtype(source: ModelSource, dtype: str, config: Any, device: torch.d
 
 def _read(source: ModelSource, dtype: str, trust: bool, trainable: bool) -> Any:
     if source.base is not None:
-        base = _read(source.base, dtype, trust, False)
-        return _add_adapter(base, source, trainable)
-    if source.gguf_file is not None:
-        # Else transformers may keep the weights packed, and refuses to train or save them.
-        extra = {**source.arguments, "quantization_config": GgufConfig(dequantize=True)}
-    else:
-        extra = {}
+        return _add_adapter(_read(source.base, dtype, trust, False), source, trainable)
+    arguments = dict(source.arguments)
+    if source.gguf_file is not None:  # packed weights can be neither trained nor saved
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.place,
             dtype=dtype,
             trust_remote_code=trust,
             output_loading_info=True,
-            **extra,
+            **arguments,
         )
     except torch.OutOfMemoryError:
         raise
@@ -261,8 +267,8 @@ def _add_adapter(base: Any, source: ModelSource, trainable: bool) -> Any:
         from peft import PeftModel
     except ImportError as error:
         raise ValueError(
-            f"model: must be a whole model where the package peft is missing, got the adapter "
-            f"{source.name!r}; run: pip install 'leaf-distill[peft]'"
+            "model: must be a model without an adapter if the package peft is missing, got the "
+            f"adapter {source.name!r}; run: pip install 'leaf-distill[peft]'"
         ) from error
     try:
         with warnings.catch_warnings():
@@ -275,7 +281,8 @@ def _add_adapter(base: Any, source: ModelSource, trainable: bool) -> Any:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Switch off the bars with which transformers shows the reading and writing of weights."""
     bars: Any = transformers_logging  # its functions are untyped
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()

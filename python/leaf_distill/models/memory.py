@@ -20,33 +20,32 @@ _FEWEST: Final = 256
 _MOST: Final = 65536
 
 
-def default_batch_tokens(model_or_config: Any, device: torch.device | str) -> int:
+def default_batch_tokens(config: Any, dtype: str, device: torch.device | str) -> int:
     """Return how many tokens, padding included, one batch should hold on a device.
 
     Args:
-        model_or_config: a loaded model, or the configuration of one that is to be loaded.
-        device: where it runs.
+        config: the configuration of a model that is to be loaded.
+        dtype: the name of the dtype of its weights.
+        device: the device that it will run on.
 
     Returns:
-        1024 on a CPU; on a GPU half of what fits beside the weights by a cautious estimate of a
-        forward and backward pass, between 256 and 65,536.
+        1024 on a CPU. On a GPU, half of the tokens that fit beside the weights by a cautious
+        estimate of a forward and backward pass, between 256 and 65,536.
     """
     device = torch.device(device)
     if device.type != "cuda":
         return CPU_BATCH_TOKENS
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    loaded = isinstance(model_or_config, torch.nn.Module)
-    config = model_or_config.config if loaded else model_or_config
-    dtype = getattr(model_or_config, "dtype", None)
-    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
-    return batch_tokens(config, free, itemsize=itemsize, loaded=loaded)
+    return batch_tokens(config, free, getattr(torch, dtype).itemsize)
 
 
-def batch_tokens(config: Any, free: int, *, itemsize: int, loaded: bool) -> int:
-    """Return how many tokens fit into half of `free` bytes, less the weights unless `loaded`.
+def batch_tokens(config: Any, free: int, itemsize: int) -> int:
+    """Return how many tokens fit into half of the memory that the weights leave of `free` bytes.
 
     Args:
+        config: the configuration of a model that is to be loaded.
+        free: bytes of free memory.
         itemsize: bytes of a value of the model's dtype.
     """
     text = config.get_text_config()
@@ -54,19 +53,17 @@ def batch_tokens(config: Any, free: int, *, itemsize: int, loaded: bool) -> int:
     layers = int(getattr(text, "num_hidden_layers", 0) or 24)
     inner = _number(text, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden
     vocabulary = int(text.vocab_size)
-    if not loaded:
-        weights = layers * (4 * hidden * hidden + 3 * hidden * inner) + 2 * vocabulary * hidden
-        free -= weights * itemsize
+    weights = layers * (4 * hidden * hidden + 3 * hidden * inner) + 2 * vocabulary * hidden
     # A layer keeps about 16 values of its width and 4 of its inner width for the backward pass. A
     # label's logits exist in the model's dtype, in float32, and as the gradients of both.
     a_token = layers * (16 * hidden + 4 * inner) * itemsize + vocabulary * (8 + 2 * itemsize)
-    return min(max(int(free * 0.5) // a_token, _FEWEST), _MOST)
+    return min(max((free - weights * itemsize) // 2 // a_token, _FEWEST), _MOST)
 
 
 def with_smaller_batches(
     batch: Sequence[Item], run: Callable[[Sequence[Item]], list[Result]]
 ) -> list[Result]:
-    """Return `run(batch)`; where the memory is not enough, run its halves one after the other.
+    """Return `run(batch)`; if the memory is not enough, run its halves one after the other.
 
     Args:
         batch: the rows of one batch.
@@ -83,7 +80,7 @@ def with_smaller_batches(
         if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
             raise
         reason = (str(error).strip() or "out of memory").splitlines()[0]
-    # Outside of the handler, whose exception would keep the tensors of the failed pass.
+    # Outside of the handler, because its exception keeps the tensors of the failed pass.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -17,15 +17,17 @@ _NATIVE: Final = {
 def check_dtype(dtype: str) -> None:
     """Raise ValueError unless `load_model` knows the dtype."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r:.60}")
 
 
 def resolve_dtype(dtype: str, config: Any, device: torch.device) -> str:
     """Return the name of the dtype that weights are loaded in.
 
-    "auto" is the checkpoint's own, or float32 where it names none; and float32 on a CPU that has no
-    instructions for products in it, where they are slower and less accurate. `load_model` chooses
-    float32 for a GGUF file.
+    Args:
+        dtype: a name of DTYPES. "auto" is the checkpoint's dtype, or float32 if it names none or
+            the CPU has no instructions for products in it: they are slower and less accurate.
+        config: the model's configuration.
+        device: the device that the model will run on.
     """
     if dtype != "auto":
         return dtype
@@ -41,7 +43,11 @@ def resolve_dtype(dtype: str, config: Any, device: torch.device) -> str:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the device of a name; "auto" is this process's GPU where there is one, else the CPU.
+    """Return the device of a name.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1" and so on; "auto" is this process's GPU, or the CPU if there
+            is none.
 
     Raises:
         ValueError: the device is unknown, or a GPU that is not there.
@@ -64,11 +70,11 @@ def resolve_device(device: str) -> torch.device:
 
 
 def check_in_memory(model: Any, name: str, dtype: str, device: str) -> str:
-    """Return the dtype of a model in memory; ValueError where another or another place is asked."""
-    own = str(model.dtype).removeprefix("torch.")
-    if dtype not in ("auto", own):
+    """Return the dtype of a model in memory; refuse a request for another dtype or device."""
+    loaded = str(model.dtype).removeprefix("torch.")
+    if dtype not in ("auto", loaded):
         raise ValueError(
-            f"dtype: must be 'auto' or {own!r} for the model {name!r} in memory, got {dtype!r}; "
+            f"dtype: must be 'auto' or {loaded!r} for the model {name!r} in memory, got {dtype!r}; "
             "convert the model first"
         )
     if device != "auto":
@@ -78,4 +84,4 @@ def check_in_memory(model: Any, name: str, dtype: str, device: str) -> str:
                 f"device: must be 'auto' or {str(model.device)!r} for the model {name!r} in "
                 f"memory, got {device!r}; move the model first"
             )
-    return own
+    return loaded

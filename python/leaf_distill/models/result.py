@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-import unicodedata
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from leaf_distill.data.example import Example, Message
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.io import write_bytes
 from leaf_distill.models import saliency as passes
+from leaf_distill.models.loading import LazyModel
 
 if TYPE_CHECKING:
     import pandas
@@ -35,7 +36,7 @@ padding: 0 1rem }}</style></head>
 
 @dataclass(frozen=True, eq=False)
 class SaliencyResult:
-    """How strongly a model's loss reacts to each token of the user's text.
+    """The saliency of each token of the user's text for a model's loss.
 
     Attributes:
         text: the user's text, the content of the last message.
@@ -102,15 +103,14 @@ class SaliencyResult:
     def _repr_html_(self) -> str:
         """Return the coloured text as HTML for a notebook."""
         pieces = []
-        for text, saliency, title in self._cells():
+        for text, level, title in self._cells():
             shown = html.escape(_printable(text))
-            if saliency is None:
-                pieces.append(shown)
-                continue
-            tint = f"rgb({' '.join(map(str, _BLUE))} / {saliency:.2f})"
-            pieces.append(
-                f'<span title="{html.escape(title)}" style="background:{tint}">{shown}</span>'
-            )
+            if level is not None:
+                tint = f"rgb({' '.join(map(str, _BLUE))} / {level:.2f})"
+                shown = (
+                    f'<span title="{html.escape(title)}" style="background:{tint}">{shown}</span>'
+                )
+            pieces.append(shown)
         caption = html.escape(_printable(self._caption()))
         return (
             '<div style="font-family:sans-serif;line-height:1.7">'
@@ -123,10 +123,10 @@ class SaliencyResult:
         from rich.text import Text
 
         shown = Text(f"{_printable(self._caption())}\n", style="dim")
-        for text, saliency, _ in self._cells():
+        for text, level, _ in self._cells():
             # Black on a tint of white is readable on a dark and on a light terminal.
-            tint = ",".join(str(round(255 - (saliency or 0) * (255 - part))) for part in _BLUE)
-            style = "not dim" if saliency is None else f"not dim black on rgb({tint})"
+            tint = ",".join(str(round(255 - (level or 0) * (255 - part))) for part in _BLUE)
+            style = "not dim" if level is None else f"not dim black on rgb({tint})"
             shown.append(_printable(text), style=style)
         return shown
 
@@ -137,71 +137,64 @@ class SaliencyResult:
         )
 
     def _rows(self) -> list[dict[str, Any]]:
-        columns = zip(
-            self.tokens,
-            self.offsets.tolist(),
-            self.saliency.tolist(),
-            self.norms.tolist(),
-            strict=True,
-        )
-        return [
-            {"token": token, "start": start, "stop": stop, "saliency": level, "grad_norm": norm}
-            for token, (start, stop), level, norm in columns
-        ]
+        names = ("token", "start", "stop", "saliency", "grad_norm")
+        start, stop = self.offsets.T.tolist()
+        columns = (self.tokens, start, stop, self.saliency.tolist(), self.norms.tolist())
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def _cells(self) -> list[tuple[str, float | None, str]]:
-        """The whole text in order: pieces with their saliency (None outside tokens) and a title.
+        """Split the text into pieces, each with its saliency (None outside tokens) and a title.
 
         Tokens that share characters make one piece, with the highest of their saliencies.
         """
-        cells: list[tuple[str, float | None, str]] = []
-        at = 0
-        pieces: list[tuple[int, int, float, str]] = []
+        pieces: list[tuple[int, int, float | None, str]] = []
+        end = 0
         for row in self._rows():
             start, stop, level = row["start"], row["stop"], row["saliency"]
             title = f"saliency {level:.3f}, grad_norm {row['grad_norm']:.3g}"
-            if pieces and start < pieces[-1][1]:
-                first, last, most, titles = pieces.pop()
-                pieces.append((first, max(last, stop), max(most, level), f"{titles}\n{title}"))
-            else:
-                pieces.append((start, stop, level, title))
-        for start, stop, level, title in pieces:
-            if at < start:
-                cells.append((self.text[at:start], None, ""))
-            cells.append((self.text[start:stop], level, title))
-            at = stop
-        return [*cells, (self.text[at:], None, "")] if at < len(self.text) else cells
+            if start < end:
+                start, _, before, titles = pieces.pop()
+                level, title = max(level, before or 0.0), f"{titles}\n{title}"
+            elif end < start:
+                pieces.append((end, start, None, ""))
+            end = max(end, stop)
+            pieces.append((start, end, level, title))
+        if end < len(self.text):
+            pieces.append((end, len(self.text), None, ""))
+        return [(self.text[start:stop], level, title) for start, stop, level, title in pieces]
 
 
 def saliency(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
     messages: str | Sequence[Message],
     completion: str,
 ) -> SaliencyResult:
-    """Measure how strongly a model's loss on a completion reacts to each token of the prompt.
+    """Measure the saliency of each token of a prompt for a model's loss on a completion.
 
     Args:
-        model: a causal language model in memory; it stays as it is.
-        tokenizer: its fast tokenizer, whose chat template renders the messages.
+        model: a causal language model in memory, which stays as it is, or its name.
+        tokenizer: its fast tokenizer, whose chat template renders the messages; None: the one
+            beside the model.
         messages: a conversation that ends with the user's turn, or the user's text alone.
-        completion: what the model should answer.
+        completion: the answer that the model should give.
 
     Returns:
-        The norms of the user's text (Eq. 2), with `show()`, `to_pandas()` and `save(path)`; a
-        notebook shows it coloured.
+        The norms of the user's text (Eq. 2), with `show()`, `to_pandas()` and `save(path)`. A
+        notebook displays the text coloured.
 
     Raises:
         ValueError: the messages cannot be rendered, or the loss or a norm is not finite.
     """
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [*messages]
-    rendering = Renderer(tokenizer).render(Example(0, tuple(turns), completion))
-    (row,) = passes.saliency(model, [rendering])
-    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    lazy = LazyModel(model, processing_class=tokenizer)
+    rendering = Renderer(lazy.tokenizer).render(Example(0, tuple(turns), completion))
+    (row,) = passes.saliency(lazy.load(), [rendering])
+    name = lazy.name
     if row.invalid:
         raise ValueError(
             f"model: must have finite losses and gradients, got NaN or infinity from {name!r}; "
-            "load it in float32, or choose a checkpoint that is whole"
+            "load it in float32, or choose another checkpoint"
         )
     text = str(turns[-1]["content"])
     offsets = rendering.offsets[rendering.domain]
@@ -210,10 +203,5 @@ def saliency(
 
 
 def _printable(text: str) -> str:
-    """The text with every control character but line breaks and tabs replaced by a mark."""
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}"
-        if char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cs")
-        else char
-        for char in text
-    )
+    """Replace every control character but line breaks and tabs, and halves of surrogate pairs."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)

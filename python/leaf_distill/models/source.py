@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +31,11 @@ _MEBIBYTE: Final = 1 << 20
 class ModelSource:
     """The place of a model's files: a directory, a hub name or a GGUF file.
 
-    place: what `from_pretrained` takes. base: set where `place` holds an adapter of another model.
+    Attributes:
+        name: the name as it was given, for messages.
+        place: the first argument of `from_pretrained`.
+        gguf_file: the file's name, if it is one.
+        base: the base model, if `place` holds an adapter.
     """
 
     name: str
@@ -40,7 +45,7 @@ class ModelSource:
 
     @property
     def root(self) -> ModelSource:
-        """The source of the whole model below all adapters."""
+        """The source of the model below all adapters."""
         return self if self.base is None else self.base.root
 
     @property
@@ -53,12 +58,15 @@ class ModelSource:
         return os.path.isdir(self.place)
 
     def has(self, *patterns: str) -> bool:
-        """Whether a local directory has a file of one of these patterns."""
-        return any(any(Path(self.place).glob(pattern)) for pattern in patterns)
+        """Tell whether a local directory has a file of one of these patterns."""
+        return any(file for pattern in patterns for file in Path(self.place).glob(pattern))
 
 
 def locate_model(name: str, *, _above: tuple[str, ...] = ()) -> ModelSource:
-    """Find a model by name; an adapter's base is found beside it where its path is relative.
+    """Find a model by name; an adapter's base may have a path relative to the adapter.
+
+    Args:
+        name: a directory, a hub name, a ``.gguf`` file or the directory of an adapter.
 
     Raises:
         ValueError: the path does not exist, the file is no GGUF file, or an adapter names no base.
@@ -72,7 +80,10 @@ def locate_model(name: str, *, _above: tuple[str, ...] = ()) -> ModelSource:
             )
         return ModelSource(name, os.path.dirname(place) or ".", os.path.basename(place))
     if not os.path.isdir(place):
-        if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+        # A name whose first part is a folder here is a misspelled path, and not asked of the hub.
+        beside = "/" in name and os.path.isdir(os.path.dirname(place))
+        outside = name.startswith((".", "/", "~")) or name.count("/") > 1
+        if beside or outside or name.endswith(".gguf"):
             raise ValueError(
                 "model: must be a directory, a hub name or a .gguf file, got "
                 f"{_short(name)}, which does not exist; check the path"
@@ -87,8 +98,11 @@ def locate_model(name: str, *, _above: tuple[str, ...] = ()) -> ModelSource:
 def model_fingerprint(name: str) -> str:
     """Return the sha256 of a model's settings, code, tokenizer and weights.
 
-    Of a file above 64 MiB 64 evenly spaced MiB are read; training changes every weight. A hub name
-    stands for itself and its commit. An adapter's fingerprint includes that of its base model.
+    A file above 64 MiB is sampled at 64 evenly spaced MiB, because training changes every weight. A
+    hub name is hashed with its commit. An adapter's fingerprint includes that of its base model.
+
+    Args:
+        name: as for `locate_model`.
 
     Raises:
         ValueError: the model is not there, or has no files.
@@ -97,7 +111,7 @@ def model_fingerprint(name: str) -> str:
 
 
 def fingerprint_source(source: ModelSource) -> str:
-    """Return `model_fingerprint` of a model that was found."""
+    """Return `model_fingerprint` of a located model."""
     digest = hashlib.sha256()
     if source.base is not None:
         digest.update(fingerprint_source(source.base).encode())
@@ -114,7 +128,7 @@ def fingerprint_source(source: ModelSource) -> str:
 
 
 def fingerprint_in_memory(model: Any) -> str:
-    """Return the sha256 of a model's configuration and of up to 1 MiB of each of its tensors."""
+    """Return the sha256 of a model's configuration and of 1 MiB, evenly spaced, of each tensor."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for config in (model.config, getattr(model, "generation_config", None)):
         settings = {} if config is None else config.to_dict()
@@ -126,8 +140,10 @@ def fingerprint_in_memory(model: Any) -> str:
             digest.update(f"{name} {tensor!r}\n".encode())
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        for part in _sample(tensor.detach()):
-            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        flat = tensor.detach().reshape(-1)
+        step = max(1, -(-flat.numel() * flat.element_size() // _MEBIBYTE))
+        sample = flat[(flat.numel() - 1) % step :: step].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -138,13 +154,28 @@ def unreadable(what: str, name: str, error: Exception) -> str:
             f"trust_remote_code: must be true for {_short(name)}, which brings code of its own, "
             "got false; read its *.py files, and set it if you trust them"
         )
-    lines = str(error).strip().splitlines()
-    first = next((line.strip() for line in lines if line.strip()), type(error).__name__)
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
+    if os.path.exists(os.path.expanduser(name)):
+        advice = f"save the {what} there again"
+    else:
+        advice = "there is no such directory here: check the path, or the name on the hub"
     return (
         "model: must be a directory saved by save_pretrained, a hub name or a .gguf file, got "
-        f"{_short(name)}, from which no {what} of a causal language model can be read; "
-        f"transformers says: {first}"
+        f"{_short(name)}, from which no {what} can be read ({type(error).__name__}: {reason}); "
+        f"{advice}"
     )
+
+
+@contextmanager
+def named(argument: str, common: str = "model") -> Iterator[None]:
+    """Let errors about a `model` (or another common name) name the argument that gave it."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith(f"{common}: "):
+            raise
+        raise ValueError(f"{argument}{str(error).removeprefix(common)}") from error
 
 
 def _short(name: str) -> str:
@@ -152,7 +183,7 @@ def _short(name: str) -> str:
 
 
 def _adapter_config(place: str) -> Path | None:
-    """The adapter's configuration, where the place holds an adapter and no model of its own."""
+    """Return the path of the adapter's configuration, None if the place holds a full model."""
     if os.path.isdir(place):
         path = Path(place, "adapter_config.json")
         return path if path.is_file() and not Path(place, "config.json").is_file() else None
@@ -161,7 +192,7 @@ def _adapter_config(place: str) -> Path | None:
             return None
         found = cached_file(place, "adapter_config.json")
     except (OSError, ValueError):
-        return None  # the model's own loading says what is wrong
+        return None  # the loading of the model reports it
     return None if found is None else Path(found)
 
 
@@ -170,16 +201,18 @@ def _locate_base(name: str, place: str, adapter: Path, above: tuple[str, ...]) -
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(unreadable("adapter", name, error)) from error
-    if not isinstance(base, str) or base in (*above, name, place):
+    wanted, above = base, (*above, _real(place))
+    if isinstance(base, str):
+        beside = os.path.join(place, base)
+        if not os.path.exists(os.path.expanduser(base)) and os.path.exists(beside):
+            base = beside
+    if not wanted or not isinstance(base, str) or _real(base) in above:
         raise ValueError(
             f"model: must be an adapter that names its base model, got {name!r}, whose "
-            f"adapter_config.json names {base!r}; set base_model_name_or_path there"
+            f"adapter_config.json names {wanted!r}; set base_model_name_or_path there"
         )
-    beside = os.path.join(place, base)
-    if not os.path.exists(os.path.expanduser(base)) and os.path.exists(beside):
-        base = beside
     try:
-        return locate_model(base, _above=(*above, name, place))
+        return locate_model(base, _above=above)
     except ValueError as error:
         raise ValueError(
             f"{error} (the base model of the adapter {name!r}: base_model_name_or_path in its "
@@ -187,10 +220,15 @@ def _locate_base(name: str, place: str, adapter: Path, above: tuple[str, ...]) -
         ) from error
 
 
+def _real(place: str) -> str:
+    place = os.path.expanduser(place)
+    return os.path.realpath(place) if os.path.isdir(place) else place
+
+
 def _add_directory(digest: Any, directory: Path, source: ModelSource) -> None:
     files = sorted({file for kind in _MODEL_FILES for file in directory.glob(kind)})
     if not files:
-        raise FileNotFoundError(f"{str(directory)!r} has none of the files of a model.")
+        raise FileNotFoundError(f"{str(directory)!r} has none of the files of a model")
     for file in files:
         if source.base is not None and file.name == "adapter_config.json":
             # The base model counts by its content, so its path does not.
@@ -220,15 +258,3 @@ def _add_hub(digest: Any, source: ModelSource) -> None:
         digest.update(f"{source.place}@{commit}".encode())
     else:  # a cache of another layout
         _add_directory(digest, Path(str(file)).parent, source)
-
-
-def _sample(tensor: torch.Tensor, pieces: int = 16) -> Iterator[torch.Tensor]:
-    """Yield a tensor of up to 1 MiB whole, of a larger one evenly spaced pieces of 64 KiB."""
-    flat = tensor.reshape(-1)
-    if flat.numel() * flat.element_size() <= _MEBIBYTE:
-        yield flat
-        return
-    length = _MEBIBYTE // pieces // flat.element_size()
-    for piece in range(pieces):
-        start = piece * (flat.numel() - length) // (pieces - 1)
-        yield flat[start : start + length]

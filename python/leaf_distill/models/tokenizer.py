@@ -1,4 +1,4 @@
-"""Loads the tokenizer of a model, and compares those of a teacher and a student."""
+"""Loads the tokenizer of a model, and compares the tokenizers of a teacher and a student."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ _PROBE_TEXTS: Final = (
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer of a model (its offsets are needed); without a pad token it gets EOS.
+    """Load the fast tokenizer of a model, whose offsets are needed.
 
-    An adapter without a tokenizer of its own has that of its base model.
+    An adapter without a tokenizer has that of its base model. A tokenizer without a pad token gets
+    its end token as one.
+
+    Args:
+        name: a directory, a hub name, a ``.gguf`` file or the directory of an adapter.
+        trust_remote_code: whether code that comes with the tokenizer may run.
 
     Raises:
         ValueError: the path or the tokenizer is missing, or it has no offsets.
@@ -30,6 +35,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.place, trust_remote_code=trust_remote_code, **source.arguments
         )
+        tokenizer("1 2")  # one without an unknown token may refuse every text
     except Exception as error:  # damaged files raise whatever their parser raises
         raise ValueError(unreadable("tokenizer", name, error)) from error
     check_fast(tokenizer, name)
@@ -43,8 +49,7 @@ def check_same_tokenizer(
 ) -> None:
     """Raise ValueError with the first difference if the two tokenizers are different ones.
 
-    A token that only one of them has is no difference if it was added (a pad token, say); neither
-    is the size of a model's padded vocabulary.
+    An added token that only one of them has, such as a pad token, is no difference.
     """
     reason = "distillation compares the two models token by token; choose two of one family"
     wanted = "tokenizers: must be the same for teacher and student"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from leaf_distill.detection.arms import find_arm
+from leaf_distill.data.source import find_arm
 from leaf_distill.io import disk_error, make_directory, write_bytes
-from leaf_distill.report.data import read_run
+from leaf_distill.report.data import read_run, reading
 from leaf_distill.report.page import GENERATOR, render_page
 from leaf_distill.report.results import read_results
 
@@ -43,33 +43,40 @@ def write_report(
     """
     if samples < 0:
         raise ValueError(f"samples: must be 0 or more, got {samples}; give another number")
-    directory = Path(run_directory).expanduser().absolute()
     try:
-        arm = find_arm(directory)
-    except OSError as error:
+        arm = find_arm(Path(run_directory).expanduser().absolute())
+    except (OSError, RuntimeError) as error:  # too long a name, no such home
+        reason = (isinstance(error, OSError) and error.strerror) or error
         raise ValueError(
-            f"run_directory: must be the run directory of a finished `leaf detect`, got {directory}"
-            f" ({error.strerror}); give another one"
+            "run_dir: must be the run directory of a finished `leaf detect`, got "
+            f"{str(run_directory)!r} ({reason}); give another one"
         ) from error
-    path = arm / "report.html" if output is None else Path(output).expanduser()
+    path = arm / "report.html" if output is None else _output(output)
     _check_output(path)
-    try:
-        run = read_run(arm, samples=samples, row_ids=row_ids)
-        page = render_page(run, read_results(arm.parent.parent))
-    except RecursionError as error:
-        raise ValueError(
-            f"{arm}: must hold files as `leaf detect` writes them, got values that are nested too "
-            "deeply; run it again"
-        ) from error
+    run = read_run(arm, samples=samples, row_ids=row_ids)
+    results = read_results(arm.parent.parent)
+    with reading(arm / "funnel.json"):
+        page = render_page(run, results)
     make_directory(path.parent)
     write_bytes(path, page.encode(errors="replace"))
     return path
 
 
-def _check_output(path: Path) -> None:
-    """Refuse to replace a file that is not an earlier page."""
+def _output(name: str | Path) -> Path:
     try:
-        other = path.is_file() and GENERATOR.encode() not in path.read_bytes()
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # no such home
+        raise ValueError(f"output: must be a file, got {str(name)!r} ({error})") from error
+    if not path.name:
+        raise ValueError(f"output: must be a file, got {str(name)!r}; give its name")
+    return path
+
+
+def _check_output(path: Path) -> None:
+    """Refuse to replace what is not an earlier page."""
+    try:
+        page = path.is_file() and GENERATOR.encode() in path.read_bytes()
+        other = path.exists() and not page
     except OSError as error:
         raise disk_error(error, path) from error
     if other:

@@ -85,23 +85,19 @@ def _describe(token: Token) -> str:
     return " · ".join([*parts, "confounder"] if token.confounder else parts)
 
 
-def _extreme(values: Iterable[float], *, low: bool = False) -> float:
-    finite = [value for value in values if not math.isnan(value)]
-    return math.nan if not finite else (min(finite) if low else max(finite))
-
-
 def _cell(text: str, tokens: Sequence[Token]) -> Cell:
+    """Color a piece of text by the strongest of its tokens: highest saliency, lowest score."""
+
+    def known(name: str) -> list[float]:
+        return [x for token in tokens if not math.isnan(x := getattr(token, name))]
+
     return Cell(
         text=text,
         title="\n".join(_describe(token) for token in tokens),
-        teacher=saliency_level(_extreme(token.teacher for token in tokens)),
-        student=saliency_level(_extreme(token.student for token in tokens)),
-        score=score_level(_extreme((token.score for token in tokens), low=True)),
+        teacher=saliency_level(max(known("teacher"), default=math.nan)),
+        student=saliency_level(max(known("student"), default=math.nan)),
+        score=score_level(min(known("score"), default=math.nan)),
     )
-
-
-def _inside(start: int, ranges: Sequence[Range]) -> bool:
-    return any(low <= start < high for low, high in ranges)
 
 
 def heat(
@@ -122,7 +118,8 @@ def heat(
             at += 1
         covered = at < len(clusters) and clusters[at][0] <= start
         cell = _cell(text[start:stop], clusters[at][2] if covered else ())
-        pieces.append((_inside(start, spans), _inside(start, cuts), cell))
+        span, cut = (any(a <= start < b for a, b in ranges) for ranges in (spans, cuts))
+        pieces.append((span, cut, cell))
     grouped = groupby(pieces, key=lambda piece: piece[:2])
     return tuple(
         Stretch(span, cut, tuple(cell for _, _, cell in group)) for (span, cut), group in grouped

@@ -6,7 +6,6 @@ import base64
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
@@ -17,7 +16,6 @@ from markupsafe import Markup, escape
 from leaf_distill.detection.funnel import ROW_STAGES
 from leaf_distill.report.data import GROUPS, MODELS, Run
 from leaf_distill.report.heat import LEVELS, cut_excerpt, heat, last_lines, score_level
-from leaf_distill.report.results import Results
 
 GENERATOR = '<meta name="generator" content="leaf report">'
 """The element by which an earlier page is recognized."""
@@ -54,18 +52,7 @@ _CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in 
 _CONTROLS[0x7F] = "\N{SYMBOL FOR DELETE}"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One line of the funnel: how many reached it, and what left on the way there."""
-
-    name: str
-    count: int
-    unit: str
-    share: float  # of the most of its unit, rows or candidates
-    left: tuple[tuple[int, str], ...]
-
-
-def render_page(run: Run, results: Results) -> str:
+def render_page(run: Run, results: Mapping[str, Any]) -> str:
     """Return the page, which depends on nothing but its arguments."""
     package = files("leaf_distill.report")
     script = package.joinpath("page.js").read_text(encoding="utf-8")
@@ -162,7 +149,11 @@ def _headline(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _stages(funnel: Mapping[str, Any]) -> list[Stage]:
+def _stages(funnel: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of the funnel: how many reached a stage, and what left on the way there.
+
+    `share` is of the most of a unit, rows or candidates.
+    """
     stages = funnel["stages"]
     names = [stage["stage"] for stage in stages]
     most: dict[str, int] = {}
@@ -172,13 +163,13 @@ def _stages(funnel: Mapping[str, Any]) -> list[Stage]:
     for entry in funnel["left"] if names else ():
         left[_line(entry, names)].append((entry["count"], words(entry["reason"])))
     return [
-        Stage(
-            name=words(stage["stage"]),
-            count=stage["rows"],
-            unit=stage["unit"],
-            share=stage["rows"] / most[stage["unit"]],
-            left=tuple(left[stage["stage"]]),
-        )
+        {
+            "name": words(stage["stage"]),
+            "count": stage["rows"],
+            "unit": stage["unit"],
+            "share": stage["rows"] / most[stage["unit"]],
+            "left": left[stage["stage"]],
+        }
         for stage in stages
     ]
 

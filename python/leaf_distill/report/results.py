@@ -3,161 +3,116 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from leaf_distill.io import read_json
-from leaf_distill.report.shape import Maybe, check_shape, read_shaped
+from leaf_distill.report.data import reading
 
 PLACES = ("*", "students/*", "evaluation/*")
 """The directories, from the run directory, in which a metrics.json is looked for."""
 
-TRAINING = {"rows": {"originals": int, "counterfactuals": int}, "log": [{}]}
-EVALUATION = {
-    "rows": int,
-    "accuracy": float,
-    "interval": (float, float),
-    "counts": {str: int},
-}
-COMPARISON = {
-    "reference": str,
-    "problems": int,
-    "arms": [
-        {
-            "name": str,
-            "training": Maybe(dict.fromkeys(("counterfactuals", "steps", "tokens"), int)),
-            "accuracy": float,
-            "interval": (float, float),
-            "difference": Maybe((float, float, float)),
-        }
-    ],
-}
 BRANCHES = {"kd_loss": "originals", "cd_loss": "counterfactuals"}
 
 
-@dataclass(frozen=True)
-class Curve:
-    """KL per token of one branch over the steps; points are percent of the chart, y downwards."""
-
-    branch: str
-    first: float
-    last: float
-    points: str
-
-
-@dataclass(frozen=True)
-class Training:
-    """One distillation: what it read, its KL, and the KL at the top of its chart."""
-
-    name: str
-    originals: int
-    counterfactuals: int
-    first_step: int
-    last_step: int
-    top: float
-    curves: tuple[Curve, ...]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracy of one model on one set, with its 95 % interval, and the verdicts but `right`.
-
-    training: counterfactuals, steps and tokens of an arm of `leaf compare`. difference: of its
-    accuracy to the reference's, with the 95 % interval. Both are None elsewhere.
-    """
-
-    name: str
-    rows: int
-    accuracy: float
-    interval: tuple[float, float]
-    others: tuple[tuple[str, int], ...] = ()
-    training: Mapping[str, int] | None = None
-    difference: tuple[float, float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Results:
-    """What was found; reference is that of the differences, None without a comparison."""
-
-    trainings: tuple[Training, ...]
-    evaluations: tuple[Evaluation, ...]
-    reference: str | None
-
-
-def read_results(directory: Path) -> Results:
+def read_results(directory: Path) -> dict[str, Any]:
     """Read the results in a run directory; often there are none.
+
+    Returns:
+        `trainings` and `evaluations` as the page shows them, and `reference`, the arm that the
+        differences of accuracies are taken from, or None without a comparison.
 
     Raises:
         ValueError: a file cannot be read or has another shape.
     """
-    trainings: list[Training] = []
-    evaluations: list[Evaluation] = []
-    found = [sorted(directory.glob(f"{place}/metrics.json")) for place in PLACES]
-    for path in (path for paths in found for path in paths):
+    trainings: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = []
+    for path in (path for place in PLACES for path in _sorted(directory, place)):
         metrics = read_json(path)
-        if "log" in metrics:
-            check_shape(metrics, TRAINING, f"{path}: ")
-            trainings += _training(path, metrics)
-        elif metrics.get("command") == "evaluate":
-            check_shape(metrics, EVALUATION, f"{path}: ")
-            evaluations.append(_evaluation(path.parent.name, metrics))
+        with reading(path):
+            if "log" in metrics:
+                trainings += _training(path.parent.name, metrics)
+            elif metrics.get("command") == "evaluate":
+                counts = {name: int(count) for name, count in metrics["counts"].items()}
+                counts.pop("right", None)
+                evaluations.append(_evaluation(path.parent.name, metrics["rows"], metrics, counts))
     reference = None
     path = directory / "compare.json"
     if path.is_file():
-        comparison = read_shaped(path, COMPARISON)
-        reference = comparison["reference"]
-        evaluations = _with_arms(evaluations, comparison)
-    return Results(tuple(trainings), tuple(evaluations), reference)
+        comparison = read_json(path)
+        with reading(path):
+            reference = str(comparison["reference"])
+            evaluations = _with_arms(evaluations, comparison)
+    return {"trainings": trainings, "evaluations": evaluations, "reference": reference}
 
 
-def _training(path: Path, metrics: Mapping[str, Any]) -> list[Training]:
-    """Return the training, or nothing where no loss was logged."""
+def _sorted(directory: Path, place: str) -> list[Path]:
+    return sorted(directory.glob(f"{place}/metrics.json"))
+
+
+def _training(name: str, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one distillation with the KL of each branch, or nothing where none was logged.
+
+    The points of a curve are percent of the chart, y downwards; `top` is the KL at its upper edge.
+    """
     logged: dict[str, list[tuple[int, float]]] = {}
-    for branch in BRANCHES:
-        for index, entry in enumerate(metrics["log"]):
-            if branch in entry:
-                check_shape(entry, {"step": int, branch: float}, f"{path}: log.{index}.")
-                if math.isfinite(entry[branch]):
-                    logged.setdefault(branch, []).append((entry["step"], entry[branch]))
+    for entry in metrics["log"]:
+        for branch in BRANCHES.keys() & entry.keys():
+            if math.isfinite(entry[branch]):
+                logged.setdefault(branch, []).append((int(entry["step"]), float(entry[branch])))
+    rows = {branch: int(metrics["rows"][branch]) for branch in BRANCHES.values()}
     if not logged:
         return []
     steps = [step for points in logged.values() for step, _ in points]
     first, last = min(steps), max(steps)
     top = max(value for points in logged.values() for _, value in points) or 1.0
     curves = []
-    for branch, points in logged.items():
-        # A line needs two points, also where one step was logged.
-        text = " ".join(
-            f"{100 * (step - first) / max(last - first, 1):.2f},{100 - 100 * value / top:.2f}"
-            for step, value in points * (1 if points[1:] else 2)
-        )
-        curves.append(Curve(BRANCHES[branch], points[0][1], points[-1][1], text))
-    rows = metrics["rows"]
-    counts = rows["originals"], rows["counterfactuals"]
-    return [Training(path.parent.name, *counts, first, last, top, tuple(curves))]
+    for key, branch in BRANCHES.items():
+        if points := logged.get(key):
+            # A line needs two points, also where one step was logged.
+            text = " ".join(
+                f"{100 * (step - first) / max(last - first, 1):.2f},{100 - 100 * value / top:.2f}"
+                for step, value in points * (1 if points[1:] else 2)
+            )
+            ends = {"first": points[0][1], "last": points[-1][1]}
+            curves.append({"branch": branch, "points": text, **ends})
+    ends = {"first_step": first, "last_step": last}
+    return [{"name": name, **rows, **ends, "top": top, "curves": curves}]
 
 
-def _evaluation(name: str, metrics: Mapping[str, Any]) -> Evaluation:
-    low, high = metrics["interval"]
-    others = tuple((verdict, n) for verdict, n in metrics["counts"].items() if verdict != "right")
-    return Evaluation(name, metrics["rows"], metrics["accuracy"], (low, high), others)
+def _evaluation(
+    name: str, rows: int, measured: Mapping[str, Any], others: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return one accuracy with its 95 % interval, and the counts of all verdicts but `right`."""
+    low, high = measured["interval"]
+    return {
+        "name": name,
+        "rows": int(rows),
+        "accuracy": float(measured["accuracy"]),
+        "interval": (float(low), float(high)),
+        "others": others,
+        "training": None,
+        "difference": None,
+    }
 
 
 def _with_arms(
-    evaluations: Sequence[Evaluation], comparison: Mapping[str, Any]
-) -> list[Evaluation]:
+    evaluations: list[dict[str, Any]], comparison: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Return the arms of a comparison, each with the verdicts of its evaluation, then the rest."""
-    rest = list(evaluations)
-    arms = []
+    rest, arms = list(evaluations), []
     for arm in comparison["arms"]:
-        low, high = arm["interval"]
-        one = Evaluation(arm["name"], comparison["problems"], arm["accuracy"], (low, high))
-        for found in rest:
-            if replace(found, others=()) == one:
-                rest.remove(found)
-                one = found
-                break
-        arms.append(replace(one, training=arm["training"], difference=arm["difference"]))
+        one = _evaluation(arm["name"], comparison["problems"], arm, {})
+        found = [other for other in rest if {**other, "others": {}} == one]
+        for other in found[:1]:
+            rest.remove(other)
+            one["others"] = other["others"]
+        if arm["training"] is not None:
+            counted = ("counterfactuals", "steps", "tokens")
+            one["training"] = {name: int(arm["training"][name]) for name in counted}
+        if arm["difference"] is not None:
+            change, low, high = map(float, arm["difference"])
+            one["difference"] = (change, low, high)
+        arms.append(one)
     return arms + rest

@@ -1,15 +1,59 @@
-"""What LeafTrainer adds to the training loop of transformers."""
+"""Callbacks that LeafTrainer adds to the training loop of transformers."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback
 
 from leaf_distill.training.checkpoint import write_manifest
+
+_SHOWN = {
+    "loss": "loss {:.4g}",
+    "kd_loss": "originals {:.4g}",
+    "cd_loss": "counterfactuals {:.4g}",
+    "agreement": "agreement {:.0%}",
+    "train_loss": "mean loss {:.4g}",
+}
+
+
+class LogLines(TrainerCallback):
+    """Prints a log as one line: step, losses, agreement with the teacher, seconds."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs: Mapping[str, float] = kwargs["logs"]
+        # The names in a log of an evaluation begin with the evaluation's own, as in eval_loss.
+        agreement = next((name for name in logs if name.endswith("_agreement")), "")
+        prefix = agreement.removesuffix("agreement")
+        words = [
+            form.format(logs[prefix + name])
+            for name, form in _SHOWN.items()
+            if prefix + name in logs
+        ]
+        if state.is_world_process_zero and words:
+            step = f"step {state.global_step}/{state.max_steps}"
+            evaluated = [prefix.rstrip("_")] if prefix else []
+            seconds = f"{time.monotonic() - self._started:.0f} s"
+            tqdm.write("  ".join([step, *evaluated, *words, seconds]))
+
+
+class ProgressBar(ProgressCallback):
+    """Shows the bar of transformers, and prints no logs."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        pass
 
 
 class CompleteLogs(TrainerCallback):

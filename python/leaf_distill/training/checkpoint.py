@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.trainer_utils import sort_checkpoints
 
-from leaf_distill.io import StoreError, write_json
+from leaf_distill.io import StoreError, disk_error, write_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
-# The last one is how torch.save puts it, which hides the reason.
+# The last one is the message of torch.save, which hides the reason.
 _FULL = (
     *(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
     "unexpected pos",
@@ -35,11 +35,11 @@ _FULL = (
 
 
 class NoCheckpoint(ValueError):
-    """A directory has no whole checkpoint."""
+    """Raised for a directory without a whole checkpoint."""
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Write the sha256 of every file of a checkpoint into its `manifest.json`."""
+    """Write the sha256 of each file of a checkpoint into its `manifest.json`."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     hashes = {str(path.relative_to(checkpoint)): _sha256(path) for path in files}
     hashes.pop(MANIFEST, None)
@@ -47,7 +47,7 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def checkpoint_fault(checkpoint: Path) -> str | None:
-    """Say why a run cannot go on from a checkpoint, or None when it can."""
+    """Return why a run cannot go on from a checkpoint, or None when it can."""
     try:
         hashes: dict[str, str] = json.loads((checkpoint / MANIFEST).read_bytes())["sha256"]
         for name, expected in hashes.items():
@@ -72,7 +72,7 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no tensor has a NaN or an infinity; needs no memory of a tensor's size."""
+    """Return whether no tensor has a NaN or an infinity; needs no memory of a tensor's size."""
     return all(
         bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
         for tensor in tensors
@@ -81,10 +81,14 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def find_checkpoint(wanted: str | bool, directory: Path) -> str:
-    """Return the wanted checkpoint, or (True) the newest whole one of a directory.
+    """Return the checkpoint to go on from.
+
+    Args:
+        wanted: a checkpoint, or True for the newest whole one of the directory.
+        directory: the output directory of the run.
 
     Raises:
-        ValueError: the checkpoint that was asked for by name is not whole.
+        ValueError: the named checkpoint is not whole.
         NoCheckpoint: the directory has no whole one.
     """
     if isinstance(wanted, str):
@@ -100,28 +104,27 @@ def find_checkpoint(wanted: str | bool, directory: Path) -> str:
             logger.warning("going on from %s", checkpoint)
             return str(checkpoint)
         logger.warning("%s is not whole (%s): passed over", checkpoint, fault)
-    raise NoCheckpoint(f"resume_from_checkpoint: there is no whole checkpoint in {directory}")
+    raise NoCheckpoint(
+        f"resume_from_checkpoint: must find a whole checkpoint, got none in {directory}"
+    )
 
 
 @contextlib.contextmanager
 def stopped(directory: Path) -> Iterator[None]:
-    """Around a training: say what an interrupted one goes on from, and name a full disk.
+    """Log what an interrupted training goes on from, and give a full disk its sentence.
 
     Raises:
-        StoreError: the disk is full.
+        StoreError: the disk is full, or something lies in the way of a file.
     """
     try:
         yield
     except KeyboardInterrupt:
-        written = [
-            one
-            for one in sort_checkpoints(str(directory), use_mtime=False)
-            if (Path(one) / MANIFEST).is_file()
-        ]
-        if not written:
-            logger.warning("interrupted before the first checkpoint: nothing to go on from yet")
+        checkpoints = sort_checkpoints(str(directory), use_mtime=False)
+        whole = [one for one in checkpoints if (Path(one) / MANIFEST).is_file()]
+        if whole:
+            logger.warning("interrupted: the same command goes on from %s", whole[-1])
         else:
-            logger.warning("interrupted: the same command goes on from %s", written[-1])
+            logger.warning("interrupted before the first checkpoint: nothing to go on from yet")
         raise
     except Exception as error:
         # Writers of weights wrap the system's error, or hide it behind one of their own.
@@ -129,11 +132,22 @@ def stopped(directory: Path) -> Iterator[None]:
         while seen is not None and not any(reason in str(seen) for reason in _FULL):
             seen = seen.__cause__ or seen.__context__
         if seen is None:
-            raise
-        raise StoreError(
-            f"The disk is full: the student could not be saved in {directory}. What was done "
-            "stays: free some space and run the same command again."
-        ) from error
+            if not isinstance(error, OSError | SafetensorError):
+                raise
+            raise StoreError(
+                f"{directory}: must be a place to save the student in, got {error}; remove what is "
+                "in the way, and run the same command again"
+            ) from error
+        raise disk_error(OSError(errno.ENOSPC, "disk full"), directory) from error
+
+
+def hash_weights(directory: Path) -> dict[str, str]:
+    """Return the sha256 of each file of weights in a directory."""
+    return {
+        path.name: _sha256(path)
+        for path in sorted(directory.iterdir())
+        if path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin"
+    }
 
 
 def _sha256(path: Path) -> str:

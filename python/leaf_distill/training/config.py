@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields, replace
+import sys
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,35 +17,26 @@ from leaf_distill.config import (
     about,
     check_range,
     check_rows,
+    documented,
     json_object,
     need,
 )
-from leaf_ext import row_weights
-
-
-def parse_kd_weight(value: object) -> float | Literal["pool"]:
-    """Read a weight of the originals' loss: "pool", or a number from 0 to 1, also as text.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    try:
-        weight: Any = value if value == "pool" else float(str(value))
-        nothing = torch.empty(0, dtype=torch.bool)
-        row_weights(nothing, nothing, kd_weight=weight)  # the one check of its range
-    except ValueError:
-        raise ValueError(
-            f"kd_weight: must be 'pool' or a number from 0 to 1, got {value!r}"
-        ) from None
-    return "pool" if weight == "pool" else float(weight)
-
+from leaf_distill.training.checks import (
+    changed_settings,
+    check_accelerator,
+    check_choices,
+    check_ranges,
+    check_unused,
+    refused,
+)
 
 if TYPE_CHECKING:
     KdWeight = float | Literal["pool"]
-else:  # the command line's parser gives text, which the configuration reads
+else:  # the command line gives text, which LeafConfig reads
     KdWeight = str
 
 
+@documented
 @dataclass
 class LeafConfig(TrainingArguments):
     """Settings of LeafTrainer, a TrainingArguments; the defaults are the paper's (Table 3).
@@ -130,20 +122,22 @@ class LeafConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self.kd_weight = parse_kd_weight(self.kd_weight)
+        self.kd_weight = _read_weight(self.kd_weight)
         self.chat_template_kwargs = json_object(self.chat_template_kwargs, "chat_template_kwargs")
-        _check_ranges(self)
-        _check_ineffective(self)
+        check_ranges(self)
+        check_unused(self)
+        check_choices(self)
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.fp16
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported()
-        given = self.gradient_accumulation_steps
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        given, changed = self.gradient_accumulation_steps, changed_settings(self)
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
-        except Exception as error:  # whatever refuses a setting of the base class
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"settings: {first}") from error
-        _check_accelerator(self)
+        except Exception as error:  # the base class has many ways to refuse a setting
+            raise ValueError(f"{refused(error)} (given: {changed})") from error
+        check_accelerator(self)
         # One process drives one GPU: nn.DataParallel would average the ranks' losses, and is slow.
         # Several GPUs are torchrun's or accelerate's business.
         self._n_gpu = min(self.n_gpu, 1)
@@ -153,7 +147,7 @@ class LeafConfig(TrainingArguments):
             raise ValueError(
                 f"originals_per_step: must be a multiple of {per_pass} "
                 f"(per_device_train_batch_size {self.per_device_train_batch_size} x "
-                f"{self.world_size} ranks), got {self.originals_per_step}"
+                f"{self.world_size} ranks), got {self.originals_per_step}; change one of them"
             )
         if given not in (1, derived):
             raise ValueError(
@@ -168,97 +162,23 @@ class LeafConfig(TrainingArguments):
         return replace(self, **{"gradient_accumulation_steps": 1, **changes})
 
 
-_LARGEST = 1e30  # float32 holds it, and what is computed from it
-_COUNT = (1, 2**63 - 1, "at least 1")
-_POSITIVE = (5e-324, _LARGEST, "a number above 0")
-_NOT_NEGATIVE = (0, _LARGEST, "a number of at least 0")
-_BELOW_1 = (0, math.nextafter(1, 0), "from 0 to below 1")
-
-_RANGES: dict[str, tuple[float, float, str]] = {
-    **dict.fromkeys(("originals_per_step", "max_length", "max_batch_tokens"), _COUNT),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _COUNT),
-    "save_total_limit": _COUNT,
-    **dict.fromkeys(("learning_rate", "num_train_epochs"), _POSITIVE),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), _POSITIVE),
-    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm"), _NOT_NEGATIVE),
-    **dict.fromkeys(("warmup_steps", "neftune_noise_alpha", "eval_delay"), _NOT_NEGATIVE),
-    **dict.fromkeys(("dataloader_num_workers", "data_seed"), _NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), _BELOW_1),
-    # Beyond these, logits of the usual size leave float32 or become all alike.
-    "temperature": (1e-3, 1e3, "from 0.001 to 1000"),
-    "seed": (0, 2**32 - 1, "from 0 to 4294967295"),  # as NumPy takes it
-}
-_ANY_INTEGER = (-(2**63), 2**63 - 1, "an integer of 64 bits")
-_ANY_NUMBER = (-_LARGEST, _LARGEST, "a finite number")
-
-_INEFFECTIVE: dict[str, str] = {
-    "label_smoothing_factor": "the labels are the teacher's distributions",
-    "train_sampling_strategy": "the sampler spreads originals and counterfactuals over the steps",
-    "length_column_name": "rows are not grouped by length",
-    "auto_find_batch_size": "max_batch_tokens bounds a forward pass",
-    "average_tokens_across_devices": "the loss always counts the tokens of all devices",
-    "label_names": "the loss mask tells the labels",
-    "include_for_metrics": "no logits are kept for compute_metrics",
-    "batch_eval_metrics": "no logits are kept for compute_metrics",
-    "eval_do_concat_batches": "an evaluation keeps sums only",
-    "eval_use_gather_object": "an evaluation keeps sums only",
-    "eval_accumulation_steps": "an evaluation keeps sums only",
-    "do_predict": "there is no prediction",
-    "enable_jit_checkpoint": "a run goes on from its newest checkpoint; see save_steps",
-    "parallelism_config": "each rank needs whole rows and a whole model or an FSDP shard",
-    "remove_unused_columns": "rows carry columns that no model takes",
-}
-"""Options that would do nothing here, or harm, each with the reason."""
+def _read_weight(value: object) -> float | Literal["pool"]:
+    """Return a weight that may be text."""
+    if value == "pool":
+        return "pool"
+    try:
+        weight = float(str(value))
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight <= 1:
+        raise ValueError(f"kd_weight: must be 'pool' or a number from 0 to 1, got {value!r}")
+    return weight
 
 
-def _check_ranges(config: LeafConfig) -> None:
-    if config.max_steps != -1 and config.max_steps < 1:
-        raise ValueError(
-            f"max_steps: must be at least 1, or -1 for num_train_epochs, got {config.max_steps}"
-        )
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        for low, high, wanted in (
-            _ANY_INTEGER if isinstance(value, int) else _ANY_NUMBER,
-            _RANGES.get(item.name, _ANY_NUMBER),
-        ):
-            if not low <= value <= high:
-                raise ValueError(f"{item.name}: must be {wanted}, got {value}")
-
-
-def _check_ineffective(config: LeafConfig) -> None:
-    for item in fields(config):
-        default = item.default if item.default_factory is MISSING else item.default_factory()
-        if item.name in _INEFFECTIVE and getattr(config, item.name) not in (default, None):
-            raise ValueError(
-                f"{item.name}: must be left out, got {getattr(config, item.name)!r}; it has no use "
-                f"for LeafTrainer: {_INEFFECTIVE[item.name]}"
-            )
-
-
-def _check_accelerator(config: LeafConfig) -> None:
-    """Refuse what accelerate would do to a data loader of its own, which LeafTrainer has not."""
-    given: Any = config.accelerator_config
-    if given is None:
-        return
-    plain = type(given)()
-    for name, value in vars(given).items():
-        if name != "gradient_accumulation_kwargs" and value != getattr(plain, name):
-            raise ValueError(
-                f"accelerator_config: must leave {name} as it is, got {value!r}; LeafTrainer "
-                "shares the rows among the ranks itself"
-            )
-    if (given.gradient_accumulation_kwargs or {}).get("num_steps", 1) != 1:
-        raise ValueError(
-            "accelerator_config: must not set num_steps; it follows from originals_per_step"
-        )
-
-
+@documented
 @dataclass(frozen=True)
 class DistillArguments(RowOptions, PairOptions):
-    """What `leaf distill` trains, from whom, on which rows.
+    """Models, rows and adapter of `leaf distill`.
 
     Raises:
         ValueError: a model or the dataset is missing, or a setting is outside its range.
@@ -302,10 +222,11 @@ class DistillArguments(RowOptions, PairOptions):
         check_rows(self)
         for name in ("lora_r", "lora_alpha"):
             check_range(self, name, 1, 2**31 - 1)
-        low, high, wanted = _BELOW_1
-        if not low <= self.lora_dropout <= high:
-            raise ValueError(f"lora_dropout: must be {wanted}, got {self.lora_dropout}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: must be from 0 to below 1, got {self.lora_dropout}")
         others = ("lora_alpha", "lora_dropout", "lora_target_modules")
         for name in others if self.lora_r is None else ():
             if getattr(self, name):
-                raise ValueError(f"{name}: needs lora_r, got {getattr(self, name)} without it")
+                raise ValueError(
+                    f"{name}: must come with lora_r, got {getattr(self, name)} alone; give both"
+                )

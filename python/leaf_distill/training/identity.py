@@ -1,49 +1,40 @@
-"""Whose a run directory is: what decides the trained student, and what may lie in the way."""
+"""The owner of an output directory: the settings of its run, and files that must stay unharmed."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from leaf_distill.data.example import Example
-from leaf_distill.io import digest, make_directory, read_json, write_json
-from leaf_distill.models.loading import model_fingerprint
+from leaf_distill.data.example import ROLES, Example
+from leaf_distill.io import digest, is_of, make_directory, read_json, write_json
+from leaf_distill.models.source import model_fingerprint, named
+from leaf_distill.training.checkpoint import hash_weights
 from leaf_distill.training.config import DistillArguments, LeafConfig
-
-logger = logging.getLogger(__name__)
 
 Identity = dict[str, Any]
 
 # Settings that change the trained weights by more than rounding. Others may differ when a run goes
-# on, and those that a new transformers has, too.
+# on, and those that only a newer transformers has.
 _DECIDING = (
     *("originals_per_step", "max_length", "kd_weight", "temperature", "disable_dropout"),
-    *(
-        "chat_template",
-        "chat_template_kwargs",
-        "system_prompt",
-        "learning_rate",
-        "lr_scheduler_type",
-    ),
-    *("lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps", "optim"),
+    *("chat_template", "chat_template_kwargs", "system_prompt", "learning_rate", "warmup_steps"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "num_train_epochs", "max_steps", "optim"),
     *("optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "max_grad_norm", "bf16", "fp16", "neftune_noise_alpha", "seed", "data_seed"),
     *("dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model"),
 )
-_OF_ARGUMENTS = (*("teacher_dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),)
-_NAMED = ("student", "teacher", "dataset", "eval_dataset")
-"""What is compared by content, whatever its name."""
-
-_WRITTEN = (
-    *("README.md", "metrics.json", "*config.json", "*.safetensors", "*.safetensors.index.json"),
-    *("*.bin", "tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*", "merges.txt"),
-    *("checkpoint-*", "run.json"),
+_DECIDING_ARGUMENTS = (
+    *("teacher_dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
 )
-"""What a run of `leaf distill` writes; of others it must not overwrite any."""
+_WRITTEN = (
+    *("README.md", "metrics.json", "run.json", "*config.json", "*.safetensors", "*.bin"),
+    *("*.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*"),
+    *("merges.txt", "checkpoint-*"),
+)
+"""Patterns of the files that a run writes; it must not overwrite those of others."""
 
 
 def identity_of(
@@ -52,24 +43,28 @@ def identity_of(
     examples: Sequence[Example],
     eval_examples: Sequence[Example] | None,
 ) -> Identity:
-    """All that decides the weights and what is written about them, as JSON has it."""
-    identity: Identity = {
-        "command": "distill",
-        "student": _content(arguments.student, model_fingerprint(arguments.student)),
-        "teacher": _content(arguments.teacher, model_fingerprint(arguments.teacher)),
-        "dataset": _content(arguments.dataset, digest_of(examples)),
-        "eval_dataset": None,
-        **{name: getattr(arguments, name) for name in _OF_ARGUMENTS},
-        **{name: _plain(getattr(config, name, None)) for name in _DECIDING},
-    }
-    if eval_examples is not None:
-        identity["eval_dataset"] = _content(str(arguments.eval_dataset), digest_of(eval_examples))
+    """Return what decides the weights and what is written about them, as JSON holds it.
+
+    Models and rows have a name and a digest, by which they are compared.
+    """
+    identity: Identity = {"command": "distill", "eval_dataset": None}
+    for role in ROLES:
+        name = getattr(arguments, role)
+        with named(role):
+            identity[role] = {"name": name, "digest": model_fingerprint(name)}
+    for rows, source in ((examples, "dataset"), (eval_examples, "eval_dataset")):
+        if rows is not None:
+            identity[source] = {"name": getattr(arguments, source), "digest": digest_of(rows)}
+    identity |= {name: getattr(arguments, name) for name in _DECIDING_ARGUMENTS}
+    for name in _DECIDING:
+        value = getattr(config, name, None)
+        identity[name] = value.value if isinstance(value, Enum) else value
     result: Identity = json.loads(json.dumps(identity, default=str))
     return result
 
 
-def digest_of(examples: Sequence[Example]) -> str:
-    """The sha256 of the rows' content."""
+def digest_of(examples: Iterable[Example]) -> str:
+    """Return the sha256 of the rows' content."""
     return digest(
         [
             *(one.row_id, one.candidate_id, one.messages, one.completion, one.reply),
@@ -81,14 +76,9 @@ def digest_of(examples: Sequence[Example]) -> str:
 
 def check_output(directory: Path) -> None:
     """Raise ValueError where a run would overwrite files that no run of `leaf distill` wrote."""
-    try:
-        if directory.exists() and not directory.is_dir():
-            raise ValueError(f"output_dir: must be a directory, got the file {directory}")
-    except OSError as error:  # such as a name that is too long
-        raise ValueError(f"output_dir: must be a directory, got {error}") from error
-    if read_identity(directory) is not None:
+    if _read_identity(directory) is not None:
         return
-    found = sorted(path.name for kind in _WRITTEN for path in directory.glob(kind))
+    found = sorted(path.name for pattern in _WRITTEN for path in directory.glob(pattern))
     if found:
         raise ValueError(
             f"output_dir: must be empty or hold a run of `leaf distill`, got {directory} with "
@@ -97,34 +87,49 @@ def check_output(directory: Path) -> None:
         )
 
 
-def read_identity(directory: Path) -> Identity | None:
-    """The identity of the run in a directory, None where there is no run of `leaf distill`."""
+def _read_identity(directory: Path) -> Identity | None:
+    path = directory / "run.json"
+    return read_json(path) if is_of(path, "distill") else None
+
+
+def read_finished(directory: Path) -> dict[str, Any] | None:
+    """Return the metrics of a run that was finished and whose weights are still there, or None.
+
+    Raises:
+        ValueError: a file of weights is another one than the run wrote.
+    """
     try:
-        found = read_json(directory / "run.json")
-    except ValueError:
+        metrics = read_json(directory / "metrics.json")
+        written = dict(metrics["weights"])
+    except (ValueError, TypeError, KeyError):
         return None
-    return found if found.get("command") == "distill" else None
+    found = hash_weights(directory)
+    for name in written.keys() & found.keys():
+        if written[name] != found[name]:
+            raise ValueError(
+                f"output_dir: must hold the student as the run wrote it, got {directory}, where "
+                f"{name} has changed; delete that file to have it made again, or give another "
+                "output_dir"
+            )
+    return metrics if written and written.keys() <= found.keys() else None
 
 
 def check_identity(directory: Path, identity: Identity, *, finished: bool) -> list[str]:
     """Compare with the run in a directory, and return the differences that it may go on with.
 
-    More steps are no other run; neither is another learning rate, as long as the run has not
-    finished: it is the cure where numbers are not finite.
+    More steps are no other run. Another learning rate is none as long as the run has not finished:
+    a lower one is the cure where numbers are not finite.
 
     Raises:
         ValueError: another setting or content differs; names each on a line.
     """
-    old = read_identity(directory)
-    if old is None:
-        return []
+    old = _read_identity(directory) or {}
     allowed: list[str] = []
     refused: list[str] = []
     for name in sorted(old.keys() & identity.keys()):
-        if _same(name, old[name], identity[name]):
-            continue
-        may = _longer(name, old, identity) or (name == "learning_rate" and not finished)
-        (allowed if may else refused).append(_difference(name, old[name], identity[name]))
+        if difference := _difference(name, old[name], identity[name]):
+            may = _longer(name, old, identity) or (name == "learning_rate" and not finished)
+            (allowed if may else refused).append(difference)
     if refused:
         lines = "".join(f"\n  {line}" for line in refused)
         raise ValueError(
@@ -134,6 +139,22 @@ def check_identity(directory: Path, identity: Identity, *, finished: bool) -> li
     return allowed
 
 
+def check_parent(checkpoint: Path, identity: Identity) -> None:
+    """Raise ValueError unless a checkpoint is of a run of these very settings, wherever it lies."""
+    if _read_identity(checkpoint.parent) is None:
+        raise ValueError(
+            f"resume_from_checkpoint: must be a checkpoint of a run of `leaf distill`, got "
+            f"{checkpoint}, which has no run.json beside it; give another one"
+        )
+    check_identity(checkpoint.parent, identity, finished=False)
+
+
+def earlier_changes(directory: Path) -> list[str]:
+    """Return the settings that changed while the run in a directory went on."""
+    changes = (_read_identity(directory) or {}).get("changes")
+    return [str(change) for change in changes] if isinstance(changes, list) else []
+
+
 def claim(directory: Path, identity: Identity) -> None:
     """Write that the directory belongs to a run that is not finished."""
     make_directory(directory)
@@ -141,40 +162,28 @@ def claim(directory: Path, identity: Identity) -> None:
     write_json(directory / "run.json", identity)
 
 
-def _content(name: str, fingerprint: str) -> dict[str, str]:
-    return {"name": name, "digest": fingerprint}
-
-
-def _plain(value: object) -> object:
-    return value.value if isinstance(value, Enum) else value
-
-
-def _same(name: str, old: Any, new: Any) -> bool:
-    if name in _NAMED and isinstance(old, dict) and isinstance(new, dict):
-        old, new = old.get("digest"), new.get("digest")
-    return bool(old == new)
+def _difference(name: str, old: Any, new: Any) -> str:
+    """Return a sentence, or nothing where the two are the same."""
+    if isinstance(old, dict) and isinstance(new, dict) and "digest" in old and "digest" in new:
+        if old["digest"] == new["digest"]:
+            return ""
+        old, new = old.get("name"), new["name"]
+        if old == new:
+            return f"the content of {name} {new} has changed"
+    return "" if old == new else f"{name} was {_short(old)} and is now {_short(new)}"
 
 
 def _longer(name: str, old: Identity, new: Identity) -> bool:
-    """Whether the run is to have more steps than before."""
-    if name not in ("max_steps", "num_train_epochs"):
-        return False
+    """Return whether the difference is that the run is to have more steps than before."""
     try:
-        steps = old["max_steps"], new["max_steps"]
+        before, now = old["max_steps"], new["max_steps"]
         if name == "max_steps":
-            return bool(0 < steps[0] < steps[1])
-        # Where max_steps is given, it decides.
-        return min(steps) > 0 or (max(steps) < 0 and bool(old[name] < new[name]))
+            return bool(0 < before < now)
+        # max_steps decides if it is given.
+        epochs = name == "num_train_epochs"
+        return epochs and (min(before, now) > 0 or (max(before, now) < 0 and old[name] < new[name]))
     except (KeyError, TypeError):  # a file that was edited
         return False
-
-
-def _difference(name: str, old: Any, new: Any) -> str:
-    if name in _NAMED and isinstance(old, Mapping) and isinstance(new, Mapping):
-        if old.get("name") == new.get("name"):
-            return f"the content of {name} {new.get('name')} has changed"
-        old, new = old.get("name"), new.get("name")
-    return f"{name} was {_short(old)} and is now {_short(new)}"
 
 
 def _short(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The loss of one batch: both models' hidden states at label positions into `linear_dual_kl`."""
+"""The loss of one batch: `linear_dual_kl` of both models' hidden states at label positions."""
 
 from __future__ import annotations
 
@@ -16,54 +16,50 @@ from leaf_ext import DualKLRows, linear_dual_kl, row_weights
 
 logger = logging.getLogger(__name__)
 
-SUMS: Final = (
-    "kd_kl",
-    "cd_kl",
-    "kd_tokens",
-    "cd_tokens",
-    "student_entropy",
-    "teacher_entropy",
-    "agreement",
-    "cf_rows",
-    "skipped_rows",
+KEYS: Final = (
+    *("input_ids", "attention_mask", "loss_mask"),
+    *("teacher_input_ids", "teacher_attention_mask", "teacher_loss_mask"),
+    *("counterfactual", "row_id"),
 )
-"""What a batch adds up, in this order; sums and counts, so that any two of them can be added."""
+"""The keys of a batch, as `leaf_distill.data.collator.collate` makes them."""
 
-MEASURES: Final = (
-    *("loss", "kd_loss", "cd_loss", "student_entropy", "teacher_entropy", "agreement"),
-    *("cf_rows", "skipped_rows"),
+SUMS: Final = (
+    *("kd_kl", "cd_kl", "kd_tokens", "cd_tokens"),
+    *("student_entropy", "teacher_entropy", "agreement", "cf_rows", "skipped_rows"),
 )
-"""What an evaluation measures: the loss, and the entries of `metrics`."""
+"""Sums over a batch, in this order; those of several batches can be added."""
+
+MEASURES: Final = ("loss", "kd_loss", "cd_loss", *SUMS[4:])
+"""The measures of an evaluation: the loss, and the entries of `metrics`."""
 
 CURE: Final = (
     "Lower learning_rate and run the same command again: it goes on from the newest checkpoint, or "
-    "from an older one that resume_from_checkpoint names"
+    "from an older one that resume_from_checkpoint names (false: from the start)"
 )
-"""What to do when the student's numbers are not finite any more."""
+"""The advice for a student whose numbers are not finite any more."""
 
 
 def count_labels(batch: Batch) -> Tensor:
-    """Label tokens of the originals and of the counterfactuals of a batch, int64 [2]."""
+    """Return the label tokens of a batch's originals and of its counterfactuals, int64 [2]."""
     labels, counterfactual = batch["loss_mask"].sum(dim=1), batch["counterfactual"]
     return torch.stack([labels[~counterfactual].sum(), labels[counterfactual].sum()])
 
 
 def metrics(sums: Tensor) -> dict[str, float]:
-    """Means per label token from `SUMS`; a branch without tokens has no loss."""
+    """Return means per label token, and counts of rows, from `SUMS` (float64 [len(SUMS)]).
+
+    A branch without tokens has no loss.
+    """
     total = dict(zip(SUMS, sums.tolist(), strict=True))
-    tokens = total["kd_tokens"] + total["cd_tokens"]
-    result: dict[str, float] = {}
-    for branch in ("kd", "cd"):
-        if total[f"{branch}_tokens"]:
-            result[f"{branch}_loss"] = total[f"{branch}_kl"] / total[f"{branch}_tokens"]
-    for name in ("student_entropy", "teacher_entropy", "agreement"):
-        if tokens:
-            result[name] = total[name] / tokens
-    return {**result, "cf_rows": total["cf_rows"], "skipped_rows": total["skipped_rows"]}
+    kd, cd = total["kd_tokens"], total["cd_tokens"]
+    parts = {"kd_loss": (total["kd_kl"], kd), "cd_loss": (total["cd_kl"], cd)}
+    parts |= {name: (total[name], kd + cd) for name in SUMS[4:7]}
+    means = {name: value / tokens for name, (value, tokens) in parts.items() if tokens}
+    return {**means, "cf_rows": total["cf_rows"], "skipped_rows": total["skipped_rows"]}
 
 
 def mean_loss(history: Sequence[Mapping[str, Any]]) -> float:
-    """The mean loss of all optimizer steps, from the logs, each a mean since the last one."""
+    """Return the mean loss of all optimizer steps from the logs, each a mean since the last one."""
     total, reached = 0.0, 0
     for log in history:
         if "loss" in log:
@@ -96,10 +92,10 @@ class Objective:
             denominators: (n_kd, n_cd), the label tokens of the whole optimizer step, [2].
 
         Returns:
-            the loss with its graph, and the batch's `SUMS`, float64 [len(SUMS)] on the CPU.
+            The loss with its graph, and the batch's `SUMS`, float64 [len(SUMS)] on the CPU.
 
         Raises:
-            RuntimeError: the student's loss is NaN; names the rows.
+            RuntimeError: the student's loss is NaN; the sentence names the rows.
         """
         at = batch["loss_mask"]
         sequence = at.nonzero()[:, 0]  # the row of the batch that each label token belongs to
@@ -153,14 +149,18 @@ class Objective:
         """Compare both models' heads with their own logits on a batch; these are formed in full.
 
         Raises:
-            ValueError: a head does not give its model's logits.
+            ValueError: a key is missing in the batch, or a head does not give its model's logits.
         """
-        keys = ("input_ids", "attention_mask", "loss_mask")
-        for hook, prefix in ((self.student, ""), (self.teacher, "teacher_")):
-            hook.check(*(batch[prefix + key] for key in keys))
+        if lacking := [key for key in KEYS if key not in batch]:
+            raise ValueError(
+                f"data_collator: must return the keys {', '.join(KEYS)}, got none of "
+                f"{', '.join(lacking)}"
+            )
+        self.student.check(*(batch[key] for key in KEYS[:3]))
+        self.teacher.check(*(batch[key] for key in KEYS[3:6]))
 
     def from_sums(self, sums: Tensor) -> float:
-        """The loss of a whole dataset from its `SUMS`."""
+        """Return the loss of a whole dataset from its `SUMS`."""
         kd_kl, cd_kl, n_kd, n_cd = sums[:4].tolist()
         if self.kd_weight == "pool" or not n_kd or not n_cd:
             mean = (kd_kl + cd_kl) / max(n_kd + n_cd, 1)
@@ -196,7 +196,7 @@ def _sums(
     live: Tensor,
     batch: Batch,
 ) -> tuple[Tensor, bool]:
-    """The batch's `SUMS`, and whether a token's KL is NaN; one transfer from the device for all."""
+    """Return the batch's `SUMS`, and whether a KL is NaN, by one transfer from the device."""
     counts = weights > 0
     kd, cd = counts & ~counterfactual, counts & counterfactual
     cf_rows = batch["counterfactual"] & batch["loss_mask"].any(dim=1)

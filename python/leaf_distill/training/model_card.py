@@ -1,4 +1,4 @@
-"""The README.md of a trained student: its origin, its training, what was measured."""
+"""The README.md of a trained student: its origin, its training and its measures."""
 
 from __future__ import annotations
 
@@ -25,13 +25,23 @@ _CITATION = """\
 ```"""
 
 
+_DETECTED = (
+    *("strategy", "threshold", "rule", "cap", "teacher_max", "join_gap", "min_length"),
+    *("validate", "select", "completion_source", "seed"),
+)
+_SETTINGS = (
+    *("originals_per_step", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim"),
+    *("kd_weight", "temperature", "max_length", "disable_dropout", "bf16", "fp16", "seed"),
+)
 _CONTROLS = ("random_tokens", "random_spans", "perplexity", "student_saliency")
 
 
 def model_card(arguments: DistillArguments, config: LeafConfig, metrics: Mapping[str, Any]) -> str:
-    """The card as Markdown, with the metadata that the Hub reads on top.
+    """Return the card as Markdown, with the metadata that the Hub reads on top.
 
-    `metrics` is what `metrics.json` holds; its `detected` are the settings of `leaf detect`.
+    Args:
+        arguments, config: the settings of the run.
+        metrics: the content of `metrics.json`; its `detected` are the settings of `leaf detect`.
     """
     versions = ", ".join(f"{name} {found}" for name, found in package_versions().items())
     return "\n".join(
@@ -40,7 +50,7 @@ def model_card(arguments: DistillArguments, config: LeafConfig, metrics: Mapping
             f"\n# {Path(str(config.output_dir)).name}\n",
             f"`{arguments.student}`, distilled from `{arguments.teacher}` {_method(metrics)}\n",
             f"## Data\n\n{_data(arguments, metrics)}\n",
-            f"## Settings\n\n{_settings(arguments, config)}\n",
+            f"## Settings\n\n{_settings(arguments, config, metrics)}\n",
             f"## Measured\n\n{_measured(metrics)}\n",
             f"## Versions\n\n{versions}\n",
             f"## Citation\n\n{_CITATION}\n",
@@ -66,33 +76,16 @@ def _method(metrics: Mapping[str, Any]) -> str:
 def _data(arguments: DistillArguments, metrics: Mapping[str, Any]) -> str:
     rows = metrics["rows"]
     left_out = ", ".join(f"{count} {reason}" for reason, count in rows["left_out"].items())
-    lines = [
+    text = (
         f"{rows['originals']} originals and {rows['counterfactuals']} counterfactuals "
         f"({rows['label_tokens']} label tokens) of `{arguments.dataset}` "
         f"(sha256 of the rows {metrics['dataset_sha256'][:16]}); left out: {left_out or 'none'}."
-    ]
-    names = {
-        "strategy": "what is cut",
-        "threshold": "threshold",
-        "rule": "rule of the threshold",
-        "cap": "cap of the quantile rule",
-        "teacher_max": "highest teacher saliency",
-        "join_gap": "tokens between joined spans",
-        "min_length": "shortest span",
-        "validate": "who must answer a cut prompt correctly",
-        "select": "rows that were searched",
-        "completion_source": "whose completion",
-        "seed": "seed of the controls",
-    }
-    found = {"strategy": ", ".join(metrics["strategies"])} | dict(metrics["detected"])
-    shown = [
-        (label, str(found[name]))
-        for name, label in names.items()
-        if found.get(name) not in (None, "")
-    ]
-    if rows["counterfactuals"]:
-        lines.append(_table(("`leaf detect`", "value"), shown))
-    return "\n\n".join(lines)
+    )
+    if not rows["counterfactuals"]:
+        return text
+    found = {**metrics["detected"], "strategy": ", ".join(metrics["strategies"])}
+    shown = [(name, str(found[name])) for name in _DETECTED if found.get(name) not in (None, "")]
+    return f"{text}\n\n{markdown_table([('setting of `leaf detect`', 'value'), *shown])}"
 
 
 def _metadata(arguments: DistillArguments) -> dict[str, object]:
@@ -111,33 +104,23 @@ def _metadata(arguments: DistillArguments) -> dict[str, object]:
     return metadata
 
 
-def _settings(arguments: DistillArguments, config: LeafConfig) -> str:
-    weight = config.kd_weight
-    steps = config.max_steps > 0
-    entries: dict[str, object] = {
-        "originals per step": config.originals_per_step,
-        "optimizer steps" if steps else "epochs": config.max_steps
-        if steps
-        else config.num_train_epochs,
-        "learning rate": f"{config.learning_rate:g}, {_value(config.lr_scheduler_type)}, "
-        f"{config.warmup_steps:g} warm-up steps",
-        "optimizer": _value(config.optim),
-        "kd_weight": "pool (every token counts the same)" if weight == "pool" else weight,
-        "temperature": config.temperature,
-        "max length": config.max_length,
-        "dropout": "off" if config.disable_dropout else "as the model has it",
-        "autocast": "bfloat16" if config.bf16 else "float16" if config.fp16 else "none",
-        "seed": config.seed,
-    }
+def _settings(arguments: DistillArguments, config: LeafConfig, metrics: Mapping[str, Any]) -> str:
+    length = "max_steps" if config.max_steps > 0 else "num_train_epochs"
+    lines = [("setting", "value")]
+    for name in (length, *_SETTINGS):
+        value = getattr(config, name)
+        lines.append((name, str(value.value if isinstance(value, Enum) else value)))
+    if changes := metrics["changes"]:
+        lines.append(("changed on the way", "; ".join(changes)))
     if arguments.lora_r is not None:
         alpha = arguments.lora_alpha or 2 * arguments.lora_r
         where = ", ".join(arguments.lora_target_modules or ["all linear layers but the head"])
-        entries["LoRA"] = f"rank {arguments.lora_r}, alpha {alpha}, {where}"
-    return _table(("setting", "value"), [(name, str(value)) for name, value in entries.items()])
+        lines.append(("LoRA", f"rank {arguments.lora_r}, alpha {alpha}, {where}"))
+    return markdown_table(lines)
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:
-    """The first and the last logged window, and the evaluation, where there are any."""
+    """Return the first and the last logged window, and the evaluation, if there are any."""
     logs = [log for log in metrics["log"] if "loss" in log]
     columns: list[tuple[str, Mapping[str, float]]] = []
     for i in sorted({0, len(logs) - 1}) if logs else ():
@@ -158,16 +141,13 @@ def _measured(metrics: Mapping[str, Any]) -> str:
         (label, *(f"{column[name]:.4f}" if name in column else "" for _, column in columns))
         for name, label in names.items()
     ]
-    table = _table(("", *(title for title, _ in columns)), lines)
+    table = markdown_table([("", *(title for title, _ in columns)), *lines])
     mean = f"Mean training loss over the whole run: {metrics['train']['train_loss']:.4f}."
     return f"{table}\n\n{mean} The columns of the training are means over different rows."
 
 
-def _table(head: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
-    rule = tuple("---" for _ in head)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
-
-
-def _value(setting: object) -> str:
-    """TrainingArguments turns some words into members of an Enum."""
-    return str(setting.value if isinstance(setting, Enum) else setting)
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table whose first line is the head; columns after the first are numbers."""
+    head, *rows = lines
+    rule = ("---", *("---:" for _ in head[1:]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))

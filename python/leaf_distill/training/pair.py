@@ -1,8 +1,9 @@
-"""The two models of a training and their tokenizers, by name or in memory, and their checks."""
+"""The two models of a training and their tokenizers, by name or in memory, checked together."""
 
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from leaf_distill.config import json_object
-from leaf_distill.data.example import ROLES, Role
+from leaf_distill.data.collator import ExampleDataset, prepare_dataset
+from leaf_distill.data.example import ROLES, Example, Role
 from leaf_distill.data.prompt import Renderer
+from leaf_distill.data.template import template_differences
 from leaf_distill.models.checks import check_causal, embedding_rows, max_positions, warm_up
-from leaf_distill.models.loading import check_same_tokenizer, load_model, load_tokenizer
+from leaf_distill.models.loading import load_model
+from leaf_distill.models.source import named
+from leaf_distill.models.tokenizer import check_same_tokenizer, load_tokenizer
 from leaf_distill.training.config import LeafConfig
 
 logger = logging.getLogger(__name__)
@@ -23,38 +28,24 @@ Model = str | nn.Module
 
 @dataclass(frozen=True)
 class Pair:
-    """Student and teacher as LeafTrainer needs them."""
+    """Student and teacher as LeafTrainer needs them.
+
+    max_length: tokens that a row may have in all, at most the positions of either model.
+    """
 
     models: dict[Role, Any]
-    tokenizers: dict[Role, PreTrainedTokenizerBase]
+    renderers: dict[Role, Renderer]
+    max_length: int
 
-    def renderers(self, args: LeafConfig) -> dict[Role, Renderer]:
-        """Make the renderer of each model."""
-        return {role: make_renderer(one, args) for role, one in self.tokenizers.items()}
-
-    @property
-    def embedding_rows(self) -> dict[Role, int]:
-        """How many token ids each model's embedding has."""
-        return {role: embedding_rows(model) for role, model in self.models.items()}
-
-    def max_length(self, wanted: int) -> int:
-        """The tokens that a row may have: `wanted`, or a model's positions where these are less."""
-        for role, model in self.models.items():
-            positions = max_positions(model.config)
-            if positions is not None and positions < wanted:
-                logger.info("max_length is %d: the %s has no more positions", positions, role)
-                wanted = positions
-        return wanted
-
-
-def make_renderer(tokenizer: PreTrainedTokenizerBase, args: LeafConfig) -> Renderer:
-    """The renderer of a model, as the settings have it."""
-    return Renderer(
-        tokenizer,
-        chat_template=args.chat_template,
-        system_prompt=args.system_prompt,
-        template_kwargs=json_object(args.chat_template_kwargs, "chat_template_kwargs"),
-    )
+    def prepare(self, rows: Any, name: str) -> tuple[ExampleDataset, list[Example]]:
+        """Render rows for both models; see `prepare_dataset`."""
+        return prepare_dataset(
+            rows,
+            self.renderers,
+            max_length=self.max_length,
+            embedding_rows={role: embedding_rows(model) for role, model in self.models.items()},
+            name=name,
+        )
 
 
 def make_pair(
@@ -75,14 +66,28 @@ def make_pair(
     else float32. A tokenizer that is not given is loaded from the model's name; the teacher's is
     the student's where its model has no name.
 
+    Logs how the two models' prompts differ, and positions fewer than `args.max_length`.
+
+    Args:
+        args: the settings.
+        model, teacher_model: models in memory, or names.
+        tokenizer, teacher_tokenizer: of the student and of the teacher.
+        teacher_dtype: of a teacher that is given by name.
+        trust_remote_code: whether code that comes with a named model may run.
+        peft_config: the adapter to wrap the student in.
+
     Raises:
         ValueError: a model or tokenizer cannot be read, the student has no tokenizer, or the two
             models do not share one vocabulary or do share weights.
     """
     tokenizer = tokenizer or _own_tokenizer(model, trust_remote_code)
     if tokenizer is None:
-        raise ValueError("processing_class: must be the student's tokenizer, got None")
-    theirs = teacher_tokenizer or _own_tokenizer(teacher_model, trust_remote_code) or tokenizer
+        raise ValueError(
+            "processing_class: must be the student's tokenizer, got None; give it, since the model "
+            "names no place that has one"
+        )
+    with named("teacher_model"):
+        theirs = teacher_tokenizer or _own_tokenizer(teacher_model, trust_remote_code) or tokenizer
     if theirs is not tokenizer:
         check_same_tokenizer(theirs, tokenizer)
     if teacher_dtype == "auto":
@@ -103,16 +108,39 @@ def make_pair(
             warm_up()
             check_causal(models[role], type(models[role]).__name__)
         _check_vocabulary(role, models[role], tokenizers[role])
-    own = {id(parameter) for parameter in models["student"].parameters()}
-    if own & {id(parameter) for parameter in models["teacher"].parameters()}:
-        raise ValueError("teacher_model: must be a model of its own, got the student's weights")
+    _check_apart(models["student"], models["teacher"])
     if peft_config is not None:
         set_seed(args.seed)  # an adapter begins with random weights
         models["student"] = _wrap(models["student"], peft_config)
-    return Pair(models, tokenizers)
+    if args.disable_dropout:
+        _disable_dropout(models["student"])
+    models["teacher"].eval().requires_grad_(False).to(args.device)
+    renderers = {role: _renderer(tokenizer, args) for role, tokenizer in tokenizers.items()}
+    templates = [renderers[role].template for role in ("teacher", "student")]
+    for sentence in template_differences(*templates):
+        logger.warning("%s", sentence)
+    return Pair(models, renderers, _max_length(models, args.max_length))
 
 
-def disable_dropout(model: nn.Module) -> None:
+def _renderer(tokenizer: PreTrainedTokenizerBase, args: LeafConfig) -> Renderer:
+    return Renderer(
+        tokenizer,
+        chat_template=args.chat_template,
+        system_prompt=args.system_prompt,
+        template_kwargs=json_object(args.chat_template_kwargs, "chat_template_kwargs"),
+    )
+
+
+def _max_length(models: dict[Role, Any], wanted: int) -> int:
+    for role, model in models.items():
+        positions = max_positions(model.config)
+        if positions is not None and positions < wanted:
+            logger.info("max_length is %d: the %s has no more positions", positions, role)
+            wanted = positions
+    return wanted
+
+
+def _disable_dropout(model: nn.Module) -> None:
     """Set every dropout of a model to 0, also those that attention takes from an attribute."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -122,24 +150,37 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _wrap(model: Any, peft_config: Any) -> Any:
+def import_peft(argument: str) -> Any:
+    """Return the package peft; ValueError where it is not installed."""
     try:
         import peft
     except ImportError as error:
-        raise ValueError("peft_config: needs the package peft: pip install peft") from error
+        raise ValueError(
+            f"{argument}: must come with the package peft, got none; pip install peft"
+        ) from error
+    return peft
+
+
+def _wrap(model: Any, peft_config: Any) -> Any:
+    peft = import_peft("peft_config")
     if isinstance(model, peft.PeftModel):
         raise ValueError(
-            "peft_config: must be left out (lora_r on the command line), since the student is an "
-            "adapter already"
+            "lora_r (peft_config): must be left out for a student that is an adapter already, "
+            "which then trains on"
         )
     try:
-        return peft.get_peft_model(model, peft_config)
+        wrapped = peft.get_peft_model(model, peft_config)
     except ValueError as error:  # such as modules that the model has not
-        raise ValueError(f"peft_config: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"lora_r (peft_config): {str(error).splitlines()[0]}") from error
+    for config in wrapped.peft_config.values():
+        base = config.base_model_name_or_path or ""
+        if os.path.isdir(base):  # else the adapter would be found from this directory only
+            config.base_model_name_or_path = os.path.abspath(base)
+    return wrapped
 
 
 def _own_tokenizer(model: Model, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model's weights; None for a model in memory without one."""
+    """Return the tokenizer beside a model's weights; None for a model in memory without one."""
     if isinstance(model, str):
         return load_tokenizer(model, trust_remote_code=trust_remote_code)
     name = str(getattr(model, "name_or_path", "") or "")
@@ -149,8 +190,15 @@ def _own_tokenizer(model: Model, trust_remote_code: bool) -> PreTrainedTokenizer
         return None
 
 
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    if set(map(id, student.parameters())) & set(map(id, teacher.parameters())):
+        raise ValueError(
+            "teacher_model: must have weights of its own, got the student's; load it again"
+        )
+
+
 def _check_vocabulary(role: Role, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every token but an added one must have an embedding; a padded vocabulary has more."""
+    """Check that all tokens but added ones have an embedding; a padded vocabulary has more."""
     rows = embedding_rows(model)
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_encoder
     token = max((one for one in vocabulary if one not in added), key=vocabulary.__getitem__)

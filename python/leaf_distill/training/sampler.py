@@ -1,18 +1,20 @@
-"""Which rows a rank sees in a pass: originals once an epoch, counterfactuals spread evenly."""
+"""The rows of each batch: originals once an epoch, counterfactuals spread evenly over them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import TrainingArguments
 
 from leaf_distill.data.collator import FILLER
 from leaf_distill.data.example import Example
 
 
 class StepSampler(Sampler[list[int]]):
-    """One rank's batches of an epoch, `batch_size` originals each with their counterfactuals.
+    """Yields one rank's batches of an epoch: `batch_size` originals and their counterfactuals.
 
     The originals are shuffled and cut into optimizer steps of `batch_size * accumulation *
     world_size`. Of O originals and C counterfactuals, the batch that holds the originals [a, b) of
@@ -20,7 +22,17 @@ class StepSampler(Sampler[list[int]]):
     to within one row, and the rows of a step do not depend on how ranks and accumulation steps
     divide it. Every rank has the same number of batches; one that runs dry gets `FILLER`.
 
-    Raises ValueError when there are no originals, or fewer than a step and `drop_last`.
+    Args:
+        originals, counterfactuals: indices of the rows.
+        batch_size: originals in a batch of one rank.
+        accumulation: batches of a rank in an optimizer step.
+        world_size, rank: how many ranks there are, and which one this is.
+        seed: of the order, together with the epoch.
+        shuffle: whether the rows are shuffled at all.
+        drop_last: whether originals that do not fill a step are left out.
+
+    Raises:
+        ValueError: there are no originals, or fewer than a step and `drop_last`.
     """
 
     def __init__(
@@ -47,7 +59,7 @@ class StepSampler(Sampler[list[int]]):
         self._used = count - count % step if drop_last else count
         if not self._used:
             needed = f"at least {step} (drop_last)" if drop_last else "at least one"
-            raise ValueError(f"dataset: must have {needed} original rows, got {count}")
+            raise ValueError(f"dataset: must have {needed} original rows, got {count}; give more")
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration follows."""
@@ -71,9 +83,32 @@ class StepSampler(Sampler[list[int]]):
             yield [*originals[start:stop].tolist(), *share.tolist()] or [FILLER]
 
 
-class EpochLoader(DataLoader[Example]):
-    """A DataLoader that hands the epoch on, as the training loop asks, to its StepSampler."""
+class StepLoader(DataLoader[Example]):
+    """Loads the batches of a StepSampler, to which it hands the epoch on.
 
-    def set_epoch(self, epoch: int) -> None:
-        if isinstance(sampler := self.batch_sampler, StepSampler):
-            sampler.set_epoch(epoch)
+    Args:
+        dataset: rows by index.
+        sampler: the indices of each batch.
+        args: the settings of workers and memory.
+        collate: makes a batch of Examples.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Example],
+        sampler: StepSampler,
+        args: TrainingArguments,
+        collate: Callable[[Any], Any],
+    ) -> None:
+        super().__init__(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+        )
+        self.set_epoch = sampler.set_epoch

@@ -11,25 +11,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from leaf_distill.data.collator import (
-    Batch,
-    ExampleDataset,
-    collate,
-    prepare_dataset,
-    split_batch,
-)
+from leaf_distill.data.collator import Batch, ExampleDataset, collate, split_batch
 from leaf_distill.data.example import Example
 from leaf_distill.models.lm_head import LMHeadHook
-from leaf_distill.training.callbacks import CompleteLogs, SetLearningRate, WriteManifest
+from leaf_distill.models.loading import without_progress_bars
+from leaf_distill.training.callbacks import (
+    CompleteLogs,
+    LogLines,
+    ProgressBar,
+    SetLearningRate,
+    WriteManifest,
+)
 from leaf_distill.training.checkpoint import all_finite, find_checkpoint
 from leaf_distill.training.config import LeafConfig
-from leaf_distill.training.inputs import find_dataset
 from leaf_distill.training.loss import CURE, SUMS, Objective, count_labels, mean_loss, metrics
-from leaf_distill.training.pair import Model, disable_dropout, make_pair
-from leaf_distill.training.sampler import EpochLoader, StepSampler
+from leaf_distill.training.pair import Model, make_pair
+from leaf_distill.training.sampler import StepLoader, StepSampler
 from leaf_ext import linear_dual_kl
 
 
@@ -92,7 +94,7 @@ class LeafTrainer(Trainer):
         trust_remote_code: bool = False,
     ) -> None:
         if not isinstance(args, LeafConfig):
-            raise ValueError(f"args: must be a LeafConfig, got {type(args).__name__}")
+            raise ValueError(f"args: must be a LeafConfig, got a {type(args).__name__}; convert it")
         self._pair = make_pair(
             args,
             model,
@@ -103,65 +105,55 @@ class LeafTrainer(Trainer):
             trust_remote_code=trust_remote_code,
             peft_config=peft_config,
         )
-        self._renderers = self._pair.renderers(args)
-        self._max_length = self._pair.max_length(args.max_length)
-        student, teacher = self._pair.models["student"], self._pair.models["teacher"]
+        student, self.teacher_model = self._pair.models["student"], self._pair.models["teacher"]
         self.left_out: list[Example] = []
         """Training rows that were left out, each with its `outcome`."""
         train_rows = None
         if train_dataset is not None:
-            train_rows, self.left_out = self._prepare(train_dataset, "train_dataset")
-        one, backend = torch.ones(1, 1, device=args.device), cast(Any, args.backend)
-        linear_dual_kl(one, one, one, one, one[0], backend=backend)  # it may not be there
+            train_rows, self.left_out = self._pair.prepare(train_dataset, "train_dataset")
+        one = torch.ones(1, 1, device=args.device)
+        linear_dual_kl(one, one, one, one, one[0], backend=cast(Any, args.backend))  # is it there?
         self._objective = Objective(
             LMHeadHook(student, "student"),
-            LMHeadHook(teacher, "teacher"),
+            LMHeadHook(self.teacher_model, "teacher"),
             args.kd_weight,
             args.temperature,
             args.backend,
         )
-        if args.disable_dropout:
-            disable_dropout(student)
-        own = [CompleteLogs(), WriteManifest()]
-        if optimizers[0] is None:
-            own.append(SetLearningRate())
+        own = [CompleteLogs(), LogLines(), WriteManifest()]
+        own += [] if optimizers[0] else [SetLearningRate()]
         super().__init__(
             model=student,
             args=args,
             data_collator=data_collator or collate,
             train_dataset=train_rows,
             eval_dataset=self._prepare_eval(eval_dataset),
-            processing_class=self._pair.tokenizers["student"],
+            processing_class=self._pair.renderers["student"].tokenizer,
             compute_metrics=cast(Any, compute_metrics),
             callbacks=[*own, *(callbacks or [])],
             optimizers=optimizers,
         )
+        self.pop_callback(PrinterCallback if args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        if not args.disable_tqdm:
+            self.add_callback(ProgressBar)
         # The Trainer then leaves the loss as it is: it is already a mean over the whole step.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
-        self.teacher_model = teacher.eval().requires_grad_(False).to(args.device)
         self._sums = self._eval_sums = _zeros()
         self._steps_without_cf = 0
 
     # ---- data ----
 
-    def _prepare(self, rows: Any, name: str) -> tuple[ExampleDataset, list[Example]]:
-        return prepare_dataset(
-            find_dataset(rows) if isinstance(rows, str) else rows,
-            self._renderers,
-            max_length=self._max_length,
-            embedding_rows=self._pair.embedding_rows,
-            name=name,
-        )
-
-    def _prepare_eval(self, dataset: Any) -> ExampleDataset | dict[str, ExampleDataset] | None:
-        if isinstance(dataset, Mapping):
-            return {name: self._prepare(rows, name)[0] for name, rows in dataset.items()}
-        return None if dataset is None else self._prepare(dataset, "eval_dataset")[0]
+    def _prepare_eval(self, rows: Any) -> Any:
+        if isinstance(rows, Mapping):
+            return {name: self._pair.prepare(part, name)[0] for name, part in rows.items()}
+        if rows is None or isinstance(rows, ExampleDataset):
+            return rows
+        return self._pair.prepare(rows, "eval_dataset")[0]
 
     def get_train_dataloader(self) -> DataLoader[Example]:
-        """This rank's batches; accelerate must not shard them again, the sampler knows its rank."""
+        """Return this rank's batches, which accelerate must not share among the ranks again."""
         if self.train_dataset is None:
-            raise ValueError("train_dataset: is needed for training, got None")
+            raise ValueError("train_dataset: must be given for a training, got None; give rows")
         sampler = StepSampler(
             self.train_dataset.originals,
             self.train_dataset.counterfactuals,
@@ -172,17 +164,16 @@ class LeafTrainer(Trainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=self.args.dataloader_drop_last,
         )
-        return self._loader(self.train_dataset, sampler)
+        return StepLoader(self.train_dataset, sampler, self.args, self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Example]:
-        """This rank's share of the evaluation rows, each row on exactly one rank."""
+        """Return this rank's share of the evaluation rows, each row on exactly one rank."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str) and isinstance(self.eval_dataset, dict):
             dataset = self.eval_dataset[dataset]
         if dataset is None:
-            raise ValueError("eval_dataset: is needed for an evaluation, got None")
-        if not isinstance(dataset, ExampleDataset):
-            dataset, _ = self._prepare(dataset, "eval_dataset")
+            raise ValueError("eval_dataset: must be given for an evaluation, got None; give rows")
+        dataset = self._prepare_eval(dataset)
         sampler = StepSampler(
             range(len(dataset)),
             batch_size=self.args.per_device_eval_batch_size,
@@ -190,20 +181,7 @@ class LeafTrainer(Trainer):
             rank=self.args.process_index,
             shuffle=False,
         )
-        return self._loader(dataset, sampler)
-
-    def _loader(self, dataset: ExampleDataset, sampler: StepSampler) -> DataLoader[Example]:
-        return EpochLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
-            in_order=self.args.dataloader_in_order,
-        )
+        return StepLoader(dataset, sampler, self.args, self.data_collator)
 
     # ---- training ----
 
@@ -215,10 +193,15 @@ class LeafTrainer(Trainer):
     ) -> TrainOutput:
         """Train, after comparing both models' heads with their own logits on one row.
 
-        `resume_from_checkpoint=True` goes on from the newest checkpoint that is whole; a newer one
-        that is damaged or not finite is named in the log and passed over. The learning rate is the
-        one of `args`, also when a checkpoint was written with another. `train_loss` is the mean
-        over the whole run.
+        The learning rate is the one of `args`, also when a checkpoint was written with another.
+
+        Args:
+            resume_from_checkpoint: the checkpoint to go on from, or True for the newest whole one;
+                a newer one that is damaged or not finite is named in the log and passed over.
+            trial, ignore_keys_for_eval: as for `transformers.Trainer`.
+
+        Returns:
+            The steps, and `train_loss`, the mean over the whole run.
 
         Raises:
             ValueError: a head does not give its model's logits, or the named checkpoint is not
@@ -228,44 +211,33 @@ class LeafTrainer(Trainer):
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = find_checkpoint(resume_from_checkpoint, Path(str(self.args.output_dir)))
-        self._check_heads()
+        if self.train_dataset is not None:
+            make: Any = self.data_collator  # the Trainer's own takes dicts only
+            self._objective.check(self._prepare_inputs(make([self.train_dataset.shortest])))
         self._sums, self._steps_without_cf = _zeros(), 0
-        if checkpoint is not None and self._is_at_the_end(checkpoint):
-            return self._take(checkpoint)
+        if checkpoint is not None and (output := self._take_last(checkpoint)) is not None:
+            return output
         output = super().train(checkpoint, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics["train_loss"])
 
-    def _is_at_the_end(self, checkpoint: str) -> bool:
-        """Whether nothing is left to train, and the weights are plain files."""
+    def _take_last(self, checkpoint: str) -> TrainOutput | None:
+        """Take a checkpoint of the last step as the result; transformers would train a step more.
+
+        Returns None for an earlier one, and for one whose weights are no plain files.
+        """
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        plain = any(Path(checkpoint).glob("*.safetensors"))
-        return plain and state.global_step >= max_steps
-
-    def _take(self, checkpoint: str) -> TrainOutput:
-        """Take a checkpoint as the result; transformers would train one more step."""
+        if state.global_step < max_steps or not any(Path(checkpoint).glob("*.safetensors")):
+            return None
         self._load_from_checkpoint(checkpoint)
-        self.state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        loss = mean_loss(self.state.log_history)
-        return TrainOutput(self.state.global_step, loss, {"train_loss": loss})
-
-    def _check_heads(self) -> None:
-        if self.train_dataset is None:
-            return
-        make: Any = self.data_collator  # the Trainer's own takes dicts only
-        batch = make([self.train_dataset.shortest])  # logits in full
-        wanted = collate([self.train_dataset.shortest]).keys()
-        if lacking := sorted(wanted - batch.keys()):
-            raise ValueError(
-                f"data_collator: must return the keys {', '.join(sorted(wanted))}, got none of "
-                f"{', '.join(lacking)}"
-            )
-        self._objective.check(self._prepare_inputs(batch))
+        self.state = state
+        loss = mean_loss(state.log_history)
+        return TrainOutput(state.global_step, loss, {"train_loss": loss})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """An optimizer step's batches, and (n_kd, n_cd), its label tokens on all ranks."""
+        """Return an optimizer step's batches, and (n_kd, n_cd), its label tokens on all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, dtype=torch.int64)
         for batch in batches:
@@ -281,7 +253,7 @@ class LeafTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One batch, forward and backward, in passes of at most `max_batch_tokens`."""
+        """Run a batch forward and backward, in passes of at most `max_batch_tokens`."""
         at_least = int(inputs.pop("passes", 1))
         parts = split_batch(inputs, self.args.max_batch_tokens, at_least=at_least)
         gradients, losses = self.accelerator.gradient_state, []
@@ -300,9 +272,9 @@ class LeafTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """This pass's part of the step's loss, times the ranks, over which DDP takes the mean."""
+        """Return this pass's part of the step's loss, times the ranks, whose mean DDP takes."""
         if return_outputs:
-            raise ValueError("return_outputs: must be False, the logits are never formed")
+            raise ValueError("return_outputs: must be False, got True; the logits are never formed")
         counts = num_items_in_batch
         loss, sums = self._objective(
             model, inputs, counts if isinstance(counts, Tensor) else count_labels(inputs)
@@ -331,10 +303,11 @@ class LeafTrainer(Trainer):
                 f"the student's weights are not finite after step {self.state.global_step}, and "
                 f"were not saved. {CURE}"
             )
-        super().save_model(output_dir, _internal_call)
+        with without_progress_bars():
+            super().save_model(output_dir, _internal_call)
 
     def _of_ranks(self, values: Tensor) -> Tensor:
-        """The values of every rank, stacked."""
+        """Return the values of all ranks, stacked."""
         if self.args.world_size == 1:
             return values[None]
         gathered: Tensor = self.accelerator.gather(values[None].to(self.args.device))
@@ -349,7 +322,7 @@ class LeafTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """One evaluation batch; its sums count, the mean that the Trainer would take does not."""
+        """Measure one batch; its sums count, and not the mean that the Trainer would take."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, sums = self._objective(model, inputs, count_labels(inputs))
@@ -364,7 +337,7 @@ class LeafTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As the Trainer's, with the loss of the whole dataset instead of a mean over batches."""
+        """Evaluate, with the loss of the whole dataset in place of a mean over batches."""
         self._eval_sums = _zeros()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

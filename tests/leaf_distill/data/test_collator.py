@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from distill_pair import TEMPLATE, WORDS, make_rows, make_tokenizer, render
+from hypothesis import given
+from hypothesis import strategies as st
 
 from leaf_distill.data.collator import (
     FILLER,
@@ -16,6 +18,7 @@ from leaf_distill.data.collator import (
     ExampleDataset,
     collate,
     count_reasons,
+    plan_batches,
     render_examples,
     split_batch,
 )
@@ -188,6 +191,21 @@ def test_passes_without_labels_are_added_for_ranks_in_step() -> None:
     parts = split_batch(batch, 10_000, at_least=3)
     assert len(parts) == 3 and parts[-1] is batch
     assert not any(part["loss_mask"].any() for part in parts[:-1])
+
+
+@given(st.lists(st.integers(1, 50)), st.integers(1, 120))
+def test_plan_holds_every_row_once_and_the_limit(lengths: list[int], limit: int) -> None:
+    plan = plan_batches(lengths, max_tokens=limit)
+    assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
+    widths = [max(lengths[i] for i in batch) for batch in plan]
+    assert widths == sorted(widths, reverse=True)
+    for batch, width in zip(plan, widths, strict=True):
+        assert len(batch) == 1 or len(batch) * width <= limit
+    for batch, width in list(zip(plan, widths, strict=True))[:-1]:
+        assert (len(batch) + 1) * width > limit  # full
+    assert plan == plan_batches(lengths, max_tokens=limit)
+    with pytest.raises(ValueError, match="max_tokens: must be at least 1"):
+        plan_batches([1], max_tokens=0)
 
 
 # ---- the sampler ----

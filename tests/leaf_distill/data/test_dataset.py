@@ -91,7 +91,7 @@ def test_the_layout_is_read_per_row(tmp_path: Path) -> None:
     assert examples[2].outcome == (
         "rows",
         "no_layout",
-        "No known layout has the columns ['title', 'body'].",
+        "no known layout has the columns ['title', 'body']",
     )
     assert examples[3].outcome is not None and examples[3].outcome.reason == "no_layout"
     table = pa.Table.from_pylist([{**ROW, "messages": None}, {"messages": [USER, REPLY]}])
@@ -407,6 +407,37 @@ def test_branches_as_people_hand_them_over() -> None:
             load_examples([rows[0], {**rows[1], **wrong}])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"row_id": 2**70}, "row_id: must be a whole number of 64 bits"),
+        ({"candidate_id": -(2**70)}, "candidate_id: must be a whole number of 64 bits"),
+        ({"strategy": 5}, "strategy: must be the name of one, got 5"),
+        ({"strategy": "\ud800"}, "strategy: must be the name of one"),
+        ({"cut": [[5, 1]]}, "cut: must be pairs of characters, start before stop"),
+        ({"cut": [[0, 2**70]]}, "cut: must be pairs of characters"),
+    ],
+)
+def test_malformed_columns_beside_branch(wrong: dict[str, Any], sentence: str) -> None:
+    rows = [{**ROW, "branch": "original"}, {**ROW, "branch": "counterfactual", **wrong}]
+    with pytest.raises(ValueError, match=f"^dataset: row 1: {sentence}"):
+        load_examples(rows)
+
+
+def test_text_that_is_no_utf8_in_parquet(tmp_path: Path) -> None:
+    offsets = pa.array([0, 3], pa.int32()).buffers()[1]
+    text = pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"a\xffb"))
+    pq.write_table(pa.table({"prompt": text, "completion": ["x"]}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"rows\.parquet: must be a Parquet file, got 'utf-8'"):
+        load_examples(tmp_path / "rows.parquet")
+
+
+def test_two_csv_columns_of_one_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,prompt,completion\na,b,c\n")
+    with pytest.raises(ValueError, match=r"another name for each column, got \['prompt'\]"):
+        load_examples(tmp_path / "rows.csv")
+
+
 def test_a_column_of_ones_own_called_branch() -> None:
     rows = [{**ROW, "branch": branch, "row_id": "a"} for branch in ("original", "main", 3, [1])]
     examples = load_examples(rows)
@@ -469,7 +500,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_rows: must be at least 1, got 0"):
         load_examples(source, max_rows=0)
     for missing in ("/nowhere/rows.jsonl", "rows.parquet", "./nowhere", "rows.JSONL.gz"):
-        with pytest.raises(ValueError, match=f"{missing}: must be a file or directory, got none"):
+        with pytest.raises(ValueError, match=f"{missing}: must be a file or directory, or"):
             load_examples(missing)
     with pytest.raises(ValueError, match="must be a name or a path, got an empty text"):
         load_examples("")
@@ -505,6 +536,9 @@ def test_objects_that_are_no_rows(source: Any) -> None:
 def test_unreachable_hub_dataset_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in ("nobody/nothing", "nobody/nothing:main", "a/b/c", "two words"):
+    for name in ("a/b/c", "two words", ":", "\N{SNOWMAN}", "{}"):
+        with pytest.raises(ValueError, match=r"must be a file or directory, or a name on the hub"):
+            load_examples(name)
+    for name in ("nobody/nothing", "nobody/nothing:main"):
         with pytest.raises(ValueError, match=r"\(split 'train'\): must be a file or directory"):
             load_examples(name)

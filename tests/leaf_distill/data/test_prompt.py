@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from leaf_distill.data.example import Example, UnusableRow
-from leaf_distill.data.prompt import Renderer, template_differences
+from leaf_distill.data.prompt import Renderer
+from leaf_distill.data.template import template_differences
 
 NOWHERE = (-1, -1)
 CHATML = (
@@ -298,19 +299,20 @@ def test_no_end_token_is_an_error(make_tokenizer):
 
 
 def test_differences_are_said(make_tokenizer):
+    def between(teacher, student):
+        return template_differences(teacher.template, student.template)
+
     chatml, dated = Renderer(make_tokenizer()), Renderer(make_tokenizer(template="dated"))
-    assert template_differences(chatml, Renderer(make_tokenizer())) == []
-    said = " ".join(template_differences(chatml, dated))
+    assert between(chatml, Renderer(make_tokenizer())) == []
+    said = " ".join(between(chatml, dated))
     assert "chat templates are different" in said and "student writes the date" in said
     assert datetime.now().strftime("%d %B %Y") in said
     system = Renderer(make_tokenizer(), system_prompt="Be brief.")
-    assert "system prompt is None" in template_differences(chatml, system)[0]
+    assert "system prompt is None" in between(chatml, system)[0]
     plain = Renderer(make_tokenizer(), chat_template="none")
-    assert "The teacher gets a chat template" in template_differences(chatml, plain)[0]
+    assert "The teacher gets a chat template" in between(chatml, plain)[0]
     fast = Renderer(make_tokenizer(), template_kwargs={"fast": True})
-    assert template_differences(chatml, fast) == [
-        "The chat template of the student does not read fast."
-    ]
+    assert between(chatml, fast) == ["The chat template of the student does not read fast."]
 
 
 def test_fingerprint_follows_what_decides_the_ids(make_tokenizer):

@@ -10,7 +10,7 @@ from leaf_distill.data.prompt import Renderer
 from leaf_distill.demo import task
 from leaf_distill.demo.run import ASSETS
 from leaf_distill.demo.task import KINDS, Problem, build_tokenizer, make_problem, make_problems
-from leaf_distill.models.loading import load_tokenizer
+from leaf_distill.models.tokenizer import load_tokenizer
 
 EVEN = dict.fromkeys(KINDS, 1.0)
 

@@ -13,7 +13,8 @@ import pytest
 from detect_run import ROWS, run, table
 
 from leaf_distill.config import DetectConfig
-from leaf_distill.detection.arms import arm_name, find_arm
+from leaf_distill.data.source import find_arm
+from leaf_distill.detection.arms import arm_name
 from leaf_distill.io import StoreError, locked
 
 
@@ -24,6 +25,7 @@ from leaf_distill.io import StoreError, locked
         ({"seed": 3, "max_rows": 5, "grade": "exact"}, "span"),
         ({"strategy": "random_spans", "seed": 3}, "random_spans-seed-3"),
         ({"threshold": 0.05, "rule": "quantile"}, "span-threshold-0.05-rule-quantile"),
+        ({"threshold": 0.1000001, "cap": 1.0}, "span-threshold-0.1000001-cap-1"),
         ({"teacher_max": 0.5, "validate": "none"}, "span-teacher_max-0.5-validate-none"),
     ],
 )
@@ -60,7 +62,9 @@ def test_a_replaced_arm_says_what_was_there(
     (arm / "report.html").write_text("a page")
     run(pair, copied, max_rows=12)
     output = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"replaces the arm's results with dataset '.*', max_rows None\.", output)
+    assert re.search(
+        r"Earlier results of this arm, which had dataset '.*', max_rows None, are", output
+    )
     assert "report.html shows the earlier results" in output
     assert (arm / "report.html").read_text() == "a page"
 
@@ -85,7 +89,7 @@ def test_a_model_that_cannot_be_loaded_claims_nothing(pair: dict[str, str], tmp_
     broken = Path(shutil.copytree(pair["student"], tmp_path / "broken"))
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="no model of a causal language model can be read"):
+    with pytest.raises(ValueError, match="from which no model can be read"):
         run(pair | {"student": str(broken)}, tmp_path)
     assert not (tmp_path / "run/run.json").exists()
     run(pair, tmp_path)
@@ -102,7 +106,7 @@ def test_inputs_are_never_outputs(pair: dict[str, str], copied: Path) -> None:
 
 def test_a_file_or_a_foreign_directory_is_refused(pair: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="must be a directory, got the file"):
+    with pytest.raises(ValueError, match=r"must be a directory, got .*file, which is none"):
         run(pair, tmp_path, output_dir=str(tmp_path / "file"))
     (tmp_path / "own/arms").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"with arms but no run\.json"):

@@ -122,7 +122,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path, content: bytes) -> None:
 
 def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="could not be written"):
+    with pytest.raises(StoreError, match="must be a place to write to"):
         RowCache(tmp_path / "file" / "cache")
 
 
@@ -156,4 +156,4 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LEAF_CACHE_DIR")
     assert default_cache_directory() == Path("/b/leaf-distill")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache_directory() == Path.home() / ".cache/leaf-distill"
+    assert default_cache_directory().expanduser() == Path.home() / ".cache/leaf-distill"

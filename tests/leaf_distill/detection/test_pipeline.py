@@ -12,10 +12,12 @@ from typing import Any
 import detect_pair
 import pytest
 import torch
+from datasets import Dataset
 from detect_run import CONFOUNDED, ROWS, check_sums, counts, reasons, run, table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from leaf_distill.detection.pipeline import DetectResult
+from leaf_distill.config import DetectConfig
+from leaf_distill.detection.pipeline import DetectResult, detect
 from leaf_distill.models import loading
 
 
@@ -255,3 +257,54 @@ def test_plain_text_does_without_a_template_that_fails(
         (Path(path) / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
     result = run(names, tmp_path, select="all", chat_template="none")
     check_sums(result, len(ROWS))
+
+
+def test_models_tokenizers_and_rows_in_memory(
+    pair: dict[str, str], finished: DetectResult, tmp_path: Path
+) -> None:
+    models = {role: AutoModelForCausalLM.from_pretrained(path) for role, path in pair.items()}
+    config = DetectConfig(
+        output_dir=str(tmp_path / "run"),
+        cache_dir=str(tmp_path / "cache"),
+        grade="exact",
+        max_new_tokens=4,
+        max_batch_tokens=150,
+        threshold=0.15,
+    )
+    tokenizer = detect_pair.make_tokenizer()
+    for rows in (Dataset.from_list(ROWS), ROWS):
+        result = detect(config, dataset=rows, **models, processing_class=tokenizer)
+        assert table(result.dataset) == table(finished.dataset)
+    assert all(parameter.requires_grad for parameter in models["student"].parameters())
+    with pytest.raises(ValueError, match="teacher: must be given"):
+        detect(config, dataset=ROWS, student=models["student"], processing_class=tokenizer)
+
+
+def test_a_row_with_a_token_that_the_embedding_lacks_leaves(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    grown = {role: Path(shutil.copytree(pair[role], tmp_path / role)) for role in pair}
+    for path in grown.values():
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        rows = json.loads((path / "config.json").read_text())["vocab_size"]
+        missing = rows - len(tokenizer) + 1
+        tokenizer.add_tokens([f"<extra{at}>" for at in range(missing)])
+        tokenizer.save_pretrained(path)
+    last = f"<extra{missing - 1}>"
+    rows_in = [ROWS[0], {**ROWS[1], "prompt": f"{ROWS[1]['prompt']} {last}"}]
+    names = {role: str(path) for role, path in grown.items()}
+    result = run(names, tmp_path, rows_in, select="all", validate="none")
+    assert reasons(result)["outside_vocabulary"] == 1
+    assert last in table(result.outcomes)[-1]["detail"]
+
+
+def test_the_dataset_of_a_run_is_searched_for_its_originals_alone(
+    pair: dict[str, str], finished: DetectResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = run(pair, tmp_path, dataset=str(finished.dataset))
+    assert again.dataset.read_bytes() == finished.dataset.read_bytes()
+    assert "counterfactuals of an earlier run were left out" in capsys.readouterr().out
+    cuts = [line for line in table(finished.dataset) if line["branch"] == "counterfactual"]
+    path = detect_pair.write_rows(tmp_path / "cuts.jsonl", cuts)
+    with pytest.raises(ValueError, match="dataset: must have originals, got"):
+        run(pair, tmp_path, dataset=path)

@@ -104,7 +104,22 @@ def test_a_missing_evaluation_set_is_asked_for(pair: dict[str, str], tmp_path: P
     config, detection, training = settings(pair, tmp_path)
     with pytest.raises(ValueError, match="eval_dataset: must be given"):
         compare(replace(config, eval_dataset=""), detection, training)
+    with pytest.raises(ValueError, match=r"^eval_dataset: gone\.jsonl: must be a file"):
+        compare(replace(config, eval_dataset="gone.jsonl"), detection, training)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_somebody_else_is_left_alone(pair: dict[str, str], tmp_path: Path) -> None:
+    config, detection, training = settings(pair, tmp_path)
+    root = Path(detection.output_dir)
+    root.mkdir(parents=True)
+    for name in ("compare.md", "compare.json", "evaluation/kd/metrics.json", "students/kd/x.bin"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("mine")
+        with pytest.raises(ValueError, match=r"output_dir: must be (new|empty) or"):
+            compare(config, detection, training)
+        assert [path.read_text() for path in root.rglob("*") if path.is_file()] == ["mine"]
+        (root / name).unlink()
 
 
 def test_the_bootstrap_is_that_of_problems() -> None:

@@ -148,11 +148,13 @@ def test_files_of_others_are_left_alone(tmp_path: Path, model: str) -> None:
         ("answers.parquet", "mine"),
     ):
         (root / name).write_text(content)
-        with pytest.raises(ValueError, match=r"output_dir: must be new|metrics\.json: must"):
+        with pytest.raises(ValueError, match=rf"output_dir: must be new.*{name}"):
             evaluate(settings)
         assert (root / name).read_text() == content
         (root / name).unlink()
     evaluate(settings)
+    evaluate(settings)
+    (root / "metrics.json").unlink()  # as a run does that is killed between its two files
     evaluate(settings)
 
 
@@ -176,11 +178,21 @@ def test_a_wrong_setting_claims_no_directory(
     assert not (tmp_path / "out").exists()
 
 
+def test_inputs_are_never_outputs(tmp_path: Path, model: str) -> None:
+    settings = config(tmp_path, model, ROWS[:2])
+    evaluate(settings)
+    own = replace(settings, dataset=str(tmp_path / "out/answers.parquet"))
+    for wrong in (own, replace(settings, output_dir=model)):
+        with pytest.raises(ValueError, match="output_dir: must not be an input"):
+            evaluate(wrong)
+    assert not (Path(model) / "metrics.json").exists()
+
+
 def test_a_damaged_model_claims_no_directory(tmp_path: Path, model: str) -> None:
     broken = Path(shutil.copytree(model, tmp_path / "broken"))
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="no model of a causal language model"):
+    with pytest.raises(ValueError, match="from which no model can be read"):
         evaluate(config(tmp_path, str(broken), ROWS[:2]))
     (broken / "model.safetensors").write_bytes(whole)
     assert evaluate(config(tmp_path, str(broken), ROWS[:2])).accuracy == 1.0
@@ -196,6 +208,18 @@ def test_rows_that_the_template_refuses_are_counted(tmp_path: Path, model: str) 
     assert result.accuracy == 2 / 3
     (*_, last) = pq.read_table(result.answers).to_pylist()
     assert (last["row_id"], last["verdict"], last["answer"]) == (2, "not_renderable", None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"), [({"max_length": 1}, "more than 1 tokens"), ({}, "row 0: the chat")]
+)
+def test_a_dataset_of_which_nothing_can_be_asked(
+    tmp_path: Path, model: str, settings: dict[str, Any], reason: str
+) -> None:
+    shouting = copy_with_template(model, tmp_path / "shouting", TEMPLATE.replace("content", "role"))
+    with pytest.raises(ValueError, match=rf"must have a row that the model can be .*{reason}"):
+        evaluate(config(tmp_path, model if settings else shouting, ROWS[:2], **settings))
+    assert not (tmp_path / "out/metrics.json").exists()
 
 
 def test_plain_text_does_without_a_template_that_fails(tmp_path: Path, model: str) -> None:
@@ -219,5 +243,5 @@ def test_wilsons_interval() -> None:
 def test_settings_are_checked(tmp_path: Path, model: str) -> None:
     with pytest.raises(ValueError, match="model: must be given"):
         evaluate(config(tmp_path, "", ROWS))
-    with pytest.raises(ValueError, match="max_new_tokens: must be from 1"):
+    with pytest.raises(ValueError, match="max_new_tokens: must be at least 1"):
         config(tmp_path, model, ROWS, max_new_tokens=0)

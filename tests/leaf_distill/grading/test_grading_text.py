@@ -57,7 +57,7 @@ def test_bad_settings():
     ):
         Grader("maths")
     for timeout_s in (0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=r"^grade_timeout: must be above 0"):
+        with pytest.raises(ValueError, match=r"^grade_timeout: must be seconds above 0"):
             Grader("math", timeout_s=timeout_s)
     with pytest.raises(ValueError, match=r"^workers: must be at least 1"):
         Grader("math", workers=-1)

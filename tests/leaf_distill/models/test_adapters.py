@@ -11,12 +11,9 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from leaf_distill.models.loading import (
-    LazyModel,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-)
+from leaf_distill.models.loading import LazyModel, load_model
+from leaf_distill.models.source import model_fingerprint
+from leaf_distill.models.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[11, 12, 13, 14]])
 
@@ -111,7 +108,7 @@ def test_a_missing_base_is_named_with_its_adapter(adapter, tmp_path):
             load(str(adapter))
 
 
-@pytest.mark.parametrize("base", [None, 3, "adapter"])
+@pytest.mark.parametrize("base", [None, 3, "", "../adapter", "adapter"])
 def test_an_adapter_without_a_base_is_refused(adapter, base, monkeypatch):
     set_base(adapter, base)
     monkeypatch.chdir(adapter.parent)

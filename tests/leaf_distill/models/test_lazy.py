@@ -13,18 +13,10 @@ import torch
 from architectures import build
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from leaf_distill.models.loading import LazyModel, load_model, resolve_dtype
-from leaf_distill.models.placement import _NATIVE
+from leaf_distill.models.loading import LazyModel, load_model
+from leaf_distill.models.placement import _NATIVE, resolve_dtype
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def saved(tmp_path, make_model, make_tokenizer):
-    path = tmp_path / "student"
-    make_model().save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
 
 
 def test_weights_are_read_at_the_first_need_and_let_go(saved):

@@ -11,7 +11,7 @@ from architectures import CAUSAL, SIZES, VOCABULARY, build, prophetnet
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from leaf_distill.models.lm_head import LMHeadHook
+from leaf_distill.models.lm_head import LMHeadHook, finish_logits
 
 IDS = torch.arange(3, 21).reshape(2, 9) * 2 % VOCABULARY
 MASK = torch.ones_like(IDS)
@@ -21,8 +21,7 @@ AT[0, 3:6] = AT[1, 7] = True
 
 def logits_at_the_head(model: Any, hook: LMHeadHook) -> Tensor:
     def make(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = nn.functional.linear(hidden, weight, bias) * hook.scale
-        return logits if hook.softcap is None else torch.tanh(logits / hook.softcap) * hook.softcap
+        return finish_logits(nn.functional.linear(hidden, weight, bias), hook.scale, hook.softcap)
 
     return hook.run(model, IDS, MASK, AT, make)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -21,21 +22,10 @@ from transformers import (
 )
 
 from leaf_distill.data.prompt import tokenizer_fingerprint
-from leaf_distill.models.loading import (
-    check_same_tokenizer,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-    resolve_device,
-)
-
-
-@pytest.fixture
-def saved(tmp_path, make_model, make_tokenizer):
-    path = tmp_path / "student"
-    make_model().save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
+from leaf_distill.models.loading import LazyModel, load_model
+from leaf_distill.models.placement import resolve_device
+from leaf_distill.models.source import model_fingerprint
+from leaf_distill.models.tokenizer import check_same_tokenizer, load_tokenizer
 
 
 def test_directory(saved, make_model):
@@ -73,7 +63,9 @@ def test_unreachable_hub_name(monkeypatch):
 
 HUB = """
 import sys, pathlib
-from leaf_distill.models.loading import LazyModel, load_tokenizer, model_fingerprint
+from leaf_distill.models.loading import LazyModel
+from leaf_distill.models.source import model_fingerprint
+from leaf_distill.models.tokenizer import load_tokenizer
 for commit in "ac":
     pathlib.Path(sys.argv[1]).write_text(commit * 40)
     for name in ("someone/model", "someone/adapter"):
@@ -104,6 +96,21 @@ def test_hub_names_stand_for_their_commits(tmp_path, saved, make_model):
     lines = [line.split() for line in output.splitlines()]
     assert [line[:2] for line in lines] == [["LlamaForCausalLM", "True"]] * 4
     assert len({line[2] for line in lines}) == 4  # the base is part of the adapter's
+
+
+def test_messages_name_the_argument_and_the_whole_reason(tmp_path, saved):
+    with pytest.raises(ValueError, match=r"^student: must be .*such directory here: check"):
+        LazyModel("nowhere/model", argument="student")
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"^teacher: .* no tokenizer .* from one of: .*\(1\)"):
+        LazyModel(str(saved), argument="teacher")
+
+
+def test_an_encoder_and_decoder_is_refused(saved):
+    settings = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**settings, "is_encoder_decoder": True}))
+    with pytest.raises(ValueError, match="an encoder and decoder; choose a decoder"):
+        load_model(str(saved))
 
 
 def test_other_files(tmp_path, saved):

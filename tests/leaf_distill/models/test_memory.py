@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import SIZES, build
+from architectures import SIZES
 from transformers import LlamaConfig, MixtralConfig
 
 from leaf_distill.models.memory import (
@@ -16,11 +16,8 @@ from leaf_distill.models.memory import (
 
 GIB = 1 << 30
 BILLION = LlamaConfig(
-    vocab_size=151936,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=24,
-    num_attention_heads=16,
+    **{"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 8192},
+    **{"num_hidden_layers": 24, "num_attention_heads": 16},
 )
 
 
@@ -62,24 +59,22 @@ def test_other_errors_pass() -> None:
 
 
 def test_the_default_on_a_cpu() -> None:
-    for subject in (build(), LlamaConfig(**SIZES)):
-        assert default_batch_tokens(subject, "cpu") == CPU_BATCH_TOKENS == 1024
+    assert default_batch_tokens(LlamaConfig(**SIZES), "float32", "cpu") == CPU_BATCH_TOKENS == 1024
 
 
 def test_the_default_of_a_gpu_follows_memory_and_model() -> None:
-    def tokens(config: object = BILLION, free: int = 24, itemsize: int = 2) -> int:
-        return batch_tokens(config, free * GIB, itemsize=itemsize, loaded=True)
+    def tokens(free: int, itemsize: int = 2, config: object = BILLION) -> int:
+        return batch_tokens(config, free * GIB, itemsize)
 
-    # 24 layers keep 3.1 MB of a token in bfloat16 and the logits take 1.8 MB.
-    assert 2000 < tokens() < 3000
-    assert tokens(free=80) > 3 * tokens() > 6 * tokens(free=12)
-    assert tokens(itemsize=4) < tokens()
-    assert tokens(free=1) == 256 and tokens(LlamaConfig(**SIZES)) == 65536
-    # The weights, 2.6 billion here, are still to be loaded.
-    assert batch_tokens(BILLION, 24 * GIB, itemsize=2, loaded=False) < 0.9 * tokens()
-    assert 256 <= tokens(MixtralConfig()) <= 65536
+    # 24 layers keep 3.1 MB of a token in bfloat16 and the logits take 1.8 MB; the 2.2 billion
+    # weights take 4.5 GB.
+    assert 1900 < tokens(24) < 2300
+    assert tokens(80) > 3 * tokens(24) > 6 * tokens(12)
+    assert tokens(24, 4) < tokens(24) / 2
+    assert tokens(1) == 256 and tokens(24, 2, LlamaConfig(**SIZES)) == 65536
+    assert 256 <= tokens(24, 2, MixtralConfig()) <= 65536
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_default_fits_a_gpu() -> None:
-    assert 256 <= default_batch_tokens(BILLION, "cuda") <= 65536
+    assert 256 <= default_batch_tokens(BILLION, "bfloat16", "cuda") <= 65536

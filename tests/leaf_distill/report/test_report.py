@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -345,10 +346,15 @@ def test_an_arm_is_found_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     arm = write_run(tmp_path, [scored(0, "one")])
-    with pytest.raises(StoreError, match=r"funnel\.json.* could not be written"):
+    with pytest.raises(StoreError, match=r"funnel\.json.* must be a place to write to"):
         write_report(arm, output=arm / "funnel.json" / "report.html")
-    with pytest.raises(StoreError, match="could not be written"):
-        write_report(arm, output=tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "", "."):
+        with pytest.raises(ValueError, match=r"^output: must be a"):
+            write_report(arm, output=tmp_path / name)
+    with pytest.raises(ValueError, match=r"^output: must be a file, got ''"):
+        write_report(arm, output="")
+    assert (tmp_path / "pipe").is_fifo()
     before = (arm / "samples.parquet").read_bytes()
     with pytest.raises(ValueError, match=r"^output: must be a new file or an earlier report"):
         write_report(arm, output=arm / "samples.parquet")

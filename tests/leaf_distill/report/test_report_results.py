@@ -122,38 +122,27 @@ def test_a_comparison_is_one_table_with_its_evaluations(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "where"),
+    ("name", "value"),
     [
-        ("leaf/metrics.json", {"log": {}}, "rows: must be given"),
-        ("leaf/metrics.json", {**TRAINING, "log": [3]}, r"log\.0: must be an object"),
-        (
-            "leaf/metrics.json",
-            {**TRAINING, "log": [{"kd_loss": 1}]},
-            r"log\.0\.step: must be given",
-        ),
-        (
-            "leaf/metrics.json",
-            {**TRAINING, "log": [{"step": 1, "kd_loss": 10**400}]},
-            r"log\.0\.kd_loss: must be below 2\^63",
-        ),
-        ("students/a/metrics.json", {**TRAINING, "rows": 3}, "rows: must be an object"),
-        ("eval/metrics.json", {**evaluation(3), "interval": [1]}, "interval: must be a list of 2"),
-        ("eval/metrics.json", {**evaluation(3), "accuracy": None}, "accuracy: must be a number"),
-        ("eval/metrics.json", {**evaluation(3), "counts": {"a": "b"}}, r"counts\.a: must be a w"),
-        ("eval/metrics.json", [], "must hold a JSON object"),
-        ("compare.json", {"reference": "kd", "problems": 1}, "arms: must be given"),
+        ("leaf/metrics.json", {"log": []}),
+        ("leaf/metrics.json", {**TRAINING, "log": [3]}),
+        ("leaf/metrics.json", {**TRAINING, "log": [{"kd_loss": 1}]}),
+        ("leaf/metrics.json", {**TRAINING, "log": [{"step": 1, "kd_loss": 10**400}]}),
+        ("students/a/metrics.json", {**TRAINING, "rows": 3}),
+        ("eval/metrics.json", {**evaluation(3), "interval": [1]}),
+        ("eval/metrics.json", {**evaluation(3), "accuracy": None}),
+        ("eval/metrics.json", {**evaluation(3), "counts": {"a": "b"}}),
+        ("eval/metrics.json", []),
+        ("compare.json", {"reference": "kd", "problems": 1}),
         (
             "compare.json",
             {"reference": "kd", "problems": 1, "arms": [{**arm("kd", 3), "difference": [1, 2]}]},
-            r"arms\.0\.difference: must be a list of 3, got a list of 2",
         ),
     ],
 )
-def test_results_of_another_shape_are_one_sentence(
-    run: Path, name: str, value: object, where: str
-) -> None:
+def test_results_of_another_shape_are_one_sentence(run: Path, name: str, value: object) -> None:
     put(run / name, value)
-    with pytest.raises(ValueError, match=where) as caught:
+    with pytest.raises(ValueError, match=r"must be as LeaF writes it|must hold a JSON") as caught:
         write_report(run)
     assert str(caught.value).startswith(str(run / name)) and "\n" not in str(caught.value)
 

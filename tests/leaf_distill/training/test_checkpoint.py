@@ -106,7 +106,7 @@ def test_half_a_checkpoint_is_passed_over_and_said(
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no whole checkpoint in"):
+    with pytest.raises(ValueError, match="must find a whole checkpoint, got none in"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 

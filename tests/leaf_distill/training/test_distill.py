@@ -70,7 +70,7 @@ def test_a_run_of_detect_becomes_a_checkpoint(
         pair["teacher"],
         f"{logs[-1]['kd_loss']:.4f}",
         f"{metrics['eval']['eval_cd_loss']:.4f}",
-        "pool (every token counts the same)",
+        "| kd_weight | pool |",
     ):
         assert words in card
 
@@ -108,7 +108,7 @@ def test_a_warm_up_that_never_ends_is_said_and_the_last_step_is_logged(
     assert ("the warm-up never ends" in caplog.text) is (warmup_steps == 5)
     assert [log["step"] for log in metrics["log"] if "loss" in log][-1] == 3
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| optimizer steps | 3 |" in card and "epochs" not in card
+    assert "| max_steps | 3 |" in card and "epochs" not in card
 
 
 def test_max_rows_counts_originals_and_keeps_their_counterfactuals(
@@ -175,7 +175,7 @@ def test_an_unfinished_run_and_a_damaged_file_are_named(
     with pytest.raises(ValueError, match=r"dataset.parquet"):
         distill(DistillArguments(**pair, dataset=str(run)), config)
     file.unlink()
-    with pytest.raises(ValueError, match="has no dataset yet"):
+    with pytest.raises(ValueError, match="must be the run directory of a finished"):
         distill(DistillArguments(**pair, dataset=str(run)), config)
 
 
@@ -196,6 +196,13 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, pair: dict[str, str]) -> 
     assert again.metrics == json.loads(json.dumps(first.metrics))
     assert weights(output) == trained and (output / "README.md").read_text() == card
 
+    # Nobody else's file is overwritten, and a damaged one is not taken for the student.
+    damaged = (output / "model.safetensors").read_bytes()[:-1] + b"x"
+    (output / "model.safetensors").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"model\.safetensors has changed; delete that file"):
+        distill(arguments, make_config(output, **SAVING))
+    assert (output / "model.safetensors").read_bytes() == damaged
+
     # Its weights were lost (or it was killed before the end): what is left is to save them.
     (output / "model.safetensors").unlink()
     late = distill(arguments, make_config(output, resume_from_checkpoint="True", **SAVING))
@@ -214,6 +221,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, pair: dict[str, str]) -> 
         ({"chat_template": "foo"}, "chat_template"),
         ({"max_length": 5}, r"must have a row to train on, got 9 too_long \(row 0: "),
         ({"eval_strategy": "steps", "eval_steps": 1}, "eval"),
+        ({"eval_on_start": True}, "eval_dataset: must be given with eval_on_start"),
         ({"report_to": "foo"}, "foo"),
         ({"optim": "rmsprop", "optim_args": "foo"}, "unpack"),
     ],
@@ -334,7 +342,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
-        with pytest.raises(StoreError, match=r"The disk is full: .*free some space"):
+        with pytest.raises(StoreError, match=r"the disk is full: .*free some space"):
             distill(arguments, make_config(tmp_path / "out", **settings))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -382,7 +390,7 @@ def test_an_input_is_no_output(tmp_path: Path, pair: dict[str, str]) -> None:
         with pytest.raises(ValueError, match="output_dir: must be empty or hold a run"):
             distill(arguments, make_config(directory, max_steps=1))
         assert {path: path.read_bytes() for path in Path(directory).iterdir()} == before
-    with pytest.raises(ValueError, match="output_dir: must be a directory, got the file"):
+    with pytest.raises(ValueError, match=r"output_dir: must be a directory, got .* which is none"):
         distill(arguments, make_config(f"{run}/dataset.parquet", max_steps=1))
 
 
@@ -523,13 +531,14 @@ def test_a_run_with_arms_gives_its_only_one_or_lists_them(
 ) -> None:
     run = tmp_path / "run"
     (run / "arms").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
     write_run(run / "arms" / "span", make_rows(8, 4))
     config = make_config(tmp_path / "out", max_steps=1)
     metrics = distill(DistillArguments(**pair, dataset=str(run)), config).metrics
     assert metrics["rows"]["counterfactuals"] == 4
     write_run(run / "arms" / "random_spans", make_rows(8, 2))
     with pytest.raises(
-        ValueError, match=r"one arm of the run .*2: .*arms/random_spans, .*arms/span"
+        ValueError, match=r"run: must have one arm, got 2 \(random_spans, span\); name one"
     ):
         distill(DistillArguments(**pair, dataset=str(run)), config)
     arm = DistillArguments(**pair, dataset=str(run / "arms" / "random_spans"))
@@ -549,10 +558,10 @@ def test_the_card_says_what_was_done(strategy: str, tmp_path: Path, pair: dict[s
     metrics = distill(DistillArguments(**pair, dataset=run), config).metrics
     card = (tmp_path / "out" / "README.md").read_text()
     for words in (
-        f"| what is cut | {strategy} |",
+        f"| strategy | {strategy} |",
         "| threshold | 0.15 |",
-        "| rule of the threshold | absolute |",
-        "| who must answer a cut prompt correctly | teacher |",
+        "| rule | absolute |",
+        "| validate | teacher |",
         f"sha256 of the rows {metrics['dataset_sha256'][:16]}",
         "training, mean of steps 1 to 1 | training, mean of steps 3 to 4",
         f"over the whole run: {metrics['train']['train_loss']:.4f}",
@@ -596,8 +605,47 @@ def test_lora_trains_an_adapter_that_trains_on(tmp_path: Path, pair: dict[str, s
     merged = load_model(str(second.output_dir)).state_dict()
     before = load_model(pair["student"]).state_dict()
     assert any(not torch.equal(merged[name], before[name]) for name in before)
-    with pytest.raises(ValueError, match="peft_config: must be left out"):
+    with pytest.raises(ValueError, match=r"lora_r \(peft_config\): must be left out"):
         both = DistillArguments(
             student=str(first.output_dir), teacher=pair["teacher"], dataset=dataset, lora_r=2
         )
         distill(both, make_config(tmp_path / "third", **settings))
+
+
+def test_a_card_tells_that_a_run_became_longer(tmp_path: Path, pair: dict[str, str]) -> None:
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(12, 5)))
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    distill(arguments, make_config(tmp_path / "out", max_steps=2, **saving))
+    assert "changed on the way" not in (tmp_path / "out" / "README.md").read_text()
+    longer = distill(arguments, make_config(tmp_path / "out", max_steps=3, **saving))
+    assert longer.metrics["changes"] == ["max_steps was 2 and is now 3"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| changed on the way | max_steps was 2 and is now 3 |" in card
+    again = distill(arguments, make_config(tmp_path / "out", max_steps=3, **saving))
+    assert again.metrics["changes"] == longer.metrics["changes"]
+
+
+def test_an_adapter_names_its_base_from_everywhere(
+    tmp_path: Path, pair: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = Path(pair["student"])
+    monkeypatch.chdir(student.parent)
+    arguments = DistillArguments(
+        student=student.name,
+        teacher=pair["teacher"],
+        dataset=write_run(tmp_path / "run", make_rows(12, 5)),
+        lora_r=2,
+    )
+    distill(arguments, make_config(tmp_path / "out", max_steps=1))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(student)
+
+
+def test_a_refused_run_leaves_no_directory(tmp_path: Path, pair: dict[str, str]) -> None:
+    arguments = DistillArguments(
+        **pair, dataset=write_run(tmp_path / "run", make_rows(12, 5)), lora_target_modules=["no"],
+        lora_r=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="lora_r"):
+        distill(arguments, make_config(tmp_path / "out", max_steps=1))
+    assert not (tmp_path / "out").exists()

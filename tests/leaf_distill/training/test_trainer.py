@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -65,6 +66,31 @@ def test_the_student_learns_and_the_teacher_does_not(tmp_path: Path) -> None:
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     for parameter in trainer.teacher_model.parameters():
         assert parameter.grad is None and id(parameter) not in trained
+
+
+def test_a_log_is_one_line_and_a_bar_needs_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path / "file", disable_tqdm=None, **settings)
+    trainer.train()
+    trainer.evaluate()
+    out, err = capsys.readouterr()
+    number = r"\d[\d.e-]*"
+    measured = f"originals {number}  counterfactuals {number}  agreement \\d+%  \\d+ s"
+    steps = [rf"step {step}/2  loss {number}  {measured}" for step in (1, 2)]
+    wanted = [
+        *steps,
+        rf"step 2/2  mean loss {number}  \d+ s",
+        rf"step 2/2  eval  loss {number}  {measured}",
+    ]
+    for form, line in zip(wanted, out.splitlines(), strict=True):
+        assert re.fullmatch(form, line), line
+    assert "%|" not in err
+
+    make_trainer(tmp_path / "terminal", disable_tqdm=False, **settings).train()
+    out, err = capsys.readouterr()
+    assert "2/2" in err and out.startswith("step 1/2") and "{" not in out
 
 
 def test_a_step_without_counterfactuals_is_counted(tmp_path: Path) -> None:
@@ -363,7 +389,7 @@ def test_a_peft_config_wraps_the_student(tmp_path: Path) -> None:
     trainer = LeafTrainer(*models, config, make_rows(), None, make_tokenizer(), peft_config=lora)
     assert isinstance(trainer.model, PeftModel)
     assert all("lora_" in n for n, p in trainer.model.named_parameters() if p.requires_grad)
-    with pytest.raises(ValueError, match="peft_config: must be left out"):
+    with pytest.raises(ValueError, match=r"lora_r \(peft_config\): must be left out"):
         LeafTrainer(
             trainer.model,
             make_teacher(),
@@ -440,7 +466,7 @@ def test_models_in_memory_must_share_a_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizers: must be the same"):
         LeafTrainer(make_student(), loaded, config, rows, None, make_tokenizer())
     same = make_student()
-    with pytest.raises(ValueError, match="teacher_model: must be a model of its own"):
+    with pytest.raises(ValueError, match="teacher_model: must have weights of its own"):
         LeafTrainer(same, same, config, rows, None, make_tokenizer())
 
 

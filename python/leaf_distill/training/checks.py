@@ -1,0 +1,151 @@
+"""Ranges of the training's settings, and options of transformers that have no use here."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from dataclasses import MISSING, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames, trainer_log_levels
+
+_LARGEST = 1e30  # float32 holds it, and what is computed from it
+_ANY_INTEGER = (-(2**63), 2**63 - 1, "an integer of 64 bits")
+_ANY_NUMBER = (-_LARGEST, _LARGEST, "a finite number")
+_COUNT = (1, 2**63 - 1, "at least 1")
+_POSITIVE = (5e-324, _LARGEST, "a number above 0")
+_NOT_NEGATIVE = (0, _LARGEST, "a number of at least 0")
+_BELOW_1 = (0, math.nextafter(1, 0), "from 0 to below 1")
+
+_RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("originals_per_step", "max_length", "max_batch_tokens"), _COUNT),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _COUNT),
+    **dict.fromkeys(("learning_rate", "num_train_epochs"), _POSITIVE),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm"), _NOT_NEGATIVE),
+    **dict.fromkeys(("warmup_steps", "neftune_noise_alpha", "eval_delay"), _NOT_NEGATIVE),
+    **dict.fromkeys(("dataloader_num_workers", "data_seed"), _NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _BELOW_1),
+    **dict.fromkeys(("gradient_accumulation_steps", "torch_empty_cache_steps"), _COUNT),
+    "save_total_limit": _COUNT,
+    # Beyond these, logits of the usual size leave float32 or become all alike.
+    "temperature": (1e-3, 1e3, "from 0.001 to 1000"),
+    "seed": (0, 2**32 - 1, "from 0 to 4294967295"),  # as NumPy takes it
+}
+
+_UNUSED = {
+    "label_smoothing_factor": "the labels are the teacher's distributions",
+    "train_sampling_strategy": "the sampler spreads originals and counterfactuals over the steps",
+    "length_column_name": "rows are not grouped by length",
+    "auto_find_batch_size": "max_batch_tokens bounds a forward pass",
+    "average_tokens_across_devices": "the loss always counts the tokens of all devices",
+    "label_names": "the loss mask tells the labels",
+    **dict.fromkeys(
+        ("include_for_metrics", "batch_eval_metrics"), "no logits are kept for compute_metrics"
+    ),
+    **dict.fromkeys(
+        ("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+        "an evaluation keeps sums only",
+    ),
+    "do_predict": "there is no prediction",
+    "enable_jit_checkpoint": "a run goes on from its newest checkpoint; see save_steps",
+    "parallelism_config": "each rank needs whole rows and a whole model or an FSDP shard",
+    "remove_unused_columns": "rows carry columns that no model takes",
+}
+"""Options without effect here, or with a harmful one, each with the reason."""
+
+
+_CHOICES = {
+    "lr_scheduler_type": [*SchedulerType],
+    "optim": [*OptimizerNames],
+    "logging_strategy": [*IntervalStrategy],
+    "eval_strategy": [*IntervalStrategy],
+    "save_strategy": [*SaveStrategy],
+    "hub_strategy": [*HubStrategy],
+    "log_level": [*trainer_log_levels],
+    "log_level_replica": [*trainer_log_levels],
+}
+
+
+def check_ranges(config: TrainingArguments) -> None:
+    """Raise ValueError for the first number that is outside its range or not finite."""
+    if config.max_steps != -1 and config.max_steps < 1:
+        raise ValueError(
+            f"max_steps: must be at least 1, or -1 for num_train_epochs, got {config.max_steps}"
+        )
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        for low, high, wanted in (
+            _ANY_INTEGER if isinstance(value, int) else _ANY_NUMBER,
+            _RANGES.get(item.name, _ANY_NUMBER),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"{item.name}: must be {wanted}, got {value}")
+
+
+def check_unused(config: TrainingArguments) -> None:
+    """Raise ValueError for the first option that was set although it has no use."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name in _UNUSED and value not in (_default(item), None):
+            raise ValueError(
+                f"{item.name}: must be left out, got {value!r}; it has no use for LeafTrainer: "
+                f"{_UNUSED[item.name]}"
+            )
+
+
+def check_choices(config: TrainingArguments) -> None:
+    """Raise ValueError for the first option of transformers that is none of its choices."""
+    for name, choices in _CHOICES.items():
+        value = getattr(config, name)
+        if value is not None and value not in choices:  # a choice equals its text
+            listed = ", ".join(getattr(choice, "value", choice) for choice in choices)
+            raise ValueError(f"{name}: must be one of {listed}, got {value!r}")
+
+
+def changed_settings(config: TrainingArguments) -> str:
+    """Return the settings that only the base class has, and that are not its defaults, as text."""
+    own = {*type(config).__annotations__, "output_dir"}
+    changed = [
+        f"{item.name} {getattr(config, item.name)!r:.80}"
+        for item in fields(config)
+        if item.name not in own and getattr(config, item.name) not in (_default(item), None)
+    ]
+    return ", ".join(changed) or "only those that --help shows"
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def check_accelerator(config: TrainingArguments) -> None:
+    """Refuse settings of accelerate's own data loader, which LeafTrainer does not use."""
+    given: Any = config.accelerator_config
+    if given is None:
+        return
+    plain = type(given)()
+    for name, value in vars(given).items():
+        if name != "gradient_accumulation_kwargs" and value != getattr(plain, name):
+            raise ValueError(
+                f"accelerator_config: must leave {name} as it is, got {value!r}; LeafTrainer "
+                "shares the rows among the ranks itself"
+            )
+    if (given.gradient_accumulation_kwargs or {}).get("num_steps", 1) != 1:
+        raise ValueError(
+            "accelerator_config: must leave num_steps as it is; give originals_per_step instead"
+        )
+
+
+def refused(error: Exception) -> ValueError:
+    """Return the sentence for a setting that transformers, torch or peft refuse; ours stay."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if frame.f_globals["__name__"].startswith(("leaf_distill", "leaf_ext")):
+        return ValueError(str(error))
+    first = next(iter(str(error).strip().splitlines()), "")
+    return ValueError(
+        f"settings: must be what transformers and torch take, got {type(error).__name__}: {first}"
+    )
