@@ -25,7 +25,7 @@ PACKAGES = ("leaf-distill", "torch", "transformers", "datasets", "pyarrow")
 """The packages whose versions are written beside results."""
 
 LARGEST = 2**31 - 1
-"""Of a count; more overflows somewhere, and means nothing."""
+"""The largest count that is accepted: larger ones overflow in some library."""
 
 MODEL = "a directory (also of a LoRA adapter), a hub name or a .gguf file"
 ROWS = "hub name, file (.jsonl, .json, .csv, .parquet, .gz), directory or glob"
