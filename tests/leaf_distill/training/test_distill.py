@@ -6,6 +6,7 @@ import json
 import logging
 import resource
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,17 @@ def test_files_of_others_are_not_overwritten(
         (output / name).unlink()
     distill(arguments, make_config(output, max_steps=1))  # notes.txt is in nobody's way
     assert (output / "notes.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/rows", "x" * 300])
+def test_what_can_be_no_dataset(name: str, tmp_path: Path, pair: dict[str, str]) -> None:
+    arguments = DistillArguments(**pair, dataset=name)
+    with pytest.raises(ValueError, match=r"^dataset: "):
+        distill(arguments, make_config(tmp_path / "out"))
+    given = replace(arguments, dataset=write_run(tmp_path / "run", make_rows(8, 1)))
+    with pytest.raises(ValueError, match=r"^eval_dataset: "):
+        distill(replace(given, eval_dataset=name), make_config(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_input_is_no_output(tmp_path: Path, pair: dict[str, str]) -> None:
