@@ -99,7 +99,7 @@ def _run_env() -> None:
     print(f"cpu             {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         print(f"gpu {index}           {torch.cuda.get_device_name(index)}")
-    cache = default_cache_directory() / FILE
+    cache = default_cache_directory().expanduser() / FILE
     size = cache.stat().st_size if cache.exists() else 0
     print(f"cache           {cache}, {size / 1e6:.1f} MB")
     try:

@@ -130,8 +130,9 @@ def locked(directory: Path) -> Iterator[None]:
                 "output_dir"
             ) from error
         yield
-    except BaseException:
-        if is_new and os.listdir(directory) == [path.name]:
+    except BaseException as error:
+        held = not isinstance(error.__cause__, BlockingIOError)
+        if held and is_new and os.listdir(directory) == [path.name]:
             path.unlink()
             directory.rmdir()
         raise

@@ -50,7 +50,8 @@ def render_examples(
         try:
             for role in roles:
                 example.renderings[role] = renderers[role].render(example)
-            example.renderings.setdefault("teacher", example.renderings["student"])
+            if roles == ("student",):
+                example.renderings["teacher"] = example.renderings["student"]
             _check_tokens(example, renderers, max_length, embedding_rows)
             _check_labels(example, renderers)
         except UnusableRow as problem:

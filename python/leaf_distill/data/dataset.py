@@ -134,7 +134,9 @@ def _read(
 
 
 def _given(value: Any) -> Any:
-    """Return a value, or None if it is a NaN."""
+    """Return a value as Python's own types, or None if it is a NaN."""
+    if hasattr(value, "tolist"):  # of numpy, as pandas hands on a list
+        value = value.tolist()
     missing = isinstance(value, Number) and value != value  # Decimal and numpy have a NaN too
     return None if missing else value
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
+from pathlib import Path
 
+from leaf_distill import grading
 from leaf_distill.config import AnswerOptions, json_object
 from leaf_distill.data.collator import plan_batches
 from leaf_distill.data.example import Answer, Example, Rendering, Role, UnusableRow
@@ -20,6 +22,8 @@ from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import default_batch_tokens
 
 ROWS_A_GRADING = 256
+VERSION = 1
+"""Raised with a change of the generation, so that no answer of an older one is used."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,6 @@ def open_cache(config: AnswerOptions) -> RowCache:
 def answer(
     asked: PromptedModel,
     examples: Sequence[Example],
-    golds: Sequence[str],
     config: AnswerOptions,
     cache: RowCache,
 ) -> None:
@@ -97,11 +100,10 @@ def answer(
     Args:
         asked: the model; its weights are loaded only where the cache lacks an answer.
         examples: rows or candidates with a rendering for the model's role.
-        golds: the text that each answer is graded against.
     """
     given = _generate(asked, examples, config, cache)
     ungraded = [at for at, one in enumerate(given) if one.verdict is None]
-    verdicts = _grade([(golds[at], given[at].text) for at in ungraded], config, cache)
+    verdicts = _grade([(examples[at].gold, given[at].text) for at in ungraded], config, cache)
     for at, verdict in zip(ungraded, verdicts, strict=True):
         given[at] = replace(given[at], verdict=verdict)
     for example, one in zip(examples, given, strict=True):
@@ -111,7 +113,7 @@ def answer(
 def _generate(
     asked: PromptedModel, examples: Sequence[Example], config: AnswerOptions, cache: RowCache
 ) -> list[Answer]:
-    settings = ["answer", *asked.identity, config.max_new_tokens]
+    settings = ["answer", VERSION, *asked.identity, config.max_new_tokens]
     prompts = [prompt_ids(example, asked.role) for example in examples]
     keys = [digest([*settings, prompt]) for prompt in prompts]
     plan = plan_batches(
@@ -149,6 +151,13 @@ def gold_warning(golds: Sequence[str], config: AnswerOptions) -> list[str]:
     ]
 
 
+@cache
+def _grading_digest() -> str:
+    """Return a digest of the grading's own code, so that no verdict of an older one is used."""
+    sources = sorted(Path(str(grading.__file__)).parent.glob("*.py"))
+    return digest([path.read_bytes() for path in sources])
+
+
 def prompt_ids(example: Example, role: Role) -> list[int]:
     """Return the token ids of a rendering before its completion."""
     rendering = example.renderings[role]
@@ -162,7 +171,7 @@ def _grade(
     if config.grade != "math":  # cheaper than a look into the cache
         with Grader(config.grade, timeout_s=config.grade_timeout) as grader:
             return grader.grade(pairs)
-    settings = ["grade", config.grade, version("math-verify"), version("leaf-distill")]
+    settings = ["grade", config.grade, version("math-verify"), _grading_digest()]
     keys = [digest([*settings, *pair]) for pair in pairs]
     batches = [range(at, at + ROWS_A_GRADING) for at in range(0, len(pairs), ROWS_A_GRADING)]
     plan = [[at for at in batch if at < len(pairs)] for batch in batches]

@@ -41,7 +41,8 @@ class RowCache:
         self.path = directory / FILE
         with self._errors():
             self._db = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
+            # Write-ahead logs need memory that all processes share, which two hosts do not have.
+            self._db.execute("PRAGMA journal_mode=TRUNCATE")
             # A power cut may lose the last batches; a killed process loses none.
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute(

@@ -106,13 +106,13 @@ def _table(lines: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 
 
 def _messages(values: Sequence[Sequence[Message]]) -> pa.Array:
-    """Return messages as structs; with keys that fit no one type, as JSON text."""
-    if all(message.keys() == {"role", "content"} for turns in values for message in turns):
-        return pa.array(values, type=MESSAGES)
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    """Return messages as structs; as JSON text if a value is no text, which structs would alter."""
+    names = dict.fromkeys(name for turns in values for message in turns for name in message)
+    every = [value for turns in values for message in turns for value in message.values()]
+    if not all(isinstance(value, str) for value in every):
         return pa.array([json.dumps(turns, ensure_ascii=False) for turns in values], pa.string())
+    keys = dict.fromkeys(["role", "content", *names])
+    return pa.array(values, type=pa.list_(pa.struct([(name, pa.string()) for name in keys])))
 
 
 def write_samples(directory: Path, scored: Sequence[Example]) -> Path:

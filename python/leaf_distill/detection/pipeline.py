@@ -8,6 +8,7 @@ computed anew in milliseconds.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import Counter
@@ -40,7 +41,7 @@ from leaf_distill.detection.funnel import funnel, outcomes_table, show_funnel
 from leaf_distill.detection.output import write_dataset, write_samples
 from leaf_distill.detection.scores import score_perplexity, score_saliency
 from leaf_distill.detection.spans import find_spans
-from leaf_distill.io import digest, locked, make_directory, user_directory, write_json, write_table
+from leaf_distill.io import locked, make_directory, user_directory, write_json, write_table
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.tokenizer import check_same_tokenizer
 
@@ -138,6 +139,9 @@ class _Run:
                     "the rows that these were cut from"
                 )
             self.pair = {role: prompted_model(role, models[role], config) for role in ROLES}
+        if len({one.row_id for one in self.examples}) < len(self.examples):
+            for row_id, example in enumerate(self.examples):  # the rows of several runs together
+                example.row_id = row_id
         check_same_tokenizer(models["teacher"].tokenizer, models["student"].tokenizer)
         self.run_json = check_models(self.root, models)
         limits = [model.max_positions for model in models.values()]
@@ -178,9 +182,18 @@ class _Run:
                 one.model.release()
         return self.pair[role or "student"]
 
+    @property
+    def _grades(self) -> bool:
+        """Whether any answer is graded."""
+        return self.config.select != "all" or self.config.validate != "none"
+
     def _label(self) -> list[Example]:
         """Give every row its completion and both renderings; return the rows that fit."""
-        self.golds = {one.row_id: one.gold for one in remaining(self.examples)}
+        if self._grades:
+            for example in remaining(self.examples):
+                if not example.gold.strip():
+                    detail = "neither an answer nor a completion's text to grade against"
+                    example.leave("rows", "no_gold", detail)
         if self.config.completion_source == "dataset":
             return self._render(self.examples, whole=True)
         asked = self._render(self.examples, whole=False)
@@ -192,6 +205,7 @@ class _Run:
             elif not given.text.strip():
                 example.leave("render", "empty_completion", "the teacher's answer is empty")
             else:
+                example.answer = example.gold  # the completion was what an answer is graded against
                 example.completion, example.reply = given.text, None
         return self._render(asked, whole=True)
 
@@ -222,8 +236,7 @@ class _Run:
 
     def _answer(self, role: Role, examples: Sequence[Example], step: str) -> None:
         with self._clock(step):
-            golds = [self.golds[example.row_id] for example in examples]
-            answer(self._use(role), examples, golds, self.config, self.cache)
+            answer(self._use(role), examples, self.config, self.cache)
 
     def _mark(self, usable: Sequence[Example]) -> list[Example]:
         """Return the rows that the student fails and the teacher solves.
@@ -249,7 +262,7 @@ class _Run:
 
     def _said(self, example: Example, role: Role) -> str:
         """Quote the end of an answer, and the text that it was graded against."""
-        text, gold = example.answers[role].text, self.golds[example.row_id]
+        text, gold = example.answers[role].text, example.gold
         return f"the answer ends {text[-ANSWER_SHOWN:]!r}, the gold ends {gold[-ANSWER_SHOWN:]!r}"
 
     def _propose(self, scored: Sequence[Example]) -> None:
@@ -306,8 +319,8 @@ class _Run:
 
     def _write(self, usable: Sequence[Example], scored: Sequence[Example]) -> DetectResult:
         arm = self.root / "arms" / arm_name(self.config)
-        make_directory(arm)
         write_json(self.root / "run.json", self.run_json)
+        make_directory(arm)
         with self._clock("write"):
             dataset = write_dataset(arm, usable)
             samples = write_samples(arm, scored)
@@ -319,7 +332,7 @@ class _Run:
             "arm": arm.name,
             "settings": asdict(self.config),
             "models": {role: one.model.fingerprint for role, one in self.pair.items()},
-            "dataset_sha256": digest([dataset.read_bytes()]),
+            "dataset_sha256": hashlib.sha256(dataset.read_bytes()).hexdigest(),
             "templates": warnings,
             "versions": package_versions(),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -353,8 +366,9 @@ class _Run:
         found = template_differences(*templates)
         if self.earlier:
             found.append(f"{self.earlier} counterfactuals of an earlier run were left out.")
-        if not (self.config.select == "all" and self.config.validate == "none"):
-            found += gold_warning(list(self.golds.values()), self.config)
+        if self._grades:
+            golds = [one.gold for one in self.examples if one.answers]
+            found += gold_warning(golds, self.config)
         found += self._nothing_marked()
         for role, one in self.pair.items():
             losses = [example.nll[role] for example in self.examples if role in example.nll]

@@ -15,6 +15,9 @@ from leaf_distill.detection.cache import RowCache, compute_missing
 from leaf_distill.io import digest
 from leaf_distill.models.saliency import saliency, token_nll
 
+VERSION: Final = 1
+"""Raised with a change of the passes, so that no value of an older one is used."""
+
 EXACT: Final = ("float32", "float64")
 """Dtypes in which a row's values do not depend on the shape of its batch beyond rounding."""
 
@@ -66,12 +69,14 @@ def _passes(
     shape: dict[int, list[int]] = {}
     exact = scored.model.dtype in EXACT
     if not exact:
-        # 16-bit kernels of another batch shape change norms by up to 2 % of the largest.
-        shape = {at: [len(batch), lengths[batch[0]]] for batch in plan for at in batch}
+        # 16-bit kernels of another batch shape or device change norms by up to 2 % of the largest.
+        device = 0 if scored.model.device.type == "cpu" else 1
+        shape = {at: [len(batch), lengths[batch[0]], device] for batch in plan for at in batch}
     keys = [
         digest(
             [
                 kind,
+                VERSION,
                 *scored.identity,
                 rendering.input_ids.tobytes(),
                 rendering.loss_mask.tobytes(),

@@ -23,6 +23,7 @@ from leaf_distill.config import (
     EvaluateConfig,
     json_object,
     need,
+    package_versions,
 )
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Mask
@@ -31,6 +32,7 @@ from leaf_distill.evaluation.evaluate import check_directory, evaluate, wilson_i
 from leaf_distill.evaluation.tables import printed_table
 from leaf_distill.io import (
     is_of,
+    locked,
     make_directory,
     user_directory,
     write_bytes,
@@ -52,7 +54,7 @@ class Training:
     """One distillation: its rows and its cost.
 
     tokens: all that the student read, without padding. kl_first, kl_last: the first and the last
-    logged loss, which are means over different rows.
+    logged KL of the originals, nats a label token; they are means over different rows.
     """
 
     model: Path
@@ -127,6 +129,16 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
             columns=json_object(detection.columns, "columns"),
             need_completion=False,
         )
+    with locked(root / "students"):
+        result = _compare(config, detection, training, root)
+    Console().print(training_table(result), accuracy_table(result))
+    print(f"The table is in {result.table}, its numbers are in {root / 'compare.json'}")
+    return result
+
+
+def _compare(
+    config: CompareConfig, detection: DetectConfig, training: LeafConfig, root: Path
+) -> CompareResult:
     datasets = _detect(config.arms, detection, root)
     models = {UNTRAINED: detection.student}
     trained: dict[str, Training] = {}
@@ -134,7 +146,10 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
         _say(f"distillation: {name}")
         trained[name] = distill_equally(
             DistillArguments(
-                student=detection.student, teacher=detection.teacher, dataset=str(datasets[name])
+                student=detection.student,
+                teacher=detection.teacher,
+                dataset=str(datasets[name]),
+                trust_remote_code=detection.trust_remote_code,
             ),
             training,
             root / "students" / name,
@@ -163,12 +178,15 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
             "reference": reference,
             "problems": result.problems,
             "arms": [asdict(arm) for arm in arms],
-            "settings": {"compare": asdict(config), "detect": asdict(detection)},
+            "settings": {
+                "compare": asdict(config),
+                "detect": asdict(detection),
+                "training": training.to_dict(),  # type: ignore[no-untyped-call]
+            },
+            "versions": package_versions(),
         },
     )
     write_bytes(result.table, _markdown(result).encode())
-    Console().print(training_table(result), accuracy_table(result))
-    print(f"The table is in {result.table}, its numbers are in {root / 'compare.json'}")
     return result
 
 
@@ -207,6 +225,8 @@ def distill_equally(
 ) -> Training:
     """Distil with a number of steps, and of rows in a step, that do not depend on counterfactuals.
 
+    A step has a whole number of originals, so that its rows with their counterfactuals are as many
+    as `training.originals_per_step` only to within half of what comes with one original.
     The steps are `training.max_steps`, or `num_train_epochs` passes over the originals at
     `originals_per_step` originals each, as plain distillation makes them.
     """
@@ -236,8 +256,8 @@ def distill_equally(
         counterfactuals=branches["counterfactual"],
         originals_a_step=a_step,
         tokens=int(log[-1]["num_input_tokens_seen"]),
-        kl_first=log[0]["loss"],
-        kl_last=log[-1]["loss"],
+        kl_first=log[0]["kd_loss"],
+        kl_last=log[-1]["kd_loss"],
     )
 
 
@@ -246,6 +266,8 @@ def _evaluate(
 ) -> Mask:
     """Return which problems a model answers correctly."""
     shared = {item: getattr(detection, item) for item in AnswerOptions.__dataclass_fields__}
+    if shared["dtype"] == "auto":  # trained students are saved in float32: one dtype for all
+        shared["dtype"] = "float32"
     result = evaluate(
         EvaluateConfig(
             **shared,
@@ -285,13 +307,15 @@ def paired_bootstrap(
 Lines = list[tuple[str, ...]]
 
 COMPUTE = (
-    "All arms make as many optimizer steps and read as many rows in each. Cut: counterfactuals; a "
-    "step: originals in one; tokens: all that the student read, without padding. KL(teacher, "
-    "student): the first and the last logged mean, over different rows."
+    "All arms make as many steps, and read as many rows in each as whole originals allow. "
+    "Cut: counterfactuals; a step: originals in one; tokens: all that the student read, without "
+    "padding. KL(teacher, student) of the originals, a token: the first and the last logged mean, "
+    "over different rows."
 )
 CHANCE = (
     "Accuracy with Wilson's 95 % interval. Differences in points, with the 95 % interval of a "
-    "paired bootstrap over the problems. Chance in training is in no interval: there is one seed."
+    "paired bootstrap over the problems, which says little where fewer than ten changed. Chance in "
+    "training is in no interval: there is one seed."
 )
 
 

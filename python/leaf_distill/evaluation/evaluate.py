@@ -17,7 +17,7 @@ from rich.console import Console
 
 from leaf_distill.config import EvaluateConfig, json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
-from leaf_distill.data.example import Answer, Example, UnusableRow
+from leaf_distill.data.example import Answer, Example, UnusableRow, remaining
 from leaf_distill.detection.answers import (
     PromptedModel,
     answer,
@@ -107,7 +107,11 @@ def evaluate(
         max_rows=config.max_rows,
         need_completion=False,
     )
-    rows = [example for example in examples if example.outcome is None]
+    for example in remaining(examples):
+        if not example.gold.strip():
+            detail = "neither an answer nor a completion's text to grade against"
+            example.leave("rows", "no_gold", detail)
+    rows = list(remaining(examples))
     if not rows:
         detail = examples[0].outcome.detail if examples and examples[0].outcome else "it is empty"
         raise ValueError(
@@ -117,7 +121,7 @@ def evaluate(
     golds = [example.gold for example in rows]
     with locked(root), open_cache(config) as cache:
         fitting = _render(asked, rows, config)
-        answer(asked, fitting, [example.gold for example in fitting], config, cache)
+        answer(asked, fitting, config, cache)
         result = _write_answers(root / "answers.parquet", rows)
         metrics = {
             "command": "evaluate",

@@ -65,8 +65,11 @@ class Pool:
     def _judge_one(self, pair: tuple[str, str]) -> Verdict:
         """Judge one pair in a worker; each thread holds at most one."""
         for attempt in range(2):
-            reuse = attempt == 0 and self._idle
-            worker = self._idle.pop() if reuse else _Worker(self.timeout_s)
+            worker = None
+            if attempt == 0:
+                with contextlib.suppress(IndexError):  # another thread may take the last one
+                    worker = self._idle.pop()
+            worker = worker or _Worker(self.timeout_s)
             try:
                 verdict = worker.ask(pair)
             except BaseException:

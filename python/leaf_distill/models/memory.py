@@ -35,9 +35,9 @@ def default_batch_tokens(config: Any, dtype: str, device: torch.device | str) ->
     device = torch.device(device)
     if device.type != "cuda":
         return CPU_BATCH_TOKENS
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return batch_tokens(config, free, getattr(torch, dtype).itemsize)
+    # The whole memory, not what is free now: the plan of the batches must be the same in a rerun.
+    total = torch.cuda.get_device_properties(device).total_memory
+    return batch_tokens(config, total, getattr(torch, dtype).itemsize)
 
 
 def batch_tokens(config: Any, free: int, itemsize: int) -> int:
@@ -45,7 +45,7 @@ def batch_tokens(config: Any, free: int, itemsize: int) -> int:
 
     Args:
         config: the configuration of a model that is to be loaded.
-        free: bytes of free memory.
+        free: bytes of memory, weights included.
         itemsize: bytes of a value of the model's dtype.
     """
     text = config.get_text_config()

@@ -41,7 +41,7 @@ class NoCheckpoint(ValueError):
 def write_manifest(checkpoint: Path) -> None:
     """Write the sha256 of each file of a checkpoint into its `manifest.json`."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(checkpoint)): _sha256(path) for path in files}
+    hashes = {str(path.relative_to(checkpoint)): hash_file(path) for path in files}
     hashes.pop(MANIFEST, None)
     write_json(checkpoint / MANIFEST, {"sha256": hashes})
 
@@ -53,7 +53,7 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
         for name, expected in hashes.items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
-            if _sha256(checkpoint / name) != expected:
+            if hash_file(checkpoint / name) != expected:
                 return f"{name} is damaged"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -144,13 +144,14 @@ def stopped(directory: Path) -> Iterator[None]:
 def hash_weights(directory: Path) -> dict[str, str]:
     """Return the sha256 of each file of weights in a directory."""
     return {
-        path.name: _sha256(path)
+        path.name: hash_file(path)
         for path in sorted(directory.iterdir())
         if path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin"
     }
 
 
-def _sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

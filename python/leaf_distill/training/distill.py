@@ -19,7 +19,7 @@ from leaf_distill.data.example import Example
 from leaf_distill.data.source import find_arm
 from leaf_distill.io import locked, read_json, user_directory, write_bytes, write_json
 from leaf_distill.models.source import named
-from leaf_distill.training.checkpoint import NoCheckpoint, hash_weights, stopped
+from leaf_distill.training.checkpoint import NoCheckpoint, hash_file, hash_weights, stopped
 from leaf_distill.training.checks import refused
 from leaf_distill.training.config import DistillArguments, LeafConfig
 from leaf_distill.training.identity import (
@@ -145,7 +145,12 @@ def _detected(source: str, config: LeafConfig) -> dict[str, Any]:
     if (path / "run.json").is_file():
         path = find_arm(path)
     funnel = (path.parent if path.is_file() else path) / "funnel.json"
-    settings = read_json(funnel).get("settings") if funnel.is_file() else None
+    summary = read_json(funnel) if funnel.is_file() else {}
+    dataset = funnel.with_name("dataset.parquet")
+    made = summary.get("dataset_sha256")
+    if made is not None and dataset.is_file() and made != hash_file(dataset):
+        summary = {}  # a run was killed between the two, or the dataset is another one
+    settings = summary.get("settings")
     detected = settings if isinstance(settings, dict) else {}
     for name in ("chat_template", "chat_template_kwargs", "system_prompt"):
         value = getattr(config, name)

@@ -325,9 +325,15 @@ class LeafTrainer(Trainer):
         """Measure one batch; its sums count, and not the mean that the Trainer would take."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, sums = self._objective(model, inputs, count_labels(inputs))
-        self._eval_sums = self._eval_sums + sums
-        return loss, None, None
+            parts = split_batch(inputs, self.args.max_batch_tokens)
+            at_least = int(self._of_ranks(torch.tensor(len(parts))).max())
+            parts = split_batch(inputs, self.args.max_batch_tokens, at_least=at_least)
+            counts, losses = count_labels(inputs), []
+            for part in parts:
+                loss, sums = self._objective(model, part, counts)
+                losses.append(loss)
+                self._eval_sums = self._eval_sums + sums
+        return torch.stack(losses).sum(), None, None
 
     def evaluation_loop(
         self,

@@ -10,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -542,3 +543,10 @@ def test_unreachable_hub_dataset_is_one_sentence(monkeypatch: pytest.MonkeyPatch
     for name in ("nobody/nothing", "nobody/nothing:main"):
         with pytest.raises(ValueError, match=r"\(split 'train'\): must be a file or directory"):
             load_examples(name)
+
+
+def test_arrays_of_numpy_are_lists() -> None:
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    (example,) = load_examples([{"messages": np.array(turns, dtype=object), "answer": np.int64(4)}])
+    assert example.outcome is None
+    assert (example.user_text, example.completion, example.answer) == ("2 + 2?", "4", "4")

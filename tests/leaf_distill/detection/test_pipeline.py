@@ -17,6 +17,9 @@ from detect_run import CONFOUNDED, ROWS, check_sums, counts, reasons, run, table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leaf_distill.config import DetectConfig
+from leaf_distill.data.dataset import load_examples
+from leaf_distill.data.example import Example
+from leaf_distill.detection.output import write_dataset
 from leaf_distill.detection.pipeline import DetectResult, detect
 from leaf_distill.models import loading
 
@@ -308,3 +311,46 @@ def test_the_dataset_of_a_run_is_searched_for_its_originals_alone(
     path = detect_pair.write_rows(tmp_path / "cuts.jsonl", cuts)
     with pytest.raises(ValueError, match="dataset: must have originals, got"):
         run(pair, tmp_path, dataset=path)
+
+
+def test_rows_of_two_runs_keep_their_own_golds(pair: dict[str, str], tmp_path: Path) -> None:
+    runs = [run(pair, tmp_path / name, ROWS[at : at + 6]) for name, at in (("a", 0), ("b", 6))]
+    lines = [line for result in runs for line in table(result.dataset)]
+    result = run(pair, tmp_path, lines)
+    golds = {line["row_id"]: line["answer"] for line in table(result.dataset)}
+    assert golds == {at: row["answer"] for at, row in enumerate(ROWS[:12])}
+    assert reasons(result)["student_right"] == 12 - sum(CONFOUNDED[:12])
+
+
+def test_a_row_without_a_gold_leaves_where_answers_are_graded(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        {"role": "user", "content": ROWS[0]["prompt"]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    result = run(pair, tmp_path, [ROWS[1], {"messages": turns}])
+    assert reasons(result)["no_gold"] == 1 and counts(result)[0] == 2
+
+
+def test_the_teachers_labels_keep_the_golds(pair: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in ROWS[:6]]
+    result = run(pair, tmp_path, rows, completion_source="teacher", select="all", validate="none")
+    for line in table(result.dataset):
+        assert line["answer"] == ROWS[line["row_id"]]["answer"]
+
+
+def test_structured_messages_are_stored_as_they_are(tmp_path: Path) -> None:
+    def example(row_id: int, arguments: dict[str, Any]) -> Example:
+        call = {"function": {"name": "f", "arguments": arguments}}
+        turns = (
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "user", "content": "and now?"},
+        )
+        return Example(row_id, turns, "4")
+
+    written = [example(0, {"y": 2, "x": 1}), example(1, {"x": 1.5}), example(2, {})]
+    read = load_examples(write_dataset(tmp_path, written))
+    for before, after in zip(written, read, strict=True):
+        assert json.dumps(after.messages) == json.dumps(before.messages)
