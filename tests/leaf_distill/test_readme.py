@@ -47,11 +47,9 @@ def test_the_loop_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names: dict[str, Any] = {}
     exec(code_with("LeafTrainer"), names)
     before = (tmp_path / "student" / "model.safetensors").read_bytes()
-    after = (tmp_path / "runs/math/student" / "model.safetensors").read_bytes()
+    after = (tmp_path / "runs/math/mine" / "model.safetensors").read_bytes()
     assert after != before
-    result = evaluate(
-        EvaluateConfig(model="runs/math/student", dataset="train.jsonl", grade="number")
-    )
+    result = evaluate(EvaluateConfig(model="runs/math/mine", dataset="train.jsonl", grade="number"))
     assert sum(result.counts.values()) == 8
     assert names["run"].funnel["stages"][0]["rows"] == 8
 

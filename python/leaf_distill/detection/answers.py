@@ -22,6 +22,8 @@ from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import default_batch_tokens
 
 ROWS_A_GRADING = 256
+ANSWER_SHOWN = 120
+"""Characters at the end of an answer that are quoted."""
 VERSION = 1
 """Raised with a change of the generation, so that no answer of an older one is used."""
 

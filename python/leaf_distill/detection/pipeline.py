@@ -16,13 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from leaf_distill.config import DetectConfig, json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import ROLES, Example, Floats, Role, UnusableRow, remaining
 from leaf_distill.data.template import template_differences
 from leaf_distill.detection.answers import (
+    ANSWER_SHOWN,
     PromptedModel,
     answer,
     gold_warning,
@@ -47,10 +48,6 @@ from leaf_distill.models.tokenizer import check_same_tokenizer
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-ANSWER_SHOWN: Final = 120
-"""Characters of an answer that outcomes.parquet quotes."""
 
 
 @dataclass(frozen=True)
@@ -348,6 +345,9 @@ class _Run:
         """Say what the models' answers were graded where no row is left to search."""
         if self.config.select == "all" or any(one.nll for one in self.examples):
             return []
+        asked = [one.answers["student"].verdict for one in self.examples if one.answers]
+        if asked and set(asked) == {"right"}:
+            return [f"No row is left to search: the student answers all {len(asked)} correctly."]
         given = []
         for role in ROLES:
             verdicts = [one.answers[role].verdict for one in self.examples if role in one.answers]

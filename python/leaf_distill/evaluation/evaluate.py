@@ -19,6 +19,7 @@ from leaf_distill.config import EvaluateConfig, json_object, need, package_versi
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Answer, Example, UnusableRow, remaining
 from leaf_distill.detection.answers import (
+    ANSWER_SHOWN,
     PromptedModel,
     answer,
     gold_warning,
@@ -133,6 +134,15 @@ def evaluate(
             "versions": package_versions(),
         }
         write_json(root / "metrics.json", metrics)
+    if fitting and "right" not in result.counts:
+        first = fitting[0]
+        logger.warning(
+            "no answer is right; the first ends %r, and its gold ends %r: see --grade (now %s), "
+            "--max_new_tokens and --chat_template",
+            first.answers["student"].text[-ANSWER_SHOWN:],
+            first.gold[-ANSWER_SHOWN:],
+            config.grade,
+        )
     for sentence in gold_warning(golds, config):
         logger.warning("%s", sentence)
     _show(f"{lazy.name} on {config.dataset or 'rows in memory'}", result, metrics)

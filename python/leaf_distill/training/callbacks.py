@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from leaf_distill.training.checkpoint import write_manifest
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = {
     "loss": "loss {:.4g}",
@@ -31,6 +34,12 @@ class LogLines(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started = time.monotonic()
+        if state.max_steps <= args.get_warmup_steps(state.max_steps):
+            logger.warning(
+                "the run has %d steps in all, and the warm-up never ends: lower originals_per_step "
+                "or warmup_steps, or raise num_train_epochs",
+                state.max_steps,
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: Mapping[str, float] = kwargs["logs"]

@@ -283,9 +283,3 @@ class _Claim(TrainerCallback):
                 if int(checkpoint.rpartition("-")[2]) > state.global_step:
                     shutil.rmtree(checkpoint)
             claim(self.directory, self.identity)
-        if state.max_steps <= args.get_warmup_steps(state.max_steps):
-            logger.warning(
-                "the run has %d steps in all, and the warm-up never ends: lower originals_per_step "
-                "or warmup_steps, or raise num_train_epochs",
-                state.max_steps,
-            )

@@ -156,7 +156,8 @@ def import_peft(argument: str) -> Any:
         import peft
     except ImportError as error:
         raise ValueError(
-            f"{argument}: must come with the package peft, got none; pip install peft"
+            f"{argument}: must come with the package peft, got none; run: pip install "
+            "'leaf-distill[peft]'"
         ) from error
     return peft
 

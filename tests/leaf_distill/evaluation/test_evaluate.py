@@ -245,3 +245,11 @@ def test_settings_are_checked(tmp_path: Path, model: str) -> None:
         evaluate(config(tmp_path, "", ROWS))
     with pytest.raises(ValueError, match="max_new_tokens: must be at least 1"):
         config(tmp_path, model, ROWS, max_new_tokens=0)
+
+
+def test_where_nothing_is_right_an_answer_is_quoted(
+    tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "w3", "completion": "-", "answer": "the w4"}]
+    assert evaluate(config(tmp_path, model, rows)).counts == {"wrong": 1}
+    assert "the first ends 'w4', and its gold ends 'the w4': see --grade (now exact)" in caplog.text
