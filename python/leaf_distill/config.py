@@ -28,7 +28,10 @@ LARGEST = 2**31 - 1
 """The largest count that is accepted: larger ones overflow in some library."""
 
 MODEL = "a directory (also of a LoRA adapter), a hub name or a .gguf file"
-ROWS = "hub name, file (.jsonl, .json, .csv, .parquet, .gz), directory or glob"
+ROWS = (
+    "hub name (owner/name or owner/name:config), file (.jsonl, .json, .csv, .parquet, .gz), "
+    "directory or glob"
+)
 
 
 def about(description: str) -> dict[str, str]:
