@@ -12,7 +12,7 @@ from pathlib import Path
 from leaf_distill import grading
 from leaf_distill.config import AnswerOptions, json_object
 from leaf_distill.data.collator import plan_batches
-from leaf_distill.data.example import Answer, Example, Rendering, Role, UnusableRow
+from leaf_distill.data.example import Answer, Example, Rendering, Role, UnusableRow, remaining
 from leaf_distill.data.prompt import Renderer, tokenizer_fingerprint
 from leaf_distill.detection.cache import RowCache, compute_missing, default_cache_directory
 from leaf_distill.grading import Grader, gold_kinds
@@ -89,6 +89,14 @@ def open_cache(config: AnswerOptions) -> RowCache:
     """Open the row cache of a configuration."""
     own = config.cache_dir
     return RowCache(user_directory(own or default_cache_directory(), "cache_dir"))
+
+
+def leave_without_gold(examples: Sequence[Example]) -> None:
+    """Mark the rows that have no answer to grade against."""
+    for example in remaining(examples):
+        if not example.gold.strip():
+            detail = "neither an answer nor a completion's text to grade against"
+            example.leave("rows", "no_gold", detail)
 
 
 def answer(

@@ -27,6 +27,7 @@ from leaf_distill.detection.answers import (
     PromptedModel,
     answer,
     gold_warning,
+    leave_without_gold,
     open_cache,
     prompted_model,
 )
@@ -187,10 +188,7 @@ class _Run:
     def _label(self) -> list[Example]:
         """Give every row its completion and both renderings; return the rows that fit."""
         if self._grades:
-            for example in remaining(self.examples):
-                if not example.gold.strip():
-                    detail = "neither an answer nor a completion's text to grade against"
-                    example.leave("rows", "no_gold", detail)
+            leave_without_gold(self.examples)
         if self.config.completion_source == "dataset":
             return self._render(self.examples, whole=True)
         asked = self._render(self.examples, whole=False)

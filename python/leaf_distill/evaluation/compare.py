@@ -96,8 +96,9 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
     """Run arms through both stages and evaluation, and write one table of them.
 
     Every arm starts from the same student and sees the same originals. It makes the same number of
-    optimizer steps and reads as many rows in each, `training.originals_per_step`: an arm with
-    counterfactuals has fewer originals in a step. All students answer the same problems.
+    optimizer steps and reads `training.originals_per_step` rows in each, as nearly as whole
+    originals allow: an arm with counterfactuals has fewer originals in a step. All students answer
+    the same problems.
 
     Writes compare.json and compare.md in `detection.output_dir`, beside arms/, students/ and
     evaluation/. The same command goes on where a killed one stopped.

@@ -23,6 +23,7 @@ from leaf_distill.detection.answers import (
     PromptedModel,
     answer,
     gold_warning,
+    leave_without_gold,
     open_cache,
     prompted_model,
 )
@@ -108,10 +109,7 @@ def evaluate(
         max_rows=config.max_rows,
         need_completion=False,
     )
-    for example in remaining(examples):
-        if not example.gold.strip():
-            detail = "neither an answer nor a completion's text to grade against"
-            example.leave("rows", "no_gold", detail)
+    leave_without_gold(examples)
     rows = list(remaining(examples))
     if not rows:
         detail = examples[0].outcome.detail if examples and examples[0].outcome else "it is empty"

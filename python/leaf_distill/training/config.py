@@ -95,7 +95,7 @@ class LeafConfig(TrainingArguments):
         metadata=about('variables for the chat template, as JSON: {"enable_thinking": false}'),
     )
     system_prompt: str | None = field(
-        default=None, metadata=about("a system turn put before every row without one")
+        default=None, metadata=about("system message for every row that has none")
     )
     backend: str = field(
         default="auto", metadata=about("kernels of the loss: auto, reference, cpu, ...")

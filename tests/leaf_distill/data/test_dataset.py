@@ -37,7 +37,7 @@ def write(tmp_path: Path, records: list[Any], name: str = "rows.jsonl") -> str:
 
 
 def facts(example: Example) -> tuple[Any, ...]:
-    """What a row says, or why it left."""
+    """Return the content of a row, or the reason why it left."""
     if example.outcome is not None:
         return example.row_id, example.outcome
     return example.row_id, example.messages, example.completion, example.answer

@@ -95,7 +95,7 @@ TABLE = {chr(byte): byte for byte in PRINTABLE} | {
 
 
 def token_bytes(tokenizer, index):
-    """What a byte-level token stands for, from the public GPT-2 byte table."""
+    """Return the bytes of a byte-level token, by the public GPT-2 byte table."""
     return bytes(TABLE[char] for char in tokenizer.convert_ids_to_tokens(int(index)))
 
 

@@ -33,7 +33,7 @@ def pair(tmp_path: Path) -> dict[str, str]:
 
 
 def write_run(directory: Path, rows: list[dict[str, Any]]) -> str:
-    """What distillation reads of a finished run of `leaf detect`."""
+    """Write the files of a finished run of `leaf detect` that distillation reads."""
     directory.mkdir()
     (directory / "run.json").write_text("{}")
     pq.write_table(pa.Table.from_pylist(rows), directory / "dataset.parquet")
