@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 Select = Literal["student_wrong", "all"]
 CompletionSource = Literal["dataset", "teacher"]
-GradeRule = Literal["math", "number", "exact"]
+GradeRule = Literal["math", "number", "exact", "code"]
 SpanRule = Literal["absolute", "quantile"]
 Strategy = Literal[
     "span", "collective", "random_tokens", "random_spans", "student_saliency", "perplexity"
@@ -115,10 +115,21 @@ class AnswerOptions(ModelOptions):
     max_new_tokens: int = field(default=512, metadata=about("most tokens of an answer"))
     grade: GradeRule = field(
         default="math",
-        metadata=about("math: math-verify; number: the last number; exact: the stripped string"),
+        metadata=about(
+            "math: math-verify; number: the last number; exact: the stripped string; code: the "
+            "row's tests, on the program in the answer"
+        ),
     )
     grade_timeout: float = field(
-        default=5.0, metadata=about("processor seconds after which grading an answer is given up")
+        default=5.0,
+        metadata=about(
+            "processor seconds after which grading an answer is given up; a program gets four "
+            "times the time of the row's reference solution in addition"
+        ),
+    )
+    allow_code_execution: bool = field(
+        default=False,
+        metadata=about("run the programs in answers, confined by the kernel (for --grade code)"),
     )
     cache_dir: str | None = field(
         default=None,

@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from leaf_distill.data.tests import Tests
+
 Role = Literal["student", "teacher"]
 ROLES: tuple[Role, ...] = get_args(Role)
 Branch = Literal["original", "counterfactual"]
@@ -49,13 +51,16 @@ class Answer:
     Attributes:
         text: the decoded tokens.
         n_tokens: their number, without the end token.
-        verdict: the grader's ("right", "wrong", "no_answer" or "timeout"), "cut_off" by the length
-            limit, or "not_finite" for invalid logits; None if the answer was not graded.
+        verdict: the grader's ("right", "wrong", "no_answer", "timeout", or one of a program), or
+            "cut_off" by the length limit, or "not_finite" for invalid logits; None if the answer
+            was not graded.
+        detail: of a program, the first test that failed, and how.
     """
 
     text: str
     n_tokens: int
     verdict: str | None = None
+    detail: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +105,8 @@ class Example:
     messages: tuple[Message, ...]  # the prompt; the last message is the user's
     completion: str
     answer: str | None = None
+    tests: Tests | None = None  # of the program that the answer is
+    source: str | None = None  # the collection that the row comes from
     reply: Message | None = None  # the completion's message, if it holds more than text
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # tools and other variables
     candidate_id: int = -1
