@@ -33,7 +33,7 @@ ROOMS = {
     "options": set(),
     "data": {"io", "config", "data"},
     "models": _BASE | {"models"},
-    "grading": {"io", "config", "grading"},
+    "grading": {"io", "config", "data", "grading"},
     "detection": _STAGES | {"detection"},
     "training": _BASE | {"models", "training"},
     "evaluation": _STAGES | {"detection", "training", "evaluation"},

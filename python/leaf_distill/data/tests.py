@@ -25,6 +25,8 @@ class Tests:
         outputs: "calls": the Python source of each value, or nothing where `reference` gives them;
             "stdin": texts.
         atol: absolute tolerance of floats, for "calls".
+        matches: for "calls", a Python expression over `args`, `result` and `expected` that says
+            whether a result is right; default: equal, floats within `atol`.
         reference: a program that is right. It gives the values of "calls" without outputs, and the
             time that a program may take.
         prefix: code that an answer without the entry point goes on from, as HumanEval's prompt.
@@ -37,6 +39,7 @@ class Tests:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     atol: float = 0.0
+    matches: str = ""
     reference: str = ""
     prefix: str = ""
 

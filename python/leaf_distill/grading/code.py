@@ -1,0 +1,243 @@
+"""Grades programs: each runs in a sandbox, and its tests in another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal, NamedTuple, Protocol
+
+from leaf_distill.data.tests import Tests
+from leaf_distill.grading.program import find_program
+from leaf_distill.grading.sandbox.process import (
+    SandboxError,
+    run_judged,
+    run_script,
+    unavailable,
+)
+
+CodeVerdict = Literal["right", "wrong", "error", "timeout", "memory", "no_program", "refused"]
+FAILED: tuple[CodeVerdict, ...] = ("wrong", "error", "timeout", "memory", "no_program")
+"""The verdicts that say that an answer is not right. "refused" says that it cannot be judged."""
+
+REFERENCE_LIMIT_S = 120.0
+TIMES_REFERENCE = 4.0
+SHOWN = 200  # characters of a text in a sentence
+
+
+class Judged(NamedTuple):
+    """A verdict, and the first test that failed and how (empty if right)."""
+
+    verdict: CodeVerdict
+    detail: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What running the reference gave.
+
+    Attributes:
+        problem: why the tests cannot be used; empty where they can.
+        cpu_s: processor time of the reference, 0 without one.
+        values: of "calls" without outputs, the reference's value for each input, encoded.
+    """
+
+    problem: str = ""
+    cpu_s: float = 0.0
+    values: tuple[str, ...] = ()
+
+
+class Store(Protocol):
+    """Keeps bytes by key, as the row cache does."""
+
+    def get(self, keys: Sequence[str]) -> Mapping[str, bytes]: ...
+
+    def put(self, values: Mapping[str, bytes]) -> object: ...
+
+
+class CodeGrader:
+    """Grades answers that are programs; use it as a context manager.
+
+    A program runs as a confined process: see `sandbox.confine`. Its tests run in another one, which
+    calls the program and compares what comes back, so that a verdict cannot be forged. The
+    reference of the tests, where there is one, runs first: it shows that the tests work, gives the
+    wanted values where the tests have only inputs, and the time that a program may take,
+    `timeout_s` and four times its own.
+
+    Args:
+        timeout_s: processor seconds that a program may take, beside the reference's.
+        workers: programs at once; None takes one a core.
+        store: keeps what references gave, beyond this object's life.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        SandboxError: programs cannot be confined on this machine; says what is missing.
+    """
+
+    def __init__(
+        self, *, timeout_s: float = 5.0, workers: int | None = None, store: Store | None = None
+    ) -> None:
+        if not 0 < timeout_s < math.inf:
+            raise ValueError(f"grade_timeout: must be seconds above 0, got {timeout_s}")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers: must be at least 1, got {workers}; None takes one a core")
+        if why := unavailable():
+            raise SandboxError(f"--grade code: {why}")
+        self.timeout_s = timeout_s
+        self._store = store
+        self._known: dict[str, Reference] = {}
+        self._threads = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+
+    def __enter__(self) -> CodeGrader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def check(self, tests: Sequence[Tests]) -> list[str]:
+        """Return for each of the tests why it cannot be used: it, or its reference, fails."""
+        return [reference.problem for reference in self._threads.map(self._reference, tests)]
+
+    def grade(self, answers: Sequence[tuple[Tests, str]]) -> list[Judged]:
+        """Return one verdict for each answer, in order.
+
+        Args:
+            answers: tests, each with an answer that holds a program.
+
+        Returns:
+            "right"; "wrong": a test fails; "error": the program, or a test with what it returned,
+            raises; "timeout"; "memory"; "no_program": the answer has none that the tests could
+            call; "refused": it does what is not allowed, or returns what cannot be compared outside
+            of its process.
+
+        Raises:
+            SandboxError: a process cannot be confined.
+            ValueError: the tests of an answer cannot be used, which `check` tells.
+        """
+        return list(self._threads.map(lambda pair: self._grade(*pair), answers))
+
+    def _grade(self, tests: Tests, answer: str) -> Judged:
+        program = find_program(answer, tests)
+        if program is None:
+            name = tests.entry_point or "what the tests call"
+            return Judged("no_program", f"no code defines {name}" if tests.code else "no code")
+        reference = self._reference(tests)
+        if reference.problem:
+            raise ValueError(f"tests: must work, got tests that do not ({reference.problem})")
+        limit = math.ceil(self.timeout_s + TIMES_REFERENCE * reference.cpu_s)
+        judged, _ = _run(tests, program, limit, reference.values)
+        if judged["verdict"] == "bad_tests":
+            raise ValueError(f"tests: must work, got tests that do not ({judged['detail']})")
+        return Judged(judged["verdict"], judged["detail"])
+
+    def _reference(self, tests: Tests) -> Reference:
+        # The machine is part of the key, since the time is its own.
+        text = json.dumps([platform.node(), tests.to_json()])
+        key = f"reference {hashlib.sha256(text.encode()).hexdigest()}"
+        if key not in self._known:
+            stored = self._store.get([key]).get(key) if self._store else None
+            if stored is None:
+                self._known[key] = _run_reference(tests)
+                one = self._known[key]
+                if self._store:
+                    value = json.dumps([one.problem, one.cpu_s, one.values])
+                    self._store.put({key: value.encode()})
+            else:
+                problem, cpu_s, values = json.loads(stored)
+                self._known[key] = Reference(problem, cpu_s, tuple(values))
+        return self._known[key]
+
+
+def _run_reference(tests: Tests) -> Reference:
+    """Run the reference against its own tests; without one, see that the tests compile."""
+    record = tests.kind == "calls" and not tests.outputs
+    if not tests.reference:
+        if record:
+            return Reference("there are neither outputs nor a reference that would give them")
+        if tests.kind == "stdin":
+            return Reference()
+        judged, _ = _run(tests, "", 10, (), dry=True)
+        return Reference(judged["detail"])
+    judged, cpu_s = _run(tests, tests.reference, math.ceil(REFERENCE_LIMIT_S), (), record=record)
+    if judged["verdict"] != "right":
+        detail = judged["detail"]
+        return Reference(f"the reference is not right: {judged['verdict']}, {detail}")
+    values = tuple(judged.get("values", ()))
+    return Reference("", cpu_s, values)
+
+
+def _run(
+    tests: Tests, program: str, limit_s: int, values: Sequence[str], **flags: bool
+) -> tuple[dict[str, Any], float]:
+    """Run a program against tests; return the judge's result, and processor seconds."""
+    if tests.kind == "stdin":
+        return _run_scripts(tests, program, limit_s)
+    job = {
+        **{name: getattr(tests, name) for name in _SENT},
+        "values": values,
+        **{"dry": False, "record": False, **flags},
+    }
+    result, end = run_judged(job, program, cpu_s=limit_s)
+    return result, end.cpu_s
+
+
+_SENT = ("kind", "entry_point", "setup", "code", "inputs", "outputs", "atol", "matches")
+
+
+def _run_scripts(tests: Tests, program: str, limit_s: int) -> tuple[dict[str, Any], float]:
+    """Run a script once for each input; the time limit holds for each."""
+    longest = 0.0
+    for number, (given, wanted) in enumerate(zip(tests.inputs, tests.outputs, strict=True)):
+        printed, error, end = run_script(program, given, cpu_s=limit_s, setup=tests.setup)
+        longest = max(longest, end.cpu_s)
+        test = f"input {number} ({given[:SHOWN]!r})"
+        if end.status or end.reason:
+            verdict, how = end.verdict(limit_s)
+            verdict = _named_by(error, verdict)
+            return {"verdict": verdict, "detail": f"{test}: {error or how}"}, longest
+        text = printed.decode(errors="replace")
+        if not same_output(text, wanted):
+            detail = f"{test}: it must print {wanted[:SHOWN]!r}, got {text[:SHOWN]!r}"
+            return {"verdict": "wrong", "detail": detail}, longest
+    return {"verdict": "right", "detail": ""}, longest
+
+
+def _named_by(error: str, verdict: str) -> str:
+    """Return the verdict that the exception of a script stands for."""
+    if verdict != "error":
+        return verdict
+    if error.startswith("MemoryError"):
+        return "memory"
+    return "refused" if error.startswith("PermissionError") else verdict
+
+
+def same_output(printed: str, wanted: str) -> bool:
+    """Return whether two outputs are the same: line by line, numbers by their value.
+
+    White space at the ends of lines and of the text does not count.
+    """
+    mine, other = (text.strip().split("\n") for text in (printed, wanted))
+    return len(mine) == len(other) and all(map(_same_line, mine, other))
+
+
+def _same_line(printed: str, wanted: str) -> bool:
+    mine, other = printed.split(), wanted.split()
+    if mine == other:
+        return True
+    if len(mine) != len(other):
+        return False
+    number: Callable[[str], Decimal] = Decimal
+    try:
+        return all(number(a) == number(b) for a, b in zip(mine, other, strict=True) if a != b)
+    except InvalidOperation:
+        return False

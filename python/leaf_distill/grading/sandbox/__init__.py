@@ -1,0 +1,5 @@
+"""Runs Python programs that nobody trusts, confined by the kernel.
+
+`process` starts the processes and watches them; the other modules run inside, where this package is
+imported alone, without `leaf_distill` and without site-packages.
+"""

@@ -1,0 +1,344 @@
+"""The judge's side: runs the tests against a program that lives in another process.
+
+The tests see the program through stand-ins that send each call over. What comes back is data, and
+is compared here, by Python's own types, so that nothing that a program does in its own process can
+make a test pass that its values do not pass.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from .channel import Channel, Gone
+from .compare import same
+from .values import Encoder, NotData, decode
+
+SHOWN = 300  # characters of a value or a line
+
+
+class Refused(BaseException):
+    """A test needs what cannot be judged outside of the program's process."""
+
+
+class ProgramError(Exception):
+    """An exception of the program; it is also of the built-in type that it had there."""
+
+    described: Mapping[str, Any] = {}
+
+
+class BadTests(Exception):
+    """The tests themselves do not work."""
+
+
+def judge(job: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Run the tests of a job and return a verdict.
+
+    Returns:
+        `verdict`: right, wrong, error, memory, refused, no_program; "bad_tests"; or "gone" where
+        the program's process ended. `detail`: the first failing test, and how. With `record`, the
+        entry point's values as `values`, instead of a comparison.
+    """
+    tests = _Tests(job)
+    try:
+        tests.prepare()
+        if job["dry"]:
+            return {"verdict": "right", "detail": ""}
+        program = _Program(channel, tests.classes, job["entry_point"])
+        tests.bind(program)
+        return {"verdict": "right", "detail": "", **tests.run(program)}
+    except BadTests as error:
+        return {"verdict": "bad_tests", "detail": str(error)}
+    except Gone as gone:
+        return {"verdict": "gone", "detail": tests.failed(str(gone))}
+    except Refused as refusal:
+        return {"verdict": "refused", "detail": tests.failed(str(refusal))}
+    except ProgramError as error:
+        return {"verdict": _verdict(error), "detail": tests.failed(error.described["text"])}
+    except _Missing as missing:
+        return {"verdict": "no_program", "detail": str(missing)}
+    except AssertionError as error:
+        return {"verdict": "wrong", "detail": tests.failed(tests.seen(error))}
+    except BaseException as error:
+        text = f"{type(error).__name__}: {str(error)[:SHOWN]}"
+        return {"verdict": "error", "detail": tests.failed(f"the test fails with {text}")}
+
+
+def _verdict(error: ProgramError) -> str:
+    if isinstance(error, MemoryError):
+        return "memory"
+    return "refused" if isinstance(error, PermissionError) else "error"
+
+
+class _Missing(Exception):
+    """The program does not define what the tests call."""
+
+
+class _Tests:
+    """The tests, and how far they have come."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        self.module = ModuleType("tests")
+        self.space = vars(self.module)
+        self.classes: dict[str, type] = {}
+        self.current = ""
+        self.last: list[Any] = []  # what the program returned last
+
+    def prepare(self) -> None:
+        """Run the setup and compile everything; BadTests where that fails."""
+        sys.modules["tests"] = self.module
+        try:
+            exec(compile(self.job["setup"], "<setup>", "exec", dont_inherit=True), self.space)
+            self.classes = {
+                name: value
+                for name, value in self.space.items()
+                if isinstance(value, type) and value.__module__ == "tests"
+            }
+            self.code = [
+                compile(text, "<tests>", "exec", dont_inherit=True) for text in self.job["code"]
+            ]
+            self.arguments = [self._evaluate(text) for text in self.job["inputs"]]
+            self.outputs = [self._evaluate(text) for text in self.job["outputs"]]
+            self.matches = compile(self.job["matches"] or "None", "<matches>", "eval")
+        except BaseException as error:
+            text = f"{type(error).__name__}: {str(error)[:SHOWN]}"
+            raise BadTests(f"the tests cannot run: {text}") from error
+
+    def _evaluate(self, text: str) -> Any:
+        return eval(text, self.space)
+
+    def bind(self, program: _Program) -> None:
+        """Give the tests the program's names; those of Python and of the setup stay what they are.
+
+        A program that defines its own `abs` or `all` must not decide what the tests compute.
+        """
+        trusted = {*sys.stdlib_module_names, *self.job["packages"]}
+        for name, module in program.modules.items():
+            if name not in self.space and module.split(".")[0] in trusted:
+                self.space[name] = importlib.import_module(module)
+        for name in program.names:
+            own = name == self.job["entry_point"]
+            if own or (name not in self.space and not hasattr(builtins, name)):
+                self.space[name] = Remote(program, name, name, True)
+
+    def run(self, program: _Program) -> dict[str, Any]:
+        """Run the tests in their order; what fails raises."""
+        program.last = self.last
+        kind = self.job["kind"]
+        if kind == "asserts":
+            for text, code in zip(self.job["code"], self.code, strict=True):
+                self.current = text.strip()
+                exec(code, self.space)
+        elif kind == "check":
+            self.current = "check(candidate)"
+            exec(self.code[0], self.space)
+            self.space["check"](program.entry)
+        elif self.job["record"]:
+            return {"values": self._record(program)}
+        else:
+            self._compare(program)
+        return {}
+
+    def _call(self, program: _Program, arguments: Sequence[Any]) -> Any:
+        self.current = f"{self.job['entry_point']}({_shown(arguments)[1:-1].removesuffix(',')})"
+        return program.entry(*arguments)
+
+    def _record(self, program: _Program) -> list[str]:
+        encoder = Encoder(self.classes, lambda value: None)
+        return [encoder.encode(self._call(program, one)) for one in self.arguments]
+
+    def _compare(self, program: _Program) -> None:
+        wanted = self.outputs or [
+            decode(text, self.classes, lambda number: OPAQUE) for text in self.job["values"]
+        ]
+        # Where the reference returns no data, as a match of `re`, only whether it is None counts.
+        opaque = any(value is OPAQUE for value in wanted)
+        for arguments, expected in zip(self.arguments, wanted, strict=True):
+            # A program may change its arguments, and the condition may need them as they were.
+            text = self.job["matches"] and Encoder(self.classes).encode(arguments)
+            result = self._call(program, arguments)
+            if self.job["matches"]:
+                names = {"args": decode(text, self.classes), "result": result, "expected": expected}
+                right = eval(self.matches, {**self.space, **names})
+            elif opaque:
+                right = _given(result) == _given(expected)
+            else:
+                right = same(result, expected, self.job["atol"])
+            if not right:
+                raise AssertionError(f"it must return {_shown(expected)}")
+
+    def failed(self, how: str) -> str:
+        """Name the test at which the run ended, and how."""
+        return f"{self.current[:SHOWN]}: {how}" if self.current else how
+
+    def seen(self, error: AssertionError) -> str:
+        """Say what the program returned last, and at which line of a `check` the test failed."""
+        line, trace = 0, error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename == "<tests>":
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        if line and self.job["kind"] == "check":
+            self.current = self.job["code"][0].splitlines()[line - 1].strip()
+        parts = [str(error)[:SHOWN]] if str(error) else []
+        parts += [f"it returned {_shown(self.last[-1])}"] if self.last else []
+        return ", ".join(parts) or "it does not hold"
+
+
+OPAQUE = object()
+
+
+def _given(value: Any) -> bool:
+    return value if isinstance(value, bool) else value is not None
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except BaseException:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+class _Program:
+    """The program at the other end."""
+
+    def __init__(self, channel: Channel, classes: Mapping[str, type], entry_point: str) -> None:
+        self._channel, self._classes = channel, classes
+        self._encoder = Encoder(classes, self._number)
+        self.last: list[Any] = []
+        self.changed: Any = None  # the arguments after a call that changes them
+        ready = channel.get()
+        if "error" in ready:
+            raise _error(ready["error"])
+        if entry_point and not ready["entry"]:
+            raise _Missing(f"no code defines {entry_point}")
+        self.names: list[str] = [str(name) for name in ready["names"]]
+        self.modules = {str(name): str(value) for name, value in ready["modules"].items()}
+        self.entry = Remote(self, "entry", entry_point, True)
+
+    def _number(self, value: Any) -> Any:
+        if isinstance(value, Remote):
+            return [value._reference]
+        raise NotData(f"an argument of type {type(value).__name__} cannot be sent to the program")
+
+    def ask(self, do: str, of: Any, **more: Any) -> Any:
+        """Send a request and return the value that comes back."""
+        self._channel.put({"do": do, "of": of, **more})
+        reply = self._channel.get()
+        try:
+            if "error" in reply:
+                raise _error(reply["error"])
+            if "refused" in reply:
+                raise Refused(str(reply["refused"]))
+            if "stop" in reply:
+                raise StopIteration
+            value = decode(reply["value"], self._classes, lambda one: Remote(self, *one))
+            if "arguments" in reply:
+                self.changed = decode(reply["arguments"], self._classes, lambda one: OPAQUE)
+        except (NotData, TypeError, LookupError) as error:
+            raise Refused(f"its value cannot be read: {error}") from error
+        self.last[:] = [value]
+        return value
+
+    def call(self, of: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """Call a function of the program; arguments that it changes are changed here too."""
+        try:
+            text = self._encoder.encode([list(positional), dict(named)])
+        except NotData as error:
+            raise Refused(str(error)) from error
+        self.changed = None
+        value = self.ask("call", of, arguments=text)
+        if self.changed is not None:
+            _update(list(positional), named, self.changed)
+        return value
+
+
+def _update(positional: Sequence[Any], named: Mapping[str, Any], changed: Any) -> None:
+    """Give mutable arguments the content that they have after the call."""
+    before = [*positional, *named.values()]
+    after = [*changed[0], *(changed[1][name] for name in named)]
+    for old, new in zip(before, after, strict=True):
+        if type(old) is not type(new):
+            continue
+        if isinstance(old, list | bytearray):
+            old[:] = new
+        elif isinstance(old, dict | set):
+            old.clear()
+            old.update(new)
+        elif isinstance(old, deque):
+            old.clear()
+            old.extend(new)
+        elif hasattr(old, "__dict__") and not isinstance(old, Remote):
+            vars(old).clear()
+            vars(old).update(vars(new))
+
+
+def _error(described: Mapping[str, Any]) -> ProgramError:
+    """Return an exception of the program's built-in type, which the tests may expect."""
+    for name in described["kinds"]:
+        kind = vars(builtins).get(name)
+        if isinstance(kind, type) and issubclass(kind, Exception) and kind is not StopIteration:
+            try:
+                error: Any = type(str(described["name"]), (ProgramError, kind), {})()
+                break
+            except TypeError:  # a type that needs arguments, or cannot be combined
+                continue
+    else:
+        error = ProgramError()
+    error.described = {"text": str(described["text"])}
+    error.args = (error.described["text"],)
+    return error  # type: ignore[no-any-return]
+
+
+class Remote:
+    """Stands for a function, class or object of the program."""
+
+    __slots__ = ("_identity", "_name", "_program", "_reference")
+
+    def __init__(self, program: _Program, reference: Any, name: Any, identity: Any) -> None:
+        self._program, self._reference = program, reference
+        self._name, self._identity = str(name), identity is True
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        return self._program.call(self._reference, positional, named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._program.ask("attribute", self._reference, name=name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._program.ask("item", self._reference, key=Encoder({}).encode(key))
+
+    def __iter__(self) -> Any:
+        return self._program.ask("iterator", self._reference)
+
+    def __next__(self) -> Any:
+        return self._program.ask("next", self._reference)
+
+    def __len__(self) -> int:
+        return int(self._program.ask("length", self._reference))
+
+    def __bool__(self) -> bool:
+        return self._program.ask("truth", self._reference) is True
+
+    def __str__(self) -> str:
+        return str(self._program.ask("text", self._reference))
+
+    def __repr__(self) -> str:
+        return f"a {self._name} of the program"
+
+    def __eq__(self, other: object) -> bool:
+        if self._identity or other is None:
+            return self is other
+        # An `__eq__` of the program could say anything.
+        raise Refused(f"a {self._name} of the program cannot be compared outside of it")
+
+    __hash__ = object.__hash__

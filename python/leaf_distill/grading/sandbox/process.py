@@ -1,0 +1,365 @@
+"""Starts confined processes, watches them, and says how they ended."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from leaf_distill.grading.sandbox.confine import FILE_BYTES, landlock_abi
+from leaf_distill.grading.sandbox.syscalls import MACHINES
+
+PACKAGES = ("numpy", "sortedcontainers")
+"""What a program may import beside the standard library."""
+
+MEMORY = 1 << 30  # bytes of address space
+THREADS = 64
+DIRECTORY_FILES = 1000
+LOOK_S = 0.05  # how often a running program is looked at
+GRACE_S = 2.0  # for a program to end after its tests have
+CLOCK_S = 0.1  # by which two clocks of processor time may differ
+ATTEMPTS = 3  # to start a process
+HERE = Path(__file__).parent
+# This folder as a package of its own, without the modules beside it, one of which is `math`.
+COMMAND = (
+    "import sys; from importlib.util import module_from_spec, spec_from_file_location; "
+    "spec = spec_from_file_location('sandbox', {!r}, submodule_search_locations=[{!r}]); "
+    "sys.modules['sandbox'] = module_from_spec(spec); from sandbox.child import main; main()"
+)
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+NEEDED = (
+    "programs are confined by Landlock and seccomp, which need Linux 5.13 or newer on x86_64 or "
+    "aarch64, with `landlock` in /sys/kernel/security/lsm; run on such a kernel"
+)
+
+
+class SandboxError(RuntimeError):
+    """Programs cannot be confined here, so that none is run."""
+
+
+@dataclass
+class End:
+    """How a process ended.
+
+    Attributes:
+        status: its exit status, or the negated number of the signal that ended it.
+        cpu_s: processor time, user and system.
+        reason: why it was ended from outside: "timeout", "threads", "files", or "silent" where it
+            gave up its connection but went on; else "".
+    """
+
+    status: int = 0
+    cpu_s: float = 0.0
+    reason: str = ""
+
+    def verdict(self, cpu_limit_s: float) -> tuple[str, str]:
+        """Return the verdict on a program that ended before its tests did, and a sentence."""
+        if self.reason in ("threads", "files"):
+            most = THREADS if self.reason == "threads" else DIRECTORY_FILES
+            return "refused", f"it had more than {most} {self.reason}, or too large ones"
+        if (
+            self.reason == "timeout"
+            or self.status == -signal.SIGXCPU
+            or self.cpu_s > cpu_limit_s - CLOCK_S  # it may have caught the signal
+        ):
+            return "timeout", f"it took more than {cpu_limit_s:.0f} s"
+        if self.reason == "silent":
+            return "error", "it closed its connection"
+        if self.status == -signal.SIGKILL:
+            return "memory", "the system ended it"
+        if self.status < 0:
+            return "error", f"it was ended by {signal.Signals(-self.status).name}"
+        return "error", f"it ended itself with exit status {self.status}"
+
+
+@functools.cache
+def unavailable() -> str:
+    """Return why programs cannot be confined on this machine; nothing where they can.
+
+    A process is confined for it, and tries to read this file.
+    """
+    if platform.system() != "Linux" or platform.machine() not in MACHINES:
+        return f"{NEEDED} (this is {platform.system()} on {platform.machine()})"
+    if not landlock_abi():
+        return f"{NEEDED} (this kernel, {platform.release()}, has no Landlock)"
+    probe = (
+        f"try:\n    open({str(HERE / 'confine.py')!r})\nexcept PermissionError:\n    print('held')"
+    )
+    try:
+        output, _, end = run_script(probe, "", cpu_s=10)
+    except (SandboxError, OSError) as error:
+        return f"{NEEDED} ({error})"
+    return "" if output == b"held\n" else f"{NEEDED} (a confined process could read a file, {end})"
+
+
+@functools.cache
+def _readable() -> tuple[str, ...]:
+    """Return what a confined process may read: Python, shared libraries and packages."""
+    paths = sysconfig.get_paths()
+    base = Path(sys.base_prefix)
+    libraries = [] if base == Path("/usr") else [str(base / "lib")]
+    system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache"]
+    own = [str(Path(path).with_name("numpy.libs")) for path in _packages().values()]
+    return (
+        *(paths["stdlib"], paths["platstdlib"], *libraries, *system),
+        *("/usr/share/zoneinfo", "/dev/urandom", *_packages().values(), *own),
+    )
+
+
+@functools.cache
+def _packages() -> dict[str, str]:
+    found = {name: find_spec(name) for name in PACKAGES}
+    return {
+        name: str(Path(spec.origin).parent) for name, spec in found.items() if spec and spec.origin
+    }
+
+
+@dataclass
+class _Process:
+    """A confined process and the files that it was given."""
+
+    popen: subprocess.Popen[bytes]
+    started: int
+    end: End = field(default_factory=End)
+
+    def confined(self) -> str:
+        """Return "" if it has confined itself, else why not. Nothing ran if it has not."""
+        said = os.pread(self.started, 1000, 0).decode(errors="replace")
+        return "" if said == "confined" else said or "it could not be started"
+
+    def ends_within(self, seconds: float) -> bool:
+        """Return whether it ends by itself."""
+        handle = os.pidfd_open(self.popen.pid)
+        try:
+            return bool(select.select([handle], [], [], seconds)[0])
+        finally:
+            os.close(handle)
+
+    def finish(self) -> End:
+        """End it if it has not ended, and read what it used."""
+        if self.popen.returncode is None:
+            os.kill(self.popen.pid, signal.SIGKILL)  # Popen.kill would lose the usage
+            _, status, usage = os.wait4(self.popen.pid, 0)
+            self.popen.returncode = os.waitstatus_to_exitcode(status)
+            self.end.status = self.popen.returncode
+            self.end.cpu_s = usage.ru_utime + usage.ru_stime
+        return self.end
+
+
+def _file(name: str, content: bytes = b"") -> int:
+    """Return a file in memory, positioned at its start."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+class _Run:
+    """The processes of one run, their own directory, and their descriptors here."""
+
+    def __init__(self) -> None:
+        self.directory = tempfile.mkdtemp(prefix="leaf-program-")
+        self.descriptors: list[int] = []
+        self.processes: list[_Process] = []
+
+    def file(self, name: str, content: bytes = b"") -> int:
+        self.descriptors.append(_file(name, content))
+        return self.descriptors[-1]
+
+    def pipe(self) -> tuple[int, int]:
+        ends = os.pipe()
+        self.descriptors += ends
+        return ends
+
+    def close(self, *descriptors: int) -> None:
+        for one in descriptors:
+            self.descriptors.remove(one)
+            os.close(one)
+
+    def start(
+        self, job: Mapping[str, Any], given: Sequence[int], *, cpu_s: int, **streams: int
+    ) -> _Process:
+        """Start a process on a job; it finds `given` among its arguments."""
+        limits = {"directory": self.directory, "readable": _readable(), "memory": MEMORY}
+        whole = {
+            **job,
+            "packages": _packages(),
+            "limits": {**limits, "cpu_s": cpu_s, "parent": os.getpid()},
+        }
+        files = self.file("job", json.dumps(whole).encode()), self.file("started")
+        passed = (*files, *given)
+        command = COMMAND.format(str(HERE / "__init__.py"), str(HERE))
+        options = ["-s", "-S", "-B", "-X", "utf8", "-c", command, *map(str, passed)]
+        popen = subprocess.Popen(
+            [sys.executable, *options],
+            stdin=streams.get("stdin", subprocess.DEVNULL),
+            stdout=streams.get("stdout", subprocess.DEVNULL),
+            stderr=streams.get("stderr", subprocess.DEVNULL),
+            cwd=self.directory,
+            env=ENVIRONMENT,
+            pass_fds=passed,
+            start_new_session=True,
+        )
+        process = _Process(popen, files[1])
+        self.processes.append(process)
+        return process
+
+    def watch(self, awaited: _Process, program: _Process, wall_s: float) -> None:
+        """Wait for a process to end, while the program keeps its limits; then end all."""
+        deadline = time.monotonic() + wall_s
+        handle = os.pidfd_open(awaited.popen.pid)
+        try:
+            while not select.select([handle], [], [], LOOK_S)[0]:
+                if time.monotonic() > deadline:
+                    program.end.reason = "timeout"
+                elif self._threads(program) > THREADS:
+                    program.end.reason = "threads"
+                elif self._too_full():
+                    program.end.reason = "files"
+                if program.end.reason:
+                    break
+            else:  # the program ends as soon as nobody asks it
+                if not program.ends_within(GRACE_S):
+                    program.end.reason = "silent"
+        finally:
+            os.close(handle)
+            for process in self.processes:
+                process.finish()
+
+    def _threads(self, program: _Process) -> int:
+        try:
+            return len(os.listdir(f"/proc/{program.popen.pid}/task"))
+        except OSError:  # it has just ended
+            return 0
+
+    def _too_full(self) -> bool:
+        sizes = []
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                try:
+                    sizes.append(entry.stat(follow_symlinks=False).st_size)
+                except OSError:  # it has just been deleted
+                    continue
+        return len(sizes) > DIRECTORY_FILES or sum(sizes) > FILE_BYTES
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.finish()
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@contextmanager
+def _run() -> Iterator[_Run]:
+    run = _Run()
+    try:
+        yield run
+    finally:
+        run.end()
+
+
+def _wall(cpu_s: float) -> float:
+    """Return the wall time for so much processor time, on a machine that others use too."""
+    return 10.0 + 3.0 * cpu_s
+
+
+def _content(descriptor: int) -> bytes:
+    """Return what a process wrote into a file."""
+    parts, at = [], 0
+    while part := os.pread(descriptor, 1 << 20, at):
+        parts.append(part)
+        at += len(part)
+    return b"".join(parts)
+
+
+def run_script(program: str, stdin: str, *, cpu_s: int, setup: str = "") -> tuple[bytes, str, End]:
+    """Run a script, confined.
+
+    Args:
+        program: the source, which runs as `__main__`.
+        stdin: what it reads.
+        cpu_s: seconds of processor time.
+        setup: source that runs before it, in the same namespace.
+
+    Returns:
+        What it printed, the exception that ended it, and how it ended.
+
+    Raises:
+        SandboxError: the process cannot be confined.
+    """
+    why = ""
+    for _ in range(ATTEMPTS):
+        with _run() as run:
+            streams = {name: run.file(name) for name in ("stdout", "stderr")}
+            streams["stdin"] = run.file("stdin", stdin.encode(errors="surrogatepass"))
+            job = {"role": "script", "setup": setup, "program": program}
+            process = run.start(job, (), cpu_s=cpu_s, **streams)
+            run.watch(process, process, _wall(cpu_s))
+            why = process.confined()
+            if not why:
+                said = _content(streams["stderr"])[:1000].decode(errors="replace")
+                return _content(streams["stdout"]), said, process.end
+    raise SandboxError(f"a program could not be confined: {why}")
+
+
+def run_judged(job: Mapping[str, Any], program: str, *, cpu_s: int) -> tuple[dict[str, Any], End]:
+    """Run a program in one confined process, and its tests in another one.
+
+    Args:
+        job: the tests, as `judge.judge` takes them.
+        program: the source.
+        cpu_s: seconds of processor time of the program.
+
+    Returns:
+        What `judge.judge` returned, with the verdict on a program that ended before; and how the
+        program ended.
+
+    Raises:
+        SandboxError: a process cannot be confined.
+    """
+    why = ""
+    for _ in range(ATTEMPTS):
+        with _run() as run:
+            to_program, to_judge = run.pipe(), run.pipe()
+            served = {"role": "program", "setup": job["setup"], "entry_point": job["entry_point"]}
+            theirs, ours = (to_program[0], to_judge[1]), (to_judge[0], to_program[1])
+            process = run.start({**served, "program": program}, theirs, cpu_s=cpu_s)
+            result = run.file("result")
+            judge = run.start({**job, "role": "judge"}, (*ours, result), cpu_s=cpu_s + 10)
+            run.close(*to_program, *to_judge)
+            run.watch(judge, process, _wall(cpu_s))
+            why = judge.confined() or process.confined()
+            if not why:
+                return _judged(_content(result), process.end, cpu_s), process.end
+    raise SandboxError(f"a program could not be confined: {why}")
+
+
+def _judged(said: bytes, end: End, cpu_s: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"verdict": "gone", "detail": ""}
+    if said:
+        found = json.loads(said)
+    elif not end.reason:
+        detail = "the tests ended without a verdict, for want of time or memory"
+        return {"verdict": "refused", "detail": detail}
+    if found["verdict"] == "gone":
+        found["verdict"], how = end.verdict(cpu_s)
+        found["detail"] = f"{found['detail']}: {how}" if found["detail"] else how
+    return found
