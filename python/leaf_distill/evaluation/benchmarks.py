@@ -148,7 +148,8 @@ _ALL = (
         name="olympiadbench",
         dataset="Hothan/OlympiadBench:OE_TO_maths_en_COMP",
         dataset_split="train",
-        columns={"answer": "final_answer"},
+        # With `prompt`, `solution` is left unread: it holds several where there are several.
+        columns={"prompt": "question", "answer": "final_answer"},
         prompt=BOXED,
         max_new_tokens=16384,
         problems=674,

@@ -52,26 +52,22 @@ class ResultTable:
     columns: tuple[str, ...]
     scores: dict[str, tuple[Score, ...]]
 
-    def lines(self, between: str) -> list[tuple[str, ...]]:
-        """Return the cells of the numbers, with a text between a number and its interval."""
+    def lines(self, form: str = "{} ({} to {})") -> list[tuple[str, ...]]:
+        """Return the cells of the numbers: the value and the ends of its interval in a form."""
         lines = [("model", *self.columns)]
         for model, scores in self.scores.items():
-            cells = []
-            for one in scores:
-                low, high = (f"{100 * value:.1f}" for value in one.interval)
-                cells.append(f"{100 * one.value:.1f}{between}({low} to {high})")
+            numbers = [(one.value, *one.interval) for one in scores]
+            cells = [form.format(*(f"{100 * part:.1f}" for part in three)) for three in numbers]
             lines.append((model, *cells))
         return lines
 
-    def differences(self, between: str) -> list[tuple[str, ...]]:
+    def differences(self, form: str = "{} ({} to {})") -> list[tuple[str, ...]]:
         """Return the cells of the differences to the first model; none with a single model."""
-        first, *others = self.scores
-        lines = [(f"less {first}", *self.columns)] if others else []
+        _, *others = self.scores
+        lines = [("model", *self.columns)] if others else []
         for model in others:
-            cells = []
-            for one in self.scores[model]:
-                value, low, high = (f"{100 * part:+.1f}" for part in one.difference or ())
-                cells.append(f"{value}{between}({low} to {high})")
+            numbers = [one.difference or () for one in self.scores[model]]
+            cells = [form.format(*(f"{100 * part:+.1f}" for part in three)) for three in numbers]
             lines.append((model, *cells))
         return lines
 
@@ -85,11 +81,13 @@ class BenchmarkResult:
 
     def printed(self) -> list[Table]:
         """Return the tables for a terminal, a number above its interval."""
-        printed = []
+        printed, form = [], "{}\n{} to {}"
         for one in self.tables:
-            printed.append(printed_table(one.suite or "Accuracy, %", one.lines("\n")))
-            if differences := one.differences("\n"):
-                printed.append(printed_table("Differences, points", differences))
+            of = f" on {one.suite}" if one.suite else ""
+            printed.append(printed_table(f"Accuracy{of}, %", one.lines(form)))
+            if differences := one.differences(form):
+                title = f"Differences to {next(iter(one.scores))}{of}, points"
+                printed.append(printed_table(title, differences))
         printed[-1].caption = NOTE
         return printed
 
@@ -145,9 +143,9 @@ def write_results(
     parts = ["# Accuracy, %"]
     for table in tables:
         parts += [f"## {table.suite}"] if table.suite else []
-        parts += [
-            markdown_table(lines) for lines in (table.lines(" "), table.differences(" ")) if lines
-        ]
+        parts.append(markdown_table(table.lines()))
+        if differences := table.differences():
+            parts += [f"Differences to {models[0]}, points:", markdown_table(differences)]
     problems = [
         f"{benchmark}: {next(iter(of.values()))['rows']} problems"
         for benchmark, of in measured.items()
