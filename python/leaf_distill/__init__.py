@@ -11,12 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from leaf_distill.config import CompareConfig, DetectConfig, EvaluateConfig
+    from leaf_distill.config import CompareConfig, DetectConfig
     from leaf_distill.data.dataset import load_examples
     from leaf_distill.data.example import Example
     from leaf_distill.detection.pipeline import DetectResult, detect
+    from leaf_distill.evaluation.benchmarks import Benchmark
     from leaf_distill.evaluation.compare import CompareResult, compare
-    from leaf_distill.evaluation.evaluate import EvaluateResult, evaluate
+    from leaf_distill.evaluation.config import EvaluateConfig
+    from leaf_distill.evaluation.evaluate import evaluate, evaluate_benchmarks
+    from leaf_distill.evaluation.measure import EvaluateResult
+    from leaf_distill.evaluation.results import BenchmarkResult
     from leaf_distill.models.result import SaliencyResult, saliency
     from leaf_distill.report import write_report
     from leaf_distill.training.config import DistillArguments, LeafConfig
@@ -24,14 +28,16 @@ if TYPE_CHECKING:
     from leaf_distill.training.trainer import LeafTrainer
 
 _HOME = {
+    "Benchmark": "evaluation.benchmarks",
+    "BenchmarkResult": "evaluation.results",
     "CompareConfig": "config",
     "CompareResult": "evaluation.compare",
     "DetectConfig": "config",
     "DetectResult": "detection.pipeline",
     "DistillArguments": "training.config",
     "DistillResult": "training.distill",
-    "EvaluateConfig": "config",
-    "EvaluateResult": "evaluation.evaluate",
+    "EvaluateConfig": "evaluation.config",
+    "EvaluateResult": "evaluation.measure",
     "Example": "data.example",
     "LeafConfig": "training.config",
     "LeafTrainer": "training.trainer",
@@ -40,12 +46,15 @@ _HOME = {
     "detect": "detection.pipeline",
     "distill": "training.distill",
     "evaluate": "evaluation.evaluate",
+    "evaluate_benchmarks": "evaluation.evaluate",
     "load_examples": "data.dataset",
     "saliency": "models.result",
     "write_report": "report",
 }
 
 __all__ = [
+    "Benchmark",
+    "BenchmarkResult",
     "CompareConfig",
     "CompareResult",
     "DetectConfig",
@@ -62,6 +71,7 @@ __all__ = [
     "detect",
     "distill",
     "evaluate",
+    "evaluate_benchmarks",
     "load_examples",
     "saliency",
     "write_report",

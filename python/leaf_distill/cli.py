@@ -131,8 +131,8 @@ COMMANDS = {
     "evaluate": Command(
         "grade a model's greedy answers on a dataset",
         "leaf evaluate --model student-leaf --dataset test.jsonl --output_dir runs/eval",
-        ("config:EvaluateConfig",),
-        "evaluation.evaluate:evaluate",
+        ("evaluation.config:EvaluateConfig",),
+        "evaluation.evaluate:run",
         KEPT,
     ),
     "compare": Command(

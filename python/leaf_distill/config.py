@@ -109,17 +109,9 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class AnswerOptions(ModelOptions):
-    """Answers of models and their grading."""
+class GradingOptions(ModelOptions):
+    """How answers are graded, and where they and their verdicts are kept."""
 
-    max_new_tokens: int = field(default=512, metadata=about("most tokens of an answer"))
-    grade: GradeRule = field(
-        default="math",
-        metadata=about(
-            "math: math-verify; number: the last number; exact: the stripped string; code: the "
-            "row's tests, on the program in the answer"
-        ),
-    )
     grade_timeout: float = field(
         default=5.0,
         metadata=about(
@@ -138,6 +130,20 @@ class AnswerOptions(ModelOptions):
             "~/.cache/leaf-distill"
         ),
     )
+
+
+GRADES = (
+    "math: math-verify; number: the last number; exact: the stripped string; code: the row's "
+    "tests, on the program in the answer"
+)
+
+
+@dataclass(frozen=True)
+class AnswerOptions(GradingOptions):
+    """Answers of models and their grading."""
+
+    max_new_tokens: int = field(default=512, metadata=about("most tokens of an answer"))
+    grade: GradeRule = field(default="math", metadata=about(GRADES))
 
 
 @documented
@@ -199,22 +205,6 @@ class DetectConfig(AnswerOptions, RowOptions, PairOptions):
         check_range(self, "join_gap", 0, LARGEST)
         for name in ("threshold", "cap", "teacher_max"):
             check_range(self, name, 0, 1)
-
-
-@documented
-@dataclass(frozen=True)
-class EvaluateConfig(AnswerOptions, RowOptions):
-    """Settings of `leaf evaluate`: a model's greedy answers, graded."""
-
-    model: str = field(default="", metadata=about(f"the model: {MODEL}"))
-    output_dir: str = field(
-        default="leaf-evaluation", metadata=about("directory of answers.parquet and metrics.json")
-    )
-    dataset_split: str = field(default="test", metadata=about("split of the dataset"))
-
-    def __post_init__(self) -> None:
-        check_answer_options(self)
-        check_rows(self)
 
 
 @documented
@@ -299,6 +289,16 @@ def check_answer_options(config: Any) -> None:
         raise ValueError("output_dir: must be a directory, got an empty name; give --output_dir")
 
 
+def check_drawing(config: Any) -> None:
+    """Check the settings of drawn answers; those that are None are not known yet."""
+    for name in ("samples", "k"):
+        check_range(config, name, 1, LARGEST)
+    check_range(config, "temperature", 0, 100)
+    check_range(config, "top_p", 0, 1)
+    if config.top_p == 0:
+        raise ValueError("top_p: must be above 0, got 0; --temperature 0 gives the likeliest token")
+
+
 def json_object(value: dict[str, Any] | str | None, name: str) -> dict[str, Any] | None:
     """Return a setting that is a mapping or a mapping as JSON; None where it is empty."""
     if value is None or value == "":
@@ -329,10 +329,12 @@ def check_choices(config: Any) -> None:
     """Raise ValueError for the first Literal field of a dataclass whose value is not a choice."""
     hints = get_type_hints(type(config))
     for item in fields(config):
-        if get_origin(hints[item.name]) is not Literal:
+        hint, value = hints[item.name], getattr(config, item.name)
+        if type(None) in get_args(hint):  # Literal[...] | None
+            hint = get_args(hint)[0] if value is not None else None
+        if get_origin(hint) is not Literal:
             continue
-        choices, value = get_args(hints[item.name]), getattr(config, item.name)
-        if value not in choices:
+        if value not in (choices := get_args(hint)):
             raise ValueError(f"{item.name}: must be one of {', '.join(choices)}, got {value!r}")
 
 

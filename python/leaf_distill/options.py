@@ -111,7 +111,7 @@ def _add(
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     if not hide:
         text = str(item.metadata.get("help", "")).replace("%", "%%")
-        shown = item.default not in (None, "", dataclasses.MISSING)
+        shown = item.default not in (None, "", (), dataclasses.MISSING)
         options["help"] = f"{text} (default: {item.default})" if shown else text
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     names = {get_origin(kind) or kind for kind in kinds}
@@ -119,7 +119,7 @@ def _add(
         options |= {"type": _choice(choices), "metavar": "|".join(map(str, choices))}
     elif bool in names:
         options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
-    elif list in names and str not in names:
+    elif names & {list, Sequence} and str not in names:
         options |= {"type": _text, "nargs": "+", "metavar": "VALUE"}
     elif float in names and str not in names:
         options |= {"type": _number(float, "a number"), "metavar": "NUMBER"}

@@ -11,10 +11,10 @@ from leaf_distill.config import (
     CompareConfig,
     DemoConfig,
     DetectConfig,
-    EvaluateConfig,
     ReportConfig,
     need,
 )
+from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.training.config import DistillArguments, LeafConfig
 
 

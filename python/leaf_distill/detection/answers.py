@@ -1,8 +1,9 @@
-"""Greedy answers of a model, graded; both are kept in the row cache."""
+"""Answers of a model, graded; both are kept in the row cache."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -10,14 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from leaf_distill import grading
-from leaf_distill.config import AnswerOptions, json_object
+from leaf_distill.config import AnswerOptions, GradingOptions, ModelOptions, json_object
 from leaf_distill.data.collator import plan_batches
 from leaf_distill.data.example import Answer, Example, Rendering, Role, UnusableRow, remaining
 from leaf_distill.data.prompt import Renderer, tokenizer_fingerprint
 from leaf_distill.detection.cache import RowCache, compute_missing, default_cache_directory
 from leaf_distill.grading import Grader, gold_kinds
 from leaf_distill.io import digest, user_directory
-from leaf_distill.models.generation import generate
+from leaf_distill.models.generation import Draws, generate
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import default_batch_tokens
 
@@ -67,14 +68,40 @@ class PromptedModel:
             )
         return rendering
 
-    def batch_tokens(self, config: AnswerOptions) -> int:
+    def batch_tokens(self, config: ModelOptions) -> int:
         """Return the most tokens of a batch, padding included."""
         if config.max_batch_tokens is not None:
             return config.max_batch_tokens
         return default_batch_tokens(self.model.config, self.model.dtype, self.model.device)
 
 
-def prompted_model(role: Role, model: LazyModel, config: AnswerOptions) -> PromptedModel:
+@dataclass(frozen=True)
+class Decoding:
+    """How answers come from a model's logits: greedily, or at a temperature by drawing.
+
+    Attributes:
+        stop: an answer ends before the first of these texts.
+        temperature: of drawn answers; 0 answers greedily.
+        top_p: draw from the likeliest tokens that together have this probability.
+        seed: of the drawing.
+    """
+
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def settings(self) -> list[object]:
+        """What decides an answer beside the prompt, for keys; nothing for a plain greedy one."""
+        drawn = [self.temperature, self.top_p, self.seed] if self.temperature else []
+        return [list(self.stop), *drawn] if self.stop or drawn else []
+
+
+GREEDY = Decoding()
+
+
+def prompted_model(role: Role, model: LazyModel, config: ModelOptions) -> PromptedModel:
     """Return a model with the renderer that the configuration asks for."""
     renderer = Renderer(
         model.tokenizer,
@@ -85,7 +112,7 @@ def prompted_model(role: Role, model: LazyModel, config: AnswerOptions) -> Promp
     return PromptedModel(role, model, renderer)
 
 
-def open_cache(config: AnswerOptions) -> RowCache:
+def open_cache(config: GradingOptions) -> RowCache:
     """Open the row cache of a configuration."""
     own = config.cache_dir
     return RowCache(user_directory(own or default_cache_directory(), "cache_dir"))
@@ -104,28 +131,42 @@ def answer(
     examples: Sequence[Example],
     config: AnswerOptions,
     cache: RowCache,
+    *,
+    decoding: Decoding = GREEDY,
+    grade_cut_off: bool = False,
 ) -> None:
-    """Set `answers[role]` of each example to the model's greedy answer with its verdict.
+    """Set `answers[role]` of each example to the model's answer with its verdict.
 
     Args:
         asked: the model; its weights are loaded only where the cache lacks an answer.
         examples: rows or candidates with a rendering for the model's role.
+        decoding: greedy or drawn. The n-th row with the same prompt has the prompt's n-th draw.
+        grade_cut_off: whether an answer that is right before it is cut off is "right".
     """
-    given = _generate(asked, examples, config, cache)
-    ungraded = [at for at, one in enumerate(given) if one.verdict is None]
+    given = _generate(asked, examples, config, cache, decoding)
+    gradable = (None, "cut_off") if grade_cut_off else (None,)
+    ungraded = [at for at, one in enumerate(given) if one.verdict in gradable]
     verdicts = _grade([(examples[at].gold, given[at].text) for at in ungraded], config, cache)
     for at, verdict in zip(ungraded, verdicts, strict=True):
-        given[at] = replace(given[at], verdict=verdict)
+        if given[at].verdict is None or verdict == "right":
+            given[at] = replace(given[at], verdict=verdict)
     for example, one in zip(examples, given, strict=True):
         example.answers[asked.role] = one
 
 
 def _generate(
-    asked: PromptedModel, examples: Sequence[Example], config: AnswerOptions, cache: RowCache
+    asked: PromptedModel,
+    examples: Sequence[Example],
+    config: AnswerOptions,
+    cache: RowCache,
+    decoding: Decoding,
 ) -> list[Answer]:
-    settings = ["answer", VERSION, *asked.identity, config.max_new_tokens]
+    settings = ["answer", VERSION, *asked.identity, config.max_new_tokens, *decoding.settings]
     prompts = [prompt_ids(example, asked.role) for example in examples]
     keys = [digest([*settings, prompt]) for prompt in prompts]
+    drawn = decoding.temperature > 0
+    if drawn:
+        keys = _numbered(keys)
     plan = plan_batches(
         [len(prompt) + config.max_new_tokens for prompt in prompts],
         max_tokens=asked.batch_tokens(config),
@@ -138,12 +179,29 @@ def _generate(
             [prompts[at] for at in batch],
             end_ids=asked.renderer.end_ids,
             max_new_tokens=config.max_new_tokens,
+            stop=decoding.stop,
+            draws=Draws(decoding.temperature, decoding.top_p, [int(keys[at], 16) for at in batch])
+            if drawn
+            else None,
         )
         return [json.dumps([one.text, one.n_tokens, one.verdict]).encode() for one in answers]
 
     description = f"{asked.role} answers"
-    values = compute_missing(cache, keys, plan, compute, description=description)
+    # The other rows of a batch change the last bits of logits, which a draw may depend on.
+    values = compute_missing(
+        cache, keys, plan, compute, description=description, whole_batches=drawn
+    )
     return [Answer(*json.loads(value)) for value in values]
+
+
+def _numbered(keys: Sequence[str]) -> list[str]:
+    """Return a key for each draw: that of its prompt with the number of draws before it."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for key in keys:
+        numbered.append(digest([key, seen[key]]))
+        seen[key] += 1
+    return numbered
 
 
 def gold_warning(golds: Sequence[str], config: AnswerOptions) -> list[str]:

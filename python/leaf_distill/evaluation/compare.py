@@ -20,7 +20,6 @@ from leaf_distill.config import (
     AnswerOptions,
     CompareConfig,
     DetectConfig,
-    EvaluateConfig,
     json_object,
     need,
     package_versions,
@@ -28,7 +27,10 @@ from leaf_distill.config import (
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Mask
 from leaf_distill.detection.pipeline import detect
-from leaf_distill.evaluation.evaluate import check_directory, evaluate, wilson_interval
+from leaf_distill.evaluation.config import EvaluateConfig
+from leaf_distill.evaluation.evaluate import evaluate
+from leaf_distill.evaluation.intervals import paired_bootstrap, wilson_interval
+from leaf_distill.evaluation.measure import check_directory
 from leaf_distill.evaluation.tables import printed_table
 from leaf_distill.io import (
     is_of,
@@ -46,7 +48,6 @@ from leaf_distill.training.identity import check_output
 from leaf_distill.training.model_card import markdown_table
 
 UNTRAINED = "untrained"
-DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -281,28 +282,6 @@ def _evaluate(
     )
     verdicts = pq.read_table(result.answers, columns=["verdict"])["verdict"].to_pylist()
     return np.array([verdict == "right" for verdict in verdicts])
-
-
-def paired_bootstrap(
-    reference: Mask, right: Mask, *, draws: int = DRAWS, seed: int = 0
-) -> tuple[float, float, float]:
-    """Return the difference of two accuracies with its 95 % percentile interval.
-
-    Args:
-        reference, right: bool [n], whether each problem was answered correctly, in one order.
-        draws: resamples of the n problems, with replacement; a problem keeps both its answers.
-        seed: of the draws.
-
-    Returns:
-        The difference, and the lower and upper end of its interval, as shares.
-    """
-    change = right.astype(np.int64) - reference.astype(np.int64)
-    # A resample depends only on how many problems were won, lost and unchanged.
-    shares = np.array([(change == value).mean() for value in (-1, 0, 1)])
-    counts = np.random.default_rng(seed).multinomial(len(change), shares, size=draws)
-    means = (counts[:, 2] - counts[:, 0]) / len(change)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(change.mean()), float(low), float(high)
 
 
 Lines = list[tuple[str, ...]]

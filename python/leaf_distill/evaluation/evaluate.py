@@ -1,67 +1,33 @@
-"""`leaf evaluate`: a model's greedy answers on a dataset, graded, with a confidence interval."""
+"""`leaf evaluate`: graded answers of one model to a dataset, or of several to benchmarks."""
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-from collections import Counter
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 
-from leaf_distill.config import EvaluateConfig, json_object, need, package_versions
-from leaf_distill.data.dataset import load_examples
-from leaf_distill.data.example import Answer, Example, UnusableRow, remaining
-from leaf_distill.detection.answers import (
-    ANSWER_SHOWN,
-    PromptedModel,
-    answer,
-    gold_warning,
-    leave_without_gold,
-    open_cache,
-    prompted_model,
+from leaf_distill.config import need
+from leaf_distill.detection.answers import open_cache, prompted_model
+from leaf_distill.evaluation.benchmarks import Benchmark, Group, find_benchmarks
+from leaf_distill.evaluation.config import EvaluateConfig
+from leaf_distill.evaluation.measure import (
+    EvaluateResult,
+    Measured,
+    check_directory,
+    check_inputs,
+    measure,
 )
+from leaf_distill.evaluation.problems import file_name, load_problems, of_dataset, settled
+from leaf_distill.evaluation.results import BenchmarkResult, check_results, write_results
 from leaf_distill.evaluation.tables import printed_table
-from leaf_distill.io import is_of, locked, user_directory, write_json, write_table
+from leaf_distill.io import locked, user_directory
 from leaf_distill.models.loading import LazyModel
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-VERDICTS = (
-    *("right", "wrong", "no_answer", "timeout"),
-    *("cut_off", "not_finite", "too_long", "not_renderable"),
-)
-"""The grader's verdicts; an answer cut_off by the length limit; logits that are not_finite; a
-prompt that is too_long, or not_renderable by the chat template."""
-
-
-ANSWERS = pa.schema(
-    [
-        ("row_id", pa.int64()),
-        *((name, pa.string()) for name in ("prompt", "gold", "answer", "verdict")),
-        ("n_tokens", pa.int32()),
-    ]
-)
-"""The columns of answers.parquet."""
-
-
-@dataclass(frozen=True)
-class EvaluateResult:
-    """Accuracy over all rows, its 95 % interval, the count of each verdict, and the answers."""
-
-    accuracy: float
-    interval: tuple[float, float]
-    counts: dict[str, int]
-    answers: Path
 
 
 def evaluate(
@@ -71,11 +37,11 @@ def evaluate(
     model: PreTrainedModel | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
 ) -> EvaluateResult:
-    """Answer greedily, grade, and write `answers.parquet` and `metrics.json`.
+    """Let one model answer a dataset, grade, and write `answers.parquet` and `metrics.json`.
 
-    A row without `answer` is graded against its completion. Every row that could be read is in the
-    denominator, also those that were cut off or not answered. Known answers come from the row
-    cache, so that the same command goes on where a killed one stopped.
+    A row without `answer` is graded against its completion, one with tests by them. Every row that
+    could be read is in the denominator, also those that were cut off or not answered. Known answers
+    come from the row cache, so that the same command goes on where a killed one stopped.
 
     Args:
         config: the settings.
@@ -91,181 +57,150 @@ def evaluate(
     """
     given = {"model": model, "dataset": dataset}
     need(config, *(name for name, value in given.items() if value is None))
+    if config.benchmark or len(config.model) > 1:
+        raise ValueError(
+            "model: must be one, with a dataset, got several or a benchmark; evaluate_benchmarks() "
+            "takes these"
+        )
     root = user_directory(config.output_dir)
     check_directory(root)
-    _check_inputs(root, config)
-    lazy = LazyModel(
-        model if model is not None else config.model,
+    files = [root / "metrics.json", root / "answers.parquet"]
+    check_inputs([root], files, config.model, [config.dataset])
+    benchmark = settled(of_dataset(config), config)
+    lazy = _lazy(model if model is not None else config.model[0], config, processing_class)
+    asked = prompted_model("student", lazy, config)
+    problems = load_problems(benchmark, config, dataset)
+    with locked(root), open_cache(config) as cache:
+        done = measure(asked, problems, config, cache, root)
+    _show(f"{lazy.name} on {config.dataset or 'rows in memory'}", done)
+    return done.result
+
+
+def evaluate_benchmarks(config: EvaluateConfig) -> BenchmarkResult:
+    """Let models answer benchmarks or a dataset, and write one table of their accuracies.
+
+    Writes `BENCHMARK/MODEL/` with the files of `evaluate`, and `results.json` and `results.md`, in
+    config.output_dir. All problems are read before any model is loaded. The same command goes on
+    where a killed one stopped.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        The tables, and where the results are.
+
+    Raises:
+        ValueError: a model or a benchmark cannot be read, or the directory holds other files.
+        StoreError: a file cannot be written, or another process holds the directory.
+    """
+    need(config, "model", *(() if config.benchmark else ("dataset",)))
+    groups = find_benchmarks(config.benchmark, config.benchmark_file)
+    if not config.benchmark:
+        groups = [Group(None, (of_dataset(config),))]
+    groups = [
+        Group(suite, tuple(settled(one, config) for one in several)) for suite, several in groups
+    ]
+    benchmarks = [benchmark for group in groups for benchmark in group.benchmarks]
+    names = short_names(config.model)
+    root = user_directory(config.output_dir)
+    places = _places(root, names, benchmarks, config)
+    problems = [load_problems(benchmark, config) for benchmark in benchmarks]
+    models = [prompted_model("student", _lazy(model, config), config) for model in config.model]
+    done: dict[tuple[str, str], Measured] = {}
+    with locked(root), open_cache(config) as cache:
+        for name, asked in zip(names, models, strict=True):
+            for one in problems:
+                pair = (name, one.benchmark.name)
+                print(f"{name} on {one.benchmark.name} ...", file=sys.stderr, flush=True)
+                done[pair] = measure(asked, one, config, cache, places[pair])
+            asked.model.release()
+        result = write_results(root, groups, names, done, config)
+    console = Console()
+    for table in result.printed():
+        console.print(table)
+    print(f"The table is in {result.table}, its numbers are in {root / 'results.json'}")
+    return result
+
+
+def _places(
+    root: Path, names: Sequence[str], benchmarks: Sequence[Benchmark], config: EvaluateConfig
+) -> dict[tuple[str, str], Path]:
+    """Return the directory of each model on each benchmark; nothing in it is somebody else's."""
+    places = {
+        (name, benchmark.name): root / benchmark.name / name
+        for name in names
+        for benchmark in benchmarks
+    }
+    check_results(root)
+    files = [root / "results.json", root / "results.md"]
+    for place in places.values():
+        check_directory(user_directory(place))
+        files += [place / "metrics.json", place / "answers.parquet"]
+    datasets = [benchmark.dataset for benchmark in benchmarks]
+    check_inputs([root, *places.values()], files, config.model, datasets)
+    return places
+
+
+def run(config: EvaluateConfig) -> None:
+    """Run `leaf evaluate`: the files of one model on a dataset, or a table."""
+    if config.benchmark or len(config.model) > 1:
+        evaluate_benchmarks(config)
+    elif config.model and not config.dataset:
+        raise ValueError("dataset: must be given, got nothing; give --dataset or --benchmark")
+    else:
+        evaluate(config)
+
+
+def _lazy(
+    model: str | PreTrainedModel,
+    config: EvaluateConfig,
+    processing_class: PreTrainedTokenizerBase | None = None,
+) -> LazyModel:
+    return LazyModel(
+        model,
         processing_class=processing_class,
         dtype=config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
-    asked = prompted_model("student", lazy, config)
-    examples = load_examples(
-        config.dataset if dataset is None else dataset,
-        split=config.dataset_split,
-        columns=json_object(config.columns, "columns"),
-        max_rows=config.max_rows,
-        need_completion=False,
-    )
-    leave_without_gold(examples)
-    rows = list(remaining(examples))
-    if not rows:
-        detail = examples[0].outcome.detail if examples and examples[0].outcome else "it is empty"
-        raise ValueError(
-            f"dataset: must have a usable row, got none of {config.dataset} ({detail}); name other "
-            "columns or rows"
-        )
-    golds = [example.gold for example in rows]
-    with locked(root), open_cache(config) as cache:
-        fitting = _render(asked, rows, config)
-        answer(asked, fitting, config, cache)
-        result = _write_answers(root / "answers.parquet", rows)
-        metrics = {
-            "command": "evaluate",
-            **asdict(result),
-            "rows": len(rows),
-            "unreadable_rows": len(examples) - len(rows),
-            "settings": asdict(config),
-            "model": {"name": lazy.name, "sha256": lazy.fingerprint},
-            "versions": package_versions(),
-        }
-        write_json(root / "metrics.json", metrics)
-    if fitting and "right" not in result.counts:
-        first = fitting[0]
-        logger.warning(
-            "no answer is right; the first ends %r, and its gold ends %r: see --grade (now %s), "
-            "--max_new_tokens and --chat_template",
-            first.answers["student"].text[-ANSWER_SHOWN:],
-            first.gold[-ANSWER_SHOWN:],
-            config.grade,
-        )
-    for sentence in gold_warning(golds, config):
-        logger.warning("%s", sentence)
-    _show(f"{lazy.name} on {config.dataset or 'rows in memory'}", result, metrics)
-    return result
 
 
-def _check_inputs(root: Path, config: EvaluateConfig) -> None:
-    """Refuse a directory in which results would replace an input, or stand in a model's."""
-    written = [(root / name).resolve() for name in ("", "metrics.json", "answers.parquet")]
-    for name in ("model", "dataset"):
-        try:
-            given = Path(getattr(config, name) or os.devnull).expanduser()
-            taken = given.resolve() in written[0 if name == "model" else 1 :]
-        except (OSError, RuntimeError):
-            continue  # no path; the loader says what is wrong with it
-        if taken:
-            raise ValueError(
-                f"output_dir: must not be an input, but the {name} is {given}; give another one"
-            )
+def short_names(models: Sequence[str]) -> list[str]:
+    """Return a directory's name for each model: as few of the last parts as tell them apart.
 
-
-def check_directory(root: Path) -> None:
-    """Raise ValueError where an evaluation would replace somebody else's files."""
-    metrics, answers = root / "metrics.json", root / "answers.parquet"
-    for path, ours in ((metrics, is_of(metrics, "evaluate")), (answers, _is_answers(answers))):
-        if os.path.lexists(path) and not ours:
-            raise ValueError(
-                f"output_dir: must be new or of an earlier `leaf evaluate`, got {root}, whose "
-                f"{path.name} is damaged or of something else; delete it, or give another "
-                "output_dir"
-            )
-
-
-def _is_answers(path: Path) -> bool:
-    try:
-        return bool(pq.read_schema(path).names == ANSWERS.names)
-    except (pa.ArrowException, OSError):
-        return False
-
-
-def _render(asked: PromptedModel, rows: Sequence[Example], config: EvaluateConfig) -> list[Example]:
-    """Render prompts and return the rows that fit; the others get their verdict."""
-    positions = asked.model.max_positions
-    limit = min(config.max_length, positions - 1) if positions else config.max_length
-    fitting: list[Example] = []
-    refused: list[str] = []
-    for example in rows:
-        try:
-            rendering = asked.prompt(example)
-        except UnusableRow as problem:
-            refused.append(f"row {example.row_id}: {problem.detail}")
-            example.answers["student"] = Answer("", 0, "not_renderable")
-            continue
-        example.renderings["student"] = rendering
-        if len(rendering) <= limit:
-            fitting.append(example)
-        else:
-            example.answers["student"] = Answer("", 0, "too_long")
-    if not fitting:
-        first = refused[0] if refused else f"all prompts have more than {limit} tokens"
-        raise ValueError(
-            f"dataset: must have a row that the model can be asked, got {len(rows)} that are not "
-            f"({first})"
-        )
-    if refused:
-        logger.warning("%d rows cannot be rendered, as %s", len(refused), refused[0])
-    return fitting
-
-
-def _write_answers(path: Path, rows: Sequence[Example]) -> EvaluateResult:
-    answers = [example.answers["student"] for example in rows]
-    texts = [None if one.verdict in ("too_long", "not_renderable") else one.text for one in answers]
-    table = pa.table(
-        {
-            "row_id": [example.row_id for example in rows],
-            "prompt": [example.user_text for example in rows],
-            "gold": [example.gold for example in rows],
-            "answer": texts,
-            "verdict": [one.verdict for one in answers],
-            "n_tokens": [one.n_tokens for one in answers],
-        },
-        schema=ANSWERS,
-    )
-    write_table(path, table)
-    counts = Counter(one.verdict for one in answers)
-    return EvaluateResult(
-        accuracy=counts["right"] / len(rows),
-        interval=wilson_interval(counts["right"], len(rows)),
-        counts={name: counts[name] for name in VERDICTS if counts[name]},
-        answers=path,
-    )
-
-
-def wilson_interval(right: int, total: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion.
-
-        (p + z^2/2n +- z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n)
-
-    Unlike p +- z sqrt(p (1 - p) / n), it stays in [0, 1] and has a width at 0 and 1.
-
-    Args:
-        right, total: counts.
-        z: quantile of the normal distribution; 1.96 gives 95 %.
-
-    Returns:
-        The lower and the upper end, as shares.
+    Raises:
+        ValueError: two are the same.
     """
-    if not 0 <= right <= total or total < 1:
-        raise ValueError(f"right: must be from 0 to total, and total >= 1, got {right}, {total}")
-    share = right / total
-    center = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+    paths = [Path(model).expanduser() for model in models]
+    parts = [(path.absolute() if path.exists() else path).parts for path in paths]
+    names: list[str] = []
+    for model, mine in zip(models, parts, strict=True):
+        if parts.count(mine) > 1:
+            raise ValueError(f"model: must be different, got {model} twice; name it once")
+        alone = (
+            count
+            for count in range(1, len(mine))
+            if sum(other[-count:] == mine[-count:] for other in parts) == 1
+        )
+        name = file_name("-".join(mine[-next(alone, len(mine)) :])) or "model"
+        names.append(f"{name}-{len(names) + 1}" if name in names else name)
+    return names
 
 
-def _show(title: str, result: EvaluateResult, metrics: dict[str, Any]) -> None:
-    total = metrics["rows"]
+def _show(title: str, done: Measured) -> None:
+    result, rows = done.result, done.metrics["rows"]
+    total = sum(result.counts.values())
     counts = [(name, str(n), f"{n / total:.1%}") for name, n in result.counts.items()]
+    unit = "rows" if total == rows else "answers"
     console = Console()
-    console.print(printed_table(title, [("verdict", "rows", "share"), *counts]))
-    if metrics["unreadable_rows"]:
-        console.print(f"{metrics['unreadable_rows']} rows could not be used and are not counted")
+    console.print(printed_table(title, [("verdict", unit, "share"), *counts]))
+    if done.metrics["unreadable_rows"]:
+        console.print(
+            f"{done.metrics['unreadable_rows']} rows could not be used and are not counted"
+        )
     low, high = result.interval
+    what = "Accuracy" if total == rows else result.metric
     print(
-        f"Accuracy {result.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}, {total} rows); "
+        f"{what} {result.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}, {rows} rows); "
         f"the answers are in {result.answers}"
     )

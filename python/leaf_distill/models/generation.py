@@ -1,4 +1,4 @@
-"""Greedy answers to prompts, one batch at a time."""
+"""Greedy or drawn answers to prompts, one batch at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +26,21 @@ logger = logging.getLogger(__name__)
 _warned: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
+@dataclass(frozen=True)
+class Draws:
+    """How answers are drawn in place of the greedy ones.
+
+    Attributes:
+        temperature: divides the logits; above 0.
+        top_p: only the likeliest tokens are drawn that together have this probability.
+        seeds: one for each prompt. An answer depends on its own seed, on no other row's.
+    """
+
+    temperature: float
+    top_p: float
+    seeds: Sequence[int]
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -33,8 +49,10 @@ def generate(
     *,
     end_ids: Sequence[int],
     max_new_tokens: int,
+    stop: Sequence[str] = (),
+    draws: Draws | None = None,
 ) -> list[Answer]:
-    """Answer prompts greedily, as one left-padded batch, in eval mode.
+    """Answer prompts as one left-padded batch, in eval mode.
 
     Prompts whose answer might outgrow the model's positions are answered apart from the others,
     with fewer new tokens; this is logged once for a model. A batch too large for the memory runs in
@@ -46,6 +64,8 @@ def generate(
         end_ids: an answer ends at any of these, which the Renderer of the prompts has, or at the
             model's end tokens.
         max_new_tokens: the longest answer in tokens, with its end token.
+        stop: an answer ends before the first of these texts; it is not cut off.
+        draws: how to draw the answers; None answers greedily.
 
     Returns:
         One answer for each prompt, with the verdict None, "cut_off" or "not_finite".
@@ -70,8 +90,11 @@ def generate(
     answers: dict[int, Answer] = {}
     with eval_mode(model), _default_settings(model):
         for room, group in sorted(rooms.items(), reverse=True):
-            run = partial(_batch, model, tokenizer, max_new_tokens=room, ends=ends)
-            found = with_smaller_batches([prompts[i] for i in group], run)
+            run = partial(
+                _batch, model, tokenizer, max_new_tokens=room, ends=ends, stop=stop, draws=draws
+            )
+            seeds = draws.seeds if draws else [0] * len(prompts)
+            found = with_smaller_batches([(prompts[i], seeds[i]) for i in group], run)
             answers.update(zip(group, found, strict=True))
     return [answers[i] for i in range(len(prompts))]
 
@@ -113,38 +136,92 @@ def _default_settings(model: Any) -> Iterator[None]:
 def _batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    rows: Sequence[tuple[Sequence[int], int]],
     *,
     max_new_tokens: int,
     ends: Sequence[int],
+    stop: Sequence[str],
+    draws: Draws | None,
 ) -> list[Answer]:
     from transformers import GenerationConfig, LogitsProcessorList
 
+    prompts, seeds = zip(*rows, strict=True)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     width = int(lengths.max())
     # As in training, a row is padded with one of its tokens, which has an embedding.
     ids = [np.pad(prompt, (width - len(prompt), 0), mode="edge") for prompt in prompts]
     watch = _Watch(len(prompts), width, ends)
+    processors: list[Any] = [watch]
+    if draws is not None:
+        processors.append(_Draw(draws.temperature, draws.top_p, seeds, width, max_new_tokens))
+    stops = _Stops(tokenizer, stop, len(prompts), width) if stop else None
     engine: Any = model  # its generate() is untyped
     output = engine.generate(
         input_ids=torch.from_numpy(np.stack(ids)).long().to(model.device),
         attention_mask=(torch.arange(width) >= width - lengths[:, None]).long().to(model.device),
         generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            do_sample=False,  # _Draw leaves one token to choose
             eos_token_id=list(ends) or None,
             pad_token_id=0,  # follows an answer's end; every embedding has this row
         ),
-        logits_processor=LogitsProcessorList([watch]),
+        logits_processor=LogitsProcessorList(processors),
+        stopping_criteria=[stops] if stops else None,
     )
     answers = []
-    for tokens, bad in zip(output[:, width:].tolist(), watch.not_finite.tolist(), strict=True):
-        stop = next((i for i, token in enumerate(tokens) if token in ends), None)
-        answer = tokens[:stop]
-        text = str(tokenizer.decode(answer, skip_special_tokens=True))
-        verdict = "not_finite" if bad else "cut_off" if stop is None else None
-        answers.append(Answer(text, len(answer), verdict))
+    for row, tokens in enumerate(output[:, width:].tolist()):
+        end = next((i for i, token in enumerate(tokens) if token in ends), None)
+        stopped = stops.lengths[row] if stops else None
+        length = min((one for one in (end, stopped) if one is not None), default=None)
+        text = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+        if stopped is not None and stopped == length:
+            text = text[: min((at for one in stop if (at := text.find(one)) >= 0), default=None)]
+        bad = bool(watch.not_finite[row])
+        verdict = "not_finite" if bad else "cut_off" if length is None else None
+        answers.append(Answer(text, len(tokens[:length]), verdict))
     return answers
+
+
+class _Stops:
+    """A stopping criterion: the texts of `stop`, with the length at which a row met one."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], rows: int, width: int) -> None:
+        from transformers import StopStringCriteria
+
+        self.found = StopStringCriteria(tokenizer, list(stop))
+        self.width = width
+        self.lengths: list[int | None] = [None] * rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        # The answer alone: a text that ends in it must not have begun in the prompt.
+        answer = input_ids[:, self.width :]
+        found: torch.Tensor = self.found(answer, scores, **kwargs)
+        for row, met in enumerate(found.tolist()):
+            if met and self.lengths[row] is None:
+                self.lengths[row] = answer.shape[1]
+        return found
+
+
+class _Draw:
+    """A logits processor that leaves each row the token that its own numbers draw."""
+
+    def __init__(
+        self, temperature: float, top_p: float, seeds: Sequence[int], width: int, length: int
+    ) -> None:
+        self.temperature, self.top_p, self.width = temperature, top_p, width
+        numbers = [np.random.default_rng(seed).random(length, dtype=np.float32) for seed in seeds]
+        self.numbers = torch.from_numpy(np.stack(numbers))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        number = self.numbers[:, input_ids.shape[1] - self.width, None].to(scores.device)
+        shares = torch.softmax(scores.float() / self.temperature, dim=-1)
+        shares, tokens = shares.sort(dim=-1, descending=True, stable=True)
+        upto = shares.cumsum(-1)
+        # The likeliest tokens, up to the first with which they reach top_p.
+        kept = ((upto - shares) < self.top_p).sum(-1, keepdim=True)
+        drawn = (upto <= number * upto.gather(-1, kept - 1)).sum(-1, keepdim=True)
+        token = tokens.gather(-1, torch.minimum(drawn, kept - 1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
 
 class _Watch:

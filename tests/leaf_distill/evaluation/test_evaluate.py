@@ -15,9 +15,10 @@ from datasets import Dataset
 from distill_pair import TEMPLATE, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from leaf_distill.config import EvaluateConfig
 from leaf_distill.detection import answers
-from leaf_distill.evaluation.evaluate import evaluate, wilson_interval
+from leaf_distill.evaluation.config import EvaluateConfig
+from leaf_distill.evaluation.evaluate import evaluate
+from leaf_distill.evaluation.intervals import wilson_interval
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Greedy answers of real models: batched equals one by one, and every way an answer ends."""
+"""Answers of real models: batched equals one by one, every way an answer ends, and drawn ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from leaf_distill.models import generation as predict
 PROMPTS = [[11, 12, 13, 14, 15, 16, 17], [20], [31, 32, 33], [11, 12, 13, 14]]
 
 
-def generate(model, tokenizer, prompts, *, max_new_tokens):
+def generate(model, tokenizer, prompts, **options):
     ends = Renderer(tokenizer).end_ids
-    return predict.generate(model, tokenizer, prompts, end_ids=ends, max_new_tokens=max_new_tokens)
+    return predict.generate(model, tokenizer, prompts, end_ids=ends, **options)
 
 
 def one_by_one(model, prompt, count, **options):
@@ -213,6 +213,76 @@ def test_bad_arguments(make_model, tokenizer):
         generate(model, tokenizer, [[1], []], max_new_tokens=3)
     with pytest.raises(ValueError, match="max_new_tokens: must be at least 1"):
         generate(model, tokenizer, [[1]], max_new_tokens=0)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_stop_string_ends_its_row_alone(make_model, tokenizer, length):
+    model = make_model()
+    free = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
+    text = free[0].text
+    start = next(
+        at for at in range(3, 9) if all(text[at : at + length] not in one.text for one in free[1:])
+    )
+    stop = text[start : start + length]
+    stopped, *others = generate(model, tokenizer, PROMPTS, max_new_tokens=12, stop=["\0", stop])
+    assert stopped.text == text[: text.find(stop)] and stopped.verdict is None
+    tokens = one_by_one(model, PROMPTS[0], 12)
+    assert stop in tokenizer.decode(tokens[: stopped.n_tokens], skip_special_tokens=True)
+    assert stop not in tokenizer.decode(tokens[: stopped.n_tokens - 1], skip_special_tokens=True)
+    assert others == free[1:]
+
+
+def test_a_stop_string_in_the_prompt_ends_nothing(make_model, tokenizer):
+    model = make_model()
+    (free,) = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=6)
+    before = tokenizer.decode(PROMPTS[0])
+    stop = before[-2:] + free.text[:1]  # begins in the prompt
+    assert stop not in free.text
+    assert generate(model, tokenizer, PROMPTS[:1], max_new_tokens=6, stop=[stop]) == [free]
+
+
+def test_draws_are_the_same_again_in_any_batch(make_model, tokenizer):
+    model = make_model()
+
+    def drawn(prompts, seeds):
+        draws = predict.Draws(temperature=1.5, top_p=0.95, seeds=seeds)
+        return generate(model, tokenizer, prompts, max_new_tokens=8, draws=draws)
+
+    together = drawn([*PROMPTS, PROMPTS[0]], [1, 2, 3, 4, 5])
+    assert together[0] != together[4]
+    torch.manual_seed(7)  # the caller's state has no part in it, and keeps its own
+    state = torch.get_rng_state()
+    assert [
+        drawn([prompt], [seed])[0] for prompt, seed in zip(PROMPTS, (1, 2, 3, 4), strict=True)
+    ] == together[:4]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert drawn(PROMPTS[:1], [6]) != drawn(PROMPTS[:1], [7])
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (2.0, 0.6)])
+def test_draws_follow_the_distribution(make_model, tokenizer, temperature, top_p):
+    model, count = make_model(), 2000
+    with torch.inference_mode():
+        logits = model(torch.tensor([PROMPTS[1]])).logits[0, -1] / temperature
+    shares = {int(i): float(logits.softmax(-1)[i]) for i in logits.argsort(descending=True)}
+    nucleus, total = {}, 0.0
+    for token, share in shares.items():
+        if total < top_p:
+            nucleus[token], total = share, total + share
+    draws = predict._Draw(temperature, top_p, list(range(count)), len(PROMPTS[1]), 1)
+    scores = (logits * temperature).expand(count, -1)
+    chosen = draws(torch.tensor([PROMPTS[1]] * count), scores).argmax(-1).tolist()
+    assert set(chosen) <= set(nucleus)
+    for token, share in list(nucleus.items())[:5]:
+        expected = count * share / total
+        assert abs(chosen.count(token) - expected) < 5 * (expected + 1) ** 0.5
+
+
+def test_the_likeliest_token_alone_is_the_greedy_answer(make_model, tokenizer):
+    model = make_model()
+    draws = predict.Draws(temperature=3.0, top_p=1e-6, seeds=[1, 2, 3, 4])
+    greedy = generate(model, tokenizer, PROMPTS, max_new_tokens=8)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=8, draws=draws) == greedy
 
 
 @pytest.mark.slow

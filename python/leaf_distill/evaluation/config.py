@@ -1,0 +1,113 @@
+"""Settings of `leaf evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from leaf_distill.config import (
+    GRADES,
+    MODEL,
+    GradeRule,
+    GradingOptions,
+    RowOptions,
+    about,
+    check_answer_options,
+    check_drawing,
+    check_rows,
+    documented,
+)
+from leaf_distill.evaluation.benchmarks import BENCHMARKS, SUITES
+
+
+@documented
+@dataclass(frozen=True)
+class EvaluateConfig(GradingOptions, RowOptions):
+    """Settings of `leaf evaluate`: graded answers of models, to a dataset or to benchmarks.
+
+    A setting that is None is the benchmark's own. From Python, a single model, benchmark or file
+    may be a text.
+
+    Raises:
+        ValueError: a setting is outside its range; names the first.
+    """
+
+    model: Sequence[str] = field(
+        default=(), metadata=about(f"the model, or several to be compared with the first: {MODEL}")
+    )
+    benchmark: Sequence[str] = field(
+        default=(),
+        metadata=about(
+            f"in place of --dataset: benchmarks by name ({', '.join(BENCHMARKS)}), suites "
+            f"({', '.join(SUITES)}), or YAML files of your own"
+        ),
+    )
+    benchmark_file: Sequence[str] = field(
+        default=(),
+        metadata=about("local rows of a benchmark: PATH for a single one, else NAME=PATH"),
+    )
+    output_dir: str = field(
+        default="leaf-evaluation", metadata=about("directory of the answers, metrics and tables")
+    )
+    dataset_split: str = field(default="test", metadata=about("split of the dataset"))
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata=about("most tokens of an answer; default: the benchmark's, or 512 for --dataset"),
+    )
+    grade: GradeRule | None = field(
+        default=None,
+        metadata=about(f"{GRADES}; default: the benchmark's, or math for --dataset"),
+    )
+    samples: int | None = field(
+        default=None,
+        metadata=about("answers to each problem; default: the benchmark's, or 1 for --dataset"),
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata=about("of drawn answers; 0: greedy; default: the benchmark's, or 0 for --dataset"),
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata=about(
+            "draw from the likeliest tokens that together have this probability; default: the "
+            "benchmark's, or 1 for --dataset"
+        ),
+    )
+    k: int | None = field(
+        default=None,
+        metadata=about(
+            "of pass@k, the chance that one of k answers is right, estimated from all samples; "
+            "default: the benchmark's, or 1 for --dataset"
+        ),
+    )
+    seed: int = field(default=0, metadata=about("seed of drawn answers"))
+
+    def __post_init__(self) -> None:
+        for name in ("model", "benchmark", "benchmark_file"):
+            given = getattr(self, name)
+            several = (given,) if isinstance(given, str) else tuple(given)
+            object.__setattr__(self, name, tuple(one for one in several if one))
+        check_answer_options(self)
+        check_rows(self)
+        check_drawing(self)
+        _check_benchmarks(self)
+
+
+def _check_benchmarks(config: EvaluateConfig) -> None:
+    """Refuse what belongs to a dataset beside benchmarks, and the reverse."""
+    if config.dataset and config.benchmark:
+        raise ValueError(
+            f"dataset: must not be given together with --benchmark, got {config.dataset!r} and "
+            f"{' '.join(config.benchmark)!r}; give one of them"
+        )
+    if config.benchmark_file and not config.benchmark:
+        raise ValueError(
+            f"benchmark_file: must be of a benchmark, got {config.benchmark_file[0]!r}; name it "
+            "with --benchmark, or give the file as --dataset"
+        )
+    if config.benchmark and (config.columns or config.dataset_split != "test"):
+        name = "columns" if config.columns else "dataset_split"
+        raise ValueError(
+            f"{name}: must not be given with --benchmark, got {getattr(config, name)!r}; a "
+            "benchmark has its own, and a YAML file as --benchmark may have others"
+        )
