@@ -116,6 +116,10 @@ BOXED = "{prompt}\n\nPlease reason step by step, and put your final answer withi
 PROGRAM = (
     "{prompt}\n\nAnswer with the whole Python program, imports included, in one ```python block."
 )
+STANDARD_INPUT = (
+    f"{PROGRAM} It goes on from the code above where there is some; without, it reads the standard "
+    "input and prints to the standard output."
+)
 FUNCTION = PROGRAM.replace("{prompt}", "Complete this function:\n\n```python\n{prompt}\n```")
 
 # The longest answers are those of the paper: 16384 tokens for mathematics, 1024 for code.
@@ -184,7 +188,7 @@ _ALL = (
     Benchmark(
         name="livecodebench",
         dataset="lighteval/code_generation_lite:release_v4",
-        prompt=PROGRAM,
+        prompt=STANDARD_INPUT,
         grade="code",
         max_new_tokens=1024,
         samples=10,

@@ -10,8 +10,9 @@ from typing import Any
 from leaf_distill.io import read_json
 from leaf_distill.report.data import reading
 
-PLACES = ("*", "students/*", "evaluation/*")
-"""The directories, from the run directory, in which a metrics.json is looked for."""
+PLACES = ("*", "*/*", "*/*/*")
+"""The directories, from the run directory, in which a metrics.json is looked for: also that of an
+arm in students/ or evaluation/, and BENCHMARK/MODEL/ in the output directory of an evaluation."""
 
 BRANCHES = {"kd_loss": "originals", "cd_loss": "counterfactuals"}
 
@@ -36,7 +37,8 @@ def read_results(directory: Path) -> dict[str, Any]:
             elif metrics.get("command") == "evaluate":
                 counts = {name: int(count) for name, count in metrics["counts"].items()}
                 counts.pop("right", None)
-                evaluations.append(_evaluation(path.parent.name, metrics["rows"], metrics, counts))
+                name = _name(path.parent, metrics)
+                evaluations.append(_evaluation(name, metrics["rows"], metrics, counts))
     reference = None
     path = directory / "compare.json"
     if path.is_file():
@@ -49,6 +51,13 @@ def read_results(directory: Path) -> dict[str, Any]:
 
 def _sorted(directory: Path, place: str) -> list[Path]:
     return sorted(directory.glob(f"{place}/metrics.json"))
+
+
+def _name(place: Path, metrics: Mapping[str, Any]) -> str:
+    """Return the name of an evaluation's directory, and what was measured if a name tells it."""
+    if not metrics.get("benchmark"):
+        return place.name
+    return f"{place.name}, {place.parent.name} {metrics['metric']}"
 
 
 def _training(name: str, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:

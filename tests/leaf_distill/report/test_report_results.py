@@ -100,6 +100,19 @@ def test_an_accuracy_is_a_point_with_an_interval(run: Path, place: str) -> None:
     assert f"M{low:.2f} 5H{high:.2f}" in (svg.find("path")[1].attributes["d"] or "")
 
 
+@pytest.mark.parametrize("place", ["", "evaluation"])
+def test_an_evaluation_on_benchmarks_names_them(run: Path, place: str) -> None:
+    for model, right in (("base", 400), ("mine", 1200)):
+        measured = {**evaluation(right), "benchmark": {"name": "gsm8k"}, "metric": "pass@1"}
+        put(run / place / "gsm8k" / model / "metrics.json", measured)
+    shown = lines(Page(write_report(run)))
+    assert [line.find("th")[0].text for line in shown] == [
+        "base, gsm8k pass@1",
+        "mine, gsm8k pass@1",
+    ]
+    assert "75.0%" in shown[1].text
+
+
 def test_a_comparison_is_one_table_with_its_evaluations(run: Path) -> None:
     arms = [
         arm("untrained", 800, -0.1, -0.13, -0.07, trained=False),
@@ -133,6 +146,7 @@ def test_a_comparison_is_one_table_with_its_evaluations(run: Path) -> None:
         ("eval/metrics.json", {**evaluation(3), "accuracy": None}),
         ("eval/metrics.json", {**evaluation(3), "counts": {"a": "b"}}),
         ("eval/metrics.json", []),
+        ("gsm8k/a/metrics.json", {**evaluation(3), "benchmark": {"name": "gsm8k"}}),
         ("compare.json", {"reference": "kd", "problems": 1}),
         (
             "compare.json",
