@@ -86,9 +86,10 @@ class Benchmark:
         the instruction along.
         """
         _, _, end = self.prompt.rpartition(PLACE)
-        if end.strip() and text.rstrip().endswith(end.strip()):
-            return text
-        return self.prompt.replace(PLACE, text)
+        if not end.strip():
+            return self.prompt.replace(PLACE, text)
+        text = text.rstrip()
+        return text if text.endswith(end.strip()) else self.prompt.replace(PLACE, text)
 
 
 def _check_types(benchmark: Benchmark) -> None:
