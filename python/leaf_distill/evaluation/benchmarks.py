@@ -8,8 +8,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from leaf_distill.config import LARGEST, GradeRule, check_choices, check_drawing, check_range
-from leaf_distill.options import nearest
+from leaf_distill.config import (
+    LARGEST,
+    GradeRule,
+    check_choices,
+    check_drawing,
+    check_range,
+    nearest,
+)
 
 PLACE: Final = "{prompt}"
 """Stands in a template for the row's own text."""

@@ -108,10 +108,9 @@ def load_problems(benchmark: Benchmark, config: EvaluateConfig, source: Any = No
     except ValueError as error:
         if not config.benchmark:
             raise
-        raise ValueError(
-            f"benchmark {benchmark.name}: {error}; local rows may be given with --benchmark_file "
-            f"{benchmark.name}=PATH"
-        ) from error
+        is_local = any(file.endswith(benchmark.dataset) for file in config.benchmark_file)
+        advice = "" if is_local else f"; --benchmark_file {benchmark.name}=PATH takes local rows"
+        raise ValueError(f"benchmark {benchmark.name}: {error}{advice}") from error
     if config.max_rows is None and benchmark.problems not in (None, len(examples)):
         logger.warning(
             "%s has %d problems, and %s has %d",
