@@ -30,7 +30,7 @@ _STAGES = _BASE | {"models", "grading"}
 ROOMS = {
     "io": set(),
     "config": set(),
-    "options": set(),
+    "options": {"config"},
     "data": {"io", "config", "data"},
     "models": _BASE | {"models"},
     "grading": {"io", "config", "data", "grading"},

@@ -18,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from leaf_distill.options import nearest, parse_options, shortened
+from leaf_distill.config import nearest
+from leaf_distill.options import parse_options, shortened
 
 PACKAGES = (
     "leaf-distill",
@@ -129,8 +130,9 @@ COMMANDS = {
         "the same command goes on from the newest checkpoint, where there is one",
     ),
     "evaluate": Command(
-        "grade a model's greedy answers on a dataset",
-        "leaf evaluate --model student-leaf --dataset test.jsonl --output_dir runs/eval",
+        "grade the answers of models to a dataset or to benchmarks, and make one table of them",
+        "leaf evaluate --model student student-leaf --benchmark gsm8k math500 "
+        "--output_dir runs/eval",
         ("evaluation.config:EvaluateConfig",),
         "evaluation.evaluate:run",
         KEPT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Iterable
@@ -348,6 +349,12 @@ def check_range(config: Any, name: str, low: float, high: float = math.inf) -> N
         low_enough = high >= LARGEST and not (number and value > high)
         wanted = f"at least {low}" if low_enough else f"from {low} to {high}"
         raise ValueError(f"{name}: must be {wanted}, got {value!r}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question with the known word that is most like an unknown one, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:

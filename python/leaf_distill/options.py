@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from leaf_distill.config import nearest
 
 LONGEST_SENTENCE = 2000
 
@@ -96,12 +97,6 @@ def parse_options(
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
         parser.error(" ".join(str(error).split()) or type(error).__name__)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a question with the known word that is most like an unknown one, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _add(

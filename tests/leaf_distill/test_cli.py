@@ -239,3 +239,14 @@ def test_a_list_for_a_single_value_and_a_number_beyond_python(
         assert status == 1 and sentence in err
     status, _, err = run(capsys, "detect", "--student")
     assert status == 2 and "--student: must have a value, got none" in err
+
+
+def test_lists_come_from_words_and_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: [a, b]\nbenchmark: gsm8k\nbenchmark_file: [gsm8k=c.jsonl]\n")
+    (config,) = parse("evaluate", ["--config", str(file)])
+    assert (config.model, config.benchmark) == (("a", "b"), ("gsm8k",))
+    words = ["--model", "a", "b", "--benchmark", "gsm8k", "--benchmark_file", "gsm8k=c.jsonl"]
+    assert parse("evaluate", words) == (config,)
+    (other,) = parse("evaluate", ["--config", str(file), "--model", "c"])
+    assert other == replace(config, model=("c",))

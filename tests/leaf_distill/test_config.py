@@ -90,3 +90,27 @@ def test_columns_as_json_or_mapping() -> None:
     assert DetectConfig().columns is None
     both = [DetectConfig(columns=given) for given in ({"prompt": "q"}, '{"prompt": "q"}')]
     assert both[0].columns == both[1].columns == {"prompt": "q"}
+
+
+def test_an_evaluation_takes_one_name_or_several() -> None:
+    assert EvaluateConfig(model="a").model == EvaluateConfig(model=["a"]).model == ("a",)
+    assert EvaluateConfig().model == EvaluateConfig(model="").model == ()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"benchmark": "gsm8k", "dataset": "d"}, "dataset: must not be given together with"),
+        ({"benchmark_file": "a.jsonl"}, "benchmark_file: must be of a benchmark, got 'a.jsonl'"),
+        ({"benchmark": "gsm8k", "columns": {"prompt": "q"}}, "columns: must not be given with"),
+        ({"benchmark": "gsm8k", "dataset_split": "dev"}, "dataset_split: must not be given with"),
+        ({"grade": "maths"}, "grade: must be one of math, number, exact, code, got 'maths'"),
+        ({"samples": 0}, "samples: must be at least 1, got 0"),
+        ({"temperature": -0.1}, "temperature: must be from 0 to 100, got -0.1"),
+        ({"top_p": 0.0}, "top_p: must be above 0, got 0"),
+        ({"top_p": 1.1}, "top_p: must be from 0 to 1, got 1.1"),
+    ],
+)
+def test_wrong_settings_of_an_evaluation(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        EvaluateConfig(**wrong)

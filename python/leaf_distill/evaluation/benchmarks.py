@@ -8,8 +8,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from leaf_distill.config import LARGEST, GradeRule, check_choices, check_drawing, check_range
-from leaf_distill.options import nearest
+from leaf_distill.config import (
+    LARGEST,
+    GradeRule,
+    check_choices,
+    check_drawing,
+    check_range,
+    nearest,
+)
 
 PLACE: Final = "{prompt}"
 """Stands in a template for the row's own text."""
@@ -86,9 +92,10 @@ class Benchmark:
         the instruction along.
         """
         _, _, end = self.prompt.rpartition(PLACE)
-        if end.strip() and text.rstrip().endswith(end.strip()):
-            return text
-        return self.prompt.replace(PLACE, text)
+        if not end.strip():
+            return self.prompt.replace(PLACE, text)
+        text = text.rstrip()
+        return text if text.endswith(end.strip()) else self.prompt.replace(PLACE, text)
 
 
 def _check_types(benchmark: Benchmark) -> None:

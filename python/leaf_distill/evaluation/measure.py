@@ -20,7 +20,7 @@ from leaf_distill.detection.answers import ANSWER_SHOWN, PromptedModel, answer, 
 from leaf_distill.detection.cache import RowCache
 from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.intervals import Scores, bootstrap, pass_at_k, wilson_interval
-from leaf_distill.evaluation.problems import Problems
+from leaf_distill.evaluation.problems import Problems, answer_options, decoding
 from leaf_distill.io import is_of, make_directory, write_json, write_table
 
 logger = logging.getLogger(__name__)
@@ -92,14 +92,14 @@ def measure(
     failed = _render(asked, rows, config)
     fitting = [row for row, verdict in zip(rows, failed, strict=True) if verdict is None]
     problems = _fitted(asked, problems, fitting, config)
-    benchmark, options = problems.benchmark, problems.options(config)
+    benchmark, options = problems.benchmark, answer_options(problems.benchmark, config)
     copies = [[replace(row, answers={}) for _ in range(benchmark.samples)] for row in fitting]
     answer(
         asked,
         [copy for several in copies for copy in several],
         options,
         cache,
-        decoding=problems.decoding(config),
+        decoding=decoding(benchmark, config),
         grade_cut_off=True,
     )
     given = iter([copy.answers["student"] for copy in several] for several in copies)

@@ -29,19 +29,6 @@ class Problems:
     rows: Sequence[Example]
     unreadable: int
 
-    def options(self, config: EvaluateConfig) -> AnswerOptions:
-        """Return the settings of the answers."""
-        shared = {name: getattr(config, name) for name in GradingOptions.__dataclass_fields__}
-        benchmark = self.benchmark
-        return AnswerOptions(
-            **shared, max_new_tokens=benchmark.max_new_tokens, grade=benchmark.grade
-        )
-
-    def decoding(self, config: EvaluateConfig) -> Decoding:
-        """Return how the answers are drawn."""
-        own = self.benchmark
-        return Decoding(own.stop, float(own.temperature), float(own.top_p), config.seed)
-
 
 def settled(benchmark: Benchmark, config: EvaluateConfig) -> Benchmark:
     """Return a benchmark with the settings that the command replaces.
@@ -59,6 +46,18 @@ def settled(benchmark: Benchmark, config: EvaluateConfig) -> Benchmark:
             "--allow_code_execution, which confines them"
         )
     return chosen
+
+
+def answer_options(benchmark: Benchmark, config: EvaluateConfig) -> AnswerOptions:
+    """Return the settings of the answers to a benchmark."""
+    shared = {name: getattr(config, name) for name in GradingOptions.__dataclass_fields__}
+    return AnswerOptions(**shared, max_new_tokens=benchmark.max_new_tokens, grade=benchmark.grade)
+
+
+def decoding(benchmark: Benchmark, config: EvaluateConfig) -> Decoding:
+    """Return how the answers to a benchmark come from logits."""
+    temperature, top_p = float(benchmark.temperature), float(benchmark.top_p)
+    return Decoding(benchmark.stop, temperature, top_p, config.seed)
 
 
 def of_dataset(config: EvaluateConfig) -> Benchmark:
@@ -108,10 +107,9 @@ def load_problems(benchmark: Benchmark, config: EvaluateConfig, source: Any = No
     except ValueError as error:
         if not config.benchmark:
             raise
-        raise ValueError(
-            f"benchmark {benchmark.name}: {error}; local rows may be given with --benchmark_file "
-            f"{benchmark.name}=PATH"
-        ) from error
+        is_local = any(file.endswith(benchmark.dataset) for file in config.benchmark_file)
+        advice = "" if is_local else f"; --benchmark_file {benchmark.name}=PATH takes local rows"
+        raise ValueError(f"benchmark {benchmark.name}: {error}{advice}") from error
     if config.max_rows is None and benchmark.problems not in (None, len(examples)):
         logger.warning(
             "%s has %d problems, and %s has %d",
