@@ -109,7 +109,8 @@ def evaluate(
         max_rows=config.max_rows,
         need_completion=False,
     )
-    leave_without_gold(examples)
+    with open_cache(config) as cache:
+        leave_without_gold(examples, config, cache)
     rows = list(remaining(examples))
     if not rows:
         detail = examples[0].outcome.detail if examples and examples[0].outcome else "it is empty"
