@@ -286,6 +286,11 @@ def check_answer_options(config: Any) -> None:
         check_range(config, name, 1, LARGEST)
     if not 0 < config.grade_timeout < math.inf:
         raise ValueError(f"grade_timeout: must be seconds above 0, got {config.grade_timeout}")
+    if config.grade == "code" and not config.allow_code_execution:
+        raise ValueError(
+            "allow_code_execution: must be true to run the programs in answers, got false; give "
+            "--allow_code_execution, which confines them"
+        )
     if not config.output_dir:
         raise ValueError("output_dir: must be a directory, got an empty name; give --output_dir")
 

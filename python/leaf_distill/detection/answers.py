@@ -17,12 +17,14 @@ from leaf_distill.data.example import Answer, Example, Rendering, Role, Unusable
 from leaf_distill.data.prompt import Renderer, tokenizer_fingerprint
 from leaf_distill.detection.cache import RowCache, compute_missing, default_cache_directory
 from leaf_distill.grading import Grader, gold_kinds
+from leaf_distill.grading.code import CodeGrader
 from leaf_distill.io import digest, user_directory
 from leaf_distill.models.generation import Draws, generate
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import default_batch_tokens
 
 ROWS_A_GRADING = 256
+PROGRAMS_A_GRADING = 32
 ANSWER_SHOWN = 120
 """Characters at the end of an answer that are quoted."""
 VERSION = 1
@@ -118,12 +120,28 @@ def open_cache(config: GradingOptions) -> RowCache:
     return RowCache(user_directory(own or default_cache_directory(), "cache_dir"))
 
 
-def leave_without_gold(examples: Sequence[Example]) -> None:
-    """Mark the rows that have no answer to grade against."""
-    for example in remaining(examples):
-        if not example.gold.strip():
-            detail = "neither an answer nor a completion's text to grade against"
-            example.leave("rows", "no_gold", detail)
+def leave_without_gold(examples: Sequence[Example], config: AnswerOptions, cache: RowCache) -> None:
+    """Mark the rows that have nothing to grade an answer against.
+
+    That is an answer or a completion; or for `grade` "code" tests that work: those of a row with a
+    reference solution are run on it.
+    """
+    rows = list(remaining(examples))
+    if config.grade != "code":
+        for example in rows:
+            if not example.gold.strip():
+                detail = "neither an answer nor a completion's text to grade against"
+                example.leave("rows", "no_gold", detail)
+        return
+    for example in rows:
+        if example.tests is None:
+            example.leave("rows", "no_tests", "no column with tests for a program")
+    tested = [(example, example.tests) for example in remaining(rows) if example.tests]
+    with CodeGrader(timeout_s=config.grade_timeout, store=cache) as grader:
+        problems = grader.check([tests for _, tests in tested])
+    for (example, _), problem in zip(tested, problems, strict=True):
+        if problem:
+            example.leave("rows", "bad_tests", problem)
 
 
 def answer(
@@ -146,10 +164,10 @@ def answer(
     given = _generate(asked, examples, config, cache, decoding)
     gradable = (None, "cut_off") if grade_cut_off else (None,)
     ungraded = [at for at, one in enumerate(given) if one.verdict in gradable]
-    verdicts = _grade([(examples[at].gold, given[at].text) for at in ungraded], config, cache)
-    for at, verdict in zip(ungraded, verdicts, strict=True):
+    judged = _grade([(examples[at], given[at].text) for at in ungraded], config, cache)
+    for at, (verdict, detail) in zip(ungraded, judged, strict=True):
         if given[at].verdict is None or verdict == "right":
-            given[at] = replace(given[at], verdict=verdict)
+            given[at] = replace(given[at], verdict=verdict, detail=detail)
     for example, one in zip(examples, given, strict=True):
         example.answers[asked.role] = one
 
@@ -222,7 +240,7 @@ def gold_warning(golds: Sequence[str], config: AnswerOptions) -> list[str]:
 @cache
 def _grading_digest() -> str:
     """Return a digest of the grading's own code, so that no verdict of an older one is used."""
-    sources = sorted(Path(str(grading.__file__)).parent.glob("*.py"))
+    sources = sorted(Path(str(grading.__file__)).parent.rglob("*.py"))
     return digest([path.read_bytes() for path in sources])
 
 
@@ -234,15 +252,17 @@ def prompt_ids(example: Example, role: Role) -> list[int]:
 
 
 def _grade(
-    pairs: Sequence[tuple[str, str]], config: AnswerOptions, cache: RowCache
-) -> Sequence[str]:
+    answers: Sequence[tuple[Example, str]], config: AnswerOptions, cache: RowCache
+) -> list[tuple[str, str]]:
+    """Return a verdict and a detail for each answer's text."""
+    if config.grade == "code":
+        return _grade_programs(answers, config, cache)
+    pairs = [(example.gold, text) for example, text in answers]
     if config.grade != "math":  # cheaper than a look into the cache
         with Grader(config.grade, timeout_s=config.grade_timeout) as grader:
-            return grader.grade(pairs)
+            return [(verdict, "") for verdict in grader.grade(pairs)]
     settings = ["grade", config.grade, version("math-verify"), _grading_digest()]
     keys = [digest([*settings, *pair]) for pair in pairs]
-    batches = [range(at, at + ROWS_A_GRADING) for at in range(0, len(pairs), ROWS_A_GRADING)]
-    plan = [[at for at in batch if at < len(pairs)] for batch in batches]
     with Grader(config.grade, timeout_s=config.grade_timeout) as grader:
 
         def compute(batch: list[int]) -> list[bytes]:
@@ -251,9 +271,30 @@ def _grade(
         values = compute_missing(
             cache,
             keys,
-            plan,
+            _batches(len(pairs), ROWS_A_GRADING),
             compute,
             description="grading",
             keep=lambda value: value != b"timeout",
         )
-    return [value.decode() for value in values]
+    return [(value.decode(), "") for value in values]
+
+
+def _grade_programs(
+    answers: Sequence[tuple[Example, str]], config: AnswerOptions, cache: RowCache
+) -> list[tuple[str, str]]:
+    pairs = [(example.tests, text) for example, text in answers if example.tests]
+    settings = ["grade", config.grade, config.grade_timeout, _grading_digest()]
+    keys = [digest([*settings, tests.to_json(), text]) for tests, text in pairs]
+    with CodeGrader(timeout_s=config.grade_timeout, store=cache) as grader:
+
+        def compute(batch: list[int]) -> list[bytes]:
+            judged = grader.grade([pairs[at] for at in batch])
+            return [json.dumps(one).encode() for one in judged]
+
+        plan = _batches(len(pairs), PROGRAMS_A_GRADING)
+        values = compute_missing(cache, keys, plan, compute, description="running programs")
+    return [(verdict, detail) for verdict, detail in map(json.loads, values)]
+
+
+def _batches(count: int, size: int) -> list[range]:
+    return [range(at, min(at + size, count)) for at in range(0, count, size)]

@@ -188,7 +188,7 @@ class _Run:
     def _label(self) -> list[Example]:
         """Give every row its completion and both renderings; return the rows that fit."""
         if self._grades:
-            leave_without_gold(self.examples)
+            leave_without_gold(self.examples, self.config, self.cache)
         if self.config.completion_source == "dataset":
             return self._render(self.examples, whole=True)
         asked = self._render(self.examples, whole=False)

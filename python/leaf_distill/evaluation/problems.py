@@ -11,7 +11,7 @@ from typing import Any
 from leaf_distill.config import AnswerOptions, GradingOptions
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Example, remaining
-from leaf_distill.detection.answers import Decoding, leave_without_gold
+from leaf_distill.detection.answers import Decoding, leave_without_gold, open_cache
 from leaf_distill.evaluation.benchmarks import Benchmark
 from leaf_distill.evaluation.config import EvaluateConfig
 
@@ -96,7 +96,8 @@ def load_problems(benchmark: Benchmark, config: EvaluateConfig, source: Any = No
             max_rows=config.max_rows,
             need_completion=False,
         )
-        leave_without_gold(examples)
+        with open_cache(config) as cache:
+            leave_without_gold(examples, answer_options(benchmark, config), cache)
         rows = list(remaining(examples))
         if not rows:
             first = examples[0].outcome if examples else None

@@ -106,7 +106,7 @@ class CodeGrader:
 
     def check(self, tests: Sequence[Tests]) -> list[str]:
         """Return for each of the tests why it cannot be used: it, or its reference, fails."""
-        return [reference.problem for reference in self._threads.map(self._reference, tests)]
+        return [reference.problem for reference in self._references(tests)]
 
     def grade(self, answers: Sequence[tuple[Tests, str]]) -> list[Judged]:
         """Return one verdict for each answer, in order.
@@ -124,38 +124,42 @@ class CodeGrader:
             SandboxError: a process cannot be confined.
             ValueError: the tests of an answer cannot be used, which `check` tells.
         """
-        return list(self._threads.map(lambda pair: self._grade(*pair), answers))
+        references = self._references([tests for tests, _ in answers])
+        for reference in references:
+            if reference.problem:
+                raise ValueError(f"tests: must work, got tests that do not ({reference.problem})")
+        jobs = [(*pair, one) for pair, one in zip(answers, references, strict=True)]
+        return list(self._threads.map(lambda job: self._grade(*job), jobs))
 
-    def _grade(self, tests: Tests, answer: str) -> Judged:
+    def _grade(self, tests: Tests, answer: str, reference: Reference) -> Judged:
         program = find_program(answer, tests)
         if program is None:
             name = tests.entry_point or "what the tests call"
-            return Judged("no_program", f"no code defines {name}" if tests.code else "no code")
-        reference = self._reference(tests)
-        if reference.problem:
-            raise ValueError(f"tests: must work, got tests that do not ({reference.problem})")
+            reads = tests.kind == "stdin"
+            return Judged("no_program", "no code" if reads else f"no code defines {name}")
         limit = math.ceil(self.timeout_s + TIMES_REFERENCE * reference.cpu_s)
         judged, _ = _run(tests, program, limit, reference.values)
-        if judged["verdict"] == "bad_tests":
-            raise ValueError(f"tests: must work, got tests that do not ({judged['detail']})")
-        return Judged(judged["verdict"], judged["detail"])
+        unjudged = judged["verdict"] == "bad_tests"  # which worked with the reference
+        return Judged("refused" if unjudged else judged["verdict"], judged["detail"])
 
-    def _reference(self, tests: Tests) -> Reference:
+    def _references(self, tests: Sequence[Tests]) -> list[Reference]:
+        """Return the reference of each of the tests; those that are new run here, and are kept."""
         # The machine is part of the key, since the time is its own.
-        text = json.dumps([platform.node(), tests.to_json()])
-        key = f"reference {hashlib.sha256(text.encode()).hexdigest()}"
-        if key not in self._known:
-            stored = self._store.get([key]).get(key) if self._store else None
-            if stored is None:
-                self._known[key] = _run_reference(tests)
-                one = self._known[key]
-                if self._store:
-                    value = json.dumps([one.problem, one.cpu_s, one.values])
-                    self._store.put({key: value.encode()})
-            else:
-                problem, cpu_s, values = json.loads(stored)
+        texts = [json.dumps([platform.node(), one.to_json()]) for one in tests]
+        keys = [f"reference {hashlib.sha256(text.encode()).hexdigest()}" for text in texts]
+        new = {key: one for key, one in zip(keys, tests, strict=True) if key not in self._known}
+        if self._store:
+            for key, value in self._store.get(list(new)).items():
+                problem, cpu_s, values = json.loads(value)
                 self._known[key] = Reference(problem, cpu_s, tuple(values))
-        return self._known[key]
+                del new[key]
+        # A store belongs to the thread that opened it: this one.
+        for key, one in zip(new, self._threads.map(_run_reference, new.values()), strict=True):
+            self._known[key] = one
+            if self._store:
+                line = json.dumps([one.problem, one.cpu_s, one.values])
+                self._store.put({key: line.encode()})
+        return [self._known[key] for key in keys]
 
 
 def _run_reference(tests: Tests) -> Reference:

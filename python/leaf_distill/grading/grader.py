@@ -43,8 +43,9 @@ class Grader:
     def __init__(
         self, rule: GradeRule, *, timeout_s: float = 5.0, workers: int | None = None
     ) -> None:
-        if rule not in get_args(GradeRule):
-            names = ", ".join(get_args(GradeRule))
+        rules = [name for name in get_args(GradeRule) if name != "code"]  # see CodeGrader
+        if rule not in rules:
+            names = ", ".join(rules)
             raise ValueError(f"grade: must be one of {names}, got {rule!r}")
         if not 0 < timeout_s < math.inf:
             raise ValueError(f"grade_timeout: must be seconds above 0, got {timeout_s}")
