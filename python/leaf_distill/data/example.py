@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's greedy answer.
+    """A model's answer.
 
     Attributes:
         text: the decoded tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -171,8 +172,8 @@ def short_names(models: Sequence[str]) -> list[str]:
     Raises:
         ValueError: two are the same.
     """
-    paths = [Path(model).expanduser() for model in models]
-    parts = [(path.absolute() if path.exists() else path).parts for path in paths]
+    paths = [os.path.expanduser(model) for model in models]
+    parts = [Path(os.path.abspath(path) if os.path.exists(path) else path).parts for path in paths]
     names: list[str] = []
     for model, mine in zip(models, parts, strict=True):
         if parts.count(mine) > 1:

@@ -15,10 +15,14 @@ from datasets import Dataset
 from distill_pair import TEMPLATE, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
+from leaf_distill.data.example import Example
 from leaf_distill.detection import answers
+from leaf_distill.detection.cache import RowCache
 from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.evaluate import evaluate
 from leaf_distill.evaluation.intervals import wilson_interval
+from leaf_distill.io import digest
+from leaf_distill.models.loading import LazyModel
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,17 @@ def test_known_answers_are_not_asked_again(tmp_path: Path, model: str, asked: li
     evaluate(config(tmp_path, model, ROWS[:5], max_new_tokens=5))
     evaluate(config(tmp_path, model, ROWS[:5], system_prompt="w1"))
     assert sum(asked) == 15
+
+
+def test_a_greedy_answer_has_the_key_that_it_always_had(tmp_path: Path, model: str) -> None:
+    settings = config(tmp_path, model, ROWS[:1])
+    evaluate(settings)
+    asked = answers.prompted_model("student", LazyModel(model, device="cpu"), settings)
+    example = Example(0, ({"role": "user", "content": "w0"},), "")
+    prompt = asked.prompt(example).input_ids.tolist()
+    key = digest(["answer", 1, *asked.identity, settings.max_new_tokens, prompt])
+    with RowCache(tmp_path / "cache") as cache:
+        assert json.loads(cache.get([key])[key]) == ["w1", 1, None]
 
 
 def test_another_grade_grades_the_known_answers(

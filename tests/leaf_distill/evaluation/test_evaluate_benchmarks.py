@@ -243,6 +243,7 @@ def test_an_input_is_never_an_output(tmp_path: Path, settings: dict[str, Any]) -
         (["org/Model-1B", "runs/span/checkpoint-100"], ["Model-1B", "checkpoint-100"]),
         (["runs/a/final", "runs/b/final", "org/x"], ["a-final", "b-final", "x"]),
         (["x/a/c", "y/a/c", "c"], ["x-a-c", "y-a-c", "c"]),
+        (["~nobody-here/a", "x" * 5000], ["a", None]),
         (["a b.gguf", "..", "a-b.gguf"], ["a-b.gguf", None, "a-b.gguf-3"]),
     ],
 )
