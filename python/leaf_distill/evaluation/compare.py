@@ -29,7 +29,6 @@ from leaf_distill.data.example import Mask
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.evaluate import evaluate
-from leaf_distill.evaluation.intervals import paired_bootstrap, wilson_interval
 from leaf_distill.evaluation.measure import check_directory
 from leaf_distill.evaluation.tables import printed_table
 from leaf_distill.io import (
@@ -42,6 +41,7 @@ from leaf_distill.io import (
     write_table,
 )
 from leaf_distill.models.source import named
+from leaf_distill.statistics import paired_bootstrap, wilson_interval
 from leaf_distill.training.config import DistillArguments, LeafConfig
 from leaf_distill.training.distill import distill
 from leaf_distill.training.identity import check_output

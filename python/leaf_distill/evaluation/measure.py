@@ -19,9 +19,9 @@ from leaf_distill.data.example import Answer, Example, UnusableRow
 from leaf_distill.detection.answers import ANSWER_SHOWN, PromptedModel, answer, gold_warning
 from leaf_distill.detection.cache import RowCache
 from leaf_distill.evaluation.config import EvaluateConfig
-from leaf_distill.evaluation.intervals import Scores, bootstrap, pass_at_k, wilson_interval
 from leaf_distill.evaluation.problems import Problems, answer_options, decoding
 from leaf_distill.io import is_of, make_directory, write_json, write_table
+from leaf_distill.statistics import Scores, bootstrap, pass_at_k, wilson_interval
 
 logger = logging.getLogger(__name__)
 

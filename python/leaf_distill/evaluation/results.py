@@ -13,10 +13,10 @@ from rich.table import Table
 from leaf_distill.config import package_versions
 from leaf_distill.evaluation.benchmarks import Benchmark, Group
 from leaf_distill.evaluation.config import EvaluateConfig
-from leaf_distill.evaluation.intervals import bootstrap
 from leaf_distill.evaluation.measure import Measured
 from leaf_distill.evaluation.tables import printed_table
 from leaf_distill.io import is_of, write_bytes, write_json
+from leaf_distill.statistics import bootstrap
 from leaf_distill.training.model_card import markdown_table
 
 AVERAGE = "Avg."

@@ -15,7 +15,7 @@ import pytest
 
 from leaf_distill.config import CompareConfig, DetectConfig
 from leaf_distill.evaluation.compare import CompareResult, compare
-from leaf_distill.evaluation.intervals import paired_bootstrap
+from leaf_distill.statistics import paired_bootstrap
 from leaf_distill.training.config import LeafConfig
 
 ROWS = detect_pair.make_rows(40)

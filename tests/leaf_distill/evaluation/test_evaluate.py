@@ -20,9 +20,9 @@ from leaf_distill.detection import answers
 from leaf_distill.detection.cache import RowCache
 from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.evaluate import evaluate
-from leaf_distill.evaluation.intervals import wilson_interval
 from leaf_distill.io import digest
 from leaf_distill.models.loading import LazyModel
+from leaf_distill.statistics import wilson_interval
 
 
 @pytest.fixture(scope="module")

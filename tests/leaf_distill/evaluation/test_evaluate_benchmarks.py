@@ -17,9 +17,9 @@ import pytest
 from leaf_distill.evaluation.benchmarks import Benchmark, Group
 from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.evaluate import evaluate, evaluate_benchmarks, run, short_names
-from leaf_distill.evaluation.intervals import bootstrap, paired_bootstrap, wilson_interval
 from leaf_distill.evaluation.measure import EvaluateResult, Measured
 from leaf_distill.evaluation.results import write_results
+from leaf_distill.statistics import bootstrap, paired_bootstrap, wilson_interval
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from leaf_distill.evaluation.intervals import bootstrap, paired_bootstrap, pass_at_k
+from leaf_distill.statistics import bootstrap, paired_bootstrap, pass_at_k
 
 
 @pytest.mark.parametrize("samples", range(1, 8))
