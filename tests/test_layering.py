@@ -26,11 +26,12 @@ ALLOWED = {
 
 # The same for the rooms of the loop.
 _BASE = {"io", "config", "data"}
-_STAGES = _BASE | {"models", "grading"}
+_STAGES = _BASE | {"models", "grading", "statistics"}
 ROOMS = {
     "io": set(),
     "config": set(),
     "options": set(),
+    "statistics": set(),
     "data": {"io", "config", "data"},
     "models": _BASE | {"models"},
     "grading": {"io", "config", "data", "grading"},

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from numbers import Number
-from typing import Any, get_args
+from typing import Any
 
-from leaf_distill.data.example import Branch, Example, Message, Range, UnusableRow
+from leaf_distill.data.branches import plain, read_branches
+from leaf_distill.data.code_rows import CODE_FIELDS, as_conversation
+from leaf_distill.data.example import Example, Message, UnusableRow
 from leaf_distill.data.messages import add_context, decoded, read_messages
 from leaf_distill.data.source import Record, named, read_records
+from leaf_distill.data.test_layouts import TEST_FIELDS, read_tests
 
 WORKED = ("question", "answer")
 """GSM8K's layout: the answer is a worked solution that ends in `#### 33`."""
@@ -26,7 +27,9 @@ LAYOUTS = (
 )
 
 EXTRAS = ("input", "answer", "system", "history", "tools", "chat_template_kwargs")
-FIELDS = {name for layout in LAYOUTS for name in layout} | set(EXTRAS)
+SOURCES = ("source", "data_source")
+FIELDS = {name for layout in LAYOUTS for name in layout}
+FIELDS |= {*EXTRAS, *SOURCES, *CODE_FIELDS, *TEST_FIELDS}
 UNREAD = ("no_layout", "no_completion")
 """Reasons which mean, if every row has one of them, that the columns were not understood."""
 
@@ -48,6 +51,10 @@ def load_examples(
     columns `system`, `history` (pairs of user and assistant text), `tools` and
     `chat_template_kwargs`. Messages, tools and the like may be given as JSON text.
 
+    A row may have the tests of a program, in the layouts of `read_tests`; then the prompt may also
+    be LeetCodeDataset's `query` or LiveCodeBench's `question_content`, and the completion a
+    `canonical_solution` or `code`. `source` or `data_source` names where the row is from.
+
     The dataset of `leaf detect`, and any with a column `branch` of "original" and "counterfactual",
     keeps its row_id, candidate_id, cut and strategy.
 
@@ -59,7 +66,8 @@ def load_examples(
         columns: The column of each field, as in `{"prompt": "query"}`. One column may serve two
             fields.
         max_rows: Read so many originals, with their counterfactuals.
-        need_completion: Whether a row must have a completion. Otherwise an answer is enough.
+        need_completion: Whether a row must have a completion. Otherwise an answer or tests are
+            enough.
 
     Returns:
         One Example a row. A row that cannot be used has its `outcome` set (stage "rows"), and
@@ -86,7 +94,7 @@ def load_examples(
             f"dataset: {named(source)}: must have the columns {layouts}{also}, got {names}; map "
             f'yours with --columns \'{{"prompt": "question", "{second}": "answer"}}\''
         )
-    _read_branches(examples, records)
+    read_branches(examples, records)
     if max_rows is None:
         return examples
     originals = [example.row_id for example in examples if example.branch == "original"]
@@ -121,9 +129,7 @@ def _read(
     position: int, record: Record, mapping: Mapping[str, str], need_completion: bool
 ) -> Example:
     example = Example(row_id=position, messages=(), completion="")
-    fields = {
-        field: _given(record[column]) for field, column in mapping.items() if column in record
-    }
+    fields = {field: plain(record[column]) for field, column in mapping.items() if column in record}
     try:
         _fill(example, fields, list(record), need_completion)
     except UnusableRow as problem:
@@ -133,17 +139,13 @@ def _read(
     return example
 
 
-def _given(value: Any) -> Any:
-    """Return a value as Python's own types, or None if it is a NaN."""
-    if hasattr(value, "tolist"):  # of numpy, as pandas hands on a list
-        value = value.tolist()
-    missing = isinstance(value, Number) and value != value  # Decimal and numpy have a NaN too
-    return None if missing else value
-
-
 def _fill(
     example: Example, fields: dict[str, Any], columns: list[str], need_completion: bool
 ) -> None:
+    example.tests = tests = read_tests(fields)
+    example.source = _source(fields)
+    if tests is not None:
+        fields = as_conversation(fields, tests)
     layout = _layout(fields)
     if layout is None:
         raise UnusableRow("no_layout", f"no known layout has the columns {columns}")
@@ -151,7 +153,8 @@ def _fill(
         turns = read_messages(layout[0], fields[layout[0]])
         turns, reply = _split(turns, need_completion, example.notes)
     else:
-        if layout[1] not in fields and (need_completion or "answer" not in fields):
+        graded = "answer" in fields or tests is not None
+        if layout[1] not in fields and (need_completion or not graded):
             detail = f"{layout[1]}: must be given beside {layout[0]}, got {columns}"
             raise UnusableRow("no_completion", detail)
         turns, reply = _pair(layout, fields)
@@ -165,11 +168,19 @@ def _fill(
     example.template_kwargs = _template_kwargs(fields)
     answer = fields.get("answer")
     example.answer = _answer(str(answer).rpartition("####")[2] if layout == WORKED else answer)
-    enough = example.reply is not None or (example.answer is not None and not need_completion)
+    gradable = example.answer is not None or tests is not None
+    enough = example.reply is not None or (gradable and not need_completion)
     if not reply["content"].strip() and not enough:
         also = "" if need_completion else ", and there is no answer to grade against"
         raise UnusableRow("empty_completion", f"the completion is empty{also}")
-    _check_unicode([turns, reply, example.answer, example.template_kwargs])
+    checked = [turns, reply, example.answer, example.template_kwargs, example.source]
+    _check_unicode([*checked, vars(tests) if tests else None])
+
+
+def _source(fields: Mapping[str, Any]) -> str | None:
+    """Return where a row is from, where a column says so in text."""
+    named_in = (fields.get(name) for name in SOURCES)
+    return next((one for one in named_in if isinstance(one, str) and one.strip()), None)
 
 
 def _layout(fields: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -222,7 +233,7 @@ def _template_kwargs(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _answer(value: Any) -> str | None:
-    value = _given(value.tolist() if hasattr(value, "tolist") else value)  # numpy's to Python's
+    value = plain(value)
     if isinstance(value, list | tuple) and len(value) <= 1:
         return _answer(value[0]) if value else None
     if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
@@ -241,57 +252,3 @@ def _check_unicode(values: Any) -> None:
         json.dumps(values, ensure_ascii=False, default=str, skipkeys=True).encode()
     except UnicodeEncodeError as error:
         raise UnusableRow("bad_unicode", f"the text is not valid Unicode: {error}") from error
-
-
-def _read_branches(examples: Sequence[Example], records: Sequence[Record]) -> None:
-    """Fill in which original each row belongs to, and the cut that made a counterfactual.
-
-    A column `branch` with other values than those of `leaf detect` is left alone.
-    """
-    values = [record.get("branch") for record in records]
-    if not any(values) or any(value not in (None, *get_args(Branch)) for value in values):
-        return
-    seen: Counter[int] = Counter()
-    for position, (example, record) in enumerate(zip(examples, records, strict=True)):
-        example.row_id = _integer(record, "row_id", position, position)
-        if record.get("branch") != "counterfactual":
-            continue
-        given = _integer(record, "candidate_id", position, -1)
-        example.candidate_id = given if given >= 0 else seen[example.row_id]
-        seen[example.row_id] += 1
-        example.strategy = _strategy(record.get("strategy"), position)
-        example.cut = _cut(record.get("cut"), position)
-
-
-def _integer(record: Record, name: str, position: int, missing: int) -> int:
-    value = _given(record.get(name))
-    if value is None:
-        return missing
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if int(value) == value and abs(value) < 2**63:
-            return int(value)
-    raise ValueError(
-        f"dataset: row {position}: {name}: must be a whole number of 64 bits, got {value!r:.60}; "
-        "rename the column `branch` if it is not that of `leaf detect`"
-    )
-
-
-def _strategy(value: Any, position: int) -> str | None:
-    if value is not None and not (isinstance(value, str) and value.isprintable()):
-        raise ValueError(
-            f"dataset: row {position}: strategy: must be the name of one, got {value!r:.60}"
-        )
-    return value
-
-
-def _cut(value: Any, position: int) -> tuple[Range, ...]:
-    try:
-        cut = tuple((int(start), int(stop)) for start, stop in value or ())
-        if not all(0 <= start < stop < 2**63 for start, stop in cut):
-            raise ValueError("no range of characters")
-        return cut
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"dataset: row {position}: cut: must be pairs of characters, start before stop, got "
-            f"{value!r:.60}"
-        ) from error

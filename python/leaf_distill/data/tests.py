@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 Kind = Literal["asserts", "check", "calls", "stdin"]
+LISTS = ("code", "inputs", "outputs")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Tests:
             time that a program may take.
         prefix: code that an answer without the entry point goes on from, as HumanEval's prompt.
     """
+
+    __test__: ClassVar[bool] = False  # for pytest, which collects classes of such a name
 
     kind: Kind
     entry_point: str = ""
@@ -60,10 +63,17 @@ class Tests:
             raise ValueError(f"tests: must have the fields {list(fields)}, got {text!r:.60}")
         if values.get("kind") not in get_args(Kind):
             raise ValueError(f"tests: kind must be one of {get_args(Kind)}, got {text!r:.60}")
-        lists = {
-            name: tuple(values[name]) for name in ("code", "inputs", "outputs") if name in values
-        }
-        return cls(**{**values, **lists})
+        for name, value in values.items():
+            if name == "atol":
+                fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+            elif name in LISTS:
+                fits = isinstance(value, list) and all(isinstance(one, str) for one in value)
+            else:
+                fits = isinstance(value, str)
+            if not fits:
+                wanted = "texts" if name in LISTS else "a number" if name == "atol" else "text"
+                raise ValueError(f"tests: {name} must be {wanted}, got {value!r:.60}")
+        return cls(**{**values, **{name: tuple(values[name]) for name in LISTS if name in values}})
 
     @property
     def count(self) -> int:
