@@ -44,6 +44,8 @@ def propose(
             answer=example.answer,
             reply=example.reply,
             template_kwargs=example.template_kwargs,
+            tests=example.tests,
+            source=example.source,
             candidate_id=candidate_id,
             cut=ranges,
             strategy=strategy,

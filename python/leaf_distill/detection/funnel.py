@@ -9,10 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Example
+from leaf_distill.detection.gain import pruning_gain
 
 ROW_STAGES = {
     "rows": None,
@@ -39,11 +41,12 @@ OUTCOMES = pa.schema(
 
 
 def funnel(examples: Sequence[Example], config: DetectConfig) -> dict[str, Any]:
-    """Return `stages`, `left`, `notes` and `nll` of a finished run, as funnel.json holds them.
+    """Return what funnel.json holds of a finished run: `stages`, `left`, `notes`, `nll`, `sources`.
 
     stages: stage, rows and unit, from the rows that came in to the candidates that are kept. left:
     stage, reason, count and unit, in the order of the stages, most frequent first. notes: how often
-    each alteration was made. nll: each model's mean and highest loss (nats a label token).
+    each alteration was made. nll: each model's mean and highest loss (nats a label token). sources:
+    the accuracy gained by cutting, as `pruning_gain` returns it.
     """
     candidates = [one for example in examples for one in example.candidates]
     gone = Counter(one.outcome.stage for one in examples if one.outcome)
@@ -62,6 +65,7 @@ def funnel(examples: Sequence[Example], config: DetectConfig) -> dict[str, Any]:
         "left": [*_reasons(examples, "rows"), *_reasons(candidates, "candidates")],
         "notes": dict(sorted(notes.items())),
         "nll": _nll(examples),
+        "sources": pruning_gain(examples, config),
     }
 
 
@@ -115,6 +119,7 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
         table.add_row(name, str(entry["rows"]), "\n".join(lines.get(name, [])))
     console = Console()
     console.print(table)
+    _show_sources(console, summary["sources"])
     for note, count in summary["notes"].items():
         text = f"note: {note.replace('_', ' ')}: {count}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -122,6 +127,33 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
         console.print(f"note: {warning}", style="yellow", markup=False, soft_wrap=True)
     times = ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
     console.print(f"seconds: {times}", markup=False, soft_wrap=True)
+
+
+def _show_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> None:
+    """Print how many marked rows a cut repairs: one line, or a table where rows have sources."""
+    if not sources or not sources[0]["marked"]:
+        return
+    if len(sources) == 1:
+        one = sources[0]
+        text = f"cutting repairs {one['repaired']} of {one['marked']} marked rows, {_share(one)}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table(title="Marked rows that a cut repairs", title_justify="left")
+    table.add_column("source")
+    for name in ("marked", "repaired", "share and 95 % interval", "accuracy before", "best cut"):
+        table.add_column(name, justify="right")
+    for one in sources:
+        counts = [str(one["marked"]), str(one["repaired"]), _share(one)]
+        accuracy = [f"{one[name]:.1%}" for name in ("before", "best_cut")]
+        table.add_row(escape(one["source"]), *counts, *accuracy)
+    console.print(table)
+
+
+def _share(line: Mapping[str, Any]) -> str:
+    if line["interval"] is None:
+        return ""
+    low, high = line["interval"]
+    return f"{line['repaired_share']:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _shown_at(reason: Mapping[str, Any]) -> str:

@@ -92,6 +92,10 @@ def _lines(example: Example) -> Iterator[dict[str, Any]]:
             line["tools"] = json.dumps(tools, ensure_ascii=False)
         if kwargs:
             line["chat_template_kwargs"] = json.dumps(kwargs, ensure_ascii=False)
+        if one.tests is not None:
+            line["tests"] = one.tests.to_json()
+        if one.source is not None:
+            line["source"] = one.source
         yield line
 
 

@@ -51,6 +51,11 @@ if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+FAILED = ("wrong", "no_answer")
+FAILED_PROGRAM = ("wrong", "error", "timeout", "memory", "no_program")
+"""The verdicts of an answer that was judged and is not right; of a program with `grade` "code"."""
+
+
 @dataclass(frozen=True)
 class DetectResult:
     """Paths of an arm's files, and its funnel (the content of funnel.json)."""
@@ -185,6 +190,11 @@ class _Run:
         """Whether any answer is graded."""
         return self.config.select != "all" or self.config.validate != "none"
 
+    @property
+    def _failed(self) -> tuple[str, ...]:
+        """The verdicts of a judged answer that is not right."""
+        return FAILED_PROGRAM if self.config.grade == "code" else FAILED
+
     def _label(self) -> list[Example]:
         """Give every row its completion and both renderings; return the rows that fit."""
         if self._grades:
@@ -200,7 +210,8 @@ class _Run:
             elif not given.text.strip():
                 example.leave("render", "empty_completion", "the teacher's answer is empty")
             else:
-                example.answer = example.gold  # the completion was what an answer is graded against
+                # The completion was what an answer is graded against; with tests there may be none.
+                example.answer = example.gold or None
                 example.completion, example.reply = given.text, None
         return self._render(asked, whole=True)
 
@@ -240,7 +251,7 @@ class _Run:
         """
         self._answer("student", usable, "predict")
         for example in usable:
-            self._leave_unless(example, "student", ("wrong", "no_answer"))
+            self._leave_unless(example, "student", self._failed)
         failed = list(remaining(usable))
         if self.config.completion_source == "dataset":
             self._answer("teacher", failed, "predict")
@@ -251,13 +262,15 @@ class _Run:
     def _leave_unless(self, example: Example, role: Role, wanted: Sequence[str]) -> None:
         verdict = example.answers[role].verdict
         if verdict not in wanted:
-            judged = verdict in ("right", "wrong", "no_answer")
-            stage = "mark" if judged else "predict"
+            stage = "mark" if verdict in ("right", *self._failed) else "predict"
             example.leave(stage, f"{role}_{verdict}", self._said(example, role))
 
     def _said(self, example: Example, role: Role) -> str:
-        """Quote the end of an answer, and the text that it was graded against."""
-        text, gold = example.answers[role].text, example.gold
+        """Quote the end of an answer, and what it was graded by: a failed test or the gold."""
+        given, gold = example.answers[role], example.gold
+        text = given.text
+        if given.detail:
+            return f"{given.detail}; the answer ends {text[-ANSWER_SHOWN:]!r}"
         return f"the answer ends {text[-ANSWER_SHOWN:]!r}, the gold ends {gold[-ANSWER_SHOWN:]!r}"
 
     def _propose(self, scored: Sequence[Example]) -> None:

@@ -28,6 +28,15 @@ VERDICTS = {
     "cut_off": ("✗", "cut off at the length limit"),
     "not_finite": ("✗", "not a finite number"),
 }
+PROGRAM_VERDICTS = {
+    "error": ("✗", "ended in an error"),
+    "timeout": ("✗", "ran out of time"),
+    "memory": ("✗", "ran out of memory"),
+    "no_program": ("✗", "no program"),
+    "refused": ("?", "not run: the sandbox refused it"),
+}
+"""The verdicts of programs: with `grade` "code" a timeout is the program's."""
+
 VALIDATION = {
     "both": "kept if teacher and student are right",
     "teacher": "kept if the teacher is right",
@@ -66,10 +75,11 @@ def render_page(run: Run, results: Mapping[str, Any]) -> str:
         details=[(name.capitalize(), _flat(run.funnel[name])) for name in DETAILS],
         results=results,
         stages=_stages(run.funnel),
+        gains=[line for line in run.funnel.get("sources", []) if line["marked"]],
         models=MODELS,
         judges=JUDGES.get(settings["validate"], MODELS),
         groups=GROUPS,
-        verdicts=VERDICTS,
+        verdicts=VERDICTS | (PROGRAM_VERDICTS if settings["grade"] == "code" else {}),
         levels=range(LEVELS + 1),
         score_scale=[score_level(step / 40) for step in range(41)],
         threshold=settings["threshold"] if settings["rule"] == "absolute" else None,

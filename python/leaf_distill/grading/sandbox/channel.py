@@ -10,7 +10,15 @@ LONGEST = 64 << 20  # bytes of a message
 
 
 class Gone(BaseException):
-    """The other side has ended, or says too much. No `except Exception` of a test catches it."""
+    """The other side has ended. No `except Exception` of a test catches it."""
+
+
+class Unreadable(BaseException):
+    """What the other side sends is no message."""
+
+
+class TooLong(Exception):
+    """A message would be longer than the other side reads."""
 
 
 class Channel:
@@ -20,33 +28,33 @@ class Channel:
         self._receive, self._send = receive, send
 
     def put(self, message: Any) -> None:
-        """Send a message; Gone where nobody reads."""
+        """Send a message; Gone where nobody reads, TooLong for one of more than 64 MB."""
         data = json.dumps(message).encode()
         if len(data) > LONGEST:
-            raise Gone("a value has more than 64 MB")
+            raise TooLong("a value has more than 64 MB")
         view = memoryview(len(data).to_bytes(8, "little") + data)
         try:
             while view:
                 view = view[os.write(self._send, view) :]
         except OSError as error:
-            raise Gone("it has ended") from error
+            raise Gone from error
 
     def get(self) -> Any:
-        """Wait for a message; Gone where none comes, or none that is one."""
+        """Wait for a message; Gone where none comes, Unreadable where it is none."""
         length = int.from_bytes(self._exactly(8), "little")
         if length > LONGEST:
-            raise Gone("a value has more than 64 MB")
+            raise Unreadable("its reply is no message")
         try:
             return json.loads(self._exactly(length))
         except (ValueError, RecursionError) as error:
-            raise Gone("its reply is no message") from error
+            raise Unreadable("its reply is no message") from error
 
     def _exactly(self, count: int) -> bytes:
         parts = []
         while count:
             part = os.read(self._receive, min(count, 1 << 20))
             if not part:
-                raise Gone("it has ended")
+                raise Gone
             parts.append(part)
             count -= len(part)
         return b"".join(parts)

@@ -7,15 +7,17 @@ make a test pass that its values do not pass.
 
 from __future__ import annotations
 
+import base64
 import builtins
 import importlib
 import sys
+import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from .channel import Channel, Gone
+from .channel import Channel, Gone, TooLong, Unreadable
 from .compare import same
 from .values import Encoder, NotData, decode
 
@@ -54,9 +56,9 @@ def judge(job: dict[str, Any], channel: Channel) -> dict[str, Any]:
         return {"verdict": "right", "detail": "", **tests.run(program)}
     except BadTests as error:
         return {"verdict": "bad_tests", "detail": str(error)}
-    except Gone as gone:
-        return {"verdict": "gone", "detail": tests.failed(str(gone))}
-    except Refused as refusal:
+    except Gone:
+        return {"verdict": "gone", "detail": tests.current[:SHOWN]}
+    except (Refused, Unreadable, TooLong) as refusal:
         return {"verdict": "refused", "detail": tests.failed(str(refusal))}
     except ProgramError as error:
         return {"verdict": _verdict(error), "detail": tests.failed(error.described["text"])}
@@ -151,11 +153,12 @@ class _Tests:
 
     def _record(self, program: _Program) -> list[str]:
         encoder = Encoder(self.classes, lambda value: None)
-        return [encoder.encode(self._call(program, one)) for one in self.arguments]
+        return [_packed(encoder.encode(self._call(program, one))) for one in self.arguments]
 
     def _compare(self, program: _Program) -> None:
         wanted = self.outputs or [
-            decode(text, self.classes, lambda number: OPAQUE) for text in self.job["values"]
+            decode(_unpacked(text), self.classes, lambda number: OPAQUE)
+            for text in self.job["values"]
         ]
         # Where the reference returns no data, as a match of `re`, only whether it is None counts.
         opaque = any(value is OPAQUE for value in wanted)
@@ -192,6 +195,15 @@ class _Tests:
 
 
 OPAQUE = object()
+
+
+def _packed(text: str) -> str:
+    """Return a text that is shorter where the text is long: some solutions return megabytes."""
+    return base64.b64encode(zlib.compress(text.encode(), 1)).decode()
+
+
+def _unpacked(text: str) -> str:
+    return zlib.decompress(base64.b64decode(text)).decode()
 
 
 def _given(value: Any) -> bool:

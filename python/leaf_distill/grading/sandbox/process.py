@@ -30,6 +30,10 @@ PACKAGES = ("numpy", "sortedcontainers")
 MEMORY = 1 << 30  # bytes of address space
 THREADS = 64
 DIRECTORY_FILES = 1000
+TOO_MANY = {
+    "threads": f"the program had more than {THREADS} threads",
+    "files": f"the program wrote more than {DIRECTORY_FILES} files or {FILE_BYTES >> 20} MB",
+}
 LOOK_S = 0.05  # how often a running program is looked at
 GRACE_S = 2.0  # for a program to end after its tests have
 CLOCK_S = 0.1  # by which two clocks of processor time may differ
@@ -71,21 +75,20 @@ class End:
     def verdict(self, cpu_limit_s: float) -> tuple[str, str]:
         """Return the verdict on a program that ended before its tests did, and a sentence."""
         if self.reason in ("threads", "files"):
-            most = THREADS if self.reason == "threads" else DIRECTORY_FILES
-            return "refused", f"it had more than {most} {self.reason}, or too large ones"
+            return "refused", TOO_MANY[self.reason]
         if (
             self.reason == "timeout"
             or self.status == -signal.SIGXCPU
             or self.cpu_s > cpu_limit_s - CLOCK_S  # it may have caught the signal
         ):
-            return "timeout", f"it took more than {cpu_limit_s:.0f} s"
+            return "timeout", f"the program took more than {cpu_limit_s:.0f} s"
         if self.reason == "silent":
-            return "error", "it closed its connection"
+            return "error", "the program closed its connection"
         if self.status == -signal.SIGKILL:
-            return "memory", "the system ended it"
+            return "memory", "the system ended the program"
         if self.status < 0:
-            return "error", f"it was ended by {signal.Signals(-self.status).name}"
-        return "error", f"it ended itself with exit status {self.status}"
+            return "error", f"the program was ended by {signal.Signals(-self.status).name}"
+        return "error", f"the program ended itself with exit status {self.status}"
 
 
 @functools.cache
@@ -278,7 +281,7 @@ def _run() -> Iterator[_Run]:
 
 def _wall(cpu_s: float) -> float:
     """Return the wall time for so much processor time, on a machine that others use too."""
-    return 10.0 + 3.0 * cpu_s
+    return 5.0 + 3.0 * cpu_s
 
 
 def _content(descriptor: int) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from .channel import Channel, Gone
+from .channel import Channel, Gone, TooLong
 from .values import Encoder, NotData, decode
 
 MUTABLE = (list, dict, set, deque, bytearray)
@@ -54,7 +54,11 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
     try:
         channel.put(ready)
         while "error" not in ready:
-            channel.put(server.reply(channel.get()))
+            reply = server.reply(channel.get())
+            try:
+                channel.put(reply)
+            except TooLong as refusal:
+                channel.put({"refused": str(refusal)})
     except Gone:
         return
 
