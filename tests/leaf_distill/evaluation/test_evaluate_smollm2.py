@@ -7,6 +7,7 @@ mbppplus/MbppPlus.jsonl.gz.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -51,12 +52,13 @@ def test_smollm2_on_mathematics_and_code(
     for path in (tmp_path / "out").rglob("answers.parquet"):
         lines = pq.read_table(path).to_pylist()
         verdicts = [line["verdict"] for line in lines]
-        assert len(lines) == ROWS and not {"not_finite", "too_long", "refused"} & set(verdicts)
+        assert len(lines) == ROWS and not {"not_finite", "too_long"} & set(verdicts)
         if path.parent.parent.name == "gsm8k":
-            assert sum("\\boxed" in line["answer"] for line in lines) > 0
+            assert sum(bool(re.search(r"\d", line["answer"])) for line in lines) > ROWS / 2
             continue
-        # It writes programs; a wrong one says which test failed, and how.
+        # It writes programs; one that fails says in which test, and how.
         assert sum("```python" in line["answer"] for line in lines) > ROWS / 2
+        assert {"wrong", "error"} & set(verdicts)
         assert all(line["detail"] for line in lines if line["verdict"] in ("wrong", "error"))
     (scores,) = table.scores.values()
     with capsys.disabled():
