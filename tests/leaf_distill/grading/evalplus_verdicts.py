@@ -48,7 +48,7 @@ def main() -> None:
     indices: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(rows):
         indices.setdefault((row["dataset"], row["task_id"]), []).append(index)
-    problems = {name: getattr(evalplus.data, READERS[name])() for name, _ in indices}
+    problems = {name: getattr(evalplus.data, READERS[name])() for name in {name for name, _ in indices}}
     verdicts: dict[int, dict[str, str]] = {}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         tasks = {
