@@ -89,12 +89,18 @@ def tests_of(dataset: str) -> list[Any]:
     return [example.tests for example in load_examples(path, need_completion=False)]
 
 
-def graded(dataset: str, answers: list[tuple[int, str]]) -> list[Any]:
-    """Return our verdicts on programs, each with the number of its row."""
+def graded(dataset: str, answers: list[tuple[int, str]]) -> list[str | None]:
+    """Return our verdicts on programs, each with the number of its row; None on rows left out."""
     tests = tests_of(dataset)
-    fenced = [(tests[at], f"```python\n{text}\n```") for at, text in answers]
     with CodeGrader(timeout_s=5.0, workers=2) as grader:
-        return grader.grade(fenced)
+        problems = grader.check([tests[at] for at, _ in answers])
+        fenced = [
+            (tests[at], f"```python\n{text}\n```")
+            for (at, text), why in zip(answers, problems, strict=True)
+            if not why
+        ]
+        judged = iter(grader.grade(fenced))
+        return [None if why else next(judged).verdict for why in problems]
 
 
 def test_every_right_program_passes_evalplus_and_has_a_mutant_that_does_not(judged: Any) -> None:
@@ -108,23 +114,18 @@ def test_every_right_program_passes_evalplus_and_has_a_mutant_that_does_not(judg
 def test_programs_are_right_where_evalplus_says_so(judged: Any) -> None:
     dataset, problems, cases = judged
     rows = {problem["task_id"]: row for row, problem in enumerate(problems)}
-    with CodeGrader(workers=2) as grader:
-        unusable = [
-            problem["entry_point"]
-            for problem, why in zip(problems, grader.check(tests_of(dataset)), strict=True)
-            if why
-        ]
-    assert set(unusable) <= {TOO_LARGE}
-    cases = [one for one in cases if one.problem["entry_point"] not in unusable]
     verdicts = graded(dataset, [(rows[one.problem["task_id"]], one.program) for one in cases])
-    differences = [
+    pairs = list(zip(cases, verdicts, strict=True))
+    left_out = {one.problem["entry_point"] for one, verdict in pairs if verdict is None}
+    assert left_out <= {TOO_LARGE}
+    kept = [pair for pair in pairs if pair[1] is not None]
+    assert [
         (one.problem["task_id"], one.passes, verdict, one.program)
-        for one, verdict in zip(cases, verdicts, strict=True)
-        if (verdict.verdict == "right") != one.passes and one.problem["entry_point"] != UNCOUNTED
-    ]
-    assert differences == []
-    own = [v.verdict for one, v in zip(cases, verdicts, strict=True) if one.canonical]
-    assert own == ["right"] * (len(problems) - len(unusable))
+        for one, verdict in kept
+        if (verdict == "right") != one.passes and one.problem["entry_point"] != UNCOUNTED
+    ] == []
+    own = [verdict for one, verdict in kept if one.canonical]
+    assert own == ["right"] * (len(problems) - len(left_out))
 
 
 def test_mutants_of_leetcodes_solutions_are_not_right() -> None:
@@ -134,6 +135,6 @@ def test_mutants_of_leetcodes_solutions_are_not_right() -> None:
     for round_ in range(TRIES):
         batch = [(at, tried[at][round_]) for at in alive if round_ < len(tried[at])]
         verdicts = graded("leetcode", batch)
-        alive = [at for (at, _), one in zip(batch, verdicts, strict=True) if one.verdict == "right"]
+        alive = [at for (at, _), one in zip(batch, verdicts, strict=True) if one in ("right", None)]
         unseen += sum(round_ + 1 == len(tried[at]) for at in alive)
     assert unseen <= 0.05 * len(problems)
