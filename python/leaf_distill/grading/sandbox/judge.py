@@ -268,6 +268,8 @@ class _Program:
             value = decode(reply["value"], self._classes, lambda one: Remote(self, *one))
             if "arguments" in reply:
                 self.changed = decode(reply["arguments"], self._classes, lambda one: OPAQUE)
+        except ProgramError:
+            raise  # also where it is of a type below
         except (NotData, TypeError, LookupError) as error:
             raise Refused(f"its value cannot be read: {error}") from error
         self.last[:] = [value]
