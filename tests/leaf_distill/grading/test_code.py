@@ -436,7 +436,7 @@ plain = st.recursive(
 @given(plain)
 def test_data_comes_back_as_it_was(value: Any) -> None:
     back = decode(Encoder({}).encode(value), {})
-    assert back == value and type(back) is type(value) and repr(back) == repr(value)
+    assert back == value and type(back) is type(value)
 
 
 def test_further_types_come_back() -> None:
