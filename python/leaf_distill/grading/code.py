@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 from leaf_distill.data.tests import Tests
 from leaf_distill.grading.program import find_program
 from leaf_distill.grading.sandbox.process import (
+    MEMORY,
+    End,
     SandboxError,
     run_judged,
     run_script,
@@ -26,8 +28,10 @@ CodeVerdict = Literal["right", "wrong", "error", "timeout", "memory", "no_progra
 FAILED: tuple[CodeVerdict, ...] = ("wrong", "error", "timeout", "memory", "no_program")
 """The verdicts that say that an answer is not right. "refused" says that it cannot be judged."""
 
-REFERENCE_LIMIT_S = 120.0
+REFERENCE_LIMIT_S = 120
+REFERENCE_MEMORY = 4 << 30  # bytes
 TIMES_REFERENCE = 4.0
+TIMES_MEMORY = 2
 SHOWN = 200  # characters of a text in a sentence
 
 
@@ -45,12 +49,22 @@ class Reference:
     Attributes:
         problem: why the tests cannot be used; empty where they can.
         cpu_s: processor time of the reference, 0 without one.
+        memory: the most bytes that it had in memory.
         values: of "calls" without outputs, the reference's value for each input, encoded.
     """
 
     problem: str = ""
     cpu_s: float = 0.0
+    memory: int = 0
     values: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps([self.problem, self.cpu_s, self.memory, self.values])
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Reference:
+        problem, cpu_s, memory, values = json.loads(text)
+        return cls(problem, cpu_s, memory, tuple(values))
 
 
 class Store(Protocol):
@@ -138,7 +152,8 @@ class CodeGrader:
             reads = tests.kind == "stdin"
             return Judged("no_program", "no code" if reads else f"no code defines {name}")
         limit = math.ceil(self.timeout_s + TIMES_REFERENCE * reference.cpu_s)
-        judged, _ = _run(tests, program, limit, reference.values)
+        memory = min(max(MEMORY, TIMES_MEMORY * reference.memory), REFERENCE_MEMORY)
+        judged, _ = _run(tests, program, limit, memory, reference.values)
         unjudged = judged["verdict"] == "bad_tests"  # which worked with the reference
         return Judged("refused" if unjudged else judged["verdict"], judged["detail"])
 
@@ -150,15 +165,13 @@ class CodeGrader:
         new = {key: one for key, one in zip(keys, tests, strict=True) if key not in self._known}
         if self._store:
             for key, value in self._store.get(list(new)).items():
-                problem, cpu_s, values = json.loads(value)
-                self._known[key] = Reference(problem, cpu_s, tuple(values))
+                self._known[key] = Reference.from_json(value)
                 del new[key]
         # A store belongs to the thread that opened it: this one.
         for key, one in zip(new, self._threads.map(_run_reference, new.values()), strict=True):
             self._known[key] = one
             if self._store:
-                line = json.dumps([one.problem, one.cpu_s, one.values])
-                self._store.put({key: line.encode()})
+                self._store.put({key: one.to_json().encode()})
         return [self._known[key] for key in keys]
 
 
@@ -170,50 +183,52 @@ def _run_reference(tests: Tests) -> Reference:
             return Reference("there are neither outputs nor a reference that would give them")
         if tests.kind == "stdin":
             return Reference()
-        judged, _ = _run(tests, "", 10, (), dry=True)
+        judged, _ = _run(tests, "", 10, MEMORY, (), dry=True)
         return Reference(judged["detail"])
-    judged, cpu_s = _run(tests, tests.reference, math.ceil(REFERENCE_LIMIT_S), (), record=record)
+    limits = REFERENCE_LIMIT_S, REFERENCE_MEMORY
+    judged, end = _run(tests, tests.reference, *limits, (), record=record)
     if judged["verdict"] != "right":
         detail = judged["detail"]
         return Reference(f"the reference is not right: {judged['verdict']}, {detail}")
     values = tuple(judged.get("values", ()))
-    return Reference("", cpu_s, values)
+    return Reference("", end.cpu_s, end.memory, values)
 
 
 def _run(
-    tests: Tests, program: str, limit_s: int, values: Sequence[str], **flags: bool
-) -> tuple[dict[str, Any], float]:
-    """Run a program against tests; return the judge's result, and processor seconds."""
+    tests: Tests, program: str, cpu_s: int, memory: int, values: Sequence[str], **flags: bool
+) -> tuple[dict[str, Any], End]:
+    """Run a program against tests; return the judge's result, and how the program ended."""
     if tests.kind == "stdin":
-        return _run_scripts(tests, program, limit_s)
+        return _run_scripts(tests, program, cpu_s, memory)
     job = {
         **{name: getattr(tests, name) for name in _SENT},
         "values": values,
         **{"dry": False, "record": False, **flags},
     }
-    result, end = run_judged(job, program, cpu_s=limit_s)
-    return result, end.cpu_s
+    return run_judged(job, program, cpu_s=cpu_s, memory=memory)
 
 
 _SENT = ("kind", "entry_point", "setup", "code", "inputs", "outputs", "atol", "matches")
 
 
-def _run_scripts(tests: Tests, program: str, limit_s: int) -> tuple[dict[str, Any], float]:
-    """Run a script once for each input; the time limit holds for each."""
-    longest = 0.0
+def _run_scripts(tests: Tests, program: str, cpu_s: int, memory: int) -> tuple[dict[str, Any], End]:
+    """Run a script once for each input; the limits hold for each."""
+    most = End()
     for number, (given, wanted) in enumerate(zip(tests.inputs, tests.outputs, strict=True)):
-        printed, error, end = run_script(program, given, cpu_s=limit_s, setup=tests.setup)
-        longest = max(longest, end.cpu_s)
+        printed, error, end = run_script(
+            program, given, cpu_s=cpu_s, memory=memory, setup=tests.setup
+        )
+        most.cpu_s, most.memory = max(most.cpu_s, end.cpu_s), max(most.memory, end.memory)
         test = f"input {number} ({given[:SHOWN]!r})"
         if end.status or end.reason:
-            verdict, how = end.verdict(limit_s)
+            verdict, how = end.verdict(cpu_s)
             verdict = _named_by(error, verdict)
-            return {"verdict": verdict, "detail": f"{test}: {error or how}"}, longest
+            return {"verdict": verdict, "detail": f"{test}: {error or how}"}, most
         text = printed.decode(errors="replace")
         if not same_output(text, wanted):
             detail = f"{test}: it must print {wanted[:SHOWN]!r}, got {text[:SHOWN]!r}"
-            return {"verdict": "wrong", "detail": detail}, longest
-    return {"verdict": "right", "detail": ""}, longest
+            return {"verdict": "wrong", "detail": detail}, most
+    return {"verdict": "right", "detail": ""}, most
 
 
 def _named_by(error: str, verdict: str) -> str:

@@ -181,6 +181,28 @@ def target(n):
         assert grader.grade([(SQUARE, program)]) == [Judged("right", "")]
 
 
+@pytest.mark.parametrize(
+    "fails",
+    ["[][1]", "{}['a']", "None - 1", "int('a')", "(lambda: 0).a", "1 / 0", "next(iter(()))"],
+)
+def test_an_exception_of_the_program_is_its_error_whatever_its_type(fails: str) -> None:
+    name = type(_raised(fails)).__name__
+    expects = f"try:\n    target(3)\nexcept {name}:\n    pass\nelse:\n    raise AssertionError"
+    program = f"def target(n):\n    return {fails}\n"
+    with CodeGrader() as grader:
+        failed, expected = grader.grade(
+            [(SQUARE, program), (Tests("asserts", code=(expects,)), program)]
+        )
+    assert failed.verdict == "error" and name in failed.detail
+    assert expected.verdict == "right"
+
+
+def _raised(expression: str) -> Exception:
+    with pytest.raises(Exception) as caught:
+        eval(expression)
+    return caught.value
+
+
 def test_a_script_reads_prints_and_is_confined() -> None:
     printed, error, end = run_script("print(int(input()) + 1)", "41\n", cpu_s=5)
     assert (printed, error, end.status) == (b"42\n", "", 0)

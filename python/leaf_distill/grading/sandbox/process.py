@@ -27,7 +27,7 @@ from leaf_distill.grading.sandbox.syscalls import MACHINES
 PACKAGES = ("numpy", "sortedcontainers")
 """What a program may import beside the standard library."""
 
-MEMORY = 1 << 30  # bytes of address space
+MEMORY = 1 << 30  # bytes of address space that any program may have
 THREADS = 64
 DIRECTORY_FILES = 1000
 TOO_MANY = {
@@ -64,12 +64,14 @@ class End:
     Attributes:
         status: its exit status, or the negated number of the signal that ended it.
         cpu_s: processor time, user and system.
+        memory: the most bytes that it had in memory.
         reason: why it was ended from outside: "timeout", "threads", "files", or "silent" where it
             gave up its connection but went on; else "".
     """
 
     status: int = 0
     cpu_s: float = 0.0
+    memory: int = 0
     reason: str = ""
 
     def verdict(self, cpu_limit_s: float) -> tuple[str, str]:
@@ -162,6 +164,7 @@ class _Process:
             self.popen.returncode = os.waitstatus_to_exitcode(status)
             self.end.status = self.popen.returncode
             self.end.cpu_s = usage.ru_utime + usage.ru_stime
+            self.end.memory = usage.ru_maxrss << 10
         return self.end
 
 
@@ -197,10 +200,16 @@ class _Run:
             os.close(one)
 
     def start(
-        self, job: Mapping[str, Any], given: Sequence[int], *, cpu_s: int, **streams: int
+        self,
+        job: Mapping[str, Any],
+        given: Sequence[int],
+        *,
+        cpu_s: int,
+        memory: int,
+        **streams: int,
     ) -> _Process:
         """Start a process on a job; it finds `given` among its arguments."""
-        limits = {"directory": self.directory, "readable": _readable(), "memory": MEMORY}
+        limits = {"directory": self.directory, "readable": _readable(), "memory": memory}
         whole = {
             **job,
             "packages": _packages(),
@@ -209,7 +218,7 @@ class _Run:
         files = self.file("job", json.dumps(whole).encode()), self.file("started")
         passed = (*files, *given)
         command = COMMAND.format(str(HERE / "__init__.py"), str(HERE))
-        options = ["-s", "-S", "-B", "-X", "utf8", "-c", command, *map(str, passed)]
+        options = ["-s", "-S", "-X", "utf8", "-c", command, *map(str, passed)]
         popen = subprocess.Popen(
             [sys.executable, *options],
             stdin=streams.get("stdin", subprocess.DEVNULL),
@@ -293,13 +302,16 @@ def _content(descriptor: int) -> bytes:
     return b"".join(parts)
 
 
-def run_script(program: str, stdin: str, *, cpu_s: int, setup: str = "") -> tuple[bytes, str, End]:
+def run_script(
+    program: str, stdin: str, *, cpu_s: int, memory: int = MEMORY, setup: str = ""
+) -> tuple[bytes, str, End]:
     """Run a script, confined.
 
     Args:
         program: the source, which runs as `__main__`.
         stdin: what it reads.
         cpu_s: seconds of processor time.
+        memory: bytes of address space.
         setup: source that runs before it, in the same namespace.
 
     Returns:
@@ -314,7 +326,7 @@ def run_script(program: str, stdin: str, *, cpu_s: int, setup: str = "") -> tupl
             streams = {name: run.file(name) for name in ("stdout", "stderr")}
             streams["stdin"] = run.file("stdin", stdin.encode(errors="surrogatepass"))
             job = {"role": "script", "setup": setup, "program": program}
-            process = run.start(job, (), cpu_s=cpu_s, **streams)
+            process = run.start(job, (), cpu_s=cpu_s, memory=memory, **streams)
             run.watch(process, process, _wall(cpu_s))
             why = process.confined()
             if not why:
@@ -323,13 +335,16 @@ def run_script(program: str, stdin: str, *, cpu_s: int, setup: str = "") -> tupl
     raise SandboxError(f"a program could not be confined: {why}")
 
 
-def run_judged(job: Mapping[str, Any], program: str, *, cpu_s: int) -> tuple[dict[str, Any], End]:
+def run_judged(
+    job: Mapping[str, Any], program: str, *, cpu_s: int, memory: int = MEMORY
+) -> tuple[dict[str, Any], End]:
     """Run a program in one confined process, and its tests in another one.
 
     Args:
         job: the tests, as `judge.judge` takes them.
         program: the source.
-        cpu_s: seconds of processor time of the program.
+        cpu_s: seconds of processor time of the program; its tests have 10 more.
+        memory: bytes of address space of each.
 
     Returns:
         What `judge.judge` returned, with the verdict on a program that ended before; and how the
@@ -344,9 +359,11 @@ def run_judged(job: Mapping[str, Any], program: str, *, cpu_s: int) -> tuple[dic
             to_program, to_judge = run.pipe(), run.pipe()
             served = {"role": "program", "setup": job["setup"], "entry_point": job["entry_point"]}
             theirs, ours = (to_program[0], to_judge[1]), (to_judge[0], to_program[1])
-            process = run.start({**served, "program": program}, theirs, cpu_s=cpu_s)
+            limits = {"cpu_s": cpu_s, "memory": memory}
+            process = run.start({**served, "program": program}, theirs, **limits)
             result = run.file("result")
-            judge = run.start({**job, "role": "judge"}, (*ours, result), cpu_s=cpu_s + 10)
+            limits["cpu_s"] += 10
+            judge = run.start({**job, "role": "judge"}, (*ours, result), **limits)
             run.close(*to_program, *to_judge)
             run.watch(judge, process, _wall(cpu_s))
             why = judge.confined() or process.confined()

@@ -1,0 +1,52 @@
+"""The environment of other projects' harnesses, and benchmarks from the folder LEAF_DATA."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PYTHON = Path(sys.prefix) / "harness" / "bin" / "python"
+HERE = Path(__file__).parent
+
+
+def data_file(name: str) -> Path:
+    """Return a file of LEAF_DATA; the test is skipped where there is none."""
+    folder = os.environ.get("LEAF_DATA")
+    if not folder:
+        pytest.skip(f"LEAF_DATA must name a folder with {name}, which is not shipped")
+    path = Path(folder) / name
+    if not path.is_file():
+        pytest.skip(f"LEAF_DATA has no {name}, got {folder}")
+    return path.resolve()
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Run Python in the environment of the harnesses, offline, and return what it prints."""
+    assert PYTHON.is_file(), "the harnesses are not installed; run: make test-slow"
+    home = {"HF_HOME": str(cwd / "hub"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [PYTHON, *command],
+        cwd=cwd,
+        env={**inherited, **home, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines()]
