@@ -89,7 +89,7 @@ def measure(
         StoreError: a file cannot be written.
     """
     rows = [replace(row, renderings={}, answers={}) for row in problems.rows]
-    failed = _render(asked, rows, config)
+    failed = _render(asked, rows, problems.benchmark.name, config)
     fitting = [row for row, verdict in zip(rows, failed, strict=True) if verdict is None]
     problems = _fitted(asked, problems, fitting, config)
     benchmark, options = problems.benchmark, answer_options(problems.benchmark, config)
@@ -141,7 +141,7 @@ def _quote(row: Example, given: Answer, grade: str) -> None:
 
 
 def _render(
-    asked: PromptedModel, rows: Sequence[Example], config: EvaluateConfig
+    asked: PromptedModel, rows: Sequence[Example], benchmark: str, config: EvaluateConfig
 ) -> list[str | None]:
     """Render prompts; return None for each row that can be asked, the verdict of the others."""
     positions = asked.model.max_positions
@@ -159,9 +159,10 @@ def _render(
         failed.append(None if len(rendering) <= limit else "too_long")
     if None not in failed:
         first = refused[0] if refused else f"all prompts have more than {limit} tokens"
+        name = f"benchmark {benchmark}" if config.benchmark else "dataset"
         raise ValueError(
-            f"dataset: must have a row that the model can be asked, got {len(rows)} that are not "
-            f"({first})"
+            f"{name}: must have a row that {asked.model.name} can be asked, got {len(rows)} that "
+            f"are not ({first})"
         )
     if refused:
         logger.warning("%d rows cannot be rendered, as %s", len(refused), refused[0])
