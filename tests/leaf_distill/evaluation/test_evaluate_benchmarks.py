@@ -36,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def settings(tmp_path: Path, models: list[str]) -> dict[str, Any]:
     """Two benchmarks: n from 0 to 7; and even n, where the template puts a word before it."""
     plain, led = tmp_path / "plain.yaml", tmp_path / "led.yaml"
-    plain.write_text("dataset: nowhere/nothing\ngrade: exact\nmax_new_tokens: 4\n")
+    plain.write_text("dataset: nowhere.jsonl\ngrade: exact\nmax_new_tokens: 4\n")
     rows = answering.write_rows(tmp_path / "led.jsonl", [0, 2, 4, 6])
     led.write_text(f"dataset: {rows}\nprompt: w30 {{prompt}}\ngrade: exact\nmax_new_tokens: 4\n")
     return {

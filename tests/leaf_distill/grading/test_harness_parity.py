@@ -17,7 +17,7 @@ import torch
 import yaml
 from distill_pair import make_config, make_model, make_tokenizer
 
-from leaf_distill.config import EvaluateConfig
+from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.evaluate import evaluate
 from leaf_distill.grading import Grader
 from leaf_distill.models.loading import load_model

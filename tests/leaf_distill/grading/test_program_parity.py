@@ -27,9 +27,6 @@ TRIES = 8
 UNCOUNTED = "find_zero"
 """Evalplus 0.3.1 leaves the loop for this function before it counts a test: nothing ever passes."""
 
-TOO_LARGE = "combinations_colors"
-"""A value of this function's tests takes a gigabyte, more than our programs may have."""
-
 
 class Case(NamedTuple):
     """A program, evalplus's verdict on it, and whether it is the dataset's own."""
@@ -89,18 +86,12 @@ def tests_of(dataset: str) -> list[Any]:
     return [example.tests for example in load_examples(path, need_completion=False)]
 
 
-def graded(dataset: str, answers: list[tuple[int, str]]) -> list[str | None]:
-    """Return our verdicts on programs, each with the number of its row; None on rows left out."""
+def graded(dataset: str, answers: list[tuple[int, str]]) -> list[str]:
+    """Return our verdicts on programs, each with the number of its row."""
     tests = tests_of(dataset)
     with CodeGrader(timeout_s=5.0, workers=2) as grader:
-        problems = grader.check([tests[at] for at, _ in answers])
-        fenced = [
-            (tests[at], f"```python\n{text}\n```")
-            for (at, text), why in zip(answers, problems, strict=True)
-            if not why
-        ]
-        judged = iter(grader.grade(fenced))
-        return [None if why else next(judged).verdict for why in problems]
+        fenced = [(tests[at], f"```python\n{text}\n```") for at, text in answers]
+        return [one.verdict for one in grader.grade(fenced)]
 
 
 def test_every_right_program_passes_evalplus_and_has_a_mutant_that_does_not(judged: Any) -> None:
@@ -116,25 +107,24 @@ def test_programs_are_right_where_evalplus_says_so(judged: Any) -> None:
     rows = {problem["task_id"]: row for row, problem in enumerate(problems)}
     verdicts = graded(dataset, [(rows[one.problem["task_id"]], one.program) for one in cases])
     pairs = list(zip(cases, verdicts, strict=True))
-    left_out = {one.problem["entry_point"] for one, verdict in pairs if verdict is None}
-    assert left_out <= {TOO_LARGE}
-    kept = [pair for pair in pairs if pair[1] is not None]
     assert [
         (one.problem["task_id"], one.passes, verdict, one.program)
-        for one, verdict in kept
+        for one, verdict in pairs
         if (verdict == "right") != one.passes and one.problem["entry_point"] != UNCOUNTED
     ] == []
-    own = [verdict for one, verdict in kept if one.canonical]
-    assert own == ["right"] * (len(problems) - len(left_out))
+    own = [verdict for one, verdict in pairs if one.canonical]
+    assert own == ["right"] * len(problems)
 
 
-def test_mutants_of_leetcodes_solutions_are_not_right() -> None:
+def test_leetcodes_solutions_are_right_and_mutants_of_them_are_not() -> None:
     problems = problems_of("leetcode")
+    own = graded("leetcode", [(at, one["completion"]) for at, one in enumerate(problems)])
+    assert own == ["right"] * len(problems) and len(own) == 228
     tried = [list(islice(mutants(one["completion"], seed=0), TRIES)) for one in problems]
     alive, unseen = list(range(len(problems))), 0
     for round_ in range(TRIES):
         batch = [(at, tried[at][round_]) for at in alive if round_ < len(tried[at])]
         verdicts = graded("leetcode", batch)
-        alive = [at for (at, _), one in zip(batch, verdicts, strict=True) if one in ("right", None)]
+        alive = [at for (at, _), one in zip(batch, verdicts, strict=True) if one == "right"]
         unseen += sum(round_ + 1 == len(tried[at]) for at in alive)
     assert unseen <= 0.05 * len(problems)

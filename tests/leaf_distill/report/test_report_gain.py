@@ -67,7 +67,7 @@ def test_a_program_is_shown_with_its_lines_and_its_verdict(tmp_path: Path) -> No
         arm = write_run(
             tmp_path / verdict,
             [scored(0, TEXT, answers=answers)],
-            config=replace(CONFIG, grade="code"),
+            config=replace(CONFIG, grade="code", allow_code_execution=True),
         )
         page = Page(write_report(arm))
         assert program in [shown.text for shown in page.root.find("p", cls="text")]
