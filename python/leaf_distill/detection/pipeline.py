@@ -241,8 +241,11 @@ class _Run:
             example.leave(stage, "completion_too_long", detail)
 
     def _answer(self, role: Role, examples: Sequence[Example], step: str) -> None:
+        # A program may stand whole before the prose that is cut off; as a label it would not end.
+        programs = self.config.grade == "code" and self.config.completion_source == "dataset"
         with self._clock(step):
-            answer(self._use(role), examples, self.config, self.cache)
+            model = self._use(role)
+            answer(model, examples, self.config, self.cache, grade_cut_off=programs)
 
     def _mark(self, usable: Sequence[Example]) -> list[Example]:
         """Return the rows that the student fails and the teacher solves.
