@@ -17,6 +17,7 @@ from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.measure import (
     EvaluateResult,
     Measured,
+    check_askable,
     check_directory,
     check_inputs,
     measure,
@@ -107,6 +108,9 @@ def evaluate_benchmarks(config: EvaluateConfig) -> BenchmarkResult:
     places = _places(root, names, benchmarks, config)
     problems = [load_problems(benchmark, config) for benchmark in benchmarks]
     models = [prompted_model("student", _lazy(model, config), config) for model in config.model]
+    for asked in models:
+        for one in problems:
+            check_askable(asked, one, config)
     done: dict[tuple[str, str], Measured] = {}
     with locked(root), open_cache(config) as cache:
         for name, asked in zip(names, models, strict=True):

@@ -88,8 +88,9 @@ def measure(
         ValueError: the model can be asked none of the rows.
         StoreError: a file cannot be written.
     """
-    rows = [replace(row, renderings={}, answers={}) for row in problems.rows]
-    failed = _render(asked, rows, problems.benchmark.name, config)
+    rows, failed = _render(asked, problems, config)
+    if count := failed.count("not_renderable"):
+        logger.warning("%d rows cannot be rendered by %s", count, asked.model.name)
     fitting = [row for row, verdict in zip(rows, failed, strict=True) if verdict is None]
     problems = _fitted(asked, problems, fitting, config)
     benchmark, options = problems.benchmark, answer_options(problems.benchmark, config)
@@ -140,10 +141,16 @@ def _quote(row: Example, given: Answer, grade: str) -> None:
     )
 
 
+def check_askable(asked: PromptedModel, problems: Problems, config: EvaluateConfig) -> None:
+    """Raise ValueError unless a model can be asked one of the problems."""
+    _render(asked, problems, config)
+
+
 def _render(
-    asked: PromptedModel, rows: Sequence[Example], benchmark: str, config: EvaluateConfig
-) -> list[str | None]:
-    """Render prompts; return None for each row that can be asked, the verdict of the others."""
+    asked: PromptedModel, problems: Problems, config: EvaluateConfig
+) -> tuple[list[Example], list[str | None]]:
+    """Return the rows with their prompts, and the verdict of those that cannot be asked."""
+    rows = [replace(row, renderings={}, answers={}) for row in problems.rows]
     positions = asked.model.max_positions
     limit = min(config.max_length, positions - 1) if positions else config.max_length
     failed: list[str | None] = []
@@ -159,14 +166,12 @@ def _render(
         failed.append(None if len(rendering) <= limit else "too_long")
     if None not in failed:
         first = refused[0] if refused else f"all prompts have more than {limit} tokens"
-        name = f"benchmark {benchmark}" if config.benchmark else "dataset"
+        name = f"benchmark {problems.benchmark.name}" if config.benchmark else "dataset"
         raise ValueError(
             f"{name}: must have a row that {asked.model.name} can be asked, got {len(rows)} that "
             f"are not ({first})"
         )
-    if refused:
-        logger.warning("%d rows cannot be rendered, as %s", len(refused), refused[0])
-    return failed
+    return rows, failed
 
 
 def _fitted(
