@@ -228,7 +228,8 @@ def _of_cases(cases: Sequence[Any], given: Mapping[str, Any]) -> Tests:
     name = str(told or given.get("entry_point", ""))
     name = name if "." in name else f"Solution().{name}"
     try:
-        arguments = [[json.loads(line) for line in text.splitlines()] for text in inputs]
+        lines = [[line for line in text.split("\n") if line.strip()] for text in inputs]
+        arguments = [[json.loads(line) for line in several] for several in lines]
         values = [json.loads(text) for text in outputs]
     except (AttributeError, TypeError, ValueError) as error:
         _bad(f"tests: must hold JSON values where testtype is functional ({error})")

@@ -17,7 +17,8 @@ from leaf_distill.data.example import Answer, Example, Rendering, Role, Unusable
 from leaf_distill.data.prompt import Renderer, tokenizer_fingerprint
 from leaf_distill.detection.cache import RowCache, compute_missing, default_cache_directory
 from leaf_distill.grading import Grader, gold_kinds
-from leaf_distill.grading.code import CodeGrader
+from leaf_distill.grading.code import CodeGrader, identity
+from leaf_distill.grading.sandbox.process import depends_on_load
 from leaf_distill.io import digest, user_directory
 from leaf_distill.models.generation import Draws, generate
 from leaf_distill.models.loading import LazyModel
@@ -283,7 +284,7 @@ def _grade_programs(
     answers: Sequence[tuple[Example, str]], config: AnswerOptions, cache: RowCache
 ) -> list[tuple[str, str]]:
     pairs = [(example.tests, text) for example, text in answers if example.tests]
-    settings = ["grade", config.grade, config.grade_timeout, _grading_digest()]
+    settings = ["grade", config.grade, config.grade_timeout, *identity()]
     keys = [digest([*settings, tests.to_json(), text]) for tests, text in pairs]
     with CodeGrader(timeout_s=config.grade_timeout, store=cache) as grader:
 
@@ -292,7 +293,14 @@ def _grade_programs(
             return [json.dumps(one).encode() for one in judged]
 
         plan = _batches(len(pairs), PROGRAMS_A_GRADING)
-        values = compute_missing(cache, keys, plan, compute, description="running programs")
+        values = compute_missing(
+            cache,
+            keys,
+            plan,
+            compute,
+            description="running programs",
+            keep=lambda value: not depends_on_load(json.loads(value)[1]),
+        )
     return [(verdict, detail) for verdict, detail in map(json.loads, values)]
 
 

@@ -7,18 +7,24 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from leaf_distill.data.tests import Tests
 from leaf_distill.grading.program import find_program
 from leaf_distill.grading.sandbox.process import (
     MEMORY,
+    PACKAGES,
     End,
     SandboxError,
+    depends_on_load,
     run_judged,
     run_script,
     unavailable,
@@ -32,6 +38,7 @@ REFERENCE_LIMIT_S = 120
 REFERENCE_MEMORY = 4 << 30  # bytes
 TIMES_REFERENCE = 4.0
 TIMES_MEMORY = 2
+LONGER = 1 << 20  # characters that an output may have more than the wanted one, to be looked at
 SHOWN = 200  # characters of a text in a sentence
 
 
@@ -65,6 +72,15 @@ class Reference:
     def from_json(cls, text: bytes) -> Reference:
         problem, cpu_s, memory, values = json.loads(text)
         return cls(problem, cpu_s, memory, tuple(values))
+
+
+@cache
+def identity() -> tuple[str, ...]:
+    """Return what decides a verdict beside the tests and the program, for keys: code, versions."""
+    here = Path(__file__).parent
+    sources = (path.read_bytes() for path in sorted(here.rglob("*.py")))
+    code = hashlib.sha256(b"".join(sources)).hexdigest()
+    return (code, platform.python_version(), *map(version, PACKAGES))
 
 
 class Store(Protocol):
@@ -107,6 +123,7 @@ class CodeGrader:
         self._store = store
         self._known: dict[str, Reference] = {}
         self._threads = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+        self._stop = threading.Event()
 
     def __enter__(self) -> CodeGrader:
         return self
@@ -115,7 +132,8 @@ class CodeGrader:
         self.close()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and what still runs in them."""
+        self._stop.set()
         self._threads.shutdown(cancel_futures=True)
 
     def check(self, tests: Sequence[Tests]) -> list[str]:
@@ -153,29 +171,30 @@ class CodeGrader:
             return Judged("no_program", "no code" if reads else f"no code defines {name}")
         limit = math.ceil(self.timeout_s + TIMES_REFERENCE * reference.cpu_s)
         memory = min(max(MEMORY, TIMES_MEMORY * reference.memory), REFERENCE_MEMORY)
-        judged, _ = _run(tests, program, limit, memory, reference.values)
+        judged, _ = _run(tests, program, limit, memory, self._stop, reference.values)
         unjudged = judged["verdict"] == "bad_tests"  # which worked with the reference
         return Judged("refused" if unjudged else judged["verdict"], judged["detail"])
 
     def _references(self, tests: Sequence[Tests]) -> list[Reference]:
         """Return the reference of each of the tests; those that are new run here, and are kept."""
         # The machine is part of the key, since the time is its own.
-        texts = [json.dumps([platform.node(), one.to_json()]) for one in tests]
+        texts = [json.dumps([platform.node(), *identity(), one.to_json()]) for one in tests]
         keys = [f"reference {hashlib.sha256(text.encode()).hexdigest()}" for text in texts]
         new = {key: one for key, one in zip(keys, tests, strict=True) if key not in self._known}
-        if self._store:
+        if self._store is not None:
             for key, value in self._store.get(list(new)).items():
                 self._known[key] = Reference.from_json(value)
                 del new[key]
         # A store belongs to the thread that opened it: this one.
-        for key, one in zip(new, self._threads.map(_run_reference, new.values()), strict=True):
+        found = self._threads.map(lambda one: _run_reference(one, self._stop), new.values())
+        for key, one in zip(new, found, strict=True):
             self._known[key] = one
-            if self._store:
+            if self._store is not None and not depends_on_load(one.problem):
                 self._store.put({key: one.to_json().encode()})
         return [self._known[key] for key in keys]
 
 
-def _run_reference(tests: Tests) -> Reference:
+def _run_reference(tests: Tests, stop: threading.Event) -> Reference:
     """Run the reference against its own tests; without one, see that the tests compile."""
     record = tests.kind == "calls" and not tests.outputs
     if not tests.reference:
@@ -183,10 +202,10 @@ def _run_reference(tests: Tests) -> Reference:
             return Reference("there are neither outputs nor a reference that would give them")
         if tests.kind == "stdin":
             return Reference()
-        judged, _ = _run(tests, "", 10, MEMORY, (), dry=True)
+        judged, _ = _run(tests, "", 10, MEMORY, stop, dry=True)
         return Reference(judged["detail"])
     limits = REFERENCE_LIMIT_S, REFERENCE_MEMORY
-    judged, end = _run(tests, tests.reference, *limits, (), record=record)
+    judged, end = _run(tests, tests.reference, *limits, stop, record=record)
     if judged["verdict"] != "right":
         detail = judged["detail"]
         return Reference(f"the reference is not right: {judged['verdict']}, {detail}")
@@ -195,28 +214,36 @@ def _run_reference(tests: Tests) -> Reference:
 
 
 def _run(
-    tests: Tests, program: str, cpu_s: int, memory: int, values: Sequence[str], **flags: bool
+    tests: Tests,
+    program: str,
+    cpu_s: int,
+    memory: int,
+    stop: threading.Event,
+    values: Sequence[str] = (),
+    **flags: bool,
 ) -> tuple[dict[str, Any], End]:
     """Run a program against tests; return the judge's result, and how the program ended."""
     if tests.kind == "stdin":
-        return _run_scripts(tests, program, cpu_s, memory)
+        return _run_scripts(tests, program, cpu_s, memory, stop)
     job = {
         **{name: getattr(tests, name) for name in _SENT},
         "values": values,
         **{"dry": False, "record": False, **flags},
     }
-    return run_judged(job, program, cpu_s=cpu_s, memory=memory)
+    return run_judged(job, program, cpu_s=cpu_s, memory=memory, stop=stop)
 
 
 _SENT = ("kind", "entry_point", "setup", "code", "inputs", "outputs", "atol", "matches")
 
 
-def _run_scripts(tests: Tests, program: str, cpu_s: int, memory: int) -> tuple[dict[str, Any], End]:
+def _run_scripts(
+    tests: Tests, program: str, cpu_s: int, memory: int, stop: threading.Event
+) -> tuple[dict[str, Any], End]:
     """Run a script once for each input; the limits hold for each."""
     most = End()
     for number, (given, wanted) in enumerate(zip(tests.inputs, tests.outputs, strict=True)):
         printed, error, end = run_script(
-            program, given, cpu_s=cpu_s, memory=memory, setup=tests.setup
+            program, given, cpu_s=cpu_s, memory=memory, setup=tests.setup, stop=stop
         )
         most.cpu_s, most.memory = max(most.cpu_s, end.cpu_s), max(most.memory, end.memory)
         test = f"input {number} ({given[:SHOWN]!r})"
@@ -245,6 +272,8 @@ def same_output(printed: str, wanted: str) -> bool:
 
     White space at the ends of lines and of the text does not count.
     """
+    if len(printed) > 4 * len(wanted) + LONGER:
+        return False
     mine, other = (text.strip().split("\n") for text in (printed, wanted))
     return len(mine) == len(other) and all(map(_same_line, mine, other))
 
@@ -255,8 +284,10 @@ def _same_line(printed: str, wanted: str) -> bool:
         return True
     if len(mine) != len(other):
         return False
-    number: Callable[[str], Decimal] = Decimal
+    pairs = [(a, b) for a, b in zip(mine, other, strict=True) if a != b]
+    if any("_" in text for pair in pairs for text in pair):  # which Decimal takes
+        return False
     try:
-        return all(number(a) == number(b) for a, b in zip(mine, other, strict=True) if a != b)
+        return all(Decimal(a) == Decimal(b) for a, b in pairs)
     except InvalidOperation:
         return False

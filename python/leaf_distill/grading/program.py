@@ -44,9 +44,11 @@ def find_program(answer: str, tests: Tests) -> str | None:
     python = [block for language, block in blocks if language in PYTHON]
     candidates = [_plain(block) for block in python or [block for _, block in blocks]]
     candidates = candidates or [_code_lines(text)]
-    for candidate in reversed(candidates):
-        if candidate.strip() and _fits(candidate, tests):
-            return candidate
+    fitting = [one for one in reversed(candidates) if one.strip() and _fits(one, tests)]
+    if tests.kind == "stdin":  # what does not read is an example, unless nothing reads
+        fitting = [one for one in fitting if READS.search(one)] or fitting
+    if fitting:
+        return fitting[0]
     if tests.prefix:
         for candidate in (candidates[-1], text) if not blocks else candidates[-1:]:
             if body := _body(candidate):

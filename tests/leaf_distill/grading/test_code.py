@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +20,7 @@ from leaf_distill.data.tests import Tests
 from leaf_distill.grading.code import CodeGrader, same_output
 from leaf_distill.grading.program import find_program
 from leaf_distill.grading.sandbox.compare import same
-from leaf_distill.grading.sandbox.process import unavailable
+from leaf_distill.grading.sandbox.process import SandboxError, unavailable
 from leaf_distill.grading.sandbox.values import Encoder, NotData, decode
 
 confined = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
@@ -306,6 +308,136 @@ def test_a_comparison_that_only_the_program_could_make_is_refused(grader: CodeGr
     assert judged.verdict == "refused" and "cannot be compared" in judged.detail
 
 
+VACUOUS = {
+    "nothing is called": "assert True",
+    "a test that is not called": "class Test:\n    def test_it(self):\n        assert add(1) == 1",
+    "a main block": "if __name__ == '__main__':\n    assert add(1) == 1",
+}
+
+
+@confined
+@pytest.mark.parametrize("name", VACUOUS)
+def test_tests_that_call_nothing_make_nothing_right(grader: CodeGrader, name: str) -> None:
+    judged = grader.grade([(Tests("asserts", code=(VACUOUS[name],)), "def add(x):\n    return x")])
+    assert judged[0].verdict == "refused" and "call nothing" in judged[0].detail
+
+
+@confined
+def test_functions_of_tests_are_called(grader: CodeGrader) -> None:
+    tests = Tests("asserts", code=("def test_add():\n    assert add(1) == 1",))
+    assert verdict(grader, tests, "def add(x):\n    return x") == "right"
+    assert verdict(grader, tests, "def add(x):\n    return 0") == "wrong"
+
+
+FORGED = {
+    "a stopped iteration": (
+        "assert all(map(lambda case: add(case) == case, [1, 2]))",
+        "def add(x):\n    raise StopIteration",
+    ),
+    "a module of its own": (
+        "assert math.isclose(add(1), 9)",
+        "class math:\n    isclose = staticmethod(lambda *a, **k: True)\ndef add(x):\n    return 0",
+    ),
+    "a counter of its own": (
+        "assert Counter(add(3)) == Counter([3, 3])",
+        "def Counter(x):\n    return 0\ndef add(x):\n    return []",
+    ),
+    "an imported function in disguise": (
+        "assert gcd(add(1), 9) == 9",
+        "def gcd(a, b):\n    return 9\ngcd.__module__ = 'math'\ndef add(x):\n    return 1",
+    ),
+    "an end that a test catches": (
+        "try:\n    add(-1)\nexcept:\n    pass",
+        "import os\ndef add(x):\n    os._exit(0)",
+    ),
+}
+
+
+@confined
+@pytest.mark.parametrize("name", FORGED)
+def test_a_program_cannot_bring_what_the_tests_compute_with(grader: CodeGrader, name: str) -> None:
+    code, program = FORGED[name]
+    judged = grader.grade([(Tests("asserts", code=(code,)), program)])[0]
+    assert judged.verdict in ("wrong", "error", "refused"), judged
+
+
+@confined
+def test_a_field_cannot_take_the_place_of_a_method(grader: CodeGrader) -> None:
+    setup = (
+        "class P:\n    def __init__(self, x):\n        self.x = x\n"
+        "    def __eq__(self, other):\n        return self.same(other)\n"
+        "    def same(self, other):\n        return self.x == other.x\n"
+    )
+    tests = Tests("asserts", setup=setup, code=("assert add(3) == P(9)",))
+    assert verdict(grader, tests, "def add(x):\n    return P(x * x)") == "right"
+    assert verdict(grader, tests, "def add(x):\n    return P(0)") == "wrong"
+    program = "def add(x):\n    one = P(0)\n    one.same = lambda other: True\n    return one"
+    assert verdict(grader, tests, program) == "refused"
+
+
+NAMED = {
+    "sum": ("assert sum(10, 15) == 6", "def sum(a, b):\n    return 6"),
+    "Counter": (
+        "one = Counter()\none.add()\nassert one.total() == 1",
+        "class Counter:\n    def __init__(self):\n        self.n = 0\n"
+        "    def add(self):\n        self.n += 1\n    def total(self):\n        return self.n",
+    ),
+}
+
+
+@confined
+@pytest.mark.parametrize("name", NAMED)
+def test_a_function_may_be_named_as_one_of_python(grader: CodeGrader, name: str) -> None:
+    code, program = NAMED[name]
+    assert grader.grade([(Tests("asserts", code=(code,)), program)])[0] == ("right", "")
+
+
+@confined
+def test_the_same_object_is_the_same(grader: CodeGrader) -> None:
+    program = (
+        "import enum\nclass Color(enum.Enum):\n    RED = 1\n    BLUE = 2\n"
+        "def add(x):\n    return Color.RED"
+    )
+    assert (
+        verdict(grader, Tests("asserts", code=("assert add(1) == Color.RED",)), program) == "right"
+    )
+    assert (
+        verdict(grader, Tests("asserts", code=("assert add(1) == Color.BLUE",)), program) == "wrong"
+    )
+
+
+@confined
+def test_a_reference_whose_values_equal_nothing_is_told(grader: CodeGrader) -> None:
+    setup = "class P:\n    pass\n"
+    tests = Tests("calls", "add", setup, inputs=("(1,)",), reference="def add(x):\n    return P()")
+    assert "no value" in grader.check([tests])[0]
+
+
+@confined
+@pytest.mark.parametrize(
+    "program",
+    [
+        "print(3)\nexit()",
+        "print(3)\nquit(0)",
+        "import atexit\natexit.register(print, 3)",
+        "import io, sys\nold, sys.stdout = sys.stdout, io.StringIO()\nold.write('3')",
+        "out = open(1, 'w')\nout.write('3')",
+    ],
+)
+def test_a_script_ends_as_any_script_does(grader: CodeGrader, program: str) -> None:
+    assert grader.grade([(SCRIPT, f"```python\ninput()\n{program}\n```")])[0] == ("right", "")
+
+
+@confined
+def test_grading_can_be_interrupted() -> None:
+    grader = CodeGrader(timeout_s=60.0, workers=1)
+    started = time.monotonic()
+    threading.Timer(1.0, grader.close).start()
+    with pytest.raises(SandboxError, match="stopped"):
+        grader.grade([(ADD, "import time\ndef add(a, b):\n    time.sleep(600)")])
+    assert time.monotonic() - started < 30
+
+
 ORACLE = Tests(
     "calls",
     entry_point="root",
@@ -343,7 +475,7 @@ def test_a_slow_reference_gives_programs_more_time() -> None:
     twice = f"def work(n):\n    work_(n), work_(n)\n    return work_(n)\ndef work_(n):\n{work}"
     with CodeGrader(timeout_s=0.3) as grader:
         limited = grader.grade([(tests, "def work(n):\n    while True:\n        pass")])[0]
-        assert limited.verdict == "timeout" and "more than 1 s" in limited.detail
+        assert limited.verdict == "timeout" and "more than 1 s of processor time" in limited.detail
         assert verdict(grader, replace(tests, reference=slow), twice) == "right"
 
 
@@ -404,7 +536,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
 
 
 def test_the_last_block_that_reads_input_is_a_script() -> None:
-    answer = "```python\nprint(input())\n```\nFor 1 this prints\n```\n1\n```"
+    answer = "```python\nprint(input())\n```\nFor 1 this prints\n```\nx = 1\n```"
     assert find_program(answer, SCRIPT) == "print(input())\n"
 
 
@@ -476,7 +608,11 @@ def test_what_is_no_data_is_refused_or_kept() -> None:
         *((1, 1, 0, True), (1, 2, 0, False), (1.0, 1, 0, True), ("a", "a", 0, True)),
         *((0.1 + 0.2, 0.3, 0, True), (0.3001, 0.3, 0, False), (0.3001, 0.3, 1e-3, True)),
         *(([0.1 + 0.2], [0.3], 0, True), ([0.3, 1], [0.3], 0, False), ((0.3,), [0.3], 0, False)),
-        *((3, 3.0000001, 0, False), ([[0.1 + 0.2]], [[0.3]], 0, False)),
+        *(
+            ([10**400, 2.5], [1.5, 2.5], 1e-6, False),
+            (3, 3.0000001, 0, False),
+            ([[0.1 + 0.2]], [[0.3]], 0, False),
+        ),
         *(([[0.1 + 0.2]], [[0.3]], 1e-6, True), (float("nan"), float("nan"), 0, True)),
         *((float("inf"), float("inf"), 0, True), ("x", 0.3, 1e-6, False), (None, 0.3, 1e-6, False)),
     ],
@@ -493,7 +629,7 @@ def test_values_are_compared_by_evalplus_rules(
         *(("3\n", "3", True), ("3 \n\n", "3\n", True), ("3\n4\n", "3 4\n", False)),
         *(("3.0\n", "3\n", True), ("1e3", "1000", True), ("0.30000001", "0.3", False)),
         *(("YES", "yes", False), ("", "3", False), ("3", "", False), ("sNaN", "NaN", False)),
-        *(("a  b\n", "a b\n", True), ("3 4 5", "3 4", False)),
+        *(("1_000", "1000", False), ("a  b\n", "a b\n", True), ("3 4 5", "3 4", False)),
     ],
 )
 def test_outputs_are_compared_line_by_line(printed: str, wanted: str, right: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from .channel import Channel
-from .confine import FILE_BYTES, confine
+from .confine import confine
 from .judge import judge
 from .serve import run_script, serve
 
@@ -39,9 +40,10 @@ def main() -> None:
     with open(given, "rb") as file:
         job: dict[str, Any] = json.load(file)
     sys.argv[:] = [""]
-    sys.path[:] = [path for path in sys.path if path]  # not the working directory
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as `site` has them
     sys.meta_path.append(_Packages(job["packages"]))
-    sys.set_int_max_str_digits(0)  # a program is right also where its answer is long
+    if hasattr(sys, "set_int_max_str_digits"):
+        sys.set_int_max_str_digits(0)  # a program is right also where its answer is long
     try:
         confine(**job["limits"])
     except BaseException as error:
@@ -50,13 +52,13 @@ def main() -> None:
     os.write(started, b"confined")
     os.close(started)
     if job["role"] == "script":
-        run_script(job)
-    elif job["role"] == "program":
+        return run_script(job)  # and end as any script does
+    if job["role"] == "program":
         serve(job, Channel(*rest))
     else:
         *ends, result = rest
         data = json.dumps(judge(job, Channel(*ends))).encode()
-        if len(data) > FILE_BYTES:
+        if len(data) > job["limits"]["file_bytes"]:
             told = {"verdict": "bad_tests", "detail": "the reference's values are too large"}
             data = json.dumps(told).encode()
         while data:

@@ -21,7 +21,10 @@ def same(value: Any, wanted: Any, atol: float) -> bool:
         return True
     if not atol and _is_floats(wanted):
         atol = LEAST
-    return bool(atol) and type(value) is type(wanted) and _close(value, wanted, atol)
+    try:
+        return bool(atol) and type(value) is type(wanted) and _close(value, wanted, atol)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def _is_floats(value: Any) -> bool:

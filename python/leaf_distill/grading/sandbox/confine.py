@@ -25,8 +25,7 @@ RIGHTS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15}  # the number of rights; 16 from AB
 NETWORK_RIGHTS = 3  # bind and connect, from ABI 4 on
 SCOPES = 3  # abstract sockets and signals, from ABI 6 on
 
-FILES = 64  # open at once
-FILE_BYTES = 64 << 20
+FILES = 32  # open at once
 STACK_BYTES = 96 << 20  # the kernel keeps 128 MB free below the stack, whatever the limit was
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -38,7 +37,13 @@ def landlock_abi() -> int:
 
 
 def confine(
-    directory: str, readable: Iterable[str], *, memory: int, cpu_s: int, parent: int
+    directory: str,
+    readable: Iterable[str],
+    *,
+    memory: int,
+    file_bytes: int,
+    cpu_s: int,
+    parent: int,
 ) -> None:
     """Confine this process, for good.
 
@@ -49,6 +54,7 @@ def confine(
         directory: its own directory.
         readable: files and directories that it may read; those that do not exist are left out.
         memory: bytes of address space.
+        file_bytes: bytes of a file.
         cpu_s: seconds of processor time, after which the kernel ends it.
         parent: the process with which it ends too.
 
@@ -63,7 +69,7 @@ def confine(
     for limit, value in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, cpu_s),
-        (resource.RLIMIT_FSIZE, FILE_BYTES),
+        (resource.RLIMIT_FSIZE, file_bytes),
         (resource.RLIMIT_NOFILE, FILES),
         (resource.RLIMIT_STACK, STACK_BYTES),
         (resource.RLIMIT_MEMLOCK, 0),
@@ -71,10 +77,11 @@ def confine(
         (resource.RLIMIT_CORE, 0),
     ):
         hard = resource.getrlimit(limit)[1]
-        least = value if hard == resource.RLIM_INFINITY else min(value, hard)
         # The processor's soft limit sends a signal that can be caught; a second later none can.
-        above = least + 1 if limit == resource.RLIMIT_CPU else least
-        resource.setrlimit(limit, (least, above))
+        above = value + 1 if limit == resource.RLIMIT_CPU else value
+        if hard != resource.RLIM_INFINITY:
+            value, above = min(value, hard), min(above, hard)
+        resource.setrlimit(limit, (value, above))
     # Root without capabilities owns root's files, and no more.
     header, none = struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24)
     _call(setup["capset"], ctypes.c_char_p(header), ctypes.c_char_p(none))
@@ -122,7 +129,8 @@ LOAD, EQUAL, AT_LEAST, ANY_BIT, AND, RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 ALLOW, KILL, FAIL = 0x7FFF0000, 0x80000000, 0x00050000
 NUMBER, MACHINE = 0, 4  # where the call's number and the machine's stand
 
-CLONE_THREAD = 0x00010000
+CLONE_SHARED = 0x00010F00  # a thread: memory, file system, files and signals are shared
+TMPFILE = 0x400000
 CLONE_NEW = 0x7E020000  # namespaces
 # Nothing that sends signals (F_SETOWN, O_ASYNC's owner) or locks other files.
 FCNTL = (0, 1, 2, 3, 4, 1030)  # duplicate, get and set flags, duplicate and close at exec
@@ -163,18 +171,26 @@ def _condition(name: str) -> list[Instruction]:
             _argument(0),
             (ANY_BIT, 0, 1, CLONE_NEW),
             no,
-            (ANY_BIT, 0, 1, CLONE_THREAD),
+            (AND, 0, 0, CLONE_SHARED),
+            (EQUAL, 0, 1, CLONE_SHARED),
             yes,
             no,
         ]
     if name in ("open", "openat"):
-        # Before Landlock's ABI 3, a file that may only be read could be truncated.
+        # Before Landlock's ABI 3, a file that is not opened for writing could be truncated. Files
+        # without a name would not be seen in the directory.
+        flags = _argument(1 if name == "open" else 2)
         return [
-            _argument(1 if name == "open" else 2),
-            (ANY_BIT, 1, 0, os.O_TRUNC),
-            yes,
+            flags,
+            (ANY_BIT, 0, 1, TMPFILE),
+            no,
             (AND, 0, 0, os.O_ACCMODE),
-            (EQUAL, 0, 1, os.O_RDONLY),
+            (EQUAL, 0, 1, os.O_ACCMODE),
+            no,
+            (EQUAL, 1, 0, os.O_RDONLY),
+            yes,
+            flags,
+            (ANY_BIT, 0, 1, os.O_TRUNC),
             no,
             yes,
         ]

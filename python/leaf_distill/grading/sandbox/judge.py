@@ -14,7 +14,7 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from .channel import Channel, Gone, TooLong, Unreadable
@@ -22,6 +22,13 @@ from .compare import same
 from .values import Encoder, NotData, decode
 
 SHOWN = 300  # characters of a value or a line
+
+# Names that tests use without importing them, where the program does.
+WELL_KNOWN = {
+    **{name: f"collections:{name}" for name in ("Counter", "OrderedDict", "defaultdict", "deque")},
+    **{name: f"math:{name}" for name in ("isclose", "isnan", "isinf", "inf", "nan", "pi", "sqrt")},
+    **{"np": "numpy", "deepcopy": "copy:deepcopy"},
+}
 
 
 class Refused(BaseException):
@@ -51,9 +58,15 @@ def judge(job: dict[str, Any], channel: Channel) -> dict[str, Any]:
         tests.prepare()
         if job["dry"]:
             return {"verdict": "right", "detail": ""}
+        channel.put("confined")
         program = _Program(channel, tests.classes, job["entry_point"])
         tests.bind(program)
-        return {"verdict": "right", "detail": "", **tests.run(program)}
+        found = tests.run(program)
+        if program.broken is not None:  # which a test has caught
+            raise program.broken
+        if not program.calls:
+            raise Refused("the tests call nothing of the program")
+        return {"verdict": "right", "detail": "", **found}
     except BadTests as error:
         return {"verdict": "bad_tests", "detail": str(error)}
     except Gone:
@@ -116,18 +129,36 @@ class _Tests:
         return eval(text, self.space)
 
     def bind(self, program: _Program) -> None:
-        """Give the tests the program's names; those of Python and of the setup stay what they are.
+        """Give the tests the names that they use and do not define.
 
-        A program that defines its own `abs` or `all` must not decide what the tests compute.
+        They are the program's, but for those that Python and its library have too: a program with
+        an `abs` or a `Counter` of its own must not decide what the tests compute. Only where the
+        tests use nothing else of the program is such a name what they test.
         """
-        trusted = {*sys.stdlib_module_names, *self.job["packages"]}
-        for name, module in program.modules.items():
-            if name not in self.space and module.split(".")[0] in trusted:
-                self.space[name] = importlib.import_module(module)
-        for name in program.names:
-            own = name == self.job["entry_point"]
-            if own or (name not in self.space and not hasattr(builtins, name)):
-                self.space[name] = Remote(program, name, name, True)
+        used = {name for code in self.code for name in _names(code)} - self.space.keys()
+        own = used.intersection(program.names)
+        known = {name for name in own if hasattr(builtins, name) or self._library(name)}
+        for name in (own - known or known) | ({self.job["entry_point"]} & set(program.names)):
+            self.space[name] = program.remote(name, name, True)
+        for name in used - self.space.keys():
+            module = program.imported.get(name, "")
+            found = self._library(name) or self._library(module) or None
+            if found is not None and module and found.__name__ != name and hasattr(found, name):
+                found = getattr(found, name)
+            if found is not None:
+                self.space[name] = found
+
+    def _library(self, name: str) -> Any:
+        """Return a module or a well-known name of the libraries; None where there is none."""
+        module, _, attribute = WELL_KNOWN.get(name, name).partition(":")
+        first = module.split(".")[0]
+        if first not in sys.stdlib_module_names and first not in self.job["packages"]:
+            return None
+        try:
+            found = importlib.import_module(module)
+        except ImportError:
+            return None
+        return getattr(found, attribute) if attribute else found
 
     def run(self, program: _Program) -> dict[str, Any]:
         """Run the tests in their order; what fails raises."""
@@ -136,7 +167,14 @@ class _Tests:
         if kind == "asserts":
             for text, code in zip(self.job["code"], self.code, strict=True):
                 self.current = text.strip()
+                before = {name: self.space.get(name) for name in _names(code)}
                 exec(code, self.space)
+                for name in before:  # pytest would call them
+                    defined = self.space.get(name)
+                    if defined is before[name] or not isinstance(defined, FunctionType):
+                        continue
+                    if name.startswith("test"):
+                        defined()
         elif kind == "check":
             self.current = "check(candidate)"
             exec(self.code[0], self.space)
@@ -157,7 +195,10 @@ class _Tests:
         values = []
         for arguments in self.arguments:
             try:
-                values.append(_packed(encoder.encode(self._call(program, arguments))))
+                text = encoder.encode(self._call(program, arguments))
+                one, other = (decode(text, self.classes, lambda _: OPAQUE) for _ in range(2))
+                # What does not equal itself, as an object of the setup, cannot be compared.
+                values.append(_packed(text) if same(one, other, self.job["atol"]) else "")
             except (Refused, ProgramError) as error:
                 if not isinstance(error, Refused | MemoryError):
                     raise
@@ -191,7 +232,7 @@ class _Tests:
 
     def failed(self, how: str) -> str:
         """Name the test at which the run ended, and how."""
-        return f"{self.current[:SHOWN]}: {how}" if self.current else how
+        return f"{self.current[:SHOWN]}: {how[:SHOWN]}" if self.current else how[:SHOWN]
 
     def seen(self, error: AssertionError) -> str:
         """Say what the program returned last, and at which line of a `check` the test failed."""
@@ -224,11 +265,21 @@ def _given(value: Any) -> bool:
     return value if isinstance(value, bool) else value is not None
 
 
+def _names(code: CodeType) -> set[str]:
+    """Return the names that code uses, also within the functions that it defines."""
+    inner = [one for one in code.co_consts if isinstance(one, CodeType)]
+    return {*code.co_names, *(name for one in inner for name in _names(one))}
+
+
 def _shown(value: Any) -> str:
+    digits = getattr(sys, "set_int_max_str_digits", lambda most: None)
+    digits(1000)  # writing a long number takes longer than any test
     try:
         text = repr(value)
     except BaseException:
         text = f"a {type(value).__name__}"
+    finally:
+        digits(0)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
@@ -237,7 +288,10 @@ class _Program:
 
     def __init__(self, channel: Channel, classes: Mapping[str, type], entry_point: str) -> None:
         self._channel, self._classes = channel, classes
-        self._encoder = Encoder(classes, self._number)
+        self._encoder = Encoder(classes, self._number, exact=True)
+        self._remotes: dict[Any, Remote] = {}
+        self.calls = 0
+        self.broken: BaseException | None = None
         self.last: list[Any] = []
         self.changed: Any = None  # the arguments after a call that changes them
         ready = channel.get()
@@ -246,8 +300,14 @@ class _Program:
         if entry_point and not ready["entry"]:
             raise _Missing(f"no code defines {entry_point}")
         self.names: list[str] = [str(name) for name in ready["names"]]
-        self.modules = {str(name): str(value) for name, value in ready["modules"].items()}
-        self.entry = Remote(self, "entry", entry_point, True)
+        self.imported = {str(name): str(value) for name, value in ready["imported"].items()}
+        self.entry = self.remote("entry", entry_point, True)
+
+    def remote(self, reference: Any, name: Any, identity: Any) -> Remote:
+        """Return the one stand-in of a value of the program."""
+        if reference not in self._remotes:
+            self._remotes[reference] = Remote(self, reference, name, identity)
+        return self._remotes[reference]
 
     def _number(self, value: Any) -> Any:
         if isinstance(value, Remote):
@@ -256,7 +316,17 @@ class _Program:
 
     def ask(self, do: str, of: Any, **more: Any) -> Any:
         """Send a request and return the value that comes back."""
-        self._channel.put({"do": do, "of": of, **more})
+        self.calls += 1
+        if self.broken is not None:
+            raise self.broken
+        try:
+            return self._ask({"do": do, "of": of, **more})
+        except (Gone, Unreadable, Refused) as error:
+            self.broken = error  # whatever the test does with it
+            raise
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        self._channel.put(request)
         reply = self._channel.get()
         try:
             if "error" in reply:
@@ -265,7 +335,7 @@ class _Program:
                 raise Refused(str(reply["refused"]))
             if "stop" in reply:
                 raise StopIteration
-            value = decode(reply["value"], self._classes, lambda one: Remote(self, *one))
+            value = decode(reply["value"], self._classes, lambda one: self.remote(*one))
             if "arguments" in reply:
                 self.changed = decode(reply["arguments"], self._classes, lambda one: OPAQUE)
         except ProgramError:
@@ -320,8 +390,8 @@ def _error(described: Mapping[str, Any]) -> ProgramError:
                 continue
     else:
         error = ProgramError()
-    error.described = {"text": str(described["text"])}
-    error.args = (error.described["text"],)
+    error.described = {"text": str(described["text"])[:SHOWN]}
+    error.args = tuple(described["arguments"])
     return error  # type: ignore[no-any-return]
 
 
@@ -370,3 +440,8 @@ class Remote:
         raise Refused(f"a {self._name} of the program cannot be compared outside of it")
 
     __hash__ = object.__hash__
+
+    def _refuse(self, *others: object) -> Any:
+        raise Refused(f"a {self._name} of the program can only be used inside of it")
+
+    __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __instancecheck__ = __enter__ = _refuse

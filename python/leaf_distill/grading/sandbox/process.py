@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,27 +22,34 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from leaf_distill.grading.sandbox.confine import FILE_BYTES, landlock_abi
+from leaf_distill.grading.sandbox.confine import landlock_abi
 from leaf_distill.grading.sandbox.syscalls import MACHINES
 
 PACKAGES = ("numpy", "sortedcontainers")
 """What a program may import beside the standard library."""
 
 MEMORY = 1 << 30  # bytes of address space that any program may have
+FILE_BYTES = 16 << 20  # of a file, and of all files in the directory
+RESULT_BYTES = 64 << 20  # of what the tests say
 THREADS = 64
+DETAIL = 1000  # characters
 DIRECTORY_FILES = 1000
 TOO_MANY = {
     "threads": f"the program had more than {THREADS} threads",
     "files": f"the program wrote more than {DIRECTORY_FILES} files or {FILE_BYTES >> 20} MB",
 }
+PROCESSOR_TIME = "s of processor time"
+ENDED = "the system ended the program"
 LOOK_S = 0.05  # how often a running program is looked at
 GRACE_S = 2.0  # for a program to end after its tests have
 CLOCK_S = 0.1  # by which two clocks of processor time may differ
 ATTEMPTS = 3  # to start a process
 HERE = Path(__file__).parent
 # This folder as a package of its own, without the modules beside it, one of which is `math`.
+# The working directory is taken from the path first: a program may have put modules there.
 COMMAND = (
-    "import sys; from importlib.util import module_from_spec, spec_from_file_location; "
+    "import sys; sys.path[:] = [path for path in sys.path if path]; "
+    "from importlib.util import module_from_spec, spec_from_file_location; "
     "spec = spec_from_file_location('sandbox', {!r}, submodule_search_locations=[{!r}]); "
     "sys.modules['sandbox'] = module_from_spec(spec); from sandbox.child import main; main()"
 )
@@ -55,6 +63,12 @@ NEEDED = (
 
 class SandboxError(RuntimeError):
     """Programs cannot be confined here, so that none is run."""
+
+
+def depends_on_load(detail: str) -> bool:
+    """Return whether a verdict may be another one on a less busy machine."""
+    timed = "the program took more than" in detail and PROCESSOR_TIME not in detail
+    return timed or ENDED in detail
 
 
 @dataclass
@@ -78,16 +92,15 @@ class End:
         """Return the verdict on a program that ended before its tests did, and a sentence."""
         if self.reason in ("threads", "files"):
             return "refused", TOO_MANY[self.reason]
-        if (
-            self.reason == "timeout"
-            or self.status == -signal.SIGXCPU
-            or self.cpu_s > cpu_limit_s - CLOCK_S  # it may have caught the signal
-        ):
-            return "timeout", f"the program took more than {cpu_limit_s:.0f} s"
+        # It may have caught the signal.
+        if self.status == -signal.SIGXCPU or self.cpu_s > cpu_limit_s - CLOCK_S:
+            return "timeout", f"the program took more than {cpu_limit_s:.0f} {PROCESSOR_TIME}"
+        if self.reason == "timeout":
+            return "timeout", f"the program took more than {_wall(cpu_limit_s):.0f} s"
         if self.reason == "silent":
             return "error", "the program closed its connection"
         if self.status == -signal.SIGKILL:
-            return "memory", "the system ended the program"
+            return "memory", ENDED
         if self.status < 0:
             return "error", f"the program was ended by {signal.Signals(-self.status).name}"
         return "error", f"the program ended itself with exit status {self.status}"
@@ -180,7 +193,8 @@ def _file(name: str, content: bytes = b"") -> int:
 class _Run:
     """The processes of one run, their own directory, and their descriptors here."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop: threading.Event | None) -> None:
+        self.stop = stop
         self.directory = tempfile.mkdtemp(prefix="leaf-program-")
         self.descriptors: list[int] = []
         self.processes: list[_Process] = []
@@ -206,10 +220,12 @@ class _Run:
         *,
         cpu_s: int,
         memory: int,
+        file_bytes: int = FILE_BYTES,
         **streams: int,
     ) -> _Process:
         """Start a process on a job; it finds `given` among its arguments."""
         limits = {"directory": self.directory, "readable": _readable(), "memory": memory}
+        limits["file_bytes"] = file_bytes
         whole = {
             **job,
             "packages": _packages(),
@@ -239,6 +255,8 @@ class _Run:
         handle = os.pidfd_open(awaited.popen.pid)
         try:
             while not select.select([handle], [], [], LOOK_S)[0]:
+                if self.stop is not None and self.stop.is_set():
+                    raise SandboxError("the run was stopped")
                 if time.monotonic() > deadline:
                     program.end.reason = "timeout"
                 elif self._threads(program) > THREADS:
@@ -280,8 +298,8 @@ class _Run:
 
 
 @contextmanager
-def _run() -> Iterator[_Run]:
-    run = _Run()
+def _run(stop: threading.Event | None) -> Iterator[_Run]:
+    run = _Run(stop)
     try:
         yield run
     finally:
@@ -303,7 +321,13 @@ def _content(descriptor: int) -> bytes:
 
 
 def run_script(
-    program: str, stdin: str, *, cpu_s: int, memory: int = MEMORY, setup: str = ""
+    program: str,
+    stdin: str,
+    *,
+    cpu_s: int,
+    memory: int = MEMORY,
+    setup: str = "",
+    stop: threading.Event | None = None,
 ) -> tuple[bytes, str, End]:
     """Run a script, confined.
 
@@ -313,6 +337,7 @@ def run_script(
         cpu_s: seconds of processor time.
         memory: bytes of address space.
         setup: source that runs before it, in the same namespace.
+        stop: ends the run from another thread, with SandboxError.
 
     Returns:
         What it printed, the exception that ended it, and how it ended.
@@ -322,7 +347,7 @@ def run_script(
     """
     why = ""
     for _ in range(ATTEMPTS):
-        with _run() as run:
+        with _run(stop) as run:
             streams = {name: run.file(name) for name in ("stdout", "stderr")}
             streams["stdin"] = run.file("stdin", stdin.encode(errors="surrogatepass"))
             job = {"role": "script", "setup": setup, "program": program}
@@ -336,7 +361,12 @@ def run_script(
 
 
 def run_judged(
-    job: Mapping[str, Any], program: str, *, cpu_s: int, memory: int = MEMORY
+    job: Mapping[str, Any],
+    program: str,
+    *,
+    cpu_s: int,
+    memory: int = MEMORY,
+    stop: threading.Event | None = None,
 ) -> tuple[dict[str, Any], End]:
     """Run a program in one confined process, and its tests in another one.
 
@@ -345,6 +375,7 @@ def run_judged(
         program: the source.
         cpu_s: seconds of processor time of the program; its tests have 10 more.
         memory: bytes of address space of each.
+        stop: ends the run from another thread, with SandboxError.
 
     Returns:
         What `judge.judge` returned, with the verdict on a program that ended before; and how the
@@ -355,7 +386,7 @@ def run_judged(
     """
     why = ""
     for _ in range(ATTEMPTS):
-        with _run() as run:
+        with _run(stop) as run:
             to_program, to_judge = run.pipe(), run.pipe()
             served = {"role": "program", "setup": job["setup"], "entry_point": job["entry_point"]}
             theirs, ours = (to_program[0], to_judge[1]), (to_judge[0], to_program[1])
@@ -363,20 +394,24 @@ def run_judged(
             process = run.start({**served, "program": program}, theirs, **limits)
             result = run.file("result")
             limits["cpu_s"] += 10
+            limits["file_bytes"] = RESULT_BYTES
             judge = run.start({**job, "role": "judge"}, (*ours, result), **limits)
             run.close(*to_program, *to_judge)
             run.watch(judge, process, _wall(cpu_s))
             why = judge.confined() or process.confined()
             if not why:
-                return _judged(_content(result), process.end, cpu_s), process.end
+                found = _judged(_content(result), process.end, judge.end, cpu_s)
+                # Half of a surrogate pair could not be stored.
+                text = found["detail"][:DETAIL].encode(errors="replace").decode()
+                return {**found, "detail": text}, process.end
     raise SandboxError(f"a program could not be confined: {why}")
 
 
-def _judged(said: bytes, end: End, cpu_s: int) -> dict[str, Any]:
+def _judged(said: bytes, end: End, judge: End, cpu_s: int) -> dict[str, Any]:
     found: dict[str, Any] = {"verdict": "gone", "detail": ""}
     if said:
         found = json.loads(said)
-    elif not end.reason:
+    elif not end.reason or (end.reason == "timeout" and judge.cpu_s > end.cpu_s):
         detail = "the tests ended without a verdict, for want of time or memory"
         return {"verdict": "refused", "detail": detail}
     if found["verdict"] == "gone":

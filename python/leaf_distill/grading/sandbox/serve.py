@@ -5,10 +5,9 @@ from __future__ import annotations
 import builtins
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 from .channel import Channel, Gone, TooLong
@@ -21,34 +20,30 @@ SHOWN = 300  # characters of an error
 def run_script(job: dict[str, Any]) -> None:
     """Run a whole script, which reads the standard input and prints."""
     module = _module("__main__")
-    status = 0
     try:
         _execute(job["setup"], "<setup>", module)
         _execute(job["program"], "<program>", module)
-    except SystemExit as stop:
-        status = 0 if stop.code in (None, 0) else 1
+    except SystemExit:
+        raise
     except BaseException as error:
-        status = 1
         os.write(2, describe(error)["text"].encode(errors="replace"))
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    try:
-        sys.stdout.flush()
-    except BaseException:
-        status = 1
-    os._exit(status)
+        sys.exit(1)
 
 
 def serve(job: dict[str, Any], channel: Channel) -> None:
     """Load a program, say what it defines, and do what the judge asks until that ends."""
     module = _module("program")
+    channel.get()  # the judge is confined
     try:
         _execute(job["setup"], "<setup>", module)
         before = dict(vars(module))
         _execute(job["program"], "<program>", module)
         server = _Server(vars(module), before, job["entry_point"])
-        ready = {"names": server.names(), "modules": server.modules(), "entry": server.has_entry()}
+        ready = {
+            "names": server.names(),
+            "imported": server.imported(),
+            "entry": server.has_entry(),
+        }
     except BaseException as error:
         ready = {"error": describe(error)}
     try:
@@ -92,7 +87,14 @@ def describe(error: BaseException) -> dict[str, Any]:
     place = f" (line {line} of the program)" if line else ""
     name = type(error).__name__
     text = f"{name}: {message[:SHOWN]}{place}" if message else f"{name}{place}"
-    return {"kinds": kinds[:-1], "name": name, "text": text}
+    plain = all(type(one) in (str, int, float, bool, type(None)) for one in error.args)
+    arguments = [one[:SHOWN] if isinstance(one, str) else one for one in error.args]
+    return {
+        "kinds": kinds[:-1],
+        "name": name,
+        "text": text,
+        "arguments": arguments if plain and len(arguments) < SHOWN else [message[:SHOWN]],
+    }
 
 
 class _Server:
@@ -107,23 +109,24 @@ class _Server:
             if isinstance(value, type) and value.__module__ == "program"
         }
         self._kept: list[Any] = []
+        self._number: dict[int, int] = {}
         self._entry: Any = None
         self._encoder = Encoder(self._classes, self._keep)
 
     def names(self) -> list[str]:
         """Return what the program itself defined."""
-        return [
-            name
-            for name, value in self._space.items()
-            if not name.startswith("__")
-            and not isinstance(value, ModuleType)
-            and self._before.get(name, self) is not value
-        ]
+        return [name for name, value in self._new() if _module_of(value) is None]
 
-    def modules(self) -> dict[str, str]:
-        """Return the names under which it imported modules."""
-        found = {name: one for name, one in self._space.items() if isinstance(one, ModuleType)}
-        return {name: str(one.__name__) for name, one in found.items()}
+    def imported(self) -> dict[str, str]:
+        """Return the names that it imported, each with its module."""
+        return {name: found for name, value in self._new() if (found := _module_of(value))}
+
+    def _new(self) -> list[tuple[str, Any]]:
+        return [
+            (name, value)
+            for name, value in self._space.items()
+            if not name.startswith("__") and self._before.get(name, self) is not value
+        ]
 
     def has_entry(self) -> bool:
         """Find the entry point, a function or a method of a class that needs no arguments."""
@@ -138,9 +141,12 @@ class _Server:
         return callable(self._entry)
 
     def _keep(self, value: Any) -> Any:
-        self._kept.append(value)
+        # The same value has the same number, so that the judge knows it again.
+        number = self._number.setdefault(id(value), len(self._kept))
+        if number == len(self._kept):
+            self._kept.append(value)
         compare: Any = type(value).__eq__
-        return [len(self._kept) - 1, type(value).__name__, compare is object.__eq__]
+        return [number, type(value).__name__, compare is object.__eq__]
 
     def reply(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return {"value": ...}, {"error": ...}, {"stop": True} or {"refused": a sentence}."""
@@ -148,9 +154,9 @@ class _Server:
             return self._do(request)
         except NotData as refusal:
             return {"refused": str(refusal)}
-        except StopIteration:
-            return {"stop": True}
         except BaseException as error:
+            if isinstance(error, StopIteration) and request["do"] == "next":
+                return {"stop": True}
             return {"error": describe(error)}
 
     def _do(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +181,17 @@ class _Server:
             return self._entry
         return self._space[reference] if isinstance(reference, str) else self._kept[reference]
 
+
+def _module_of(value: Any) -> str | None:
+    """Return the module of what was imported: a module, or a function or class of one."""
+    if isinstance(value, ModuleType):
+        return str(value.__name__)
+    found = getattr(value, "__module__", None) if callable(value) else None
+    own = not isinstance(found, str) or found == "program"
+    return None if own or not isinstance(value, _NAMED) else str(found)
+
+
+_NAMED = (type, FunctionType, BuiltinFunctionType)
 
 _DONE: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "value": lambda value, request: value,

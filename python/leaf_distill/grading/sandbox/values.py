@@ -29,11 +29,17 @@ class Encoder:
         classes: names of the classes whose instances are data: those of the tests' setup.
         handle: returns the number under which this side keeps a value that is no data; None refuses
             such values.
+        exact: refuses numpy's values, which otherwise come back as numbers and lists.
     """
 
     def __init__(
-        self, classes: Mapping[str, type], handle: Callable[[Any], Any] | None = None
+        self,
+        classes: Mapping[str, type],
+        handle: Callable[[Any], Any] | None = None,
+        *,
+        exact: bool = False,
     ) -> None:
+        self.exact = exact
         self.classes = set(classes)
         self.handle = handle
 
@@ -74,6 +80,8 @@ class Encoder:
                 self._objects.append(value)
             return {"": "object", "v": self._number[id(value)]}
         if kind.__module__.split(".")[0] == "numpy" and hasattr(value, "tolist"):
+            if self.exact:
+                raise NotData("an array cannot be sent")
             return self._value(value.tolist(), depth + 1)
         for base in (bool, int, float, str, list, tuple, dict, set, frozenset, bytes):
             if isinstance(value, base):  # of a subclass, the data
@@ -88,6 +96,8 @@ def _fields(value: Any) -> dict[str, Any]:
     return fields
 
 
+_FACTORY: dict[Any, Any] = {kind.__name__: kind for kind in (int, float, str, list, dict, set)}
+_FACTORIES = {kind: name for name, kind in _FACTORY.items()}
 _PLAIN: dict[type, Callable[[Any], Any]] = {str: str.__str__}
 
 # How each type is taken apart; a list holds values.
@@ -98,7 +108,13 @@ _TAKEN: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "dict": (dict, lambda value: [part for item in value.items() for part in item]),
     "Counter": (Counter, lambda value: [part for item in value.items() for part in item]),
     "OrderedDict": (OrderedDict, lambda value: [part for item in value.items() for part in item]),
-    "defaultdict": (defaultdict, lambda value: [part for item in value.items() for part in item]),
+    "defaultdict": (
+        defaultdict,
+        lambda value: [
+            _FACTORIES.get(value.default_factory),
+            *(part for item in value.items() for part in item),
+        ],
+    ),
     "deque": (deque, list),
     "range": (range, lambda value: [value.start, value.stop, value.step]),
     "bytes": (bytes, bytes.hex),
@@ -128,7 +144,7 @@ _BUILT: dict[str, Callable[[Any], Any]] = {
     "dict": lambda parts: dict(_pairs(parts)),
     "Counter": lambda parts: Counter(dict(_pairs(parts))),
     "OrderedDict": lambda parts: OrderedDict(_pairs(parts)),
-    "defaultdict": lambda parts: defaultdict(None, _pairs(parts)),
+    "defaultdict": lambda parts: defaultdict(_FACTORY.get(parts[0]), _pairs(parts[1:])),
     "deque": deque,
     "range": lambda parts: range(*parts),
     "bytes": bytes.fromhex,
@@ -161,9 +177,9 @@ def decode(
         described = document["objects"]
         objects: list[Any] = [object.__new__(classes[name]) for name, _ in described]
 
-        def build(part: Any) -> Any:
+        def build(part: Any, handle: Callable[[Any], Any] | None = handle) -> Any:
             if isinstance(part, list):
-                return [build(item) for item in part]
+                return [build(item, handle) for item in part]
             if not isinstance(part, dict):
                 return part
             name, inner = part[""], part["v"]
@@ -173,10 +189,14 @@ def decode(
                 if handle is None:
                     raise NotData("the value is no plain data")
                 return handle(inner)
-            return _BUILT[name](build(inner) if isinstance(inner, list) else inner)
+            return _BUILT[name](build(inner, handle) if isinstance(inner, list) else inner)
 
         for one, (_, fields) in zip(objects, described, strict=True):
-            _fields(one).update((name, build(part)) for name, part in fields.items())
+            for name, part in fields.items():
+                # A field must not stand before a method of the class, nor bring one.
+                if callable(getattr(type(one), name, None)) or name.startswith("__"):
+                    raise NotData(f"the field {name} hides a method")
+                _fields(one)[name] = build(part, None)
         return build(document["value"])
     except NotData:
         raise
