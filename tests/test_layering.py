@@ -42,7 +42,7 @@ ROOMS = {
     "demo": _STAGES | {"detection", "training", "evaluation", "report", "demo"},
     "cli": _STAGES | {"detection", "training", "evaluation", "report", "demo", "options"},
     "__main__": {"cli"},
-    "__init__": {"config", "data", "models", "detection", "training", "evaluation", "report"},
+    "__init__": _STAGES - {"io"} | {"detection", "training", "evaluation", "report"},
 }
 
 

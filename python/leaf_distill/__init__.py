@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from leaf_distill.config import CompareConfig, DetectConfig
     from leaf_distill.data.dataset import load_examples
     from leaf_distill.data.example import Example
+    from leaf_distill.data.tests import Tests
     from leaf_distill.detection.pipeline import DetectResult, detect
     from leaf_distill.evaluation.benchmarks import Benchmark
     from leaf_distill.evaluation.compare import CompareResult, compare
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from leaf_distill.evaluation.evaluate import evaluate, evaluate_benchmarks
     from leaf_distill.evaluation.measure import EvaluateResult
     from leaf_distill.evaluation.results import BenchmarkResult
+    from leaf_distill.grading.code import CodeGrader
     from leaf_distill.models.result import SaliencyResult, saliency
     from leaf_distill.report import write_report
     from leaf_distill.training.config import DistillArguments, LeafConfig
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Benchmark": "evaluation.benchmarks",
     "BenchmarkResult": "evaluation.results",
+    "CodeGrader": "grading.code",
     "CompareConfig": "config",
     "CompareResult": "evaluation.compare",
     "DetectConfig": "config",
@@ -42,6 +45,7 @@ _HOME = {
     "LeafConfig": "training.config",
     "LeafTrainer": "training.trainer",
     "SaliencyResult": "models.result",
+    "Tests": "data.tests",
     "compare": "evaluation.compare",
     "detect": "detection.pipeline",
     "distill": "training.distill",
@@ -55,6 +59,7 @@ _HOME = {
 __all__ = [
     "Benchmark",
     "BenchmarkResult",
+    "CodeGrader",
     "CompareConfig",
     "CompareResult",
     "DetectConfig",
@@ -67,6 +72,7 @@ __all__ = [
     "LeafConfig",
     "LeafTrainer",
     "SaliencyResult",
+    "Tests",
     "compare",
     "detect",
     "distill",

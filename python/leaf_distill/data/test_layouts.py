@@ -258,8 +258,10 @@ def _of_pairs(inputs: Sequence[Any], outputs: Sequence[Any], name: str) -> Tests
     if len(inputs) != len(outputs):
         _bad(f"tests: must have as many outputs as inputs, got {len(outputs)} and {len(inputs)}")
     if not name:
-        texts = [tuple(map(_text, values)) for values in (inputs, outputs)]
-        return Tests("stdin", inputs=texts[0], outputs=texts[1])
+        for one in inputs:
+            if not all(isinstance(line, str) for line in (one if isinstance(one, list) else [one])):
+                _bad(f"entry_point: must be given for inputs that are no text, got {one!r:.60}")
+        return Tests("stdin", inputs=tuple(map(_text, inputs)), outputs=tuple(map(_text, outputs)))
     lists = [one if isinstance(one, list | tuple) else [one] for one in inputs]
     try:
         return Tests(
@@ -294,6 +296,16 @@ def _with_setup(tests: Tests, given: Mapping[str, Any]) -> Tests:
     return replace(tests, setup="\n".join(part for part in parts if part.strip()))
 
 
+def _asserts_something(code: str) -> bool:
+    """Return whether code has an assertion, or a call as `assertEqual` or `assert_allclose`."""
+    tree = parsed(code)
+    return tree is not None and any(
+        isinstance(node, ast.Assert | ast.Raise)
+        or (isinstance(node, ast.Attribute) and node.attr.startswith("assert"))
+        for node in ast.walk(tree)
+    )
+
+
 def _checked(tests: Tests) -> Tests:
     """Refuse tests that could judge no program."""
     by_code = tests.kind in ("asserts", "check")
@@ -316,4 +328,7 @@ def _checked(tests: Tests) -> Tests:
             _bad(f"tests: must be Python that compiles, got {code!r:.60}")
     if not all(code.strip() for code in (*tests.code, *values)):
         _bad("tests: must be Python, got a blank text")
+    for code in tests.code:
+        if not _asserts_something(code):
+            _bad(f"tests: must assert something, got {code!r:.60}")
     return tests

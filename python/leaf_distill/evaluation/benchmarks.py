@@ -111,8 +111,9 @@ def _check_types(benchmark: Benchmark) -> None:
     stop, columns = benchmark.stop, benchmark.columns
     texts = isinstance(stop, tuple) and all(isinstance(text, str) and text for text in stop)
     wanted["stop"] = ("a list of texts", texts)
-    pairs = columns.items() if isinstance(columns, Mapping) else [(columns, columns)]
-    named = all(isinstance(text, str) for pair in pairs for text in pair)
+    named = isinstance(columns, Mapping) and all(
+        isinstance(text, str) for pair in columns.items() for text in pair
+    )
     wanted["columns"] = ("a mapping of texts to texts", columns is None or named)
     for name, (kind, holds) in wanted.items():
         if not holds:

@@ -109,7 +109,8 @@ def measure(
         for verdict in failed
     ]
     make_directory(root)
-    write_table(root / "answers.parquet", _table(rows, answers))
+    by_tests = benchmark.grade == "code"
+    write_table(root / "answers.parquet", _table(rows, answers, by_tests=by_tests))
     result, scores = _result(problems, answers, root / "answers.parquet")
     metrics = {
         "command": "evaluate",
@@ -128,10 +129,18 @@ def measure(
         _quote(fitting[0], copies[0][0].answers["student"], options.grade)
     for sentence in gold_warning([row.gold for row in rows], options):
         logger.warning("%s", sentence)
+    if not by_tests and (tested := sum(row.tests is not None for row in rows)):
+        logger.warning("%d rows have tests of programs; --grade code runs them", tested)
     return Measured(result, scores, metrics)
 
 
 def _quote(row: Example, given: Answer, grade: str) -> None:
+    if grade == "code":
+        logger.warning(
+            "no program is right; the first answer ends %r and is %s: %s",
+            *(given.text[-ANSWER_SHOWN:], given.verdict, given.detail or "see --max_new_tokens"),
+        )
+        return
     logger.warning(
         "no answer is right; the first ends %r, and its gold ends %r: see --grade (now %s), "
         "--max_new_tokens and --chat_template",
@@ -196,7 +205,9 @@ def _fitted(
     return replace(problems, benchmark=replace(problems.benchmark, max_new_tokens=room))
 
 
-def _table(rows: Sequence[Example], answers: Sequence[Sequence[Answer]]) -> pa.Table:
+def _table(
+    rows: Sequence[Example], answers: Sequence[Sequence[Answer]], *, by_tests: bool
+) -> pa.Table:
     lines = [
         (row, number, one)
         for row, several in zip(rows, answers, strict=True)
@@ -208,7 +219,7 @@ def _table(rows: Sequence[Example], answers: Sequence[Sequence[Answer]]) -> pa.T
             "row_id": [row.row_id for row, _, _ in lines],
             "sample": [number for _, number, _ in lines],
             "prompt": [row.user_text for row, _, _ in lines],
-            "gold": [row.gold for row, _, _ in lines],
+            "gold": ["" if by_tests else row.gold for row, _, _ in lines],
             "answer": [None if one.verdict in unasked else one.text for _, _, one in lines],
             "verdict": [one.verdict for _, _, one in lines],
             "detail": [one.detail for _, _, one in lines],

@@ -116,7 +116,7 @@ def load_problems(benchmark: Benchmark, config: EvaluateConfig, source: Any = No
             "%s has %d problems, and %s has %d",
             *(benchmark.name, benchmark.problems, benchmark.dataset, len(examples)),
         )
-    if config.benchmark and (unread := [one for one in examples if one.outcome is not None]):
+    if unread := [one for one in examples if one.outcome is not None]:
         logger.warning(
             "%s: %d of %d problems cannot be used and are not counted, as row %d: %s",
             *(benchmark.name, len(unread), len(examples), unread[0].row_id),

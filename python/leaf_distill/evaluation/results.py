@@ -23,8 +23,9 @@ AVERAGE = "Avg."
 NOTE = (
     "Percent of the problems, with 95 % intervals: Wilson's where each problem has one answer, "
     "else of a bootstrap over the problems; for an average, over those of each benchmark. "
-    "Differences in points, on the same problems, with the interval of a paired bootstrap. Chance "
-    "in training is in no interval."
+    "Differences in points, on the same problems, with the interval of a paired bootstrap. Where "
+    "all problems agree, a bootstrap's interval has no width, and says nothing. Chance in training "
+    "is in no interval."
 )
 
 
@@ -146,11 +147,10 @@ def write_results(
         parts.append(markdown_table(table.lines()))
         if differences := table.differences():
             parts += [f"Differences to {models[0]}, points:", markdown_table(differences)]
-    problems = [
-        f"{benchmark}: {next(iter(of.values()))['rows']} problems"
-        for benchmark, of in measured.items()
-    ]
-    write_bytes(result.table, "\n\n".join([*parts, f"{'; '.join(problems)}.", NOTE, ""]).encode())
+    asked = [one for group in groups for one in group.benchmarks]
+    rows = {name: next(iter(of.values()))["rows"] for name, of in measured.items()}
+    parts += ["\n".join(f"- {_described(one, rows[one.name])}" for one in asked), NOTE, ""]
+    write_bytes(result.table, "\n\n".join(parts).encode())
     return result
 
 
@@ -177,6 +177,17 @@ def _table(
     columns = [_label(benchmark) for benchmark in group.benchmarks]
     return ResultTable(
         group.suite, (*columns, *([AVERAGE] if group.suite is not None else [])), rows
+    )
+
+
+def _described(benchmark: Benchmark, rows: int) -> str:
+    """Return in one line how a benchmark was asked."""
+    whole = benchmark.problems
+    of = f" of {whole}" if whole is not None and whole != rows else ""
+    drawn = f", {benchmark.samples} answers at temperature {benchmark.temperature:g} each"
+    return (
+        f"{benchmark.name}: {rows}{of} problems, answers of at most {benchmark.max_new_tokens} "
+        f"tokens{drawn if benchmark.samples > 1 else ''}, graded by {benchmark.grade}"
     )
 
 

@@ -246,7 +246,7 @@ def _run_scripts(
             program, given, cpu_s=cpu_s, memory=memory, setup=tests.setup, stop=stop
         )
         most.cpu_s, most.memory = max(most.cpu_s, end.cpu_s), max(most.memory, end.memory)
-        test = f"input {number} ({given[:SHOWN]!r})"
+        test = f"input {number + 1} ({given[:SHOWN]!r})"
         if end.status or end.reason:
             verdict, how = end.verdict(cpu_s)
             verdict = _named_by(error, verdict)

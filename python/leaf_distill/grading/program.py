@@ -17,7 +17,8 @@ READS = re.compile(r"\binput\s*\(|\bsys\.stdin\b|\bopen\(\s*(?:0|['\"]/dev/stdin
 CALLED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)\s*\(")
 # A line that begins a program in the middle of prose, and one that may stand in it.
 BEGINS = re.compile(
-    r"(?:import\s+\w|from\s+[\w.]+\s+import\b|(?:async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[:(]|@\w"
+    r"(?:#|for\s.+\sin\s.+:|(?:while|with|if)\s.+:\s*$|try\s*:|import\s+\w"
+    r"|from\s+[\w.]+\s+import\b|(?:async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[:(]|@\w"
     r"|if\s+__name__|[A-Za-z_][\w, ]*=[^=]|print\s*\(|#!)"
 )
 STANDS = re.compile(
@@ -42,18 +43,18 @@ def find_program(answer: str, tests: Tests) -> str | None:
     text = THOUGHT.sub("", answer.replace("\r\n", "\n"), count=1)
     blocks = [(match[2].lower(), match[3]) for match in FENCE.finditer(text)]
     python = [block for language, block in blocks if language in PYTHON]
-    candidates = [_plain(block) for block in python or [block for _, block in blocks]]
-    candidates = candidates or [_code_lines(text)]
+    raw = python or [block for _, block in blocks]
+    candidates = [_plain(block) for block in raw] or [_code_lines(text)]
     fitting = [one for one in reversed(candidates) if one.strip() and _fits(one, tests)]
     if tests.kind == "stdin":  # what does not read is an example, unless nothing reads
         fitting = [one for one in fitting if READS.search(one)] or fitting
     if fitting:
         return fitting[0]
-    if tests.prefix:
-        for candidate in (candidates[-1], text) if not blocks else candidates[-1:]:
-            if body := _body(candidate):
-                return f"{tests.prefix.rstrip()}\n{body}"
-    return None
+    if tests.prefix and (body := _body(raw[-1] if raw else text)):
+        return f"{tests.prefix.rstrip()}\n{body}"
+    # A name may be defined in ways that cannot be seen here: by `exec`, or an import of all.
+    hidden = tests.entry_point and re.search(r"\bexec\(|\bglobals\(|import\s+\*", candidates[-1])
+    return candidates[-1] if hidden else None
 
 
 def _plain(block: str) -> str:
@@ -82,8 +83,10 @@ def _wanted(tests: Tests) -> Sequence[str]:
 
 
 def _defines(program: str, name: str) -> bool:
+    name = re.escape(name)
     pattern = (
-        rf"^(?:(?:async\s+)?def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*(?::[^=\n]+)?="
+        rf"^[ \t]*(?:(?:async\s+)?def|class)\s+{name}\b|^[ \t]*{name}\s*(?::[^=\n]+)?="
+        rf"|^(?:from\s+\S+\s+)?import\b.*\b{name}\b"
     )
     return re.search(pattern, program, re.MULTILINE) is not None
 

@@ -246,6 +246,14 @@ def test_inputs_and_outputs_are_standard_streams_where_none_is() -> None:
     assert read_tests({"input_output": json.dumps(pairs)}) == streams
     lines = {"inputs": [["1 2", "3"], "4"], "outputs": [["6"], 4]}
     assert read_tests({"input_output": lines}) == streams
+    with pytest.raises(UnusableRow, match="entry_point: must be given"):
+        read_tests({"tests": {"inputs": [[1, 2]], "outputs": [3]}})
+
+
+@pytest.mark.parametrize("tests", [["add(1, 2) == 3"], "x = add(1, 2)"])
+def test_tests_that_assert_nothing_are_refused(tests: Any) -> None:
+    with pytest.raises(UnusableRow, match="must assert something"):
+        read_tests({"tests": tests})
 
 
 def packed(cases: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -10,12 +12,14 @@ from dataclasses import replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.tests import Tests
 from leaf_distill.grading.code import CodeGrader, same_output
 from leaf_distill.grading.program import find_program
@@ -92,6 +96,20 @@ ANSWERS = {
         "    return np.sum(np.array(list(SortedList([a, b]))))",
     ),
     "a script": (SCRIPT, "```python\na, b = map(int, input().split())\nprint(a + b)\n```"),
+    "a script without a fence": (
+        SCRIPT,
+        "for line in open(0):\n    print(sum(map(int, line.split())))",
+    ),
+    "an imported function": (CALLS, "```python\nfrom operator import add\n```"),
+    "a function that exec defines": (CALLS, "```python\nexec('def add(a, b): return a + b')\n```"),
+    "a function under a condition": (
+        CALLS,
+        "```\nif True:\n    def add(a, b):\n        return a+b\n```",
+    ),
+    "the rest of a function that begins with a loop": (
+        PREFIX,
+        "```python\n    for _ in range(1):\n        return a + b\n```",
+    ),
     "a script with main": (
         SCRIPT,
         "import sys\ndef main():\n    print(sum(map(int, sys.stdin.read().split())))\n"
@@ -634,3 +652,34 @@ def test_values_are_compared_by_evalplus_rules(
 )
 def test_outputs_are_compared_line_by_line(printed: str, wanted: str, right: bool) -> None:
     assert same_output(printed, wanted) is right
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "programs.md"
+
+
+@confined
+def test_the_page_about_programs_is_true(
+    grader: CodeGrader, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = PAGE.read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == code.strip().splitlines()[-1].removeprefix("# ")
+    forms = [json.loads(one) for one in _forms(text)]
+    assert len(forms) == 5
+    for number, tests in enumerate(forms):
+        row = {"prompt": "Add.", "tests": tests}
+        if number in (2, 3):
+            row["entry_point"] = "add"
+        (example,) = load_examples([row], need_completion=False)
+        assert example.tests is not None, example.outcome
+        program = "x, y = map(int, input().split())\nprint(x + y)" if number == 4 else RIGHT
+        wrong = program.replace("x + y", "x - y").replace("a + b", "a - b")
+        assert verdict(grader, example.tests, f"```\n{program}\n```") == "right"
+        assert verdict(grader, example.tests, f"```\n{wrong}\n```") == "wrong"
+
+
+def _forms(text: str) -> list[str]:
+    """Return the examples of the table of tests."""
+    table = text.partition("| form |")[2].partition("\n\n")[0]
+    return re.findall(r"\| `([\[{\"].*)` \|$", table, flags=re.MULTILINE)

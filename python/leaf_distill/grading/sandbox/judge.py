@@ -431,17 +431,17 @@ class Remote:
         return str(self._program.ask("text", self._reference))
 
     def __repr__(self) -> str:
-        return f"a {self._name} of the program"
+        return f"the program's {self._name}"
 
     def __eq__(self, other: object) -> bool:
         if self._identity or other is None:
             return self is other
         # An `__eq__` of the program could say anything.
-        raise Refused(f"a {self._name} of the program cannot be compared outside of it")
+        raise Refused(f"the program's {self._name} cannot be compared outside of it")
 
     __hash__ = object.__hash__
 
     def _refuse(self, *others: object) -> Any:
-        raise Refused(f"a {self._name} of the program can only be used inside of it")
+        raise Refused(f"the program's {self._name} can only be used inside of it")
 
     __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __instancecheck__ = __enter__ = _refuse

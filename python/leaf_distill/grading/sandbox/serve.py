@@ -82,8 +82,8 @@ def describe(error: BaseException) -> dict[str, Any]:
         if trace.tb_frame.f_code.co_filename == "<program>":
             line = trace.tb_lineno
         trace = trace.tb_next
-    if isinstance(error, SyntaxError) and error.lineno:
-        line = error.lineno
+    if isinstance(error, SyntaxError):
+        line = 0  # its text has it
     place = f" (line {line} of the program)" if line else ""
     name = type(error).__name__
     text = f"{name}: {message[:SHOWN]}{place}" if message else f"{name}{place}"
