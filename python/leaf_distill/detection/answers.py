@@ -18,7 +18,7 @@ from leaf_distill.data.prompt import Renderer, tokenizer_fingerprint
 from leaf_distill.detection.cache import RowCache, compute_missing, default_cache_directory
 from leaf_distill.grading import Grader, gold_kinds
 from leaf_distill.grading.code import CodeGrader, identity
-from leaf_distill.grading.sandbox.process import depends_on_load
+from leaf_distill.grading.sandbox.end import depends_on_load
 from leaf_distill.io import digest, user_directory
 from leaf_distill.models.generation import Draws, generate
 from leaf_distill.models.loading import LazyModel

@@ -19,12 +19,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from leaf_distill.data.tests import Tests
 from leaf_distill.grading.program import find_program
+from leaf_distill.grading.sandbox.end import End, depends_on_load
 from leaf_distill.grading.sandbox.process import (
     MEMORY,
     PACKAGES,
-    End,
     SandboxError,
-    depends_on_load,
     run_judged,
     run_script,
     unavailable,

@@ -23,26 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from leaf_distill.grading.sandbox.confine import landlock_abi
+from leaf_distill.grading.sandbox.end import DIRECTORY_FILES, FILE_BYTES, THREADS, End, wall_limit
 from leaf_distill.grading.sandbox.syscalls import MACHINES
 
 PACKAGES = ("numpy", "sortedcontainers")
 """What a program may import beside the standard library."""
 
 MEMORY = 1 << 30  # bytes of address space that any program may have
-FILE_BYTES = 16 << 20  # of a file, and of all files in the directory
 RESULT_BYTES = 64 << 20  # of what the tests say
-THREADS = 64
 DETAIL = 1000  # characters
-DIRECTORY_FILES = 1000
-TOO_MANY = {
-    "threads": f"the program had more than {THREADS} threads",
-    "files": f"the program wrote more than {DIRECTORY_FILES} files or {FILE_BYTES >> 20} MB",
-}
-PROCESSOR_TIME = "s of processor time"
-ENDED = "the system ended the program"
 LOOK_S = 0.05  # how often a running program is looked at
 GRACE_S = 2.0  # for a program to end after its tests have
-CLOCK_S = 0.1  # by which two clocks of processor time may differ
 ATTEMPTS = 3  # to start a process
 HERE = Path(__file__).parent
 # This folder as a package of its own, without the modules beside it, one of which is `math`.
@@ -63,47 +54,6 @@ NEEDED = (
 
 class SandboxError(RuntimeError):
     """Programs cannot be confined here, so that none is run."""
-
-
-def depends_on_load(detail: str) -> bool:
-    """Return whether a verdict may be another one on a less busy machine."""
-    timed = "the program took more than" in detail and PROCESSOR_TIME not in detail
-    return timed or ENDED in detail
-
-
-@dataclass
-class End:
-    """How a process ended.
-
-    Attributes:
-        status: its exit status, or the negated number of the signal that ended it.
-        cpu_s: processor time, user and system.
-        memory: the most bytes that it had in memory.
-        reason: why it was ended from outside: "timeout", "threads", "files", or "silent" where it
-            gave up its connection but went on; else "".
-    """
-
-    status: int = 0
-    cpu_s: float = 0.0
-    memory: int = 0
-    reason: str = ""
-
-    def verdict(self, cpu_limit_s: float) -> tuple[str, str]:
-        """Return the verdict on a program that ended before its tests did, and a sentence."""
-        if self.reason in ("threads", "files"):
-            return "refused", TOO_MANY[self.reason]
-        # It may have caught the signal.
-        if self.status == -signal.SIGXCPU or self.cpu_s > cpu_limit_s - CLOCK_S:
-            return "timeout", f"the program took more than {cpu_limit_s:.0f} {PROCESSOR_TIME}"
-        if self.reason == "timeout":
-            return "timeout", f"the program took more than {_wall(cpu_limit_s):.0f} s"
-        if self.reason == "silent":
-            return "error", "the program closed its connection"
-        if self.status == -signal.SIGKILL:
-            return "memory", ENDED
-        if self.status < 0:
-            return "error", f"the program was ended by {signal.Signals(-self.status).name}"
-        return "error", f"the program ended itself with exit status {self.status}"
 
 
 @functools.cache
@@ -306,11 +256,6 @@ def _run(stop: threading.Event | None) -> Iterator[_Run]:
         run.end()
 
 
-def _wall(cpu_s: float) -> float:
-    """Return the wall time for so much processor time, on a machine that others use too."""
-    return 5.0 + 3.0 * cpu_s
-
-
 def _content(descriptor: int) -> bytes:
     """Return what a process wrote into a file."""
     parts, at = [], 0
@@ -352,7 +297,7 @@ def run_script(
             streams["stdin"] = run.file("stdin", stdin.encode(errors="surrogatepass"))
             job = {"role": "script", "setup": setup, "program": program}
             process = run.start(job, (), cpu_s=cpu_s, memory=memory, **streams)
-            run.watch(process, process, _wall(cpu_s))
+            run.watch(process, process, wall_limit(cpu_s))
             why = process.confined()
             if not why:
                 said = _content(streams["stderr"])[:1000].decode(errors="replace")
@@ -397,7 +342,7 @@ def run_judged(
             limits["file_bytes"] = RESULT_BYTES
             judge = run.start({**job, "role": "judge"}, (*ours, result), **limits)
             run.close(*to_program, *to_judge)
-            run.watch(judge, process, _wall(cpu_s))
+            run.watch(judge, process, wall_limit(cpu_s))
             why = judge.confined() or process.confined()
             if not why:
                 found = _judged(_content(result), process.end, judge.end, cpu_s)
