@@ -93,6 +93,7 @@ def _run_env() -> None:
     import leaf_ext
     from leaf_distill.config import package_versions
     from leaf_distill.detection.cache import FILE, default_cache_directory
+    from leaf_distill.grading.sandbox.process import unavailable
 
     print(f"python          {platform.python_version()} on {platform.platform()}")
     for package, number in package_versions(PACKAGES).items():
@@ -103,6 +104,7 @@ def _run_env() -> None:
     cache = default_cache_directory().expanduser() / FILE
     size = cache.stat().st_size if cache.exists() else 0
     print(f"cache           {cache}, {size / 1e6:.1f} MB")
+    print(f"programs        {unavailable() or 'can be confined (--grade code)'}")
     try:
         for key, value in leaf_ext.build_info().items():
             print(f"leaf_ext        {key}: {value}")
