@@ -475,6 +475,16 @@ def test_a_reference_gives_the_wanted_values(grader: CodeGrader) -> None:
 
 
 @confined
+def test_a_value_that_is_too_large_to_be_sent_is_not_compared(grader: CodeGrader) -> None:
+    reference = "def add(n):\n    return 'x' * n"
+    tests = Tests("calls", "add", inputs=("(70 << 20,)", "(2,)"), reference=reference)
+    assert grader.check([tests]) == [""]
+    assert verdict(grader, tests, reference) == "right"
+    assert verdict(grader, tests, "def add(n):\n    return 'x' * (n % 100)") == "right"
+    assert verdict(grader, tests, "def add(n):\n    return 'y' * n") == "wrong"
+
+
+@confined
 def test_where_the_reference_returns_no_data_only_none_counts(grader: CodeGrader) -> None:
     reference = "import re\ndef find(x):\n    return re.search('a', x)"
     tests = Tests("calls", entry_point="find", inputs=("('a',)", "('b',)"), reference=reference)
