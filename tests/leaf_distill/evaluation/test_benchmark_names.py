@@ -118,6 +118,7 @@ def test_ones_own_benchmark_is_a_yaml_file(tmp_path: Path) -> None:
         ("dataset: a\nstop: end", "stop: must be a list of texts, got 'end'"),
         ("dataset: a\nstop: ['']", "stop: must be a list of texts"),
         ("dataset: a\ncolumns: [q]", "columns: must be a mapping of texts to texts"),
+        ("dataset: a\ncolumns: q", "columns: must be a mapping of texts to texts"),
         ("dataset: a\nname: ../a", "name: must be letters, digits"),
         ("- dataset", "must hold `field: value` lines"),
         ("dataset: [", "must be a readable YAML file"),
