@@ -8,6 +8,8 @@ settings, and can be told to kill itself.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,24 +130,25 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
     return str(path)
 
 
+def kill_after(batches: int) -> None:
+    """Let this process end by SIGKILL when so many batches were stored in the row cache."""
+    from leaf_distill.detection.cache import RowCache
+
+    put, left = RowCache.put, iter(range(batches))
+
+    def deadly(self: RowCache, values: Mapping[str, bytes]) -> dict[str, bytes]:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return put(self, values)
+
+    RowCache.put = deadly  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     # python detect_pair.py SETTINGS.json [N]: kill the process when N batches were stored.
-    import os
-    import signal
-
     from leaf_distill.config import DetectConfig
-    from leaf_distill.detection.cache import RowCache
     from leaf_distill.detection.pipeline import detect
 
     if sys.argv[2:]:
-        left, put = int(sys.argv[2]), RowCache.put
-
-        def deadly(self: RowCache, values: Mapping[str, bytes]) -> dict[str, bytes]:
-            global left
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
-            return put(self, values)
-
-        RowCache.put = deadly  # type: ignore[method-assign]
+        kill_after(int(sys.argv[2]))
     detect(DetectConfig(**json.loads(Path(sys.argv[1]).read_text())))

@@ -124,7 +124,7 @@ def _asserts(code: Sequence[str], given: Mapping[str, Any]) -> Tests:
 def _script(text: str, given: Mapping[str, Any]) -> Tests:
     """Split a text into its assert statements.
 
-    What stands between them goes before each later one, since a test may stand alone. A text that
+    Statements between them go before each later one, since a test may stand alone. A text that
     asserts within functions only is one test.
     """
     tree = parsed(text)

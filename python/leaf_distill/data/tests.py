@@ -12,7 +12,7 @@ LISTS = ("code", "inputs", "outputs")
 
 @dataclass(frozen=True)
 class Tests:
-    """What a program must do to be right.
+    """The tests that a program must pass.
 
     Attributes:
         kind: "asserts": statements that must not raise. "check": code that defines

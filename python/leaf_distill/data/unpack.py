@@ -24,7 +24,7 @@ def unpacked(text: str) -> Any:
         if not stream.eof:
             raise ValueError(f"more than {MOST_BYTES} bytes, or an end that is missing")
         return _PlainUnpickler(io.BytesIO(data)).load()
-    # What a damaged pickle raises depends on the damage.
+    # A damaged pickle may raise almost anything.
     except (
         ValueError,
         zlib.error,

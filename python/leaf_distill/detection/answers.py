@@ -6,11 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 
-from leaf_distill import grading
 from leaf_distill.config import AnswerOptions, GradingOptions, ModelOptions, json_object
 from leaf_distill.data.collator import plan_batches
 from leaf_distill.data.example import Answer, Example, Rendering, Role, UnusableRow, remaining
@@ -96,7 +94,7 @@ class Decoding:
 
     @property
     def settings(self) -> list[object]:
-        """What decides an answer beside the prompt, for keys; nothing for a plain greedy one."""
+        """The parts of a key that decide an answer beside the prompt; none for a greedy one."""
         drawn = [self.temperature, self.top_p, self.seed] if self.temperature else []
         return [list(self.stop), *drawn] if self.stop or drawn else []
 
@@ -238,13 +236,6 @@ def gold_warning(golds: Sequence[str], config: AnswerOptions) -> list[str]:
     ]
 
 
-@cache
-def _grading_digest() -> str:
-    """Return a digest of the grading's own code, so that no verdict of an older one is used."""
-    sources = sorted(Path(str(grading.__file__)).parent.rglob("*.py"))
-    return digest([path.read_bytes() for path in sources])
-
-
 def prompt_ids(example: Example, role: Role) -> list[int]:
     """Return the token ids of a rendering before its completion."""
     rendering = example.renderings[role]
@@ -262,7 +253,7 @@ def _grade(
     if config.grade != "math":  # cheaper than a look into the cache
         with Grader(config.grade, timeout_s=config.grade_timeout) as grader:
             return [(verdict, "") for verdict in grader.grade(pairs)]
-    settings = ["grade", config.grade, version("math-verify"), _grading_digest()]
+    settings = ["grade", config.grade, version("math-verify"), *identity()]
     keys = [digest([*settings, *pair]) for pair in pairs]
     with Grader(config.grade, timeout_s=config.grade_timeout) as grader:
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -30,9 +29,8 @@ from leaf_distill.detection.pipeline import detect
 from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.evaluate import evaluate
 from leaf_distill.evaluation.measure import check_directory
-from leaf_distill.evaluation.tables import printed_table
+from leaf_distill.evaluation.tables import check_table, printed_table
 from leaf_distill.io import (
-    is_of,
     locked,
     make_directory,
     user_directory,
@@ -119,7 +117,7 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
     need(detection, "student", "teacher", "dataset")
     need(config, "eval_dataset")
     root = user_directory(detection.output_dir)
-    _check_directory(root)
+    check_table(root, "compare", "compare")
     for name in (UNTRAINED, *config.arms):
         check_directory(root / "evaluation" / name)
         check_output(root / "students" / name)
@@ -190,17 +188,6 @@ def _compare(
     )
     write_bytes(result.table, _markdown(result).encode())
     return result
-
-
-def _check_directory(root: Path) -> None:
-    """Refuse a directory in which the table would replace somebody else's files."""
-    written = any(os.path.lexists(root / name) for name in ("compare.json", "compare.md"))
-    if written and not is_of(root / "compare.json", "compare"):
-        raise ValueError(
-            f"output_dir: must be new or of an earlier `leaf compare`, got {root}, whose "
-            "compare.json or compare.md is damaged or of something else; delete them, or give "
-            "another output_dir"
-        )
 
 
 def _say(step: str) -> None:

@@ -23,8 +23,8 @@ from leaf_distill.evaluation.measure import (
     measure,
 )
 from leaf_distill.evaluation.problems import file_name, load_problems, of_dataset, settled
-from leaf_distill.evaluation.results import BenchmarkResult, check_results, write_results
-from leaf_distill.evaluation.tables import printed_table
+from leaf_distill.evaluation.results import BenchmarkResult, write_results
+from leaf_distill.evaluation.tables import check_table, printed_table
 from leaf_distill.io import locked, user_directory
 from leaf_distill.models.loading import LazyModel
 
@@ -136,7 +136,7 @@ def _places(
         for name in names
         for benchmark in benchmarks
     }
-    check_results(root)
+    check_table(root, "results", "evaluate")
     files = [root / "results.json", root / "results.md"]
     for place in places.values():
         check_directory(user_directory(place))

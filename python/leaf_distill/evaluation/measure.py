@@ -50,7 +50,7 @@ ROUND = 256
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What a model reached.
+    """The accuracy of a model on some problems.
 
     accuracy: the mean over all rows of pass@k, which with one answer is the share that is right.
     interval: its 95 % interval, Wilson's with one answer, else of a bootstrap over the rows.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from leaf_distill.evaluation.benchmarks import Benchmark, Group
 from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.measure import Measured
 from leaf_distill.evaluation.tables import printed_table
-from leaf_distill.io import is_of, write_bytes, write_json
+from leaf_distill.io import write_bytes, write_json
 from leaf_distill.statistics import bootstrap
 from leaf_distill.training.model_card import markdown_table
 
@@ -91,17 +90,6 @@ class BenchmarkResult:
                 printed.append(printed_table(title, differences))
         printed[-1].caption = NOTE
         return printed
-
-
-def check_results(root: Path) -> None:
-    """Raise ValueError where the table would replace somebody else's files."""
-    written = any(os.path.lexists(root / name) for name in ("results.json", "results.md"))
-    if written and not is_of(root / "results.json", "evaluate"):
-        raise ValueError(
-            f"output_dir: must be new or of an earlier `leaf evaluate`, got {root}, whose "
-            "results.json or results.md is damaged or of something else; delete them, or give "
-            "another output_dir"
-        )
 
 
 def write_results(

@@ -1,11 +1,15 @@
-"""Tables for the terminal."""
+"""Tables for the terminal, and the files that hold them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
+
+from leaf_distill.io import is_of
 
 
 def printed_table(title: str, lines: Iterable[Sequence[str]], *, caption: str = "") -> Table:
@@ -22,3 +26,15 @@ def printed_table(title: str, lines: Iterable[Sequence[str]], *, caption: str = 
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def check_table(root: Path, stem: str, command: str) -> None:
+    """Raise ValueError where STEM.json and STEM.md of a command would replace other files."""
+    names = f"{stem}.json", f"{stem}.md"
+    written = any(os.path.lexists(root / name) for name in names)
+    if written and not is_of(root / names[0], command):
+        raise ValueError(
+            f"output_dir: must be new or of an earlier `leaf {command}`, got {root}, whose "
+            f"{names[0]} or {names[1]} is damaged or of something else; delete them, or give "
+            "another output_dir"
+        )

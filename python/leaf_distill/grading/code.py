@@ -50,7 +50,7 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """What running the reference gave.
+    """The result of running the reference.
 
     Attributes:
         problem: why the tests cannot be used; empty where they can.

@@ -33,7 +33,7 @@ PROGRAM_VERDICTS = {
     "timeout": ("✗", "ran out of time"),
     "memory": ("✗", "ran out of memory"),
     "no_program": ("✗", "no program"),
-    "refused": ("?", "not run: the sandbox refused it"),
+    "refused": ("?", "cannot be judged"),
 }
 """The verdicts of programs: with `grade` "code" a timeout is the program's."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +46,10 @@ def write_rows(path: Path, numbers: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    import os
-    import signal
+    from detect_pair import kill_after
 
     from leaf_distill import EvaluateConfig, evaluate_benchmarks
-    from leaf_distill.detection.cache import RowCache
 
-    left, put = int(sys.argv[2]), RowCache.put
-
-    def deadly(self: RowCache, values: Mapping[str, bytes]) -> dict[str, bytes]:
-        global left
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        return put(self, values)
-
-    RowCache.put = deadly  # type: ignore[method-assign]
+    kill_after(int(sys.argv[2]))
     settings: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     evaluate_benchmarks(EvaluateConfig(**settings))

@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
+from answering import save_model
 from datasets import Dataset
-from distill_pair import TEMPLATE, make_model, make_tokenizer
+from distill_pair import TEMPLATE, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from leaf_distill.data.example import Example
@@ -28,20 +28,7 @@ from leaf_distill.statistics import wilson_interval
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Trained for a moment to answer `w_n` with `w_(n+1)`, for n below 20, and w39 without end."""
-    directory = tmp_path_factory.mktemp("model")
-    student, tokenizer = make_model(3, hidden=32), make_tokenizer()
-    texts = [f"<user> w{n} <assistant> w{n + 1} <eos>" for n in range(20)]
-    texts.append("<user> w39 <assistant> w39 w39")
-    ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
-    for _ in range(60):
-        labels = ids.masked_fill(ids == 0, -100)
-        student(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    student.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return str(directory)
+    return save_model(tmp_path_factory.mktemp("model"), lambda n: n + 1)
 
 
 def config(tmp_path: Path, model: str, rows: list[dict[str, Any]], **settings: Any) -> Any:

@@ -226,7 +226,6 @@ sys.exit(main())
 
 
 def test_without_isolation_nothing_is_run(tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": "p", "completion": "c", "tests": ["assert f(1) == 1"]}
     rows.write_text(json.dumps(row) + "\n")
@@ -241,4 +240,4 @@ def test_without_isolation_nothing_is_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "Linux 5.13 or newer" in done.stderr and "has no Landlock" in done.stderr
-    assert not marker.exists() and not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()

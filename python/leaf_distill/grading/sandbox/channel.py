@@ -14,7 +14,7 @@ class Gone(BaseException):
 
 
 class Unreadable(BaseException):
-    """What the other side sends is no message."""
+    """The other side has sent something that is no message."""
 
 
 class TooLong(Exception):

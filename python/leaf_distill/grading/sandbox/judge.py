@@ -181,7 +181,7 @@ class _Tests:
             try:
                 text = encoder.encode(self._call(program, arguments))
                 one, other = (decode(text, self.classes, lambda _: OPAQUE) for _ in range(2))
-                # What does not equal itself, as an object of the setup, cannot be compared.
+                # A value that does not equal itself, as an object of the setup, is no use.
                 values.append(_packed(text) if same(one, other, self.job["atol"]) else "")
             except (Refused, ProgramError) as error:
                 if not isinstance(error, Refused | MemoryError):

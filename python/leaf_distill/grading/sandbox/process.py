@@ -33,6 +33,7 @@ MEMORY = 1 << 30  # bytes of address space that any program may have
 RESULT_BYTES = 64 << 20  # of what the tests say
 DETAIL = 1000  # characters
 LOOK_S = 0.05  # how often a running program is looked at
+BUSY_S = 1.0  # of processor time, by which tests that wait are told from tests that compute
 GRACE_S = 2.0  # for a program to end after its tests have
 ATTEMPTS = 3  # to start a process
 HERE = Path(__file__).parent
@@ -354,9 +355,10 @@ def run_judged(
 
 def _judged(said: bytes, end: End, judge: End, cpu_s: int) -> dict[str, Any]:
     found: dict[str, Any] = {"verdict": "gone", "detail": ""}
+    computing = judge.cpu_s > max(BUSY_S, end.cpu_s)  # the tests took the time, not the program
     if said:
         found = json.loads(said)
-    elif not end.reason or (end.reason == "timeout" and judge.cpu_s > end.cpu_s):
+    elif not end.reason or (end.reason == "timeout" and computing):
         detail = "the tests ended without a verdict, for want of time or memory"
         return {"verdict": "refused", "detail": detail}
     if found["verdict"] == "gone":

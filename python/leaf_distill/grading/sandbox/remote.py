@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .channel import Channel, Gone, Unreadable
+from .channel import Channel, Gone, TooLong, Unreadable
 from .values import Encoder, NotData, decode
 
 SHOWN = 300  # characters of a value or a line
@@ -70,7 +70,7 @@ class Program:
             raise self.broken
         try:
             return self._ask({"do": do, "of": of, **more})
-        except (Gone, Unreadable, Refused) as error:
+        except (Gone, Unreadable, TooLong, Refused) as error:
             self.broken = error  # whatever the test does with it
             raise
 

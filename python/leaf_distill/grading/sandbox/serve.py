@@ -194,7 +194,6 @@ def _module_of(value: Any) -> str | None:
 _NAMED = (type, FunctionType, BuiltinFunctionType)
 
 _DONE: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
-    "value": lambda value, request: value,
     "attribute": lambda value, request: getattr(value, request["name"]),
     "item": lambda value, request: value[decode(request["key"], {})],
     "iterator": lambda value, request: iter(value),
