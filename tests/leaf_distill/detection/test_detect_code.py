@@ -1,19 +1,16 @@
-"""Stage 1 on programs: a real pair on MBPP+, and small models on their own tests.
-
-LEAF_DATA names a directory with mbppplus/MbppPlus.jsonl.gz.
-"""
+"""Stage 1 on programs: a real pair on MBPP+, and tests that do not work."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from real_data import data_file
 
 from leaf_distill import DetectConfig, detect
 from leaf_distill.data.dataset import load_examples
@@ -51,12 +48,9 @@ def pair(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_a_real_pair_on_programs(
     tmp_path: Path, pair: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = os.environ.get("LEAF_DATA")
-    if not folder:
-        pytest.skip("LEAF_DATA names no directory with the benchmarks' files")
     settings: dict[str, Any] = {
         **pair,
-        "dataset": str(Path(folder) / "mbppplus" / "MbppPlus.jsonl.gz"),
+        "dataset": str(data_file("mbppplus/MbppPlus.jsonl.gz")),
         "max_rows": ROWS,
         "max_new_tokens": 96,
         "grade": "code",

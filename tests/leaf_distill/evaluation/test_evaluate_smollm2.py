@@ -1,17 +1,13 @@
-"""A real model on the first problems of three benchmarks, from local copies of them.
-
-LEAF_DATA names a directory with gsm8k/test.jsonl, humanevalplus/HumanEvalPlus.jsonl.gz and
-mbppplus/MbppPlus.jsonl.gz.
-"""
+"""A real model on the first problems of three benchmarks, from local copies of them."""
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from real_data import data_file
 
 from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.evaluate import evaluate_benchmarks
@@ -26,10 +22,7 @@ ROWS = 20
 
 @pytest.fixture
 def files() -> list[str]:
-    folder = os.environ.get("LEAF_DATA")
-    if not folder:
-        pytest.skip("LEAF_DATA names no directory with the benchmarks' files")
-    return [f"{name}={Path(folder) / file}" for name, file in FILES.items()]
+    return [f"{name}={data_file(file)}" for name, file in FILES.items()]
 
 
 @pytest.mark.slow

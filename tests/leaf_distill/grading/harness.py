@@ -1,4 +1,4 @@
-"""The environment of other projects' harnesses, and benchmarks from the folder LEAF_DATA."""
+"""The environment of other projects' harnesses."""
 
 from __future__ import annotations
 
@@ -10,21 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 PYTHON = Path(sys.prefix) / "harness" / "bin" / "python"
 HERE = Path(__file__).parent
-
-
-def data_file(name: str) -> Path:
-    """Return a file of LEAF_DATA; the test is skipped where there is none."""
-    folder = os.environ.get("LEAF_DATA")
-    if not folder:
-        pytest.skip(f"LEAF_DATA must name a folder with {name}, which is not shipped")
-    path = Path(folder) / name
-    if not path.is_file():
-        pytest.skip(f"LEAF_DATA has no {name}, got {folder}")
-    return path.resolve()
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:

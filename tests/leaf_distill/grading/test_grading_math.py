@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 from grading_friends import FALSE_FRIENDS, TRUE_FRIENDS
+from real_data import data_file
 
 from leaf_distill.grading import Grader, gold_kind, gold_kinds
 
@@ -195,10 +194,7 @@ def test_kinds_are_counted():
 
 
 def rows(name: str) -> list[dict[str, object]]:
-    folder = os.environ.get("LEAF_GRADING_DATA")
-    if not folder:
-        pytest.skip("LEAF_GRADING_DATA names no folder with the data sets")
-    lines = (Path(folder) / name).read_text(encoding="utf-8").splitlines()
+    lines = data_file(name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from distill_pair import make_config, make_model, make_tokenizer
+from real_data import data_file
 
 from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.evaluate import evaluate
@@ -100,7 +101,7 @@ def lm_eval(folder: Path, tasks: Path, model: Path | str, *arguments: str) -> li
 
 
 def gsm8k() -> list[dict[str, str]]:
-    return harness.read_lines(harness.data_file("gsm8k/test.jsonl").read_text())
+    return harness.read_lines(data_file("gsm8k/test.jsonl").read_text())
 
 
 def ours(rule: Any, samples: list[Any]) -> list[bool]:

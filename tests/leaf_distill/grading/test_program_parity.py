@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import harness
 import pytest
 from mutants import mutants
+from real_data import data_file
 
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.grading.code import CodeGrader
@@ -38,7 +39,7 @@ class Case(NamedTuple):
 
 
 def problems_of(dataset: str) -> list[dict[str, Any]]:
-    with gzip.open(harness.data_file(FILES[dataset]), "rt") as lines:
+    with gzip.open(data_file(FILES[dataset]), "rt") as lines:
         return [json.loads(line) for line in lines]
 
 
@@ -47,8 +48,8 @@ def evalplus(dataset: str, programs: list[tuple[str, str]], folder: Path) -> lis
     rows = [{"dataset": dataset, "task_id": task, "program": text} for task, text in programs]
     file = harness.write_lines(folder / "programs.jsonl", rows)
     paths = {
-        "HUMANEVAL_OVERRIDE_PATH": str(harness.data_file(FILES["humaneval"])),
-        "MBPP_OVERRIDE_PATH": str(harness.data_file(FILES["mbpp"])),
+        "HUMANEVAL_OVERRIDE_PATH": str(data_file(FILES["humaneval"])),
+        "MBPP_OVERRIDE_PATH": str(data_file(FILES["mbpp"])),
     }
     printed = harness.run(harness.HERE / "evalplus_verdicts.py", file, cwd=folder, **paths)
     return [one["base"] == one["plus"] == "pass" for one in harness.read_lines(printed)]
@@ -82,7 +83,7 @@ def judged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @cache
 def tests_of(dataset: str) -> list[Any]:
-    path = str(harness.data_file(FILES[dataset]))
+    path = str(data_file(FILES[dataset]))
     return [example.tests for example in load_examples(path, need_completion=False)]
 
 
