@@ -13,7 +13,7 @@ from leaf_distill.data.tests import Tests
 
 Role = Literal["student", "teacher"]
 ROLES: tuple[Role, ...] = get_args(Role)
-Branch = Literal["original", "counterfactual"]
+Branch = Literal["original", "counterfactual", "cross"]
 
 Message = dict[str, Any]
 """One turn of a conversation: `role` and `content`, both text, and whatever else a chat template
@@ -98,7 +98,10 @@ class Example:
 
     The first block is read from the row; the stages of `leaf detect` fill in the rest. A
     counterfactual is another Example, with the row_id, completion and answer of its original, and
-    messages whose last user turn lacks the characters of `cut`.
+    messages whose analyzed turns lack the characters of `cut`. At the response level (`segment`
+    above 0) both models are given the beginning of the response, `prefix`, behind the prompt; it
+    carries no label, and it is what the cut is made in. Where `teacher_messages` are given (branch
+    "cross"), the teacher reads them and the student reads `messages`.
     """
 
     row_id: int  # position in the dataset
@@ -109,6 +112,10 @@ class Example:
     source: str | None = None  # the collection that the row comes from
     reply: Message | None = None  # the completion's message, if it holds more than text
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # tools and other variables
+    turns: tuple[int, ...] = ()  # messages that are analyzed; none given: the last one
+    segment: int = 0  # segments of the response in `prefix`; 0: the instruction level
+    prefix: str = ""  # the response up to the end of this segment; `completion` is what follows
+    teacher_messages: tuple[Message, ...] | None = None  # what the teacher reads instead
     candidate_id: int = -1
     cut: tuple[Range, ...] = ()  # sorted, disjoint characters of the original's user text
     strategy: str | None = None  # the strategy that proposed the cut
@@ -132,7 +139,9 @@ class Example:
 
     @property
     def branch(self) -> Branch:
-        return "original" if self.candidate_id < 0 else "counterfactual"
+        if self.candidate_id < 0:
+            return "original"
+        return "counterfactual" if self.teacher_messages is None else "cross"
 
     @property
     def user_text(self) -> str:
