@@ -385,7 +385,7 @@ def test_our_own_dataset_reads_back(tmp_path: Path, name: str) -> None:
         assert [e.branch for e in examples[:2]] == ["original", "counterfactual"]
         assert (examples[0].cut, examples[0].strategy) == ((), None)
         assert (examples[1].cut, examples[1].strategy) == (((5, 8),), "span")
-        assert examples[1].user_text == "What 2 + 2?" and examples[1].answer == "4"
+        assert examples[1].text == "What 2 + 2?" and examples[1].answer == "4"
         assert [e.row_id for e in load_examples(source, max_rows=1)] == [3, 3]
 
 
@@ -549,4 +549,4 @@ def test_arrays_of_numpy_are_lists() -> None:
     turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     (example,) = load_examples([{"messages": np.array(turns, dtype=object), "answer": np.int64(4)}])
     assert example.outcome is None
-    assert (example.user_text, example.completion, example.answer) == ("2 + 2?", "4", "4")
+    assert (example.text, example.completion, example.answer) == ("2 + 2?", "4", "4")
