@@ -2,74 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from detected_rows import BRIEFER, FIRST, LAST, PROMPT, REPLY, SHORTER, detected, line, span, write
 
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Example
 from leaf_distill.data.ranges import in_messages
 
 ROW = {"prompt": "What is 2 + 2?", "completion": "4"}
-SYSTEM = {"role": "system", "content": "Be brief."}
-FIRST = {"role": "user", "content": "Tom has 7 apples. Ann has 3."}
-REPLY = {"role": "assistant", "content": "Good for them."}
-LAST = {"role": "user", "content": "How many, by the way, has Tom?"}
-PROMPT = [SYSTEM, FIRST, REPLY, LAST]
-RESPONSE = "Let me think. Ann has 3. Tom has 7."
-SHORTER = [SYSTEM, {**FIRST, "content": "Tom has 7 apples."}, REPLY, LAST]
-BRIEFER = [*PROMPT[:3], {**LAST, "content": "How many has Tom?"}]
-
-
-def span(message: int, start: int, stop: int) -> dict[str, int]:
-    return {"message": message, "start": start, "stop": stop}
-
-
-def row(branch: str = "original", candidate_id: int = -1, **columns: Any) -> dict[str, Any]:
-    """A line of dataset.jsonl, of the row 3 of the input."""
-    cut = {"parent_id": 3, "strategy": "span", "score": 0.75, "accepted": True}
-    completion = columns.pop("completion", RESPONSE)
-    return {
-        "row_id": 3,
-        "candidate_id": candidate_id,
-        "parent_id": None,
-        "branch": branch,
-        "prompt": PROMPT,
-        "completion": [{"role": "assistant", "content": completion}],
-        "teacher_prompt": None,
-        "answer": "7",
-        "spans": [],
-        "context": 0,
-        "segment": 0,
-        "score": None,
-        "accepted": None,
-        "reason": None,
-        "strategy": None,
-        "provenance": json.dumps({"seed": 0}),
-        **({} if branch == "original" else cut),
-        **columns,
-    }
-
-
-def detected() -> list[dict[str, Any]]:
-    """An original, and cuts in an early turn, in two turns, crossed and in the response."""
-    both = [SYSTEM, SHORTER[1], REPLY, BRIEFER[3]]
-    return [
-        row(),
-        row("counterfactual", 0, prompt=SHORTER, spans=[span(1, 17, 28)]),
-        row("counterfactual", 1, prompt=both, spans=[span(1, 17, 28), span(3, 8, 21)]),
-        row("cross", 2, teacher_prompt=SHORTER, spans=[span(1, 17, 28)]),
-        row(
-            "counterfactual", 3, completion="Let me think. Tom has 7.", spans=[span(4, 14, 25)],
-            context=14, segment=1,
-        ),
-    ]  # fmt: skip
 
 
 def texts(example: Example) -> tuple[str, str, str]:
@@ -81,13 +26,12 @@ def test_our_own_dataset_reads_back(tmp_path: Path, name: str) -> None:
     lines = detected()
     (tmp_path / "run").mkdir()  # holds both, the same rows twice
     for folder in (tmp_path, tmp_path / "run"):
-        (folder / "dataset.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        pq.write_table(pa.Table.from_pylist(lines), folder / "dataset.parquet")
+        write(folder, lines)
     table = pd.read_parquet(tmp_path / "dataset.parquet")
     source = table.to_dict("records") if name == "pandas" else tmp_path / name
     original, early, both, cross, response = examples = load_examples(source)
     assert [(e.row_id, e.candidate_id) for e in examples] == [(3, i) for i in range(-1, 4)]
-    assert [e.branch for e in examples] == [line["branch"] for line in lines]
+    assert [e.branch for e in examples] == [one["branch"] for one in lines]
     assert [e.strategy for e in examples] == [None, *["span"] * 4]
     assert all(e.outcome is None and e.answer == "7" and not e.notes for e in examples)
     whole = FIRST["content"] + LAST["content"]
@@ -97,14 +41,14 @@ def test_our_own_dataset_reads_back(tmp_path: Path, name: str) -> None:
     assert both.text == "Tom has 7 apples.How many has Tom?"
     assert cross.messages == tuple(PROMPT) and cross.teacher_messages == tuple(SHORTER)
     assert {e.teacher_messages for e in examples if e is not cross} == {None}
-    assert texts(response) == ("Let me think. ", "Let me think. ", "Tom has 7.")
-    assert response.cut == ((14, 25),) and response.segment == 1
+    assert texts(response) == ("Let me think.", "Let me think.", " Tom has 7.")
+    assert response.cut == ((13, 24),) and response.segment == 1
     assert in_messages(original, both.cut) == lines[2]["spans"]
 
 
 def test_a_cut_in_the_last_turn_alone_leaves_the_rest_out_of_the_text() -> None:
-    line = row("counterfactual", 0, prompt=BRIEFER, spans=[span(3, 8, 21)])
-    original, cut = load_examples([row(), line])
+    briefer = line("counterfactual", 0, prompt=BRIEFER, spans=[span(3, 8, 21)])
+    original, cut = load_examples([line(), briefer])
     assert original.turns == cut.turns == () and original.text == LAST["content"]
     assert cut.cut == ((8, 21),) and cut.text == "How many has Tom?"
 
@@ -130,20 +74,20 @@ def test_candidates_that_were_not_accepted_are_left_out() -> None:
 
 def test_further_keys_of_a_divided_completion_are_dropped_with_a_note() -> None:
     lines = detected()
-    for line in lines:
-        line["completion"][0]["reasoning_content"] = "Hm."
+    for one in lines:
+        one["completion"][0]["reasoning_content"] = "Hm."
     examples = load_examples(lines)
     assert [one.reply is None for one in examples] == [False] * 4 + [True]
     assert [one.notes for one in examples] == [[]] * 4 + [["message_key_ignored"]]
 
 
 def test_a_cut_whose_original_is_not_there_reads_as_a_row() -> None:
-    (cut,) = load_examples([row("counterfactual", 0, prompt=SHORTER, spans=[span(1, 17, 28)])])
+    (cut,) = load_examples([line("counterfactual", 0, prompt=SHORTER, spans=[span(1, 17, 28)])])
     assert (cut.row_id, cut.branch, cut.cut, cut.outcome) == (3, "counterfactual", (), None)
 
 
 def test_max_rows_counts_originals() -> None:
-    later = [{**line, "row_id": 5, "parent_id": line["parent_id"] and 5} for line in detected()]
+    later = [{**one, "row_id": 5, "parent_id": one["parent_id"] and 5} for one in detected()]
     examples = load_examples([*detected(), *later], max_rows=1)
     assert [example.row_id for example in examples] == [3] * 5
 
