@@ -34,7 +34,7 @@ demo: $(BUILT)
 test: $(DEV)
 	pytest
 
-test-slow: $(VENV)/.smollm2 $(VENV)/.harness
+test-slow: $(VENV)/.smollm2 $(VENV)/.harness $(VENV)/.trl
 	pytest -m slow
 
 bench: $(DEV)
@@ -131,12 +131,20 @@ $(VENV)/.smollm2: $(DEV)
 # The harnesses that our grading is compared with, in an environment of their own that sees this one's
 # packages. evalplus's clients of model services are left out: its checker needs none of them.
 HARNESS := $(VENV)/harness
+SEE_OURS = python -c 'import sys; print(*sys.path[1:], sep="\n")' > \
+  "$$($(1)/bin/python -c '$(SITE)')/packages_of_leaf.pth"
 
 $(VENV)/.harness: $(DEV)
 	python -m venv $(HARNESS)
-	python -c 'import sys; print(*sys.path[1:], sep="\n")' > \
-	  "$$($(HARNESS)/bin/python -c '$(SITE)')/packages_of_leaf.pth"
+	$(call SEE_OURS,$(HARNESS))
 	$(HARNESS)/bin/pip install -q 'lm-eval==0.4.13'
 	$(HARNESS)/bin/pip install -q appdirs psutil tempdir termcolor tree-sitter tree-sitter-python wget
 	$(HARNESS)/bin/pip install -q --no-deps 'evalplus==0.3.1'
+	touch $@
+
+# A trainer that reads the dataset of `leaf detect`, in such an environment too.
+$(VENV)/.trl: $(DEV)
+	python -m venv $(VENV)/trl
+	$(call SEE_OURS,$(VENV)/trl)
+	$(VENV)/trl/bin/pip install -q 'trl==1.16.0'
 	touch $@

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from leaf_distill.data.collator import render_examples
 from leaf_distill.data.dataset import load_examples
-from leaf_distill.data.example import Example
+from leaf_distill.data.example import Example, Rendering
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.training.config import LeafConfig
 from leaf_distill.training.trainer import LeafTrainer
@@ -76,7 +76,7 @@ def make_teacher(**config: Any) -> LlamaForCausalLM:
 
 
 def make_rows(
-    originals: int = 20, counterfactuals: int = 7, *, seed: int = 0
+    originals: int = 20, counterfactuals: int = 7, *, cross: int = 0, seed: int = 0
 ) -> list[dict[str, Any]]:
     random = Random(seed)
 
@@ -84,7 +84,7 @@ def make_rows(
         return " ".join(random.choice(WORDS[5:]) for _ in range(random.randint(low, high)))
 
     branches = ["original"] * originals + ["counterfactual"] * counterfactuals
-    return [
+    rows = [
         {
             "row_id": row_id,
             "candidate_id": -1 if branch == "original" else 0,
@@ -94,6 +94,11 @@ def make_rows(
         }
         for row_id, branch in enumerate(branches)
     ]
+    for row_id in range(cross):  # as long as those that it is made of
+        shorter = {"branch": "cross", "candidate_id": counterfactuals, "row_id": row_id}
+        theirs = [{"role": "user", "content": text(3, 9)}]
+        rows.append({**rows[row_id], **shorter, "teacher_prompt": theirs})
+    return rows
 
 
 def make_config(output_dir: Path | str, **settings: Any) -> LeafConfig:
@@ -150,23 +155,26 @@ def render(rows: Any, template: str = TEMPLATE, **options: Any) -> list[Example]
     return examples
 
 
+def label_log_probabilities(model: Any, rendering: Rendering) -> Tensor:
+    """The model's own, in float64, where the next token is a label."""
+    ids = torch.tensor(rendering.input_ids[None]).long()
+    at = torch.tensor([*rendering.loss_mask[1:].tolist(), False])
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids).logits
+    return logits[0, at, : len(WORDS)].double().log_softmax(-1)
+
+
 def plain_measures(student: Any, teacher: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Means per label token from the models' own logits, row by row, in float64."""
     sums: dict[str, float] = {}
     for example in render(rows):
-        rendering = example.renderings["student"]
-        ids = torch.tensor(rendering.input_ids[None]).long()
-        at = torch.tensor([*rendering.loss_mask[1:].tolist(), False])
-        with torch.no_grad():
-            log_s, log_t = (
-                model(input_ids=ids).logits[0, at, : len(WORDS)].double().log_softmax(-1)
-                for model in (student, teacher)
-            )
-        branch = "cd" if example.branch == "counterfactual" else "kd"
+        log_s = label_log_probabilities(student, example.renderings["student"])
+        log_t = label_log_probabilities(teacher, example.renderings["teacher"])
+        branch = "kd" if example.branch == "original" else "cd"
         same = (log_s.argmax(-1) == log_t.argmax(-1)).double()
         for name, value in {
             f"{branch}_loss": (log_t.exp() * (log_t - log_s)).sum(),
-            f"{branch}_tokens": at.sum(),
+            f"{branch}_tokens": torch.tensor(len(log_s)),
             "student_entropy": -(log_s.exp() * log_s).sum(),
             "teacher_entropy": -(log_t.exp() * log_t).sum(),
             "agreement": same.sum(),

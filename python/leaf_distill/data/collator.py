@@ -39,18 +39,18 @@ def render_examples(
 
     Args:
         examples: those that have left already are passed over.
-        renderers: one for each model; equal ones render once.
+        renderers: one for each model; equal ones render the same prompt once.
         max_length: tokens of prompt and completion that both models take; nothing is cut off.
         embedding_rows: the number of token ids in each model's embedding.
     """
-    roles: Iterable[Role] = PREFIXES
-    if renderers["student"].fingerprint == renderers["teacher"].fingerprint:
-        roles = ("student",)
+    alike = renderers["student"].fingerprint == renderers["teacher"].fingerprint
     for example in remaining(list(examples)):
+        once = alike and example.teacher_messages is None
+        roles: Iterable[Role] = ("student",) if once else PREFIXES
         try:
             for role in roles:
-                example.renderings[role] = renderers[role].render(example)
-            if roles == ("student",):
+                example.renderings[role] = renderers[role].render(example.as_read_by(role))
+            if once:
                 example.renderings["teacher"] = example.renderings["student"]
             _check_tokens(example, renderers, max_length, embedding_rows)
             _check_labels(example, renderers)
@@ -136,8 +136,8 @@ class ExampleDataset(Dataset[Example]):
 
     @property
     def counterfactuals(self) -> list[int]:
-        """The indices of the counterfactuals."""
-        return [i for i, one in enumerate(self.examples) if one.branch == "counterfactual"]
+        """The indices of the counterfactuals, those of the branch "cross" among them."""
+        return [i for i, one in enumerate(self.examples) if one.branch != "original"]
 
     @property
     def label_tokens(self) -> int:
@@ -195,14 +195,14 @@ def collate(examples: Sequence[Example]) -> Batch:
 
     Returns:
         The tensors of `pad` for the student, those for the teacher with the prefix `teacher_` (of
-        another T), `counterfactual` bool [B] and `row_id` int64 [B]. Row by row, both `loss_mask`
-        mark the same labels in order.
+        another T), `counterfactual` bool [B] (of any branch but "original") and `row_id` int64 [B].
+        Row by row, both `loss_mask` mark the same labels in order.
     """
     batch: Batch = {}
     for role, prefix in PREFIXES.items():
         tensors = pad([one.renderings[role] for one in examples])
         batch |= {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-    batch["counterfactual"] = torch.tensor([one.branch == "counterfactual" for one in examples])
+    batch["counterfactual"] = torch.tensor([one.branch != "original" for one in examples])
     batch["row_id"] = torch.tensor([one.row_id for one in examples])
     return batch
 

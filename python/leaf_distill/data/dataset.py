@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
@@ -13,7 +12,7 @@ from typing import Any
 from leaf_distill.data.branches import plain, read_branches
 from leaf_distill.data.code_rows import CODE_FIELDS, as_conversation
 from leaf_distill.data.example import Example, Message, UnusableRow
-from leaf_distill.data.messages import add_context, decoded, read_messages
+from leaf_distill.data.messages import add_context, check_unicode, decoded, read_messages
 from leaf_distill.data.source import Record, named, read_records
 from leaf_distill.data.test_layouts import TEST_FIELDS, read_tests
 
@@ -55,8 +54,8 @@ def load_examples(
     be LeetCodeDataset's `query` or LiveCodeBench's `question_content`, and the completion a
     `canonical_solution` or `code`. `source` or `data_source` names where the row is from.
 
-    The dataset of `leaf detect`, and any with a column `branch` of "original" and "counterfactual",
-    keeps its row_id, candidate_id, cut and strategy.
+    The dataset of `leaf detect`, and any with a column `branch` of "original", "counterfactual" and
+    "cross", keeps the columns that `read_branches` reads. Its rows that were not accepted leave.
 
     Args:
         source: A hub name (`owner/name` or `owner/name:config`); a .jsonl, .json, .csv or .parquet
@@ -174,7 +173,7 @@ def _fill(
         also = "" if need_completion else ", and there is no answer to grade against"
         raise UnusableRow("empty_completion", f"the completion is empty{also}")
     checked = [turns, reply, example.answer, example.template_kwargs, example.source]
-    _check_unicode([*checked, vars(tests) if tests else None])
+    check_unicode([*checked, vars(tests) if tests else None])
 
 
 def _source(fields: Mapping[str, Any]) -> str | None:
@@ -244,11 +243,3 @@ def _answer(value: Any) -> str | None:
     if infinite or not isinstance(value, str | Number):
         raise UnusableRow("bad_answer", f"answer: must be text or a number, got {value!r:.60}")
     return str(value).strip() or None
-
-
-def _check_unicode(values: Any) -> None:
-    """Refuse half of a surrogate pair, which can neither be tokenized nor stored."""
-    try:
-        json.dumps(values, ensure_ascii=False, default=str, skipkeys=True).encode()
-    except UnicodeEncodeError as error:
-        raise UnusableRow("bad_unicode", f"the text is not valid Unicode: {error}") from error

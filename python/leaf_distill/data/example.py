@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -20,7 +21,7 @@ Message = dict[str, Any]
 reads, such as `reasoning_content` or `tool_calls`."""
 
 Range = tuple[int, int]
-"""Characters [start, stop) of the user's text, or indices [start, stop) of its tokens."""
+"""Characters [start, stop) of the analyzed text, or indices [start, stop) of its tokens."""
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
@@ -117,7 +118,7 @@ class Example:
     prefix: str = ""  # the response up to the end of this segment; `completion` is what follows
     teacher_messages: tuple[Message, ...] | None = None  # what the teacher reads instead
     candidate_id: int = -1
-    cut: tuple[Range, ...] = ()  # sorted, disjoint characters of the original's user text
+    cut: tuple[Range, ...] = ()  # sorted, disjoint characters of the original's `text`
     strategy: str | None = None  # the strategy that proposed the cut
     notes: list[str] = field(default_factory=list)  # alterations, as short codes
     outcome: Outcome | None = None  # None: still in
@@ -144,15 +145,37 @@ class Example:
         return "counterfactual" if self.teacher_messages is None else "cross"
 
     @property
-    def user_text(self) -> str:
-        """The content of the last user turn, in which characters are counted."""
-        text: str = self.messages[-1]["content"]
-        return text
+    def places(self) -> tuple[int, ...]:
+        """The indices of the analyzed messages; that after the last one is the completion."""
+        if self.segment:
+            return (len(self.messages),)
+        return self.turns or (len(self.messages) - 1,)
+
+    @property
+    def text(self) -> str:
+        """The text that characters are counted in: the analyzed turns joined, or the prefix."""
+        return self.prefix if self.segment else "".join(self._contents())
+
+    @property
+    def parts(self) -> tuple[Range, ...]:
+        """The characters of `text` that belong to each of `places`; no span crosses a border."""
+        lengths = (len(self.prefix),) if self.segment else map(len, self._contents())
+        borders = [0, *accumulate(lengths)]
+        return tuple(pairwise(borders))
+
+    def _contents(self) -> list[str]:
+        return [self.messages[place]["content"] for place in self.places]
 
     @property
     def gold(self) -> str:
         """The text that an answer is graded against: the known answer, else the completion."""
         return self.completion if self.answer is None else self.answer
+
+    def as_read_by(self, role: Role) -> Example:
+        """Return the row with the prompt that a model reads; it shares renderings and notes."""
+        if role == "student" or self.teacher_messages is None:
+            return self
+        return replace(self, messages=self.teacher_messages)
 
     def leave(self, stage: str, reason: str, detail: str = "") -> None:
         """Take the row (or candidate) out of the search for counterfactuals, with a reason."""

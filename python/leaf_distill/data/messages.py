@@ -111,3 +111,11 @@ def decoded(column: str, fields: Mapping[str, Any], kind: type) -> Any:
             f"bad_{column}", f"{column}: must be a {kind.__name__} or its JSON, got {value!r:.60}"
         )
     return _without_none(value)
+
+
+def check_unicode(values: Any) -> None:
+    """Refuse half of a surrogate pair, which can neither be tokenized nor stored."""
+    try:
+        json.dumps(values, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError as error:
+        raise UnusableRow("bad_unicode", f"the text is not valid Unicode: {error}") from error

@@ -66,7 +66,7 @@ def read_tokens(
         planted: characters [start, stop) of each planted sentence.
         suspicion: scores of other methods, one for each token of the row.
     """
-    text: str = sample["user_text"]
+    text: str = sample["text"]
     offsets: list[list[int]] = sample["offsets"]
     prunable = np.array(sample["prunable"], dtype=np.bool_)
     inside = [any(a < stop and start < b for start, stop in planted) for a, b in offsets]

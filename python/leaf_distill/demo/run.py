@@ -159,7 +159,7 @@ def detection_config(rows: Path, output_dir: Path) -> DetectConfig:
 def tokens_of(samples: Sequence[Mapping[str, Any]], problems: Sequence[Problem]) -> list[Tokens]:
     """Return the scored prompts' tokens with the truth, LeaF's score and those of simple rivals."""
     student, renderer = load_model(STUDENT), Renderer(load_tokenizer(STUDENT))
-    prompts = load_examples([{"prompt": one["user_text"], "completion": "-"} for one in samples])
+    prompts = load_examples([{"prompt": one["text"], "completion": "-"} for one in samples])
     renderings = [renderer.prompt(prompt) for prompt in prompts]
     draw = random.Random(SEED)
     rows = []

@@ -242,7 +242,7 @@ def distill_equally(
         model=result.output_dir,
         steps=log[-1]["step"],
         originals=originals,
-        counterfactuals=branches["counterfactual"],
+        counterfactuals=branches.total() - originals,
         originals_a_step=a_step,
         tokens=int(log[-1]["num_input_tokens_seen"]),
         kl_first=log[0]["kd_loss"],

@@ -218,7 +218,7 @@ def _table(
         {
             "row_id": [row.row_id for row, _, _ in lines],
             "sample": [number for _, number, _ in lines],
-            "prompt": [row.user_text for row, _, _ in lines],
+            "prompt": [row.text for row, _, _ in lines],
             "gold": ["" if by_tests else row.gold for row, _, _ in lines],
             "answer": [None if one.verdict in unasked else one.text for _, _, one in lines],
             "verdict": [one.verdict for _, _, one in lines],

@@ -120,7 +120,7 @@ def _group(candidates: Sequence[dict[str, Any]]) -> Group:
 
 def _prepare(row: dict[str, Any]) -> dict[str, Any]:
     """Add to a row its group, the models that were asked, tokens, and the earlier messages."""
-    text = row["user_text"]
+    text = row["text"]
     if not isinstance(text, str) or not isinstance(row["completion"], str):
         raise TypeError(f"row {row['row_id']} has no text")
     for one in row["candidates"]:

@@ -254,6 +254,8 @@ def _metrics(
         "rows": {
             "originals": len(dataset.originals),
             "counterfactuals": len(dataset.counterfactuals),
+            "cross": sum(one.branch == "cross" for one in dataset.examples),
+            "responses": sum(one.segment > 0 for one in dataset.examples),
             "label_tokens": dataset.label_tokens,
             "left_out": count_reasons(trainer.left_out),
             "altered": count_notes(dataset.examples),

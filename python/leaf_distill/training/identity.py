@@ -68,7 +68,7 @@ def digest_of(examples: Iterable[Example]) -> str:
     return digest(
         [
             *(one.row_id, one.candidate_id, one.messages, one.completion, one.reply),
-            dict(one.template_kwargs),
+            *(dict(one.template_kwargs), one.teacher_messages, one.prefix),
         ]
         for one in examples
     )

@@ -77,8 +77,8 @@ def _data(arguments: DistillArguments, metrics: Mapping[str, Any]) -> str:
     rows = metrics["rows"]
     left_out = ", ".join(f"{count} {reason}" for reason, count in rows["left_out"].items())
     text = (
-        f"{rows['originals']} originals and {rows['counterfactuals']} counterfactuals "
-        f"({rows['label_tokens']} label tokens) of `{arguments.dataset}` "
+        f"{rows['originals']} originals and {rows['counterfactuals']} counterfactuals"
+        f"{_kinds(rows)} ({rows['label_tokens']} label tokens) of `{arguments.dataset}` "
         f"(sha256 of the rows {metrics['dataset_sha256'][:16]}); left out: {left_out or 'none'}."
     )
     if not rows["counterfactuals"]:
@@ -86,6 +86,16 @@ def _data(arguments: DistillArguments, metrics: Mapping[str, Any]) -> str:
     found = {**metrics["detected"], "strategy": ", ".join(metrics["strategies"])}
     shown = [(name, str(found[name])) for name in _DETECTED if found.get(name) not in (None, "")]
     return f"{text}\n\n{markdown_table([('setting of `leaf detect`', 'value'), *shown])}"
+
+
+def _kinds(rows: Mapping[str, Any]) -> str:
+    """Say how many rows are other than a cut prompt that both models read."""
+    kinds = {
+        "with another prompt for the teacher than for the student": rows["cross"],
+        "cut in the beginning of the response": rows["responses"],
+    }
+    said = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    return f", {said}," if said else ""
 
 
 def _metadata(arguments: DistillArguments) -> dict[str, object]:

@@ -42,6 +42,10 @@ class LeafTrainer(Trainer):
     tokens in the whole step: all accumulation steps and all ranks. With `kd_weight="pool"`, lambda
     is the originals' share of the step's tokens. A step without counterfactuals is L_kd.
 
+    In a counterfactual of the branch "cross" the teacher reads another prompt than the student,
+    before the same labels. The part of a response that a row gives as context stands behind both
+    prompts and has no label.
+
     Args:
         model: the student, a causal language model of transformers or a PeftModel around one, or
             its name, which is loaded in float32.

@@ -105,6 +105,38 @@ def test_different_templates_may_frame_the_same_labels() -> None:
     assert [WORDS[i] for i in ids] == ["w2", "w3", "<eos>"]
 
 
+def test_each_model_reads_its_own_prompt_of_a_crossed_row() -> None:
+    rows = [
+        {"prompt": "w1 w2 w3", "completion": "w4 w5", "branch": "original"},
+        {
+            **{"prompt": "w1 w2 w3", "completion": "w4 w5", "branch": "cross", "row_id": 0},
+            "teacher_prompt": "w1 w3",
+        },
+    ]
+    batch = collate(render(rows))
+    for prefix, prompt in (("", "w1 w2 w3"), ("teacher_", "w1 w3")):
+        length = int(batch[f"{prefix}attention_mask"][1].sum())
+        ids, labels = batch[f"{prefix}input_ids"][1], batch[f"{prefix}loss_mask"][1]
+        text = f"<user> {prompt} <assistant> w4 w5 <eos>"
+        assert " ".join(WORDS[i] for i in ids[:length]) == text
+        assert [WORDS[i] for i in ids[1:][labels[:-1]]] == ["w4", "w5", "<eos>"]
+    assert batch["counterfactual"].tolist() == [False, True]
+    dataset = ExampleDataset(render(rows))
+    assert dataset.originals == [0] and dataset.counterfactuals == [1]
+
+
+@pytest.mark.parametrize(("role", "longer"), [("student", "prompt"), ("teacher", "teacher_prompt")])
+def test_the_longer_prompt_of_a_crossed_row_decides_its_length(role: str, longer: str) -> None:
+    row = {"prompt": "w1", "teacher_prompt": "w1", "completion": "w4", "branch": "cross"}
+    assert left(render([{**row, longer: "w1 w2 w3"}], max_length=6)) == [
+        (0, "too_long", "must have at most 6 tokens, got 7")
+    ]
+    long = {**row, longer: "w1 w39"}
+    rows = {"student": 99, "teacher": 99, role: 44}
+    ((_, reason, detail),) = left(render([long], embedding_rows=rows))
+    assert reason == "outside_vocabulary" and f"beyond the 44 embeddings of the {role}" in detail
+
+
 def test_a_row_with_other_labels_leaves_with_the_tokens_name() -> None:
     teacher = make_tokenizer()
     teacher.add_tokens(["w77"])

@@ -353,78 +353,6 @@ def test_datasets_is_not_imported_for_local_files(tmp_path: Path) -> None:
     assert run.stdout == "False\n", run.stderr
 
 
-# -- the dataset of `leaf detect` ------------------------------------------------------------------
-
-
-def branched() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for row_id in (3, 5):
-        original = {
-            "row_id": row_id,
-            "candidate_id": -1,
-            "branch": "original",
-            "prompt": [USER],
-            "completion": [REPLY],
-            "answer": "4",
-            "cut": [],
-            "strategy": None,
-        }
-        shorter = {"role": "user", "content": "What 2 + 2?"}
-        cut = {"branch": "counterfactual", "prompt": [shorter], "cut": [[5, 8]], "strategy": "span"}
-        rows += [original, {**original, **cut, "candidate_id": 2}]
-    return rows
-
-
-@pytest.mark.parametrize("name", ["dataset.parquet", "dataset.jsonl"])
-def test_our_own_dataset_reads_back(tmp_path: Path, name: str) -> None:
-    write(tmp_path, branched(), "dataset.jsonl")
-    pq.write_table(pa.Table.from_pylist(branched()), tmp_path / "dataset.parquet")
-    for source in (tmp_path / name, tmp_path):  # the directory holds both, the same rows twice
-        examples = load_examples(source)
-        assert [(e.row_id, e.candidate_id) for e in examples] == [(3, -1), (3, 2), (5, -1), (5, 2)]
-        assert [e.branch for e in examples[:2]] == ["original", "counterfactual"]
-        assert (examples[0].cut, examples[0].strategy) == ((), None)
-        assert (examples[1].cut, examples[1].strategy) == (((5, 8),), "span")
-        assert examples[1].user_text == "What 2 + 2?" and examples[1].answer == "4"
-        assert [e.row_id for e in load_examples(source, max_rows=1)] == [3, 3]
-
-
-def test_branches_as_people_hand_them_over() -> None:
-    rows = [
-        {"row_id": 7, "branch": "original", **ROW},
-        {"row_id": 7, "branch": "counterfactual", **ROW},
-        {"row_id": 7.0, "branch": "counterfactual", **ROW},
-        {"row_id": 8, "branch": None, **ROW},
-        {"row_id": 8, "branch": "counterfactual", **ROW},
-    ]
-    numbers = [(e.row_id, e.candidate_id) for e in load_examples(rows)]
-    assert numbers == [(7, -1), (7, 0), (7, 1), (8, -1), (8, 0)]
-    assert len(load_examples(rows, max_rows=1)) == 3
-    for wrong, message in (
-        ({"row_id": "x"}, "row_id: must be a whole"),
-        ({"cut": [1]}, "cut: must"),
-    ):
-        with pytest.raises(ValueError, match=f"row 1: {message}"):
-            load_examples([rows[0], {**rows[1], **wrong}])
-
-
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    [
-        ({"row_id": 2**70}, "row_id: must be a whole number of 64 bits"),
-        ({"candidate_id": -(2**70)}, "candidate_id: must be a whole number of 64 bits"),
-        ({"strategy": 5}, "strategy: must be the name of one, got 5"),
-        ({"strategy": "\ud800"}, "strategy: must be the name of one"),
-        ({"cut": [[5, 1]]}, "cut: must be pairs of characters, start before stop"),
-        ({"cut": [[0, 2**70]]}, "cut: must be pairs of characters"),
-    ],
-)
-def test_malformed_columns_beside_branch(wrong: dict[str, Any], sentence: str) -> None:
-    rows = [{**ROW, "branch": "original"}, {**ROW, "branch": "counterfactual", **wrong}]
-    with pytest.raises(ValueError, match=f"^dataset: row 1: {sentence}"):
-        load_examples(rows)
-
-
 def test_text_that_is_no_utf8_in_parquet(tmp_path: Path) -> None:
     offsets = pa.array([0, 3], pa.int32()).buffers()[1]
     text = pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"a\xffb"))
@@ -437,14 +365,6 @@ def test_two_csv_columns_of_one_name(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,prompt,completion\na,b,c\n")
     with pytest.raises(ValueError, match=r"another name for each column, got \['prompt'\]"):
         load_examples(tmp_path / "rows.csv")
-
-
-def test_a_column_of_ones_own_called_branch() -> None:
-    rows = [{**ROW, "branch": branch, "row_id": "a"} for branch in ("original", "main", 3, [1])]
-    examples = load_examples(rows)
-    assert [e.row_id for e in examples] == [0, 1, 2, 3]
-    assert {e.branch for e in examples} == {"original"}
-    assert len(load_examples(rows, max_rows=2)) == 2
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -549,4 +469,4 @@ def test_arrays_of_numpy_are_lists() -> None:
     turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     (example,) = load_examples([{"messages": np.array(turns, dtype=object), "answer": np.int64(4)}])
     assert example.outcome is None
-    assert (example.user_text, example.completion, example.answer) == ("2 + 2?", "4", "4")
+    assert (example.text, example.completion, example.answer) == ("2 + 2?", "4", "4")

@@ -373,13 +373,13 @@ def test_the_prompts_and_answers_of_datasets_of_programs() -> None:
     by_id = dict(zip(BY_ID, examples, strict=True))
     human = by_id["HumanEval/10"]
     whole = BY_ID["HumanEval/10"]["prompt"] + BY_ID["HumanEval/10"]["canonical_solution"]
-    assert human.user_text == BY_ID["HumanEval/10"]["prompt"]
+    assert human.text == BY_ID["HumanEval/10"]["prompt"]
     assert human.completion.startswith("```python\ndef is_palindrome(")
     assert human.completion.strip("`\n").removeprefix("python\n") == whole.strip("\n")
     solution = BY_ID["Mbpp/63"]["canonical_solution"].strip("\n")
     assert by_id["Mbpp/63"].completion == f"```python\n{solution}\n```"
     leet = by_id["stone-removal-game"]
-    assert leet.user_text == LEETCODE["query"]
+    assert leet.text == LEETCODE["query"]
     assert leet.completion == "```python\n" + LEETCODE["completion"].strip("\n") + "\n```"
     math = by_id[None]
     assert math.tests is None and math.completion == BY_ID[None]["answer"]
@@ -397,7 +397,7 @@ def test_tests_stand_for_the_answer_where_no_completion_is_needed() -> None:
         {"question_content": "Add two numbers.", "public_test_cases": streams, "starter_code": ""},
     ):
         example = one(row, need_completion=False)
-        assert (example.user_text, example.completion) == ("Add two numbers.", "")
+        assert (example.text, example.completion) == ("Add two numbers.", "")
         (left,) = load_examples([row, {"prompt": "a", "completion": "b"}])[:1]
         assert left.outcome is not None
         assert left.outcome.reason in ("no_completion", "empty_completion", "no_user_turn")
@@ -408,8 +408,8 @@ def test_starter_code_is_part_of_the_prompt() -> None:
     starter = "class Solution:\n    def add(self, a, b):\n        "
     row = {"public_test_cases": cases, "metadata": {"func_name": "add"}, "starter_code": starter}
     example = one({"question_content": "Add.", **row}, need_completion=False)
-    assert example.user_text.startswith("Add.\n\n")
-    assert example.user_text.endswith(f"```python\n{starter.rstrip()}\n```")
+    assert example.text.startswith("Add.\n\n")
+    assert example.text.endswith(f"```python\n{starter.rstrip()}\n```")
 
 
 def test_columns_of_other_names_are_mapped() -> None:
@@ -417,7 +417,7 @@ def test_columns_of_other_names_are_mapped() -> None:
     columns = {"prompt": "task", "completion": "reply", "tests": "my_tests", "entry_point": "fn"}
     example = one(row, columns={**columns, "source": "from"})
     assert example.tests == Tests("calls", entry_point="add", inputs=("(1,)",), outputs=("2",))
-    assert (example.user_text, example.completion, example.source) == ("Add.", "...", "me")
+    assert (example.text, example.completion, example.source) == ("Add.", "...", "me")
 
 
 def test_the_source_of_a_row_is_read_where_it_is_text() -> None:

@@ -155,7 +155,7 @@ def test_nothing_scored_is_nothing_measured():
 
 def test_tokens_are_read_by_their_characters():
     sample = {
-        "user_text": "a note shows 8 . x 3",
+        "text": "a note shows 8 . x 3",
         "offsets": [[0, 1], [1, 6], [6, 12], [12, 14], [14, 16], [16, 18], [18, 20]],
         "prunable": [True] * 6 + [False],
         "score": [0.9, 0.8, 0.7, 0.0, 0.6, 1.0, 0.1],
@@ -189,7 +189,7 @@ def test_perplexity_is_the_models_own_loss():
     (problem,) = make_problems(1, seed=0, mix={"misaligned": 1.0})
     sample = {
         "row_id": 0,
-        "user_text": problem.prompt,
+        "text": problem.prompt,
         "offsets": [[0, 1]] * len(problem.prompt.split()),
         "prunable": [True] * len(problem.prompt.split()),
         "score": [0.0] * len(problem.prompt.split()),

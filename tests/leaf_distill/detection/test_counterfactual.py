@@ -66,7 +66,7 @@ def taken(item: Example, found: Example) -> set[int]:
 
 def test_span_cuts_one_at_a_time() -> None:
     found, left = candidates(detection([(5, 10), (12, 14)]), strategy="span")
-    assert [item.user_text for item in found] == [
+    assert [item.text for item in found] == [
         "tom has 7 apples . how many apples does tom have ?",
         "tom has 7 apples . the sticker says 8 . how many tom have ?",
     ]
@@ -75,7 +75,7 @@ def test_span_cuts_one_at_a_time() -> None:
 
 def test_collective_cuts_all_together() -> None:
     (item,), _ = candidates(detection([(5, 10), (12, 14)]), strategy="collective")
-    assert item.user_text == "tom has 7 apples . how many tom have ?"
+    assert item.text == "tom has 7 apples . how many tom have ?"
     assert len(item.cut) == 2
 
 
@@ -122,7 +122,7 @@ def test_random_spans_without_room_repeat_and_are_left_out() -> None:
     words = ["aa", "bb", "cc"]
     found = detection([(0, 2), (1, 3)], words=words, unprunable=(2,))
     items, left = candidates(found, strategy="random_spans")
-    assert [item.user_text for item in items] == [" cc"]
+    assert [item.text for item in items] == [" cc"]
     assert [gone.outcome.reason for gone in left if gone.outcome] == ["duplicate"]
 
 
@@ -154,7 +154,7 @@ def test_what_is_never_emitted(
     items, left = candidates(detection(spans, words=words), strategy="span")
     assert [gone.outcome.reason for gone in left if gone.outcome] == ([reason] if reason else [])
     assert all(gone.outcome and gone.outcome.stage == "prune" for gone in left)
-    texts = [item.user_text for item in items]
+    texts = [item.text for item in items]
     assert len(set(texts)) == len(texts) and text not in texts and "" not in texts
 
 
@@ -196,7 +196,7 @@ def test_a_candidate_is_its_original_but_for_the_cut() -> None:
     ((one,), _) = candidates(found)
     assert (one.row_id, one.candidate_id, one.branch) == (4, 0, "counterfactual")
     assert one.messages[0] == found.messages[0] and one.gold == "7" == one.completion
-    assert found.branch == "original" and cut(found.user_text, one.cut) == one.user_text
+    assert found.branch == "original" and cut(found.text, one.cut) == one.text
 
 
 @given(st.text(max_size=40), st.data())

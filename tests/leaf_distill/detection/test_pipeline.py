@@ -56,7 +56,7 @@ def test_samples_hold_what_was_seen(finished: DetectResult) -> None:
         row_id for row_id, confounded in enumerate(CONFOUNDED) if confounded
     ]
     for sample in samples:
-        text = sample["user_text"]
+        text = sample["text"]
         assert text == ROWS[sample["row_id"]]["prompt"] == sample["messages"][-1]["content"]
         assert "".join(text[start:stop] for start, stop in sample["offsets"]) == text
         for name in ("teacher_saliency", "student_saliency", "score"):

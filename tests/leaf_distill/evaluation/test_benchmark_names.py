@@ -153,5 +153,5 @@ def test_rows_of_the_mathematical_benchmarks_are_read(tmp_path: Path, name: str)
     problems = load_problems(benchmark, EvaluateConfig(benchmark=name, max_rows=1))
     assert problems.unreadable == 0
     (example,) = problems.rows
-    assert example.user_text.startswith(f"{prompt}\n\nPlease reason step by step")
+    assert example.text.startswith(f"{prompt}\n\nPlease reason step by step")
     assert example.gold == gold

@@ -181,7 +181,7 @@ def test_verdicts_on_reworded_solutions_are_lm_evals(tmp_path: Path) -> None:
     tasks = write_task(tmp_path, [problem for _, problem, _ in cases], problems[ROWS : ROWS + 1])
     texts = [written(problem, FORMS[name], change) for name, problem, change in cases]
     answers = harness.write_lines(tmp_path / "answers.jsonl", texts)
-    program = harness.HERE / "lm_eval_verdicts.py"
+    program = Path(__file__).with_name("lm_eval_verdicts.py")
     harness.run(program, tasks, "rows", answers, tmp_path / "samples.jsonl", cwd=tmp_path)
     samples = harness.read_lines((tmp_path / "samples.jsonl").read_text())
     assert len(samples) == 2 * len(cases)

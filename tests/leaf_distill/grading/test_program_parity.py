@@ -51,7 +51,9 @@ def evalplus(dataset: str, programs: list[tuple[str, str]], folder: Path) -> lis
         "HUMANEVAL_OVERRIDE_PATH": str(data_file(FILES["humaneval"])),
         "MBPP_OVERRIDE_PATH": str(data_file(FILES["mbpp"])),
     }
-    printed = harness.run(harness.HERE / "evalplus_verdicts.py", file, cwd=folder, **paths)
+    printed = harness.run(
+        Path(__file__).with_name("evalplus_verdicts.py"), file, cwd=folder, **paths
+    )
     return [one["base"] == one["plus"] == "pass" for one in harness.read_lines(printed)]
 
 

@@ -67,7 +67,7 @@ def propose_cuts(example: Example, *reasons: str | None, strategy: Any = "span")
 
 def add_cut(example: Example, ranges: Sequence[Range], reason: str | None = None) -> Example:
     """Add a candidate with exactly these characters cut."""
-    shorter = cut(example.user_text, ranges)
+    shorter = cut(example.text, ranges)
     candidate = Example(
         row_id=example.row_id,
         messages=(*example.messages[:-1], {"role": "user", "content": shorter}),

@@ -130,7 +130,7 @@ def test_samples_of_another_kind_are_a_sentence(arm: Path) -> None:
     path = arm / "samples.parquet"
     good = pq.read_table(path)
     pq.write_table(pa.table({"row_id": [1]}), path)
-    assert "no or another type for the columns messages, user_text" in sentence(arm)
+    assert "no or another type for the columns messages, text" in sentence(arm)
     for at, field in enumerate(good.schema):
         pq.write_table(good.set_column(at, field.name, [[b"\xff"]]), path)
         assert f"for the columns {field.name}" in sentence(arm)

@@ -32,11 +32,17 @@ def pair(tmp_path: Path) -> dict[str, str]:
     return {"student": str(tmp_path / "student"), "teacher": str(tmp_path / "teacher")}
 
 
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = dict.fromkeys(name for row in rows for name in row)
+    lines = [{**names, **row} for row in rows]  # Arrow takes the columns of the first
+    pq.write_table(pa.Table.from_pylist(lines), path)
+
+
 def write_run(directory: Path, rows: list[dict[str, Any]]) -> str:
     """Write the files of a finished run of `leaf detect` that distillation reads."""
     directory.mkdir()
     (directory / "run.json").write_text("{}")
-    pq.write_table(pa.Table.from_pylist(rows), directory / "dataset.parquet")
+    write_table(directory / "dataset.parquet", rows)
     return str(directory)
 
 
@@ -581,6 +587,32 @@ def test_the_card_says_what_was_done(strategy: str, tmp_path: Path, pair: dict[s
         assert words in card, words
     assert ("as a control of [LeaF]" in card) is (strategy == "random_spans")
     assert ("with their confounding tokens cut out" in card) is (strategy == "span")
+
+
+def test_the_card_counts_the_rows_of_other_kinds(tmp_path: Path, pair: dict[str, str]) -> None:
+    rows = make_rows(8, 4, cross=3)
+    rows += [{**rows[8], "candidate_id": 9, "accepted": False, "reason": "student_wrong"}]
+    config = make_config(tmp_path / "out", max_steps=1)
+    dataset = write_run(tmp_path / "run", rows)
+    metrics = distill(DistillArguments(**pair, dataset=dataset), config).metrics
+    assert (metrics["rows"]["counterfactuals"], metrics["rows"]["cross"]) == (7, 3)
+    assert metrics["rows"]["left_out"] == {"not_accepted": 1}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "8 originals and 7 counterfactuals, 3 with another prompt for the teacher" in card
+    assert "left out: 1 not_accepted" in card
+
+
+def test_the_teachers_prompts_decide_whose_the_directory_is(
+    tmp_path: Path, pair: dict[str, str]
+) -> None:
+    rows = make_rows(8, 4, cross=1)
+    config = make_config(tmp_path / "out", max_steps=1)
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", rows))
+    distill(arguments, config)
+    rows[-1]["teacher_prompt"] = [{"role": "user", "content": "w1"}]
+    write_table(tmp_path / "run" / "dataset.parquet", rows)
+    with pytest.raises(ValueError, match=r"the content of dataset .* has changed"):
+        distill(arguments, config)
 
 
 # ---- adapters ----

@@ -41,9 +41,10 @@ from leaf_distill.training.trainer import LeafTrainer
 # ---- the objective ----
 
 
+@pytest.mark.parametrize("cross", [0, 2])
 @pytest.mark.parametrize("kd_weight", ["pool", 0.3])
-def test_the_first_step_is_the_papers_loss(tmp_path: Path, kd_weight: Any) -> None:
-    rows = make_rows(8, 3)
+def test_the_first_step_is_the_papers_loss(tmp_path: Path, kd_weight: Any, cross: int) -> None:
+    rows = make_rows(8, 3, cross=cross)
     expected = plain_measures(make_student().eval(), make_teacher().eval(), rows)
     trainer = make_trainer(tmp_path, rows, kd_weight=kd_weight, num_train_epochs=1)
     trainer.train()
@@ -51,7 +52,7 @@ def test_the_first_step_is_the_papers_loss(tmp_path: Path, kd_weight: Any) -> No
     share = expected.pop("pool") if kd_weight == "pool" else 0.3
     loss = share * expected["kd_loss"] + (1 - share) * expected["cd_loss"]
     assert log["loss"] == pytest.approx(loss, rel=1e-5)
-    assert log["cf_rows"] == 3 and log["steps_without_cf"] == log["skipped_rows"] == 0
+    assert log["cf_rows"] == 3 + cross and log["steps_without_cf"] == log["skipped_rows"] == 0
     for name in ("kd_loss", "cd_loss", "student_entropy", "teacher_entropy", "agreement"):
         assert log[name] == pytest.approx(expected[name], rel=1e-5), name
 

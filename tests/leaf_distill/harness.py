@@ -1,4 +1,4 @@
-"""The environment of other projects' harnesses."""
+"""The environments of other projects: the harnesses, and TRL."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-PYTHON = Path(sys.prefix) / "harness" / "bin" / "python"
-HERE = Path(__file__).parent
 
-
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Run Python in the environment of the harnesses, offline, and return what it prints."""
-    assert PYTHON.is_file(), "the harnesses are not installed; run: make test-slow"
+def run(*command: str | Path, cwd: Path, within: str = "harness", **environment: str) -> str:
+    """Run Python in an environment of `make test-slow`, offline, and return what it prints."""
+    python = Path(sys.prefix) / within / "bin" / "python"
+    assert python.is_file(), f"{within} is not installed; run: make test-slow"
     home = {"HF_HOME": str(cwd / "hub"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [PYTHON, *command],
+        [python, *command],
         cwd=cwd,
         env={**inherited, **home, **environment},
         capture_output=True,
