@@ -1,8 +1,9 @@
-"""Renders examples to token ids, and maps each token of the user's text to its characters.
+"""Renders examples to token ids, and maps each token of the analyzed text to its characters.
 
-The user's text is found in the rendered prompt by a second rendering with a placeholder, never by
-a search, so that a text which repeats the template's words does no harm. A special-token string in
-the user's text ("<|im_end|>") becomes that special token, as in `apply_chat_template` and in the
+The analyzed text is that of some user turns, or at the response level the response's prefix. User
+turns are found in the rendered prompt by a second rendering with placeholders, never by a search,
+so that a text which repeats the template's words does no harm. A special-token string in the user's
+text ("<|im_end|>") becomes that special token, as in `apply_chat_template` and in the
 servers built on it. Such a token belongs to the user's text, and so to the domain.
 """
 
@@ -12,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -35,8 +36,9 @@ ANCHORS = ("\n", "]", "0")
 @dataclass(frozen=True, eq=False)
 class _Prompt:
     text: str
-    tail: str  # what follows the user's text, with the generation prompt
+    tail: str  # what follows the last user turn, with the generation prompt
     rendering: Rendering
+    rest: str = ""  # of a response whose prefix is in the text: what follows it
 
 
 class Renderer:
@@ -92,7 +94,7 @@ class Renderer:
         return hashlib.sha256(cache_key(*parts).encode()).hexdigest()
 
     def prompt(self, example: Example) -> Rendering:
-        """Render the prompt, up to the start of the model's answer.
+        """Render the prompt, up to the start of the model's answer or the end of its prefix.
 
         Keys of messages that stand nowhere in the template are noted in the example as
         "message_key_ignored", its template_kwargs as "template_variable_ignored".
@@ -108,13 +110,15 @@ class Renderer:
                 message is not the user's; or the text has been through a template already.
         """
         self._note_ignored(example)
-        return self._prompt(example).rendering
+        prompt = self._prompt(example)
+        return (self._with_prefix(example, prompt) if example.prefix else prompt).rendering
 
     def render(self, example: Example) -> Rendering:
         """Render the prompt, then the completion's tokens and the end token as labels.
 
-        The completion is tokenized behind the prompt. Its end token is dropped where it has one
-        (note "end_token_stripped"). If the generation prompt opens a thought:
+        The completion is tokenized behind the prompt and the response's prefix. Its end token is
+        dropped where it has one (note "end_token_stripped"). If the generation prompt opens a
+        thought:
 
         - a completion that opens it again loses its tag (note "think_tag_stripped");
         - a completion that closes it is not changed;
@@ -137,7 +141,9 @@ class Renderer:
         """
         self._note_ignored(example)
         prompt = self._prompt(example)
-        text = self._completion(example, prompt)
+        if example.prefix:
+            prompt = self._with_prefix(example, prompt)
+        text = prompt.rest if example.prefix else self._completion(example, prompt)
         if not text.strip():
             raise UnusableRow("empty_completion", "the completion is empty")
         labels = np.asarray([*self._completion_ids(prompt, text), self._end_id], dtype=np.int32)
@@ -151,28 +157,59 @@ class Renderer:
         )
 
     def _prompt(self, example: Example) -> _Prompt:
-        key = cache_key(example.messages, example.template_kwargs)
+        key = cache_key(example.messages, example.places, example.template_kwargs)
         if key in self._prompts:
             return self._prompts[key]
         if not example.messages or example.messages[-1]["role"] != "user":
             raise UnusableRow("no_user_turn", "the last message must be the user's turn")
-        self.template.check_raw(example.user_text)
+        self.template.check_raw(example.messages[-1]["content"])
         text = self.template.apply(example.messages, example.template_kwargs)
-        start, stop, shift = self.template.find_user_text(example, text)
+        turns = replace(example, segment=0, prefix="") if example.segment else example
+        places = self.template.find_texts(turns, text)
         encoding = self._encode(text)
         ids = encoding.ids
         prefix = [] if ids[: len(self._prefix_ids)] == self._prefix_ids else self._prefix_ids
         offsets = np.full((len(prefix) + len(ids), 2), -1, dtype=np.int32)
-        offsets[len(prefix) :] = _user_offsets(encoding.offsets, start, stop, shift)
-        # The number of characters before each one that are no white space.
-        solid = np.cumsum([0, *(not character.isspace() for character in example.user_text)])
+        if not example.segment:
+            for place, (first, _) in zip(places, example.parts, strict=True):
+                found = _user_offsets(encoding.offsets, place.start, place.stop, place.shift)
+                inside = found[:, 0] >= 0
+                offsets[len(prefix) :][inside] = found[inside] + first
         rendering = Rendering(
             input_ids=np.asarray([*prefix, *ids], dtype=np.int32),
             loss_mask=np.zeros(len(offsets), dtype=np.bool_),
             offsets=offsets,
-            prunable=(offsets[:, 0] >= 0) & (solid[offsets[:, 1]] > solid[offsets[:, 0]]),
+            prunable=_solid(offsets, turns.text),
         )
-        return remember(self._prompts, key, _Prompt(text, text[stop:], rendering))
+        return remember(self._prompts, key, _Prompt(text, text[places[-1].stop :], rendering))
+
+    def _with_prefix(self, example: Example, prompt: _Prompt) -> _Prompt:
+        """Return the prompt with the response's prefix behind it, whose tokens are the domain."""
+        whole = replace(example, completion=example.prefix + example.completion, reply=None)
+        rest = self._without_end(example)
+        written = self._completion(whole, prompt)
+        head = written.removesuffix(rest)
+        # The template may write something in front of the response, or strip what opens a thought.
+        if not (
+            written.endswith(rest)
+            and (head.endswith(example.prefix) or example.prefix.endswith(head))
+        ):
+            raise UnusableRow(
+                "not_renderable",
+                f"the chat template of {self.template.name} changes the response's beginning "
+                f"{example.prefix[:40]!r}, so that it cannot be analyzed",
+            )
+        shift = len(example.prefix) - len(head)
+        ids, spans = self._tokens_behind(prompt, head)
+        offsets = _user_offsets(spans, max(-shift, 0), len(head), max(shift, 0))
+        first = prompt.rendering
+        rendering = Rendering(
+            input_ids=np.concatenate([first.input_ids, np.asarray(ids, dtype=np.int32)]),
+            loss_mask=np.zeros(len(first) + len(ids), dtype=np.bool_),
+            offsets=np.concatenate([first.offsets, offsets]),
+            prunable=np.concatenate([first.prunable, _solid(offsets, example.prefix)]),
+        )
+        return _Prompt(prompt.text + head, "", rendering, rest)
 
     def _completion(self, example: Example, prompt: _Prompt) -> str:
         """Return the text that the model must write after the prompt, up to its end token."""
@@ -224,7 +261,10 @@ class Renderer:
         return text
 
     def _completion_ids(self, prompt: _Prompt, text: str) -> list[int]:
-        """Tokenize a completion behind its prompt.
+        return self._tokens_behind(prompt, text)[0]
+
+    def _tokens_behind(self, prompt: _Prompt, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokenize a text behind a prompt; return its ids and their characters in it.
 
         Alone, it would begin with the mark of a space under tokenizers of the SentencePiece family.
         If its first characters would melt into the prompt's last token, which the model is given,
@@ -232,10 +272,13 @@ class Renderer:
         """
         contexts = [(prompt.text, prompt.rendering.input_ids.tolist()), *self._anchors]
         for context, ids in contexts if self._marks_beginnings else ():
-            both = self._ids(context + text)
-            if both[: len(ids)] == ids:
-                return both[len(ids) :]
-        return self._ids(text)
+            both = self._encode(context + text)
+            if both.ids[: len(ids)] == ids:
+                shift = len(context)
+                spans = [(max(a - shift, 0), b - shift) for a, b in both.offsets[len(ids) :]]
+                return both.ids[len(ids) :], spans
+        alone = self._encode(text)
+        return alone.ids, alone.offsets
 
     def _encode(self, text: str) -> Encoding:
         """Tokenize without special tokens, in half of the time that the tokenizer's call takes."""
@@ -277,6 +320,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     rules.pop("truncation", None)
     content = [rules, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _solid(offsets: NDArray[np.int32], text: str) -> NDArray[np.bool_]:
+    """Return which tokens of the text hold more than white space."""
+    # The number of characters before each one that are no white space.
+    solid = np.cumsum([0, *(not character.isspace() for character in text)])
+    mask: NDArray[np.bool_] = (offsets[:, 0] >= 0) & (solid[offsets[:, 1]] > solid[offsets[:, 0]])
+    return mask
 
 
 def _user_offsets(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +25,19 @@ RESERVED = {
 """Names that no variable of a template may have."""
 
 T = TypeVar("T")
+
+
+class Place(NamedTuple):
+    """Where a content stands in a rendered conversation.
+
+    Attributes:
+        start, stop: characters of the rendered text.
+        shift: characters of the content that were stripped in front.
+    """
+
+    start: int
+    stop: int
+    shift: int
 
 
 class ChatTemplate:
@@ -60,7 +73,7 @@ class ChatTemplate:
         self.sources = sources if isinstance(sources, dict) else {"default": sources}
         self.source: str | None = self.sources.get("default")
         self.named = set(re.findall(r"\w+", " ".join(filter(None, self.sources.values()))))
-        self._frames: dict[str, tuple[str, str] | None] = {}
+        self._frames: dict[str, tuple[str, ...] | None] = {}
         try:
             self.probe = self.apply(PROBE, {})
             talk = self.apply([*PROBE, {"role": "assistant", "content": "REPLY"}], {}, reply=True)
@@ -101,43 +114,52 @@ class ChatTemplate:
             ) from error
         return str(text)
 
-    def find_user_text(self, example: Example, text: str) -> tuple[int, int, int]:
-        """Find the user's text in the rendered conversation.
+    def find_texts(self, example: Example, text: str) -> list[Place]:
+        """Find the content of each of `example.places` in the rendered conversation.
 
-        The template writes the same frame around it for all rows with the same other messages. The
-        frame is asked for once, and again for a row that it does not fit.
-
-        Returns:
-            The characters [start, stop) of `text`, and the number that were stripped in front.
+        The template writes the same frame around them for all rows with the same other messages.
+        The frame is asked for once, and again for a row that it does not fit.
 
         Raises:
-            UnusableRow: The template changes the user's text beyond stripping it.
+            UnusableRow: The template changes a content beyond stripping it.
         """
-        others = [*example.messages[:-1], {**example.messages[-1], "content": ""}]
-        key = cache_key(others, example.template_kwargs)
-        place = _place(self._frames.get(key), text, example.user_text)
-        if place is None:
+        blank = self._with_contents(example, [""] * len(example.places))
+        key = cache_key(blank, example.places, example.template_kwargs)
+        contents = [str(example.messages[place]["content"]) for place in example.places]
+        found = _places(self._frames.get(key), text, contents)
+        if found is None:
             frame = remember(self._frames, key, self._frame(example, text))
-            place = _place(frame, text, example.user_text)
-        if place is None:
+            found = _places(frame, text, contents)
+        if found is None:
             raise UnusableRow(
                 "not_renderable",
                 f"the chat template of {self.name} changes the user's text beyond stripping it, so "
                 "its characters cannot be told apart from the template's; use chat_template="
                 "'none', or a template that writes the text once, as it is; it begins "
-                f"{example.user_text[:40]!r}",
+                f"{contents[-1][:40]!r}",
             )
-        return place
+        return found
 
-    def _frame(self, example: Example, text: str) -> tuple[str, str] | None:
-        """Return the text before and after the user's, None if the template repeats the latter."""
-        placeholder = "USERTEXT"
-        while placeholder in text:
-            placeholder += "X"
-        turn = {**example.messages[-1], "content": placeholder}
-        blank = self.apply([*example.messages[:-1], turn], example.template_kwargs)
-        before, _, after = blank.partition(placeholder)
-        return None if placeholder in after else (before, after)
+    @staticmethod
+    def _with_contents(example: Example, contents: Sequence[str]) -> list[Message]:
+        turns = list(example.messages)
+        for place, content in zip(example.places, contents, strict=True):
+            turns[place] = {**turns[place], "content": content}
+        return turns
+
+    def _frame(self, example: Example, text: str) -> tuple[str, ...] | None:
+        """Return the texts around the contents, None if the template repeats or moves one."""
+        word = "USERTEXT"
+        while word in text:
+            word += "X"
+        marks = [f"{word}{at}." for at in range(len(example.places))]
+        blank = self.apply(self._with_contents(example, marks), example.template_kwargs)
+        frame = []
+        for mark in marks:
+            before, _, blank = blank.partition(mark)
+            frame.append(before)
+        frame.append(blank)
+        return None if any(word in part for part in frame) else tuple(frame)
 
     def check_raw(self, content: str) -> None:
         """Refuse a text that begins as the template itself begins a conversation."""
@@ -221,19 +243,27 @@ def _opening(talk: str, bos: str) -> tuple[str, str]:
     return bos, opening[0] if opening else ""
 
 
-def _place(frame: tuple[str, str] | None, text: str, content: str) -> tuple[int, int, int] | None:
-    """Return where the user's text stands in its frame, None unless it stands there as it is."""
-    if frame is None:
+def _places(
+    frame: tuple[str, ...] | None, text: str, contents: Sequence[str]
+) -> list[Place] | None:
+    """Return where contents stand in their frame, None unless they stand there as they are."""
+    if frame is None or not text.startswith(frame[0]):
         return None
-    before, after = frame
-    stop = len(text) - len(after)
-    kept = text[len(before) : stop]
-    if text != before + kept + after:
-        return None
-    left = len(content) - len(content.lstrip())
-    strips = {content.strip(): left, content.lstrip(): left, content.rstrip(): 0}
-    shift = {**strips, content: 0}.get(kept)
-    return None if shift is None else (len(before), stop, shift)
+    places, at = [], len(frame[0])
+    for number, content in enumerate(contents):
+        after, is_last = frame[number + 1], number == len(contents) - 1
+        left = len(content) - len(content.lstrip())
+        stripped = ((content, 0), (content.rstrip(), 0), (content.lstrip(), left))
+        for kept, shift in (*stripped, (content.strip(), left)):
+            stop = at + len(kept)
+            fits = text[at:] == kept + after if is_last else text.startswith(kept + after, at)
+            if fits:
+                places.append(Place(at, stop, shift))
+                at = stop + len(after)
+                break
+        else:
+            return None
+    return places
 
 
 def _short(text: str) -> str:

@@ -31,7 +31,7 @@ def propose(
     if not example.spans:
         example.leave("prune", "no_span", "no confounder was found")
         return
-    text = example.user_text
+    text = example.text
     seen: set[str] = set()
     for candidate_id, spans in enumerate(_choose(example, strategy, seed, perplexity)):
         ranges = merge(characters(example, span) for span in spans)
@@ -90,7 +90,7 @@ def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def _check(candidate: Example, text: str, seen: set[str]) -> None:
-    shorter = candidate.user_text
+    shorter = candidate.text
     if not shorter.strip():
         candidate.leave("prune", "empty_after_cut", "the cut leaves nothing of the prompt")
     elif shorter.strip() == text.strip():

@@ -44,7 +44,7 @@ SAMPLES = pa.schema(
     [
         ("row_id", pa.int64()),
         ("messages", MESSAGES),
-        ("user_text", pa.string()),
+        ("text", pa.string()),
         ("completion", pa.string()),
         ("answer", pa.string()),
         ("offsets", RANGES),
@@ -133,7 +133,7 @@ def _sample(example: Example) -> dict[str, Any]:
     return {
         "row_id": example.row_id,
         "messages": list(example.messages),
-        "user_text": example.user_text,
+        "text": example.text,
         "completion": example.completion,
         "answer": example.answer,
         "offsets": example.offsets.tolist(),

@@ -565,3 +565,54 @@ def test_padding_and_truncation_of_a_tokenizer_change_nothing(make_tokenizer):
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=99)
     assert renderer.render(user("Tom has 7 apples")).input_ids.tolist() == expected
+
+
+TALK = (
+    {"role": "user", "content": "  Tom has 3 apples. "},
+    {"role": "assistant", "content": "Noted."},
+    {"role": "user", "content": "He eats one. How many?"},
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_analyzed_turn_is_in_the_domain_and_no_other(make_tokenizer, kind):
+    renderer = Renderer(make_tokenizer(kind, "chatml"))
+    both = conversation(TALK, turns=(0, 2))
+    rendering, last = renderer.prompt(both), renderer.prompt(conversation(TALK))
+    assert rendering.input_ids.tolist() == last.input_ids.tolist()
+    taken = {at for start, stop in domain_spans(rendering) for at in range(start, stop)}
+    solid = {at for at, character in enumerate(both.text) if not character.isspace()}
+    assert solid <= taken
+    border = len(TALK[0]["content"])
+    assert not any(start < border < stop for start, stop in domain_spans(rendering))
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_follows_the_prompt_without_labels(renderers, kind, chat):
+    renderer = renderers[kind, chat]
+    one = user("2 + 2?", " So 4.\nEnd", segment=1, prefix="I add 2 and 2.")
+    whole, prompt, bare = (
+        renderer.render(one),
+        renderer.prompt(one),
+        renderer.prompt(user("2 + 2?")),
+    )
+    assert whole.input_ids[: len(prompt)].tolist() == prompt.input_ids.tolist()
+    assert prompt.input_ids[: len(bare)].tolist() == bare.input_ids.tolist()
+    assert not prompt.loss_mask.any() and whole.loss_mask[len(prompt) :].all()
+    assert not prompt.domain[: len(bare)].any()
+    taken = {at for start, stop in domain_spans(prompt) for at in range(start, stop)}
+    assert {at for at, character in enumerate(one.prefix) if not character.isspace()} <= taken
+    if kind != "words":  # which knows none of them
+        assert "".join(label_text(renderer, one).split()) == "So4.End"
+
+
+def test_a_thought_in_the_prefix_is_not_opened_twice(make_tokenizer):
+    chat = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    renderer = Renderer(make_tokenizer("bytes", chat))
+    one = user("2 + 2?", "</think>4", segment=1, prefix="<think>\nI add. ")
+    assert prompt_text(renderer, one).endswith("<think>\nI add. ")
+    assert prompt_text(renderer, one).count("<think>") == 1
+    assert label_text(renderer, one) == "</think>4"
+    spans = domain_spans(renderer.prompt(one))
+    assert one.prefix[spans[0][0] : spans[-1][1]].strip() == "I add."
