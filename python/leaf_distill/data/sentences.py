@@ -225,7 +225,7 @@ def is_grapheme_border(text: str, at: int) -> bool:
     if before < "\u0300" and after < "\u0300":  # nearly every text
         return not (before == "\r" and after == "\n")
     if _joins_before(after):
-        return before in LINE_BREAKS
+        return before.isspace()
     if before == "\u200d":
         return after.isalnum() or after.isspace()
     if "\u1100" <= before <= "\u115f" and "\u1100" <= after <= "\u115f":

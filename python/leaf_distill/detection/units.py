@@ -30,9 +30,9 @@ CURRENCY = "$\u20ac\xa3\xa5\u20b9\u20a9\u20bd\u20ba\u20bf\u0e3f\uffe5\uffe1\uff0
 _CLAUSE_MARK = re.compile(
     r"(?P<after>[,;:](?=\s|$)|[\uff0c\uff1b\uff1a\u3001\u060c\u061b])"
     r"|(?P<before>\s*[\u2014\u2015]|\s+[-\u2013]+(?=\s))"
-    # Parentheses that hold a word, and not the arguments of a function or a pair of numbers.
-    r"|(?P<pair>(?:\s+|(?<![\w\s]))\((?=[^()]*[^\W\d_]{2})|\s*\uff08)"
+    r"|(?P<pair>\s*[(\uff08])"
 )
+_TWO_LETTERS = re.compile(r"[^\W\d_]{2}")
 _OPEN, _CLOSE = "(\uff08", ")\uff09"
 
 
@@ -196,8 +196,10 @@ def _clause_borders(text: str, start: int, stop: int, guarded: Sequence[Range]) 
             borders.add(border_after(text, match.end()))
         elif match["pair"]:
             close = _closing(text, match.end() - 1, stop)
-            if close:
-                end_of_pair = close
+            end_of_pair = close or end_of_pair
+            # Not the arguments of a function, nor a pair of numbers.
+            apart = match[0] != "(" or not text[match.start() - 1 : match.start()].isalnum()
+            if close and apart and _TWO_LETTERS.search(text, match.end(), close):
                 borders.update((border_after(text, match.start()), close))
         else:
             borders.add(match.start())

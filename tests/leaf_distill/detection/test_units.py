@@ -44,7 +44,7 @@ def found(find: Find, text: str) -> list[str]:
         ("Dr. No, i.e. a.b@c.org", ["Dr.", "No", "i.e.", "a.b@c.org"]),
         ("see https://a.org/b?c=1.", ["see", "https://a.org/b?c=1"]),
         ("राम के पास ५ हैं।", ["राम", "के", "पास", "५", "हैं"]),
-        ("كُتُب، ٥", ["كُتُب", "٥"]),
+        ("كُتُب، \u0665", ["كُتُب", "\u0665"]),
         ("他有3个iPhone手机", ["3", "iPhone"]),
         ("cafe\u0301 na\u00efve", ["cafe\u0301", "na\u00efve"]),
         ("... --- !", []),
@@ -64,7 +64,7 @@ def test_words(text: str, expected: list[str]) -> None:
         ("A pen (it is red) is here. So", ["A pen", " (it is red)", " is here.", " So"]),
         (
             "A pen (red, old) and f(x, y) at (3, 4)",
-            ["A pen", " (red, old)", " and f(x, y) at (3,", " 4)"],
+            ["A pen", " (red, old)", " and f(x, y) at (3, 4)"],
         ),
         (
             "One \u2013 the first \u2013 is red\u2014or not",
@@ -254,7 +254,7 @@ def test_every_tidied_cut_keeps_its_promises(case: tuple[str, list[Range]]) -> N
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_long_text_takes_milliseconds(text: str) -> None:
-    long = ((text + "\n") * 100)[:4000]
+    long = ((text + "\n") * 4000)[:4000]
     whole = [(0, 4000)]
     some = [(at, at + 3) for at in range(0, 3990, 100)]
     for call in (
