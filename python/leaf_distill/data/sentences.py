@@ -28,7 +28,7 @@ CLOSERS = "\"'\u201d\u2019\u00bb)]\uff09\u300d\u300f\u300b\u3011*_"
 LINE_BREAKS = "\n\r\u2028\u2029\x0b\x0c\x85"
 
 _END = re.compile(
-    rf"[{LATIN_ENDS}]+[{re.escape(CLOSERS)}]*(?=\s|$|[{NO_BLANKS}])"
+    rf"[{LATIN_ENDS}]+[{re.escape(CLOSERS)}]*(?=\s|$|<[</A-Za-z]|[{NO_BLANKS}])"
     rf"|[{OTHER_ENDS}]+[{OTHER_ENDS}{LATIN_ENDS}]*[{re.escape(CLOSERS)}]*"
     rf"|\s*[{LINE_BREAKS}]\s*"
     r"|\.\s*(?:\\\]|\$\$)"  # a displayed formula that ends a sentence

@@ -178,9 +178,12 @@ class _Cut:
         _, at_end = self._line(start, stop)
         held = text[start:stop]
         begun = max(held.rfind(mark) for mark in LINE_BREAKS) + 1
+        if at_end:
+            return False
         if begun and begun < len(held) and not held[begun:].strip(_BLANKS):
             return self._give(start + begun, stop)
-        if at_end or held[-1] in LINE_BREAKS or not (start == 0 or text[start - 1] in LINE_BREAKS):
+        line = max(text.rfind(mark, 0, start) for mark in LINE_BREAKS) + 1
+        if held[-1] in LINE_BREAKS or text[line:start].strip(_BLANKS):
             return False
         blanks = len(held) - len(held.lstrip(_BLANKS))
         return blanks > 0 and self._give(start, start + blanks)

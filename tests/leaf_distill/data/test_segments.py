@@ -86,6 +86,7 @@ def pieces(text: str) -> list[str]:
             "กิน ไป\nดี",
             ["กิน ไป\n", "ดี"],
         ),
+        ("It is 5.<<Question>> So", ["It is 5.", "<<Question>> So"]),
         ("   \nOne.", ["   \nOne."]),
         ("", []),
     ],

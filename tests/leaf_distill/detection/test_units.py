@@ -187,6 +187,7 @@ def test_units_cover_the_text_or_leave_out_blanks_and_marks(text: str) -> None:
         ("    <<one>> two", "    two"),
         ("<<    one>> two", "    two"),
         ("x\n<<    one>>\ny", "x\ny"),
+        ("x\n <<   >>y", "x\n    y"),
         ("if x:\n    <<y = 1>>\n    z", "if x:\n    z"),
         ("    a\n<<    b\n>>    c", "    a\n    c"),
         ("x = <<1>>\n    y", "x =\n    y"),
