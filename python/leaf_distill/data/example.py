@@ -119,24 +119,30 @@ class Example:
     teacher_messages: tuple[Message, ...] | None = None  # what the teacher reads instead
     candidate_id: int = -1
     cut: tuple[Range, ...] = ()  # sorted, disjoint characters of the original's `text`
+    inserted: tuple[str, ...] = ()  # what stands in place of each range of `cut`; (): nothing
     strategy: str | None = None  # the strategy that proposed the cut
+    cut_score: float | None = None  # mean score of the tokens that were chosen
     notes: list[str] = field(default_factory=list)  # alterations, as short codes
     outcome: Outcome | None = None  # None: still in
 
     renderings: dict[Role, Rendering] = field(default_factory=dict)
     answers: dict[Role, Answer] = field(default_factory=dict)
 
-    # One entry for each of the d domain tokens, which both models share.
+    # One entry for each of the d domain tokens; where the models have different tokenizers, of the
+    # student's, over which the teacher's values are pooled.
     norms: dict[Role, Floats] = field(default_factory=dict)  # gradient norms [d] (Eq. 2)
     nll: dict[Role, float] = field(default_factory=dict)  # nats a label token
     offsets: NDArray[np.int64] | None = None  # characters [d, 2]
     slot: NDArray[np.int64] | None = None  # [d]; neighbors in both sequences differ by 1
     prunable: Mask | None = None  # [d]
+    suspicion: Floats | None = None  # [d], high on confounders: another score than the gap
     saliency: dict[Role, Floats] = field(default_factory=dict)  # norms scaled to [0, 1] (Eq. 3)
     score: Floats | None = None  # [d], low on confounders (Eq. 5)
     confounder: Mask | None = None  # [d]
     spans: tuple[Range, ...] = ()  # token indices
     candidates: list[Example] = field(default_factory=list)
+    # The levels at which a row is analyzed, each an Example of its own; empty: the row is its own.
+    views: list[Example] = field(default_factory=list)
 
     @property
     def branch(self) -> Branch:
@@ -177,9 +183,30 @@ class Example:
             return self
         return replace(self, messages=self.teacher_messages)
 
+    def derived(self, **changes: Any) -> Example:
+        """Return a new Example with what was read from the row, changed, and with nothing else."""
+        return Example(**{name: getattr(self, name) for name in ROW_FIELDS} | changes)
+
     def leave(self, stage: str, reason: str, detail: str = "") -> None:
         """Take the row (or candidate) out of the search for counterfactuals, with a reason."""
         self.outcome = Outcome(stage, reason, detail)
+
+
+ROW_FIELDS = (
+    *("row_id", "messages", "completion", "answer", "tests", "source", "reply"),
+    *("template_kwargs", "turns", "segment", "prefix"),
+)
+"""What `Example.derived` takes over."""
+
+
+def views_of(examples: Iterable[Example]) -> Iterator[Example]:
+    """Yield the views of each row; a row without any is its own."""
+    return (view for example in examples for view in example.views or (example,))
+
+
+def candidates_of(examples: Iterable[Example]) -> Iterator[Example]:
+    """Yield the candidates of all views of rows."""
+    return (candidate for view in views_of(examples) for candidate in view.candidates)
 
 
 def remaining(examples: Iterable[Example]) -> Iterator[Example]:

@@ -50,13 +50,13 @@ class PromptedModel:
 
     def render(self, example: Example) -> Rendering:
         """Render prompt and completion; UnusableRow as the renderer's, or for an unknown token."""
-        return self._known(self.renderer.render(example))
+        return self.checked(self.renderer.render(example))
 
     def prompt(self, example: Example) -> Rendering:
         """Render the prompt alone; UnusableRow as the renderer's, or for an unknown token."""
-        return self._known(self.renderer.prompt(example))
+        return self.checked(self.renderer.prompt(example))
 
-    def _known(self, rendering: Rendering) -> Rendering:
+    def checked(self, rendering: Rendering) -> Rendering:
         """Refuse a token that the tokenizer has, and the embedding has not."""
         rows = int(self.model.config.get_text_config().vocab_size)
         largest = int(rendering.input_ids.max(initial=0))
@@ -163,7 +163,7 @@ def answer(
     given = _generate(asked, examples, config, cache, decoding)
     gradable = (None, "cut_off") if grade_cut_off else (None,)
     ungraded = [at for at, one in enumerate(given) if one.verdict in gradable]
-    judged = _grade([(examples[at], given[at].text) for at in ungraded], config, cache)
+    judged = _grade([(examples[at], examples[at].prefix + given[at].text) for at in ungraded], config, cache)
     for at, (verdict, detail) in zip(ungraded, judged, strict=True):
         if given[at].verdict is None or verdict == "right":
             given[at] = replace(given[at], verdict=verdict, detail=detail)

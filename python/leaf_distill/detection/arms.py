@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from leaf_distill.models.loading import LazyModel
 
 NAMING: Final = (
-    *("threshold", "rule", "cap", "teacher_max", "join_gap", "min_length"),
+    *("level", "segments", "target", "turns", "score", "shortlist", "draws"),
+    *("threshold", "response_threshold", "rule", "cap", "teacher_max", "join_gap", "min_length"),
+    *("widen", "edit", "relabel", "guard", "agreement", "cross_branch"),
     *("select", "completion_source", "validate"),
 )
 """Settings that, beside the strategy, make an arm of their own; for a random one also the seed."""
 
 INCIDENTAL: Final = (
     *("student", "teacher", "output_dir"),
-    *("cache_dir", "device", "max_batch_tokens", "grade_timeout"),
+    *("cache_dir", "device", "max_batch_tokens", "grade_timeout", "preset"),
 )
 """Settings that change no result beyond rounding; the two models are known by their content."""
 
@@ -43,8 +45,10 @@ def arm_name(config: DetectConfig) -> str:
     parts: list[str] = [config.strategy]
     for name in names:
         value = getattr(config, name)
-        if value != defaults[name]:
-            parts.append(f"{name}-{str(value).removesuffix('.0')}")
+        if value is True:
+            parts.append(name)
+        elif value != defaults[name]:
+            parts.append(f"{name}-{str(value).removesuffix('.0').replace(',', '+')}")
     return "-".join(parts)
 
 

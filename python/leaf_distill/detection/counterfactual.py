@@ -1,81 +1,117 @@
-"""Candidates: prompts without some characters of the user's text."""
+"""Candidates: prompts, or beginnings of responses, that lack or change some of their characters."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from leaf_distill.config import Strategy
+from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example, Floats, Range
 from leaf_distill.detection.spans import characters
+from leaf_distill.detection.substitution import Vocabulary
+from leaf_distill.detection.units import tidy, widen
 
 
 def propose(
-    example: Example, *, strategy: Strategy, seed: int = 0, perplexity: Floats | None = None
+    example: Example,
+    config: DetectConfig,
+    *,
+    perplexity: Floats | None = None,
+    vocabulary: Vocabulary | None = None,
+    first_id: int = 0,
 ) -> None:
     """Set the example's candidates; it leaves where it has no span.
 
     Args:
         example: a row with spans. A candidate that leaves nothing but whitespace, changes nothing,
             or repeats an earlier one is kept with an outcome.
-        strategy: "span" cuts one detected span at a time, "collective" all of them together (the
-            paper's two). The others are controls that cut as many tokens: "random_tokens" draws
-            prunable tokens and cuts them together (the paper's control); "random_spans" draws one
-            run for each span, as long, disjoint where there is room; "student_saliency" and
-            "perplexity" take the tokens with the highest value, and cut one run at a time.
-        seed: with the row_id alone it decides the draw, which no other row changes.
+        config: `strategy` "span" takes one detected span at a time, "collective" all of them
+            together (the paper's two). The others are controls that take as many tokens:
+            "random_tokens" draws prunable tokens and takes them together (the paper's control);
+            "random_spans" draws one run for each span, as long, disjoint where there is room;
+            "student_saliency" and "perplexity" take the tokens with the highest value,
+            "teacher_saliency" those with the lowest, one run at a time. What is taken is widened to
+            whole units (`widen`), and deleted or replaced (`edit`). With the row_id alone `seed`
+            decides the draws, which no other row changes.
         perplexity: float32 [d], needed for the strategy of that name.
+        vocabulary: the words that replacements are drawn from, needed for edit "substitute".
+        first_id: the candidate_id of the first.
     """
     if not example.spans:
         example.leave("prune", "no_span", "no confounder was found")
         return
     text = example.text
+    draw = random.Random(f"{config.seed}/{example.row_id}")
     seen: set[str] = set()
-    for candidate_id, spans in enumerate(_choose(example, strategy, seed, perplexity)):
-        ranges = merge(characters(example, span) for span in spans)
-        shorter = cut(text, ranges)
-        message = {**example.messages[-1], "content": shorter}
-        candidate = Example(
-            row_id=example.row_id,
-            messages=(*example.messages[:-1], message),
-            completion=example.completion,
-            answer=example.answer,
-            reply=example.reply,
-            template_kwargs=example.template_kwargs,
-            tests=example.tests,
-            source=example.source,
-            candidate_id=candidate_id,
-            cut=ranges,
-            strategy=strategy,
-        )
-        if any(_inside_word(text, at) for one in ranges for at in one):
-            candidate.notes.append("cut_inside_word")
-        _check(candidate, text, seen)
-        seen.add(shorter)
-        example.candidates.append(candidate)
+    for spans in _choose(example, config, draw, perplexity):
+        chosen = merge(characters(example, span) for span in spans)
+        ranges = widen(text, chosen, config.widen, example.parts)
+        for cut, inserted in _edits(example, ranges, config, draw, vocabulary):
+            candidate = changed(example, cut, inserted)
+            candidate.candidate_id = first_id + len(example.candidates)
+            candidate.cut, candidate.inserted = cut, inserted
+            candidate.strategy, candidate.cut_score = config.strategy, _mean_score(example, spans)
+            if any(_inside_word(text, at) for one in cut for at in one):
+                candidate.notes.append("cut_inside_word")
+            _check(candidate, example, seen)
+            seen.add(candidate.text)
+            example.candidates.append(candidate)
+    if not example.candidates:
+        detail = "no word of the spans has another one of its class in the dataset"
+        example.leave("prune", "no_replacement", detail)
+
+
+def changed(example: Example, ranges: Sequence[Range], inserted: Sequence[str] = ()) -> Example:
+    """Return a new Example whose analyzed text lacks ranges, or has other texts in their place.
+
+    Args:
+        example: a row.
+        ranges: sorted, disjoint characters of its text, none over a border of `parts`.
+        inserted: one text for each range; none: the ranges are deleted.
+    """
+    texts = inserted or [""] * len(ranges)
+    contents = []
+    for first, last in example.parts:
+        inside = [
+            (start - first, stop - first, text)
+            for (start, stop), text in zip(ranges, texts, strict=True)
+            if first <= start < last
+        ]
+        contents.append(_replaced(example.text[first:last], inside))
+    if example.segment:
+        return example.derived(prefix=contents[0])
+    messages = list(example.messages)
+    for place, content in zip(example.places, contents, strict=True):
+        messages[place] = {**messages[place], "content": content}
+    return example.derived(messages=tuple(messages))
+
+
+def _replaced(text: str, edits: Sequence[tuple[int, int, str]]) -> str:
+    kept, end = [], 0
+    for start, stop, inserted in edits:
+        kept += [text[end:start], inserted]
+        end = stop
+    return "".join(kept) + text[end:]
 
 
 def cut(text: str, ranges: Sequence[Range]) -> str:
     """Return text without exactly the characters of ranges.
 
-    The characters of a token include, for most tokenizers, the space before its word; where the
-    space belongs to no token, two spaces stay side by side.
-
     Raises:
         ValueError: the ranges are not sorted, disjoint and inside the text.
     """
-    kept, end = [], 0
+    end = 0
     for start, stop in ranges:
         if not end <= start < stop <= len(text):
             raise ValueError(
                 f"ranges: must be sorted, disjoint, non-empty and within {len(text)} characters, "
                 f"got {list(ranges)}"
             )
-        kept.append(text[end:start])
         end = stop
-    return "".join(kept) + text[end:]
+    return _replaced(text, [(start, stop, "") for start, stop in ranges])
 
 
 def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
@@ -89,13 +125,53 @@ def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
     return tuple(merged)
 
 
-def _check(candidate: Example, text: str, seen: set[str]) -> None:
-    shorter = candidate.text
-    if not shorter.strip():
-        candidate.leave("prune", "empty_after_cut", "the cut leaves nothing of the prompt")
-    elif shorter.strip() == text.strip():
+def _edits(
+    example: Example,
+    ranges: tuple[Range, ...],
+    config: DetectConfig,
+    draw: random.Random,
+    vocabulary: Vocabulary | None,
+) -> Iterator[tuple[tuple[Range, ...], tuple[str, ...]]]:
+    """Yield what to delete, or each draw of what to put in its place."""
+    if config.edit == "delete":
+        yield _tidied(example, ranges), ()
+        return
+    assert vocabulary is not None
+    clause = config.widen in ("clause", "sentence")
+    for _ in range(config.draws):
+        found = [
+            (one, text)
+            for one in ranges
+            if (text := vocabulary.replace(example.text, one, draw, clause=clause)) is not None
+        ]
+        if found:
+            kept, inserted = zip(*found, strict=True)
+            yield tuple(kept), tuple(inserted)
+
+
+def _tidied(example: Example, ranges: Sequence[Range]) -> tuple[Range, ...]:
+    """Tidy the cut of each message for itself."""
+    tidied: list[Range] = []
+    for first, last in example.parts:
+        inside = [(start - first, stop - first) for start, stop in ranges if first <= start < last]
+        found = tidy(example.text[first:last], inside) if inside else ()
+        tidied += [(start + first, stop + first) for start, stop in found]
+    return tuple(tidied)
+
+
+def _mean_score(example: Example, spans: Sequence[Range]) -> float:
+    assert example.score is not None
+    values = np.concatenate([example.score[start:stop] for start, stop in spans])
+    return float(values.mean(dtype=np.float64))
+
+
+def _check(candidate: Example, example: Example, seen: set[str]) -> None:
+    text = candidate.text
+    if not all(text[first:last].strip() for first, last in candidate.parts):
+        candidate.leave("prune", "empty_after_cut", "the cut leaves nothing of a turn")
+    elif text.strip() == example.text.strip():
         candidate.leave("prune", "unchanged", "the cut changes whitespace at the ends only")
-    elif shorter in seen:
+    elif text in seen:
         candidate.leave("prune", "duplicate", "another cut of this row leaves the same text")
 
 
@@ -105,12 +181,11 @@ def _inside_word(text: str, at: int) -> bool:
 
 
 def _choose(
-    example: Example, strategy: Strategy, seed: int, perplexity: Floats | None
+    example: Example, config: DetectConfig, draw: random.Random, perplexity: Floats | None
 ) -> list[list[Range]]:
     """Return the token spans of each candidate."""
-    spans = list(example.spans)
+    spans, strategy = list(example.spans), config.strategy
     count = sum(stop - start for start, stop in spans)
-    draw = random.Random(f"{seed}/{example.row_id}")
     if strategy == "span":
         return [[span] for span in spans]
     if strategy == "collective":
@@ -121,7 +196,11 @@ def _choose(
     pool = np.flatnonzero(example.prunable).tolist()
     if strategy == "random_tokens":
         return [[(at, at + 1) for at in sorted(draw.sample(pool, min(len(pool), count)))]]
-    value = example.saliency["student"] if strategy == "student_saliency" else perplexity
+    value: Any = {
+        "student_saliency": example.norms.get("student"),
+        "teacher_saliency": -example.norms["teacher"],
+        "perplexity": perplexity,
+    }[strategy]
     assert value is not None
     highest = sorted(pool, key=lambda at: (-value[at], at))[:count]
     return [[span] for span in _runs(example, sorted(highest))]

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from leaf_distill.config import DetectConfig
-from leaf_distill.data.example import ROLES, Example
+from leaf_distill.data.example import ROLES, Example, candidates_of, views_of
 from leaf_distill.detection.gain import pruning_gain
 
 ROW_STAGES = {
@@ -32,6 +32,7 @@ KEPT = "kept counterfactuals"
 OUTCOMES = pa.schema(
     [
         ("row_id", pa.int64()),
+        ("segment", pa.int64()),
         ("candidate_id", pa.int64()),
         ("stage", pa.string()),
         ("reason", pa.string()),
@@ -44,11 +45,13 @@ def funnel(examples: Sequence[Example], config: DetectConfig) -> dict[str, Any]:
     """Return what funnel.json holds of a finished run: `stages`, `left`, `notes`, `nll`, `sources`.
 
     stages: stage, rows and unit, from the rows that came in to the candidates that are kept. left:
-    stage, reason, count and unit, in the order of the stages, most frequent first. notes: how often
+    stage, reason, count and unit, in the order of the stages, most frequent first; the unit "views"
+    is a level of a row where it is analyzed at several. notes: how often
     each alteration was made. nll: each model's mean and highest loss (nats a label token). sources:
     the accuracy gained by cutting, as `pruning_gain` returns it.
     """
-    candidates = [one for example in examples for one in example.candidates]
+    candidates = list(candidates_of(examples))
+    views = [view for example in examples for view in example.views]
     gone = Counter(one.outcome.stage for one in examples if one.outcome)
     stages: list[dict[str, object]] = [{"stage": "rows in", "rows": len(examples), "unit": "rows"}]
     remaining = len(examples)
@@ -59,12 +62,16 @@ def funnel(examples: Sequence[Example], config: DetectConfig) -> dict[str, Any]:
     kept = sum(one.outcome is None for one in candidates)
     for name, number in (("candidates", len(candidates)), (KEPT, kept)):
         stages.append({"stage": name, "rows": number, "unit": "candidates"})
-    notes = Counter(note for one in (*examples, *candidates) for note in one.notes)
+    notes = Counter(note for one in (*examples, *views, *candidates) for note in one.notes)
     return {
         "stages": stages,
-        "left": [*_reasons(examples, "rows"), *_reasons(candidates, "candidates")],
+        "left": [
+            *_reasons(examples, "rows"),
+            *_reasons(views, "views"),
+            *_reasons(candidates, "candidates"),
+        ],
         "notes": dict(sorted(notes.items())),
-        "nll": _nll(examples),
+        "nll": _nll(list(views_of(examples))),
         "sources": pruning_gain(examples, config),
     }
 
@@ -95,13 +102,24 @@ def _nll(examples: Sequence[Example]) -> dict[str, dict[str, float]]:
 
 
 def outcomes_table(examples: Sequence[Example]) -> pa.Table:
-    """Return one line for each row and candidate: where it left and why, or `kept`."""
+    """Return one line for each row, view and candidate: where it left and why, or `kept`.
+
+    A row with views has lines for them behind its own, which says what became of all of them.
+    """
     lines = []
-    for one in (part for example in examples for part in (example, *example.candidates)):
+    for one in (part for example in examples for part in _with_parts(example)):
         stage, reason, detail = one.outcome or ("dataset", "kept", None)
-        values = (one.row_id, one.candidate_id, stage, reason, detail)
+        values = (one.row_id, one.segment, one.candidate_id, stage, reason, detail)
         lines.append(dict(zip(OUTCOMES.names, values, strict=True)))
     return pa.Table.from_pylist(lines, schema=OUTCOMES)
+
+
+def _with_parts(example: Example) -> Iterator[Example]:
+    yield example
+    for view in example.views or (example,):
+        if view is not example:
+            yield view
+        yield from view.candidates
 
 
 def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
@@ -112,6 +130,8 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
     table.add_column("left, and why")
     lines: dict[str, list[str]] = {}
     for reason in summary["left"]:
+        if reason["unit"] == "views":
+            continue
         line = f"{reason['count']} {reason['reason'].replace('_', ' ')}"
         lines.setdefault(_shown_at(reason), []).append(line)
     for entry in summary["stages"]:
@@ -120,6 +140,10 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
     console = Console()
     console.print(table)
     _show_sources(console, summary["sources"])
+    views = [one for one in summary["left"] if one["unit"] == "views"]
+    for one in views:
+        text = f"views that left at {one['stage']}: {one['count']} {one['reason'].replace('_', ' ')}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     for note, count in summary["notes"].items():
         text = f"note: {note.replace('_', ' ')}: {count}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from leaf_distill.config import DetectConfig
-from leaf_distill.data.example import Example
+from leaf_distill.data.example import Example, candidates_of
 from leaf_distill.statistics import wilson_interval
 
 ALL, UNNAMED = "all", "no source"
@@ -51,7 +51,7 @@ def pruning_gain(examples: Sequence[Example], config: DetectConfig) -> list[dict
 
 def _line(source: str, answered: Sequence[Example]) -> dict[str, Any]:
     marked = [one for one in answered if one.outcome is None or one.outcome.stage in AFTER_MARKING]
-    tried = [verdicts for one in marked if (verdicts := list(_verdicts(one.candidates)))]
+    tried = [verdicts for one in marked if (verdicts := list(_verdicts(candidates_of([one]))))]
     right = sum(verdict == "right" for verdict in _verdicts(answered))
     repaired = sum("right" in verdicts for verdicts in tried)
     cuts, cuts_right = sum(map(len, tried)), sum(one.count("right") for one in tried)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,42 @@ import numpy as np
 import pyarrow as pa
 
 from leaf_distill.data.example import ROLES, Example, Message
+from leaf_distill.data.ranges import in_messages
 from leaf_distill.detection.spans import characters
 from leaf_distill.io import write_bytes, write_table
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 RANGES = pa.list_(pa.list_(pa.int64()))
 
+SPANS = pa.list_(
+    pa.struct([("message", pa.int64()), ("start", pa.int64()), ("stop", pa.int64())])
+)
+
 DATASET = pa.schema(
     [
         ("row_id", pa.int64()),
         ("candidate_id", pa.int64()),
+        ("parent_id", pa.int64()),
         ("branch", pa.string()),
         ("prompt", MESSAGES),
         ("completion", MESSAGES),
+        ("teacher_prompt", MESSAGES),
         ("answer", pa.string()),
-        ("cut", RANGES),
+        ("spans", SPANS),
+        ("inserted", pa.list_(pa.string())),
+        ("context", pa.int64()),
+        ("segment", pa.int64()),
+        ("score", pa.float64()),
+        ("accepted", pa.bool_()),
+        ("reason", pa.string()),
         ("strategy", pa.string()),
+        ("provenance", pa.string()),
     ]
 )
 CANDIDATE = pa.struct(
     [
         ("cut", RANGES),
+        ("inserted", pa.list_(pa.string())),
         ("teacher_answer", pa.string()),
         ("student_answer", pa.string()),
         ("teacher_verdict", pa.string()),
@@ -43,6 +58,7 @@ CANDIDATE = pa.struct(
 SAMPLES = pa.schema(
     [
         ("row_id", pa.int64()),
+        ("segment", pa.int64()),
         ("messages", MESSAGES),
         ("text", pa.string()),
         ("completion", pa.string()),
@@ -65,41 +81,83 @@ SAMPLES = pa.schema(
 )
 
 
-def write_dataset(directory: Path, originals: Sequence[Example]) -> Path:
-    """Write dataset.parquet and dataset.jsonl: each original, then its counterfactuals."""
-    lines = [line for example in originals for line in _lines(example)]
+def write_dataset(
+    directory: Path, originals: Sequence[Example], provenance: str, *, cross: bool = False
+) -> Path:
+    """Write dataset and candidates, each as .parquet and .jsonl; return dataset.parquet.
+
+    The dataset has each original, then its counterfactuals. The candidates are all changed prompts,
+    those that were not accepted with the reason.
+
+    Args:
+        directory: where to.
+        originals: the usable rows, with what was made of them.
+        provenance: JSON text that says how the counterfactuals came about.
+        cross: whether the student reads the whole prompt, and the teacher alone the changed one.
+    """
+    lines: list[dict[str, Any]] = []
+    tried: list[dict[str, Any]] = []
+    for original in originals:
+        lines.append(_line(original))
+        for view in original.views or (original,):
+            for candidate in view.candidates:
+                line = _line(candidate, view, provenance, cross=cross)
+                lines += [line] if line["accepted"] else []
+                tried.append(line | _answers(candidate))
+    answers = [pa.field(name, pa.string()) for name in tried[0] if name.endswith(ANSWERED)] if tried else []
+    _write_lines(directory / "candidates", tried, pa.schema([*DATASET, *answers]))
+    return _write_lines(directory / "dataset", lines, DATASET)
+
+
+ANSWERED = ("_answer", "_verdict")
+
+
+def _write_lines(path: Path, lines: Sequence[dict[str, Any]], schema: pa.Schema) -> Path:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path = directory / "dataset.parquet"
-    write_table(path, _table(lines, DATASET))
-    write_bytes(directory / "dataset.jsonl", text.encode())
-    return path
+    write_table(path.with_suffix(".parquet"), _table(lines, schema))
+    write_bytes(path.with_suffix(".jsonl"), text.encode())
+    return path.with_suffix(".parquet")
 
 
-def _lines(example: Example) -> Iterator[dict[str, Any]]:
-    for one in (example, *(part for part in example.candidates if part.outcome is None)):
-        line: dict[str, Any] = {
+def _line(
+    one: Example, parent: Example | None = None, provenance: str | None = None, *, cross: bool = False
+) -> dict[str, Any]:
+    """Return a row of the dataset; a candidate's with the Example that it was made from."""
+    reply = one.reply or {"role": "assistant", "content": one.prefix + one.completion}
+    read = parent if parent is not None and cross else one
+    branch = "original" if parent is None else "cross" if cross else "counterfactual"
+    line: dict[str, Any] = {
             "row_id": one.row_id,
             "candidate_id": one.candidate_id,
-            "branch": one.branch,
-            "prompt": list(one.messages),
-            "completion": [one.reply or {"role": "assistant", "content": one.completion}],
+            "parent_id": None if parent is None else parent.row_id,
+            "branch": branch,
+            "prompt": list(read.messages),
+            "completion": [reply],
+            "teacher_prompt": list(one.messages) if branch == "cross" else None,
             "answer": one.answer,
-            "cut": [list(part) for part in one.cut],
+            "spans": [] if parent is None else in_messages(parent, one.cut),
+            "inserted": list(one.inserted),
+            "context": len(one.prefix),
+            "segment": one.segment,
+            "score": one.cut_score,
+            "accepted": one.outcome is None or parent is None,
+            "reason": one.outcome.reason if one.outcome and parent is not None else None,
             "strategy": one.strategy,
+            "provenance": provenance,
         }
-        kwargs = dict(one.template_kwargs)
-        if tools := kwargs.pop("tools", None):
-            line["tools"] = json.dumps(tools, ensure_ascii=False)
-        if kwargs:
-            line["chat_template_kwargs"] = json.dumps(kwargs, ensure_ascii=False)
-        if one.tests is not None:
-            line["tests"] = one.tests.to_json()
-        if one.source is not None:
-            line["source"] = one.source
-        yield line
+    kwargs = dict(one.template_kwargs)
+    if tools := kwargs.pop("tools", None):
+        line["tools"] = json.dumps(tools, ensure_ascii=False)
+    if kwargs:
+        line["chat_template_kwargs"] = json.dumps(kwargs, ensure_ascii=False)
+    if one.tests is not None:
+        line["tests"] = one.tests.to_json()
+    if one.source is not None:
+        line["source"] = one.source
+    return line
 
 
-def _table(lines: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+def _table(lines: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     """Return lines as a table of the schema, and of the further columns that some lines have."""
     columns = {}
     for name in dict.fromkeys([*schema.names, *(name for line in lines for name in line)]):
@@ -109,12 +167,14 @@ def _table(lines: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.table(columns)
 
 
-def _messages(values: Sequence[Sequence[Message]]) -> pa.Array:
+def _messages(values: Sequence[Sequence[Message] | None]) -> pa.Array:
     """Return messages as structs; as JSON text if a value is no text, which structs would alter."""
-    names = dict.fromkeys(name for turns in values for message in turns for name in message)
-    every = [value for turns in values for message in turns for value in message.values()]
+    given = [turns for turns in values if turns is not None]
+    names = dict.fromkeys(name for turns in given for message in turns for name in message)
+    every = [value for turns in given for message in turns for value in message.values()]
     if not all(isinstance(value, str) for value in every):
-        return pa.array([json.dumps(turns, ensure_ascii=False) for turns in values], pa.string())
+        texts = [turns and json.dumps(turns, ensure_ascii=False) for turns in values]
+        return pa.array(texts, pa.string())
     keys = dict.fromkeys(["role", "content", *names])
     return pa.array(values, type=pa.list_(pa.struct([(name, pa.string()) for name in keys])))
 
@@ -132,6 +192,7 @@ def _sample(example: Example) -> dict[str, Any]:
     assert example.score is not None and example.confounder is not None
     return {
         "row_id": example.row_id,
+        "segment": example.segment,
         "messages": list(example.messages),
         "text": example.text,
         "completion": example.completion,
@@ -151,6 +212,7 @@ def _sample(example: Example) -> dict[str, Any]:
 def _candidate(candidate: Example) -> dict[str, Any]:
     return {
         "cut": [list(part) for part in candidate.cut],
+        "inserted": list(candidate.inserted),
         **_answers(candidate),
         "kept": candidate.outcome is None,
         "reason": candidate.outcome.reason if candidate.outcome else None,

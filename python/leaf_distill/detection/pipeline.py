@@ -9,7 +9,7 @@ computed anew in milliseconds.
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,17 +21,9 @@ from typing import TYPE_CHECKING, Any
 from leaf_distill.config import DetectConfig, json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import ROLES, Example, Floats, Role, UnusableRow, remaining
-from leaf_distill.data.template import template_differences
-from leaf_distill.detection.answers import (
-    ANSWER_SHOWN,
-    PromptedModel,
-    answer,
-    gold_warning,
-    leave_without_gold,
-    open_cache,
-    prompted_model,
-)
+from leaf_distill.detection.answers import leave_without_gold, open_cache, prompted_model
 from leaf_distill.detection.arms import (
+    NAMING,
     arm_name,
     check_models,
     check_run,
@@ -40,20 +32,20 @@ from leaf_distill.detection.arms import (
 )
 from leaf_distill.detection.counterfactual import propose
 from leaf_distill.detection.funnel import funnel, outcomes_table, show_funnel
+from leaf_distill.detection.judge import Judge
+from leaf_distill.detection.levels import analyzed_turns, end_with_views, render_view, set_views
 from leaf_distill.detection.output import write_dataset, write_samples
 from leaf_distill.detection.scores import score_perplexity, score_saliency
-from leaf_distill.detection.spans import find_spans
-from leaf_distill.grading.code import FAILED as FAILED_PROGRAMS
+from leaf_distill.detection.spans import align, find_spans
+from leaf_distill.detection.substitution import Vocabulary
+from leaf_distill.detection.suspicion import set_suspicion
+from leaf_distill.detection.warnings import nothing_usable, warnings_of
 from leaf_distill.io import locked, make_directory, user_directory, write_json, write_table
 from leaf_distill.models.loading import LazyModel
-from leaf_distill.models.tokenizer import check_same_tokenizer
+from leaf_distill.models.tokenizer import have_same_tokenizer
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-FAILED = ("wrong", "no_answer")
-"""The verdicts of an answer that was judged and is not right; of a program with `grade` "code"."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +137,21 @@ class _Run:
         if len({one.row_id for one in self.examples}) < len(self.examples):
             for row_id, example in enumerate(self.examples):  # the rows of several runs together
                 example.row_id = row_id
-        check_same_tokenizer(models["teacher"].tokenizer, models["student"].tokenizer)
+        self.different = not have_same_tokenizer(*(models[role].tokenizer for role in ROLES))
         self.run_json = check_models(self.root, models)
         limits = [model.max_positions for model in models.values()]
         self.limit = min([config.max_length, *(limit for limit in limits if limit)])
+
+    def _provenance(self) -> str:
+        """Return how counterfactuals came about, as JSON text: settings, models and version."""
+        names = (*NAMING, "strategy", "seed")
+        return json.dumps(
+            {
+                **{name: getattr(self.config, name) for name in sorted(names)},
+                **{role: one.model.fingerprint for role, one in self.pair.items()},
+                "leaf-distill": package_versions()["leaf-distill"],
+            }
+        )
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:
@@ -160,49 +163,48 @@ class _Run:
 
     def run(self) -> DetectResult:
         with locked(self.root), open_cache(self.config) as self.cache:
+            self.judge = Judge(self.pair, self.config, self.cache, self._clock)
             usable = self._label()
             if not usable:
-                raise self._nothing_usable()
-            marked = usable if self.config.select == "all" else self._mark(usable)
+                raise nothing_usable(self.examples)
+            marked = usable if self.config.select == "all" else self.judge.mark(usable)
+            views = self._views(marked)
             with self._clock("saliency"):
                 # The teacher first: where both have answered, its weights are still in memory.
                 for role in reversed(ROLES):
-                    score_saliency(self._use(role), marked, self.config, self.cache)
+                    score_saliency(self.judge.use(role), views, self.config, self.cache)
             with self._clock("detect"):
-                find_spans(marked, self.config)
-            scored = list(remaining(marked))
+                align(views)
+                scored = list(remaining(views))
+                set_suspicion(self.judge, scored, self.config)
+                find_spans(scored, self.config)
             with self._clock("prune"):
                 self._propose(scored)
             with self._clock("validate"):
-                self._validate(list(remaining(scored)))
-                self._use(None)
+                self.judge.validate(list(remaining(scored)))
+                self.judge.use(None)
+            for example in marked:
+                end_with_views(example)
             return self._write(usable, scored)
-
-    def _use(self, role: Role | None) -> PromptedModel:
-        """Return the role's model, after the weights of the other one are released."""
-        for other, one in self.pair.items():
-            if other != role:
-                one.model.release()
-        return self.pair[role or "student"]
 
     @property
     def _grades(self) -> bool:
         """Whether any answer is graded."""
         return self.config.select != "all" or self.config.validate != "none"
 
-    @property
-    def _failed(self) -> tuple[str, ...]:
-        """The verdicts of a judged answer that is not right."""
-        return FAILED_PROGRAMS if self.config.grade == "code" else FAILED
-
     def _label(self) -> list[Example]:
         """Give every row its completion and both renderings; return the rows that fit."""
+        for example in remaining(self.examples):
+            try:
+                example.turns = analyzed_turns(example, self.config.turns)
+            except UnusableRow as problem:
+                example.leave("rows", problem.reason, problem.detail)
         if self._grades:
             leave_without_gold(self.examples, self.config, self.cache)
         if self.config.completion_source == "dataset":
             return self._render(self.examples, whole=True)
         asked = self._render(self.examples, whole=False)
-        self._answer("teacher", asked, "predict")
+        self.judge.answer("teacher", asked, "predict")
         for example in asked:
             given = example.answers["teacher"]
             if given.verdict in ("cut_off", "not_finite"):
@@ -215,14 +217,35 @@ class _Run:
                 example.completion, example.reply = given.text, None
         return self._render(asked, whole=True)
 
+    def _views(self, marked: Sequence[Example]) -> list[Example]:
+        """Return the views of marked rows that can be analyzed: the rows, if they have no other.
+
+        A beginning of the response counts where the student goes on from it wrongly and the teacher
+        rightly, as a row does.
+        """
+        for example in marked:
+            set_views(example, self.config)
+            if self.config.level == "response" and not example.views:
+                example.leave("detect", "response_not_divided", "the response has no border")
+        rows = list(remaining(marked))
+        views = self._render([view for one in rows for view in one.views], whole=True)
+        if self.config.select != "all":
+            begun = [view for view in views if view.segment]
+            self.judge.mark(begun)
+        found = [view for one in rows for view in (one.views or [one])]
+        return list(remaining(found))
+
     def _render(self, examples: Sequence[Example], *, whole: bool) -> list[Example]:
         """Render examples for both models, with their completions or without; return what fits."""
         with self._clock("render"):
             for example in remaining(examples):
                 try:
                     for role, one in self.pair.items():
-                        make = one.render if whole else one.prompt
-                        example.renderings[role] = make(example)
+                        example.renderings[role] = (
+                            one.checked(render_view(one.renderer, example, self.config))
+                            if whole
+                            else one.prompt(example)
+                        )
                 except UnusableRow as problem:
                     example.leave("render", problem.reason, problem.detail)
                 else:
@@ -240,50 +263,25 @@ class _Run:
             detail = f"prompt and completion have {whole} {limit}"
             example.leave(stage, "completion_too_long", detail)
 
-    def _answer(self, role: Role, examples: Sequence[Example], step: str) -> None:
-        # A program may stand whole before the prose that is cut off; as a label it would not end.
-        programs = self.config.grade == "code" and self.config.completion_source == "dataset"
-        with self._clock(step):
-            model = self._use(role)
-            answer(model, examples, self.config, self.cache, grade_cut_off=programs)
-
-    def _mark(self, usable: Sequence[Example]) -> list[Example]:
-        """Return the rows that the student fails and the teacher solves.
-
-        The teacher is asked only where the student's answer is wrong.
-        """
-        self._answer("student", usable, "predict")
-        for example in usable:
-            self._leave_unless(example, "student", self._failed)
-        failed = list(remaining(usable))
-        if self.config.completion_source == "dataset":
-            self._answer("teacher", failed, "predict")
-        for example in failed:
-            self._leave_unless(example, "teacher", ("right",))
-        return list(remaining(failed))
-
-    def _leave_unless(self, example: Example, role: Role, wanted: Sequence[str]) -> None:
-        verdict = example.answers[role].verdict
-        if verdict not in wanted:
-            stage = "mark" if verdict in ("right", *self._failed) else "predict"
-            example.leave(stage, f"{role}_{verdict}", self._said(example, role))
-
-    def _said(self, example: Example, role: Role) -> str:
-        """Quote the end of an answer, and what it was graded by: a failed test or the gold."""
-        given, gold = example.answers[role], example.gold
-        text = given.text
-        if given.detail:
-            return f"{given.detail}; the answer ends {text[-ANSWER_SHOWN:]!r}"
-        return f"the answer ends {text[-ANSWER_SHOWN:]!r}, the gold ends {gold[-ANSWER_SHOWN:]!r}"
-
     def _propose(self, scored: Sequence[Example]) -> None:
-        """Set the candidates of each row, rendered without their completion."""
-        strategy = self.config.strategy
+        """Set the candidates of each view, rendered without their completion."""
         perplexity: Sequence[Floats | None] = [None] * len(scored)
-        if strategy == "perplexity":
-            perplexity = score_perplexity(self._use("student"), scored, self.config, self.cache)
+        if self.config.strategy == "perplexity":
+            student = self.judge.use("student")
+            perplexity = score_perplexity(student, scored, self.config, self.cache)
+        vocabulary = None
+        if self.config.edit == "substitute":
+            vocabulary = Vocabulary(one.text for one in self.examples if one.messages)
+        ids: Counter[int] = Counter()
         for example, values in zip(scored, perplexity, strict=True):
-            propose(example, strategy=strategy, seed=self.config.seed, perplexity=values)
+            propose(
+                example,
+                self.config,
+                perplexity=values,
+                vocabulary=vocabulary,
+                first_id=ids[example.row_id],
+            )
+            ids[example.row_id] += len(example.candidates)
             for candidate in remaining(example.candidates):
                 self._render_candidate(candidate)
             if example.candidates and not any(remaining(example.candidates)):
@@ -298,42 +296,14 @@ class _Run:
         else:
             self._check_length(candidate)
 
-    def _validate(self, examples: Sequence[Example]) -> None:
-        """Ask again on the cut prompts, the cheaper student first."""
-        judges: dict[str, tuple[Role, ...]] = {
-            "both": ("student", "teacher"),
-            "teacher": ("teacher",),
-            "none": (),
-        }
-        candidates = [one for example in examples for one in remaining(example.candidates)]
-        for role in judges[self.config.validate]:
-            asked = list(remaining(candidates))
-            self._answer(role, asked, "validate")
-            for candidate in asked:
-                verdict = candidate.answers[role].verdict
-                if verdict != "right":
-                    candidate.leave("validate", f"{role}_{verdict}", self._said(candidate, role))
-        for example in examples:
-            if not any(remaining(example.candidates)):
-                detail = "no cut prompt was answered correctly"
-                example.leave("validate", "no_valid_cut", detail)
-
-    def _nothing_usable(self) -> ValueError:
-        gone = [example for example in self.examples if example.outcome]
-        counts = Counter(example.outcome.reason for example in gone if example.outcome)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-        first = gone[0]
-        why = f"row {first.row_id}: {first.outcome.detail}" if first.outcome else ""
-        return ValueError(
-            f"dataset: must have a usable row, got {len(gone)} rows that are not ({reasons}); {why}"
-        )
-
     def _write(self, usable: Sequence[Example], scored: Sequence[Example]) -> DetectResult:
         arm = self.root / "arms" / arm_name(self.config)
         write_json(self.root / "run.json", self.run_json)
         make_directory(arm)
         with self._clock("write"):
-            dataset = write_dataset(arm, usable)
+            dataset = write_dataset(
+                arm, usable, self._provenance(), cross=self.config.cross_branch
+            )
             samples = write_samples(arm, scored)
             outcomes = arm / "outcomes.parquet"
             write_table(outcomes, outcomes_table(self.examples))
@@ -355,43 +325,14 @@ class _Run:
         print(f"The dataset is {dataset}; samples, outcomes and funnel are beside it")
         return DetectResult(self.root, arm, dataset, samples, outcomes, summary)
 
-    def _nothing_marked(self) -> list[str]:
-        """Say what the models' answers were graded where no row is left to search."""
-        if self.config.select == "all" or any(one.nll for one in self.examples):
-            return []
-        asked = [one.answers["student"].verdict for one in self.examples if one.answers]
-        if asked and set(asked) == {"right"}:
-            return [f"No row is left to search: the student answers all {len(asked)} correctly."]
-        given = []
-        for role in ROLES:
-            verdicts = [one.answers[role].verdict for one in self.examples if role in one.answers]
-            counts = Counter(str(verdict).replace("_", " ") for verdict in verdicts)
-            if counts:
-                listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
-                given.append(f"the {role}'s {len(verdicts)} answers are {listed}")
-        return [
-            f"No row is left to search: {'; '.join(given)}. outcomes.parquet quotes them; see "
-            f"--grade (now {self.config.grade}), --max_new_tokens and --chat_template."
-        ]
-
     def _warnings(self) -> list[str]:
         """Return what a user should know before using the result."""
-        templates = [self.pair[role].renderer.template for role in ("teacher", "student")]
-        found = template_differences(*templates)
+        found = warnings_of(self.examples, self.config, self.pair)
         if self.earlier:
             found.append(f"{self.earlier} counterfactuals of an earlier run were left out.")
-        if self._grades:
-            golds = [one.gold for one in self.examples if one.answers]
-            found += gold_warning(golds, self.config)
-        found += self._nothing_marked()
-        for role, one in self.pair.items():
-            losses = [example.nll[role] for example in self.examples if role in example.nll]
-            vocabulary = len(one.model.tokenizer)
-            # In a toy's vocabulary, a confident wrong answer costs more than a uniform guess.
-            uniform = math.log(vocabulary) if vocabulary >= 1000 else math.inf
-            if losses and (mean := sum(losses) / len(losses)) > uniform:
-                found.append(
-                    f"The {role}'s mean loss on the completions is {mean:.1f} nats a token, above "
-                    f"the {uniform:.1f} of a uniform guess: check the model and its chat template."
-                )
+        if self.different:
+            found.append(
+                "The two models have different tokenizers: the teacher's values are pooled over "
+                "the student's tokens, and `leaf distill` cannot train on this pair."
+            )
         return found

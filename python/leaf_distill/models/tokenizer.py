@@ -72,6 +72,17 @@ def check_same_tokenizer(
             )
 
 
+def have_same_tokenizer(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> bool:
+    """Return whether two models split texts alike, as `check_same_tokenizer` asks for."""
+    try:
+        check_same_tokenizer(teacher, student)
+    except ValueError:
+        return False
+    return True
+
+
 def check_fast(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raise ValueError unless the tokenizer tells the characters of its tokens."""
     if not getattr(tokenizer, "is_fast", False):
