@@ -151,11 +151,14 @@ def _read_cuts(examples: Sequence[Example], spans: Mapping[int, Sequence[Span]])
         last = len(example.messages) - 1
         inside = {place for place in places[example.row_id] if 0 <= place <= last}
         example.turns = tuple(sorted(inside)) if inside - {last} else ()
-    originals = {one.row_id: one for one in examples if one.branch == "original" and one.messages}
-    for position, found in spans.items():
-        example = examples[position]
-        if (original := originals.get(example.row_id)) is not None:
+    # A counterfactual follows its original, also where the rows of several runs are together.
+    latest: dict[int, Example] = {}
+    for position, example in enumerate(examples):
+        if example.branch == "original" and example.messages:
+            latest[example.row_id] = example
+        original = latest.get(example.row_id)
+        if position in spans and original is not None:
             response = original.prefix + original.completion
             with _named(position):
                 cut_in = replace(original, segment=example.segment, prefix=response)
-                example.cut = in_text(cut_in, found)
+                example.cut = in_text(cut_in, spans[position])

@@ -229,8 +229,8 @@ class _Run:
                 example.leave("detect", "response_not_divided", "the response has no border")
         rows = list(remaining(marked))
         views = self._render([view for one in rows for view in one.views], whole=True)
-        if self.config.select != "all":
-            begun = [view for view in views if view.segment]
+        begun = [view for view in views if view.segment]
+        if begun and self.config.select != "all":
             self.judge.mark(begun)
         found = [view for one in rows for view in (one.views or [one])]
         return list(remaining(found))
@@ -301,9 +301,7 @@ class _Run:
         write_json(self.root / "run.json", self.run_json)
         make_directory(arm)
         with self._clock("write"):
-            dataset = write_dataset(
-                arm, usable, self._provenance(), cross=self.config.cross_branch
-            )
+            dataset = write_dataset(arm, usable, self._provenance(), cross=self.config.cross_branch)
             samples = write_samples(arm, scored)
             outcomes = arm / "outcomes.parquet"
             write_table(outcomes, outcomes_table(self.examples))

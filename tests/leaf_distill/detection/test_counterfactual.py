@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example
 from leaf_distill.detection.counterfactual import cut, merge, propose
 
-TEXT = "tom has 7 apples . the sticker says 8 . how many apples does tom have ?"
+TEXT = "tom has 7 apples and the sticker says 8 so how many apples does tom have now"
 WORDS = TEXT.split()
 
 
@@ -37,45 +39,50 @@ def detection(
         offsets=np.stack([starts, stops], axis=1),
         slot=np.array(slot or range(len(words))),
         prunable=prunable,
-        saliency={"student": np.array(student or [0.0] * len(words), dtype=np.float32)},
+        norms={
+            "student": np.array(student or [0.0] * len(words), dtype=np.float32),
+            "teacher": -np.array(student or [0.0] * len(words), dtype=np.float32),
+        },
+        score=np.zeros(len(words), dtype=np.float32),
         spans=tuple(spans),
     )
 
 
 def candidates(
-    found: Example, *, strategy: str = "span", seed: int = 0, perplexity: list[float] | None = None
+    found: Example, *, perplexity: list[float] | None = None, **settings: Any
 ) -> tuple[list[Example], list[Example]]:
     """The candidates that stay, and those that came to nothing."""
     found.candidates, found.outcome = [], None
     values = None if perplexity is None else np.array(perplexity, dtype=np.float32)
-    propose(found, strategy=strategy, seed=seed, perplexity=values)  # type: ignore[arg-type]
+    propose(found, DetectConfig(**{"widen": "token", **settings}), perplexity=values)
     kept = [one for one in found.candidates if one.outcome is None]
     return kept, [one for one in found.candidates if one.outcome is not None]
 
 
 def taken(item: Example, found: Example) -> set[int]:
-    """The tokens that a candidate cuts."""
+    """The tokens whose words a candidate cuts."""
     assert found.offsets is not None
-    ranges = item.cut
+    gone = {at for first, last in item.cut for at in range(first, last)}
+    text = found.text
     return {
         index
         for index, (start, stop) in enumerate(found.offsets.tolist())
-        if any(first <= start and stop <= last for first, last in ranges)
+        if all(at in gone or text[at].isspace() for at in range(start, stop))
     }
 
 
 def test_span_cuts_one_at_a_time() -> None:
     found, left = candidates(detection([(5, 10), (12, 14)]), strategy="span")
     assert [item.text for item in found] == [
-        "tom has 7 apples . how many apples does tom have ?",
-        "tom has 7 apples . the sticker says 8 . how many tom have ?",
+        "tom has 7 apples and how many apples does tom have now",
+        "tom has 7 apples and the sticker says 8 so how many tom have now",
     ]
     assert [item.candidate_id for item in found] == [0, 1] and left == []
 
 
 def test_collective_cuts_all_together() -> None:
     (item,), _ = candidates(detection([(5, 10), (12, 14)]), strategy="collective")
-    assert item.text == "tom has 7 apples . how many tom have ?"
+    assert item.text == "tom has 7 apples and how many tom have now"
     assert len(item.cut) == 2
 
 
@@ -122,7 +129,7 @@ def test_random_spans_without_room_repeat_and_are_left_out() -> None:
     words = ["aa", "bb", "cc"]
     found = detection([(0, 2), (1, 3)], words=words, unprunable=(2,))
     items, left = candidates(found, strategy="random_spans")
-    assert [item.text for item in items] == [" cc"]
+    assert [item.text for item in items] == ["cc"]
     assert [gone.outcome.reason for gone in left if gone.outcome] == ["duplicate"]
 
 
@@ -143,7 +150,8 @@ def test_the_draw_depends_on_seed_and_row_only(strategy: str) -> None:
     ("words", "spans", "reason"),
     [
         (["only"], [(0, 1)], "empty_after_cut"),
-        (["a", "a", "b"], [(0, 1), (1, 2)], None),
+        (["a", "a", "b"], [(0, 1), (1, 2)], "duplicate"),
+        (["a", "c", "b"], [(0, 1), (1, 2)], None),
         (["x", "a", "a", "b"], [(1, 2), (2, 3)], "duplicate"),
     ],
 )
@@ -169,7 +177,7 @@ def test_saliency_and_perplexity_take_the_highest_tokens_in_runs() -> None:
     for at, value in ((2, 0.9), (3, 0.8), (8, 0.7), (11, 1.0), (12, 0.1)):
         values[at] = value
     found = detection([(5, 8), (14, 15)], student=values, unprunable=(11,))  # four tokens to cut
-    for strategy in ("student_saliency", "perplexity"):
+    for strategy in ("student_saliency", "teacher_saliency", "perplexity"):
         items, left = candidates(found, strategy=strategy, perplexity=values)
         assert [taken(item, found) for item in items] == [{2, 3}, {8}, {12}] and left == []
         assert {item.strategy for item in items} == {strategy}

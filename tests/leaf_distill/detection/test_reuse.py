@@ -207,7 +207,7 @@ def test_another_seed_draws_other_random_cuts_into_another_arm(
     results = [
         run(pair, copied, validate="none", strategy="random_spans", seed=seed) for seed in (0, 1)
     ]
-    cuts = [[line["cut"] for line in table(result.dataset)] for result in results]
+    cuts = [[line["spans"] for line in table(result.dataset)] for result in results]
     assert cuts[0] != cuts[1]
     assert [result.arm.name for result in results] == [
         "random_spans-threshold-0.15-validate-none",

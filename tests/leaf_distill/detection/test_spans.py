@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from leaf_distill.config import DetectConfig
-from leaf_distill.data.example import Example, Rendering
-from leaf_distill.detection.spans import characters, find_spans, normalize
+from leaf_distill.data.example import Example, Rendering, remaining
+from leaf_distill.detection.spans import align, characters, find_spans, normalize
 
 LOW, HIGH = 0.01, 5.0
 
@@ -50,7 +50,8 @@ def found_in(teacher: list[Side], student: list[Side], **settings: object) -> li
             row.norms[role] = np.array(view.norms, dtype=np.float32)  # type: ignore[index]
             row.nll[role] = view.nll  # type: ignore[index]
         rows.append(row)
-    find_spans(rows, DetectConfig(**settings))  # type: ignore[arg-type]
+    align(rows)
+    find_spans(list(remaining(rows)), DetectConfig(**settings))  # type: ignore[arg-type]
     return rows
 
 
@@ -160,17 +161,54 @@ def test_who_leaves_and_why() -> None:
         side(good[::-1], row_id=6),
     ]
     found = found_in(teacher, student)
-    assert [item.row_id for item in found if item.outcome is None] == [6]
+    assert [item.row_id for item in found if item.outcome is None] == [5, 6]
     assert {item.row_id: item.outcome.reason for item in found if item.outcome} == {
         0: "teacher_not_finite",
         1: "student_not_finite",
         2: "different_renderings",
         3: "different_renderings",
         4: "empty_domain",
-        5: "different_renderings",
     }
     assert all(item.outcome.stage == "detect" for item in found if item.outcome)
 
 
 def test_normalize_constant_is_zero() -> None:
     np.testing.assert_array_equal(normalize(np.full(3, 7, dtype=np.float32)), np.zeros(3))
+
+
+def test_a_teacher_with_other_tokens_is_pooled_over_the_students() -> None:
+    teacher = side([2.0, 8.0, 2.0], width=4)
+    student = side([1.0, 2.0, 3.0, 4.0], width=3)
+    (item,) = found_in([teacher], [student])
+    assert item.notes == ["tokens_pooled"] and item.outcome is None
+    np.testing.assert_allclose(item.norms["teacher"], [1.5, 4.5, 4.5, 1.5])
+    np.testing.assert_allclose(item.norms["student"], [1, 2, 3, 4])
+
+
+def test_the_response_has_a_threshold_of_its_own() -> None:
+    spans = []
+    for segment in (0, 1):
+        row = found_in([side([HIGH, LOW, HIGH, 2.0])], [side([LOW, HIGH, LOW, HIGH])])[0]
+        row.segment, row.prefix = segment, "abc" * 60
+        find_spans([row], DetectConfig(threshold=0.1, response_threshold=0.5))
+        spans.append(row.spans)
+    assert spans == [((1, 2),), ((1, 2), (3, 4))]
+
+
+def test_no_span_crosses_from_one_message_into_the_next() -> None:
+    teacher, student = side([HIGH, LOW, LOW, HIGH]), side([LOW, HIGH, HIGH, LOW])
+    row = found_in([teacher], [student])[0]
+    assert row.spans == ((1, 3),)
+    turns = [{"role": "user", "content": "abcabc"}, {"role": "user", "content": "abc" * 60}]
+    row.messages, row.turns = tuple(turns), (0, 1)
+    align([row])
+    find_spans([row], DetectConfig())
+    assert row.spans == ((1, 2), (2, 3))
+
+
+def test_a_suspicion_takes_the_place_of_the_gap() -> None:
+    row = found_in([side([1.0, 2.0, 3.0])], [side([1.0, 2.0, 3.0])])[0]
+    row.suspicion = np.array([-1.0, 3.0, 0.0], dtype=np.float32)
+    find_spans([row], DetectConfig())
+    assert row.spans == ((1, 2),)
+    np.testing.assert_allclose(row.score, [1.0, 0.0, 0.75])

@@ -103,7 +103,7 @@ def write_run(
     arm.mkdir(parents=True, exist_ok=True)
     names = {role: {"name": getattr(config, role), "sha256": "0" * 64} for role in ROLES}
     write_json(root / "run.json", names)
-    dataset = write_dataset(arm, examples)
+    dataset = write_dataset(arm, examples, "{}")
     write_samples(arm, examples)
     summary = {
         **funnel([*examples, *gone], config),
