@@ -96,6 +96,11 @@ class _Cut:
         )
 
     def _take(self, start: int, stop: int) -> bool:
+        """Cut more, with the marks that belong to it, unless a letter belongs to it too."""
+        if not is_grapheme_border(self.text, stop):
+            low, stop = stop, _grapheme(self.text, stop)[1]
+            if any(char.isalnum() for char in self.text[low:stop]):
+                return False
         self.gone[start:stop] = b"\x01" * (stop - start)
         return True
 
@@ -209,6 +214,8 @@ class _Cut:
         if mark not in _ENDS or not (right in LINE_BREAKS + _BLANKS or mark not in ".!?\u2026"):
             return False
         before = self._char(left)
+        if any(char in LINE_BREAKS for char in self.text[start:stop]):
+            return False
         if not before or before in LINE_BREAKS + _ENDS + _OPENERS + ":\uff1a":
             return False
         return self._give(stop - 1, stop)
