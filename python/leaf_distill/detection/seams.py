@@ -138,8 +138,8 @@ class _Cut:
             if is_grapheme_border(text, at):
                 continue
             low, high = _grapheme(text, at)
-            stays = (low, start) if at == start else (stop, high)
-            if any(char.isalnum() for char in text[slice(*stays)]):
+            stays = (text[one] for one in range(low, high) if not self.gone[one])
+            if any(char.isalnum() for char in stays):
                 return self._give(low, high)
             return self._take(low, high)
         return False
