@@ -230,7 +230,7 @@ def is_grapheme_border(text: str, at: int) -> bool:
         return after.isalnum() or after.isspace()
     if "\u1100" <= before <= "\u115f" and "\u1100" <= after <= "\u115f":
         return False
-    if unicodedata.combining(before) == 9 and after.isalpha():
+    if unicodedata.combining(before) == 9 and after.isalpha() and after > "\u0900":
         return False
     if _is_flag_half(after):
         start = at

@@ -96,6 +96,11 @@ class _Cut:
         )
 
     def _take(self, start: int, stop: int) -> bool:
+        """Cut more, with the marks that belong to it, unless a letter belongs to it too."""
+        if not is_grapheme_border(self.text, stop):
+            low, stop = stop, _grapheme(self.text, stop)[1]
+            if any(char.isalnum() for char in self.text[low:stop]):
+                return False
         self.gone[start:stop] = b"\x01" * (stop - start)
         return True
 
@@ -133,8 +138,8 @@ class _Cut:
             if is_grapheme_border(text, at):
                 continue
             low, high = _grapheme(text, at)
-            stays = (low, start) if at == start else (stop, high)
-            if any(char.isalnum() for char in text[slice(*stays)]):
+            stays = (text[one] for one in range(low, high) if not self.gone[one])
+            if any(char.isalnum() for char in stays):
                 return self._give(low, high)
             return self._take(low, high)
         return False
@@ -209,6 +214,8 @@ class _Cut:
         if mark not in _ENDS or not (right in LINE_BREAKS + _BLANKS or mark not in ".!?\u2026"):
             return False
         before = self._char(left)
+        if any(char in LINE_BREAKS for char in self.text[start:stop]):
+            return False
         if not before or before in LINE_BREAKS + _ENDS + _OPENERS + ":\uff1a":
             return False
         return self._give(stop - 1, stop)
