@@ -39,8 +39,8 @@ def test_finds_cuts_and_validates(finished: DetectResult) -> None:
         assert span["message"] == 0 and line["parent_id"] == line["row_id"]
         assert before[: span["start"]] + before[span["stop"] :] == after
         assert before[span["start"] : span["stop"]].split()[0] in detect_pair.NAMES
-        assert line["strategy"] == "span" and line["accepted"] and line["score"] <= 0.1
-        assert json.loads(line["provenance"])["threshold"] == 0.1
+        assert line["strategy"] == "span" and line["accepted"] and line["score"] <= 0.15
+        assert json.loads(line["provenance"])["threshold"] == 0.15
     for line in lines:
         row = ROWS[line["row_id"]]
         assert line["completion"] == [{"role": "assistant", "content": row["completion"]}]
@@ -282,7 +282,10 @@ def test_models_tokenizers_and_rows_in_memory(
     tokenizer = detect_pair.make_tokenizer()
     for rows in (Dataset.from_list(ROWS), ROWS):
         result = detect(config, dataset=rows, **models, processing_class=tokenizer)
-        assert table(result.dataset) == table(finished.dataset)
+        lines = (table(one.dataset) for one in (result, finished))
+        # The provenance has the fingerprints of weights in memory, which those of files are not.
+        here, there = ([{**line, "provenance": None} for line in part] for part in lines)
+        assert here == there
     assert all(parameter.requires_grad for parameter in models["student"].parameters())
     with pytest.raises(ValueError, match="teacher: must be given"):
         detect(config, dataset=ROWS, student=models["student"], processing_class=tokenizer)

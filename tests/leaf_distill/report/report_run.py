@@ -59,7 +59,7 @@ def scored(
 
 def propose_cuts(example: Example, *reasons: str | None, strategy: Any = "span") -> Example:
     """Cut the spans, as `leaf detect` does; a reason leaves a candidate out, None keeps it."""
-    propose(example, strategy=strategy)
+    propose(example, DetectConfig(strategy=strategy, widen="token"))
     for candidate, reason in zip(example.candidates, reasons, strict=True):
         judge(candidate, reason)
     return example

@@ -130,11 +130,11 @@ def test_samples_of_another_kind_are_a_sentence(arm: Path) -> None:
     path = arm / "samples.parquet"
     good = pq.read_table(path)
     pq.write_table(pa.table({"row_id": [1]}), path)
-    assert "no or another type for the columns messages, text" in sentence(arm)
+    assert "no or another type for the columns segment, messages, text" in sentence(arm)
     for at, field in enumerate(good.schema):
         pq.write_table(good.set_column(at, field.name, [[b"\xff"]]), path)
         assert f"for the columns {field.name}" in sentence(arm)
-        if field.name not in ("answer", "prunable", "teacher_nll", "student_nll"):
+        if field.name not in ("segment", "answer", "prunable", "teacher_nll", "student_nll"):
             empty = pa.nulls(1, field.type)
             pq.write_table(good.set_column(at, field.name, empty), path)
             if "answer" not in field.name and "verdict" not in field.name:
