@@ -115,7 +115,7 @@ def _read_verdict(example: Example, record: Record) -> None:
         raise ValueError(f"accepted: must be true or false, got {accepted!r:.60}")
     if accepted is not None and not accepted:
         reason = plain(record.get("reason"))
-        example.leave("rows", "not_accepted", f"`leaf detect` did not accept it: {reason}")
+        example.leave("rows", "not_accepted", f"`leaf detect` says {reason!r:.80}")
 
 
 def _integer(record: Record, name: str, missing: int) -> int:

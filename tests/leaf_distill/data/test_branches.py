@@ -69,7 +69,7 @@ def test_candidates_that_were_not_accepted_are_left_out() -> None:
     left = [one.outcome for one in candidates]
     assert original.outcome is None and left[2:] == [None, None]
     assert [one and one.reason for one in left[:2]] == ["not_accepted"] * 2
-    assert left[0] == ("rows", "not_accepted", "`leaf detect` did not accept it: student_wrong")
+    assert left[0] == ("rows", "not_accepted", "`leaf detect` says 'student_wrong'")
 
 
 def test_further_keys_of_a_divided_completion_are_dropped_with_a_note() -> None:
