@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from leaf_distill.cli import main
+from leaf_distill.data.dataset import load_examples
+from leaf_distill.data.example import ROLES
 from leaf_distill.demo.run import ASSETS
 from leaf_distill.demo.task import make_problems
 
@@ -21,6 +23,14 @@ COLUMNS = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE, flags=re.MULTILINE)
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The words of the page's commands, without `leaf`."""
+    (text,) = blocks("sh")
+    lines = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
+    assert all(line[0] == "leaf" for line in lines)
+    return [line[1:] for line in lines]
 
 
 @pytest.fixture
@@ -39,10 +49,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_stage_1_alone_on_rows_of_ones_own(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (commands,) = blocks("sh")
-    for command in commands.replace("\\\n", " ").splitlines():
-        program, *words = shlex.split(command)
-        assert program == "leaf" and main(words) == 0, capsys.readouterr().err
+    for words in commands():
+        assert main(words) == 0, capsys.readouterr().err
     capsys.readouterr()
     names: dict[str, Any] = {}
     exec(blocks("python")[0], names)
@@ -60,13 +68,32 @@ def test_stage_1_alone_on_rows_of_ones_own(mine: Path, capsys: pytest.CaptureFix
 
 
 def test_the_page_describes_the_columns_that_are_written(mine: Path) -> None:
-    main(shlex.split(blocks("sh")[0].replace("\\\n", " ").splitlines()[0])[1:])
+    main(commands()[0])
     (arm,) = (mine / "runs/mine/arms").iterdir()
     listed = [name for names in COLUMNS for name in re.findall(r"\w+", names)]
     optional = {"tools", "chat_template_kwargs", "tests", "source"}
-    for name in ("dataset", "candidates"):
-        first = json.loads((arm / f"{name}.jsonl").read_text().splitlines()[0])
-        assert set(first) == set(listed) - optional
+    answers = {f"{role}_{what}" for role in ROLES for what in ("answer", "verdict")}
+    assert all(f"`{name}`" in PAGE for name in answers)
+    for name, more in (("dataset", set()), ("candidates", answers)):
+        lines = [json.loads(line) for line in (arm / f"{name}.jsonl").read_text().splitlines()]
+        assert {*listed} - optional | more == {*lines[0]} == {*lines[-1]}
+        assert {line["branch"] for line in lines} - {"original"} == {"counterfactual"}
+        assert any(line["branch"] == "original" for line in lines) is (name == "dataset")
+
+
+def test_stage_2_takes_all_candidates_and_leaves_out_the_rejected(mine: Path) -> None:
+    main(commands()[0])
+    (arm,) = (mine / "runs/mine/arms").iterdir()
+    dataset, candidates = (
+        (arm / f"{name}.jsonl").read_text() for name in ("dataset", "candidates")
+    )
+    originals = [line for line in dataset.splitlines() if '"branch": "original"' in line]
+    (mine / "both.jsonl").write_text("\n".join(originals) + "\n" + candidates)
+    examples = load_examples("both.jsonl")
+    kept = [[e.row_id, e.candidate_id, e.messages, e.cut] for e in examples if e.outcome is None]
+    whole = [[e.row_id, e.candidate_id, e.messages, e.cut] for e in load_examples(arm)]
+    assert sorted(kept, key=repr) == sorted(whole, key=repr)
+    assert {e.outcome.reason for e in examples if e.outcome} == {"not_accepted"}
 
 
 def test_the_rows_become_messages_for_other_trainers(mine: Path) -> None:

@@ -163,7 +163,9 @@ def answer(
     given = _generate(asked, examples, config, cache, decoding)
     gradable = (None, "cut_off") if grade_cut_off else (None,)
     ungraded = [at for at, one in enumerate(given) if one.verdict in gradable]
-    judged = _grade([(examples[at], examples[at].prefix + given[at].text) for at in ungraded], config, cache)
+    judged = _grade(
+        [(examples[at], examples[at].prefix + given[at].text) for at in ungraded], config, cache
+    )
     for at, (verdict, detail) in zip(ungraded, judged, strict=True):
         if given[at].verdict is None or verdict == "right":
             given[at] = replace(given[at], verdict=verdict, detail=detail)

@@ -301,9 +301,7 @@ class _Run:
         write_json(self.root / "run.json", self.run_json)
         make_directory(arm)
         with self._clock("write"):
-            dataset = write_dataset(
-                arm, usable, self._provenance(), cross=self.config.cross_branch
-            )
+            dataset = write_dataset(arm, usable, self._provenance(), cross=self.config.cross_branch)
             samples = write_samples(arm, scored)
             outcomes = arm / "outcomes.parquet"
             write_table(outcomes, outcomes_table(self.examples))
