@@ -25,7 +25,7 @@ def span(message: int, start: int, stop: int) -> dict[str, int]:
 
 def line(branch: str = "original", candidate_id: int = -1, **columns: Any) -> dict[str, Any]:
     """A line for row 3 of the input."""
-    made = {"parent_id": 3, "strategy": "span", "score": 0.05, "accepted": True}
+    made = {"parent_id": 3, "strategy": "span", "score": 0.05}
     response = columns.pop("response", RESPONSE)
     return {
         "row_id": 3,
@@ -37,13 +37,14 @@ def line(branch: str = "original", candidate_id: int = -1, **columns: Any) -> di
         "teacher_prompt": None,
         "answer": "7",
         "spans": [],
+        "inserted": [],
         "context": 0,
         "segment": 0,
         "score": None,
-        "accepted": None,
+        "accepted": True,
         "reason": None,
         "strategy": None,
-        "provenance": json.dumps({"seed": 0}),
+        "provenance": None if branch == "original" else json.dumps({"seed": 0}),
         **({} if branch == "original" else made),
         **columns,
     }

@@ -73,6 +73,10 @@ def _read_origin(example: Example, record: Record, seen: Counter[int]) -> None:
     if strategy is not None and not (isinstance(strategy, str) and strategy.isprintable()):
         raise ValueError(f"strategy: must be the name of one, got {strategy!r:.60}")
     example.strategy = strategy
+    inserted = plain(record.get("inserted")) or ()
+    if not isinstance(inserted, list | tuple) or not all(isinstance(t, str) for t in inserted):
+        raise ValueError(f"inserted: must be a list of texts, got {inserted!r:.60}")
+    example.inserted = tuple(inserted)
     theirs = plain(record.get("teacher_prompt"))
     if (record["branch"] == "cross") is (theirs is None):
         raise ValueError(
@@ -115,7 +119,7 @@ def _read_verdict(example: Example, record: Record) -> None:
         raise ValueError(f"accepted: must be true or false, got {accepted!r:.60}")
     if accepted is not None and not accepted:
         reason = plain(record.get("reason"))
-        example.leave("rows", "not_accepted", f"`leaf detect` did not accept it: {reason}")
+        example.leave("rows", "not_accepted", f"`leaf detect` says {reason!r:.80}")
 
 
 def _integer(record: Record, name: str, missing: int) -> int:

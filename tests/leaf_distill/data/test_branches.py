@@ -53,6 +53,13 @@ def test_a_cut_in_the_last_turn_alone_leaves_the_rest_out_of_the_text() -> None:
     assert cut.cut == ((8, 21),) and cut.text == "How many has Tom?"
 
 
+def test_what_was_inserted_reads_back() -> None:
+    replaced = [*PROMPT[:3], {**LAST, "content": "How many, by her way, has Tom?"}]
+    columns = {"spans": [span(3, 13, 16)], "inserted": ["her"]}
+    _, cut = load_examples([line(), line("counterfactual", 0, prompt=replaced, **columns)])
+    assert (cut.cut, cut.inserted) == (((13, 16),), ("her",))
+
+
 def test_each_model_reads_its_own_prompt() -> None:
     _, early, _, cross, _ = load_examples(detected())
     assert early.as_read_by("teacher") is early and cross.as_read_by("student") is cross
@@ -69,7 +76,7 @@ def test_candidates_that_were_not_accepted_are_left_out() -> None:
     left = [one.outcome for one in candidates]
     assert original.outcome is None and left[2:] == [None, None]
     assert [one and one.reason for one in left[:2]] == ["not_accepted"] * 2
-    assert left[0] == ("rows", "not_accepted", "`leaf detect` did not accept it: student_wrong")
+    assert left[0] == ("rows", "not_accepted", "`leaf detect` says 'student_wrong'")
 
 
 def test_further_keys_of_a_divided_completion_are_dropped_with_a_note() -> None:
@@ -123,6 +130,8 @@ def test_branches_as_people_hand_them_over() -> None:
         ({"spans": [span(0, 5, 5)]}, "spans: must be characters within the messages"),
         ({"spans": [span(1, 0, 1)]}, "spans: must be characters within the messages"),
         ({"spans": [span(-1, 0, 1)]}, "spans: must be characters within the messages"),
+        ({"inserted": "one"}, "inserted: must be a list of texts, got 'one'"),
+        ({"inserted": [1]}, "inserted: must be a list of texts"),
         ({"context": 1}, "context: must be from 0 to below the 1 characters of the completion"),
         ({"context": -1}, "context: must be from 0 to below the 1 characters"),
         ({"context": "x"}, "context: must be a whole number"),

@@ -125,6 +125,19 @@ def test_each_model_reads_its_own_prompt_of_a_crossed_row() -> None:
     assert dataset.originals == [0] and dataset.counterfactuals == [1]
 
 
+def test_a_context_stands_behind_both_prompts_without_a_label() -> None:
+    row = {"prompt": "w1 w2", "completion": "w3 w4 w5", "branch": "counterfactual", "context": 2}
+    crossed = {**row, "branch": "cross", "teacher_prompt": "w1"}
+    batch = collate(render([row, crossed]))
+    for prefix, prompts in (("", ["w1 w2", "w1 w2"]), ("teacher_", ["w1 w2", "w1"])):
+        for at, prompt in enumerate(prompts):
+            length = int(batch[f"{prefix}attention_mask"][at].sum())
+            ids, labels = batch[f"{prefix}input_ids"][at], batch[f"{prefix}loss_mask"][at]
+            text = f"<user> {prompt} <assistant> w3 w4 w5 <eos>"
+            assert " ".join(WORDS[i] for i in ids[:length]) == text
+            assert [WORDS[i] for i in ids[1:][labels[:-1]]] == ["w4", "w5", "<eos>"]
+
+
 @pytest.mark.parametrize(("role", "longer"), [("student", "prompt"), ("teacher", "teacher_prompt")])
 def test_the_longer_prompt_of_a_crossed_row_decides_its_length(role: str, longer: str) -> None:
     row = {"prompt": "w1", "teacher_prompt": "w1", "completion": "w4", "branch": "cross"}

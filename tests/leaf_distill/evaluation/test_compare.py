@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import detect_pair
+import distill_pair
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from leaf_distill.config import CompareConfig, DetectConfig
-from leaf_distill.evaluation.compare import CompareResult, compare
+from leaf_distill.evaluation.compare import CompareResult, compare, distill_equally
 from leaf_distill.statistics import paired_bootstrap
-from leaf_distill.training.config import LeafConfig
+from leaf_distill.training.config import DistillArguments, LeafConfig
 
 ROWS = detect_pair.make_rows(40)
 ARMS = ["kd", "span", "random_spans", "student_saliency"]
@@ -69,6 +71,18 @@ def test_every_arm_is_trained_at_equal_compute(compared: tuple[Path, CompareResu
         branches = pq.read_table(root / "out/arms" / arm / "dataset.parquet")["branch"].to_pylist()
         assert branches.count("counterfactual") == one.counterfactuals
         assert branches.count("original") == 24
+
+
+def test_crossed_rows_take_their_share_of_the_compute(pair: dict[str, str], tmp_path: Path) -> None:
+    _, _, training = settings(pair, tmp_path)
+    rows = distill_pair.make_rows(12, 3, cross=3)
+    names = dict.fromkeys(name for row in rows for name in row)
+    path = tmp_path / "dataset.parquet"
+    pq.write_table(pa.Table.from_pylist([{**names, **row} for row in rows]), path)
+    arguments = DistillArguments(**pair, dataset=str(path))
+    done = distill_equally(arguments, training, tmp_path / "student")
+    assert (done.originals, done.counterfactuals) == (12, 6)
+    assert done.originals_a_step == round(8 * 12 / 18)
 
 
 def test_the_table_is_of_the_answers(compared: tuple[Path, CompareResult]) -> None:

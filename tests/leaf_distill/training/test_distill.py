@@ -591,14 +591,19 @@ def test_the_card_says_what_was_done(strategy: str, tmp_path: Path, pair: dict[s
 
 def test_the_card_counts_the_rows_of_other_kinds(tmp_path: Path, pair: dict[str, str]) -> None:
     rows = make_rows(8, 4, cross=3)
+    rows[9]["context"] = 3
     rows += [{**rows[8], "candidate_id": 9, "accepted": False, "reason": "student_wrong"}]
     config = make_config(tmp_path / "out", max_steps=1)
     dataset = write_run(tmp_path / "run", rows)
     metrics = distill(DistillArguments(**pair, dataset=dataset), config).metrics
-    assert (metrics["rows"]["counterfactuals"], metrics["rows"]["cross"]) == (7, 3)
+    counted = [metrics["rows"][kind] for kind in ("counterfactuals", "cross", "responses")]
+    assert counted == [7, 3, 1]
     assert metrics["rows"]["left_out"] == {"not_accepted": 1}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "8 originals and 7 counterfactuals, 3 with another prompt for the teacher" in card
+    assert (
+        "8 originals and 7 counterfactuals, 3 with another prompt for the teacher than for the "
+        "student and 1 cut in the beginning of the response, ("
+    ) in card
     assert "left out: 1 not_accepted" in card
 
 

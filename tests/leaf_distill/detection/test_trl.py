@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import detected_rows
 import harness
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
@@ -72,6 +74,18 @@ def test_trl_reads_a_context_as_a_part_of_the_prompt(
     assert [labels for _, labels in found] == [*whole, " Tom has 7.</s>"]
     prompt = render(tmp_path, lines[-1]["prompt"], add_generation_prompt=True)
     assert found[-1][0] == f"{prompt}Let me think. Tom has 7.</s>"
+
+
+def test_trl_trains_on_a_run_of_leaf_detect(
+    tmp_path: Path, finished: Any, pair: dict[str, str]
+) -> None:
+    shutil.copytree(pair["student"], tmp_path / "student")
+    shutil.copy(finished.dataset, tmp_path)
+    rows = pq.read_table(finished.dataset).to_pylist()
+    found = train(tmp_path, MESSAGES, ".parquet")
+    assert [labels.split()[0] for _, labels in found] == [
+        row["completion"][0]["content"] for row in rows
+    ]
 
 
 def test_trl_would_train_on_a_context_in_messages(tmp_path: Path, saved: Path) -> None:
