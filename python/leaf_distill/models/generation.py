@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from leaf_distill.data.example import Answer
-from leaf_distill.models.checks import check_ids, eval_mode, max_positions
+from leaf_distill.models.checks import check_ids, eval_mode, max_positions, pads_in_front
 from leaf_distill.models.memory import with_smaller_batches
 
 if TYPE_CHECKING:  # seconds to import
@@ -55,8 +55,9 @@ def generate(
     """Answer prompts as one left-padded batch, in eval mode.
 
     Prompts whose answer might outgrow the model's positions are answered apart from the others,
-    with fewer new tokens; this is logged once for a model. A batch too large for the memory runs in
-    halves.
+    with fewer new tokens; this is logged once for a model. Prompts of one length are a batch of
+    their own where padding would change the model's logits. A batch too large for the memory runs
+    in halves.
 
     Args:
         model, tokenizer: a causal language model and its tokenizer.
@@ -71,25 +72,30 @@ def generate(
         One answer for each prompt, with the verdict None, "cut_off" or "not_finite".
 
     Raises:
-        ValueError: a prompt is empty, leaves no room, or has a token that the model does not know.
+        ValueError: a prompt is empty, leaves no room, or has a token that the model does not know;
+            or the model answers otherwise than its forward pass says.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
     limit = max_positions(model.config)
-    rooms: dict[int, list[int]] = defaultdict(list)  # prompts by the room for an answer
+    # Prompts by the room for an answer and by length.
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         if not len(prompt) or (limit and len(prompt) >= limit):
             raise ValueError(
                 f"prompts[{index}]: must have at least 1 token and leave room for an answer in "
                 f"the model's {limit} positions, got {len(prompt)} tokens"
             )
-        rooms[min(max_new_tokens, limit - len(prompt)) if limit else max_new_tokens].append(index)
+        room = min(max_new_tokens, limit - len(prompt)) if limit else max_new_tokens
+        groups[room, len(prompt)].append(index)
     check_ids(model, prompts, "prompts")
-    _warn_of_little_room(model, min(rooms, default=max_new_tokens), max_new_tokens)
+    _warn_of_little_room(model, min(groups, default=(max_new_tokens, 0))[0], max_new_tokens)
     ends = sorted({*end_ids, *_end_ids(model)})
     answers: dict[int, Answer] = {}
     with eval_mode(model), _default_settings(model):
-        for room, group in sorted(rooms.items(), reverse=True):
+        if prompts and pads_in_front(model):
+            groups = _merged(groups)
+        for (room, _), group in sorted(groups.items(), reverse=True):
             run = partial(
                 _batch, model, tokenizer, max_new_tokens=room, ends=ends, stop=stop, draws=draws
             )
@@ -97,6 +103,14 @@ def generate(
             found = with_smaller_batches([(prompts[i], seeds[i]) for i in group], run)
             answers.update(zip(group, found, strict=True))
     return [answers[i] for i in range(len(prompts))]
+
+
+def _merged(groups: Mapping[tuple[int, int], list[int]]) -> dict[tuple[int, int], list[int]]:
+    """Return the prompts by room alone, in their order."""
+    merged: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for (room, _), group in groups.items():
+        merged[room, 0] += group
+    return {key: sorted(group) for key, group in merged.items()}
 
 
 def _warn_of_little_room(model: PreTrainedModel, room: int, max_new_tokens: int) -> None:

@@ -63,9 +63,10 @@ class _Batch:
 def saliency(model: PreTrainedModel, renderings: Sequence[Rendering]) -> list[Saliency]:
     """Return each row's loss and the L2 norms of its gradient at the input embedding (Eq. 2).
 
-    The loss is the mean negative log-likelihood of the labels, in float32. The gradient is taken at
-    the output of the input embedding, with frozen weights and in eval mode, and the LM head is
-    applied at label positions only. The model's modes and flags are put back, also after an error.
+    The loss is the mean negative log-likelihood of the labels, in float32 (a float64 model's in
+    float64; its norms are rounded at the end). The gradient is taken at the output of the input
+    embedding, with frozen weights and in eval mode, and the LM head is applied at label positions
+    only. The model's modes and flags are put back, also after an error.
 
     Args:
         model: a causal language model.
@@ -77,7 +78,8 @@ def saliency(model: PreTrainedModel, renderings: Sequence[Rendering]) -> list[Sa
 
     Raises:
         ValueError: a row has no label after its first token, a token is outside the model's
-            vocabulary, or the model has no input embedding that is called once for each token.
+            vocabulary, or the model has no input embedding that is called once for each token, or
+            no gradient in eval mode.
     """
     _check_ids(model, renderings)
     for index, row in enumerate(renderings):
@@ -87,7 +89,13 @@ def saliency(model: PreTrainedModel, renderings: Sequence[Rendering]) -> list[Sa
                 "the row out"
             )
     with _frozen(model):
-        return with_smaller_batches(renderings, partial(_saliency, model)) if renderings else []
+        try:
+            return with_smaller_batches(renderings, partial(_saliency, model)) if renderings else []
+        except AssertionError as error:  # so a reversible architecture says that it must train
+            raise ValueError(
+                "model: must be differentiable in eval mode, got "
+                f"{type(model).__name__} ({error!s:.200}); choose another architecture"
+            ) from error
 
 
 def token_nll(
@@ -126,9 +134,9 @@ def _check_ids(model: PreTrainedModel, rows: Sequence[Rendering]) -> None:
 def _saliency(model: PreTrainedModel, rows: Sequence[Rendering]) -> list[Saliency]:
     embedding = model.get_input_embeddings()
     batch = _Batch(rows, next(embedding.parameters()).device)
-    counts = torch.bincount(batch.row, minlength=len(rows)).float()
     with leaf_ext.capture_embedding_grad(embedding) as captured, torch.enable_grad():
         losses = _losses(_label_logits(model, batch), batch.label).to(batch.row.device)
+        counts = torch.bincount(batch.row, minlength=len(rows)).to(losses.dtype)
         loss = torch.zeros_like(counts).index_add(0, batch.row, losses) / counts
         scaled = loss.sum() * _LOSS_SCALE
     try:
@@ -172,14 +180,14 @@ def _losses_from_states(model: PreTrainedModel, batch: _Batch) -> torch.Tensor |
         return captured[0][None, :1]
 
     def logits(states: torch.Tensor) -> torch.Tensor:
-        return finish_logits(head(states).float(), *logit_transform(model.config))
+        return finish_logits(_widened(head(states)), *logit_transform(model.config))
 
     with _at_head(head, batch.shape, take):
         expected = model(**batch.arguments).logits
     if not captured or expected.shape[:2] != (1, 1):
         return None
     (states,) = captured
-    first, expected = logits(states[:1]), expected[0].float()
+    first, expected = logits(states[:1]), _widened(expected[0])
     # In float16 and bfloat16 the model rounds after each step of its transform.
     tolerance = 4 * torch.finfo(states.dtype).eps
     if first.shape != expected.shape or not torch.allclose(
@@ -211,9 +219,14 @@ def _label_logits(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
 
 
 def _losses(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Return negative log-likelihoods [L] in float32; ValueError for a label without a logit."""
+    """Return negative log-likelihoods [L]; ValueError for a label without a logit."""
     check_below(label.cpu().numpy(), logits.shape[-1], "renderings", _LOGITS)
-    return cross_entropy(logits.float(), label.to(logits.device), reduction="none")
+    return cross_entropy(_widened(logits), label.to(logits.device), reduction="none")
+
+
+def _widened(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits in float32, or as they are in float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @contextmanager

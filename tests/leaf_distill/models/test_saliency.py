@@ -265,6 +265,57 @@ def test_float16_keeps_gradients_below_its_smallest_number() -> None:
         np.testing.assert_allclose(row.norms, reference.norms, atol=0.02 * reference.norms.max())
 
 
+def row_loss(model: PreTrainedModel, row: Rendering, embeddings: torch.Tensor) -> float:
+    with torch.no_grad():
+        logits = model(inputs_embeds=embeddings[None], use_cache=False).logits[0, :-1]
+    picked = -logits.log_softmax(-1).gather(1, torch.from_numpy(row.input_ids[1:, None]).long())
+    return float(picked[torch.from_numpy(row.loss_mask[1:]), 0].mean())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "biased"])  # smooth, and in float64 throughout
+def test_equals_finite_differences_in_float64(name: str) -> None:
+    model = build(name).double()
+    for row, result in zip(ROWS, saliency(model, ROWS), strict=True):
+        with torch.no_grad():
+            vectors = model.get_input_embeddings()(torch.from_numpy(row.input_ids).long())
+
+        def slope(
+            at: int,
+            direction: torch.Tensor,
+            row: Rendering = row,
+            vectors: torch.Tensor = vectors,
+        ) -> float:
+            """The derivative of fourth order along one direction at one token."""
+            losses = []
+            for factor in (-2, -1, 1, 2):
+                moved = vectors.clone()
+                moved[at] += factor * 2e-3 * direction
+                losses.append(row_loss(model, row, moved))
+            return (losses[0] - 8 * losses[1] + 8 * losses[2] - losses[3]) / (12 * 2e-3)
+
+        for at in (0, len(row) // 2, len(row) - 2):
+            axes = torch.eye(vectors.shape[1], dtype=torch.float64)
+            gradient = torch.tensor([slope(at, axis) for axis in axes], dtype=torch.float64)
+            assert result.norms[at] == pytest.approx(float(gradient.norm()), rel=1e-6)
+            # Along the gradient the loss grows by its norm, in any other direction by less.
+            along = gradient / gradient.norm()
+            assert slope(at, along) == pytest.approx(float(result.norms[at]), rel=1e-6)
+            for _ in range(3):
+                random = torch.nn.functional.normalize(torch.randn_like(gradient), dim=0)
+                expected = float(gradient @ random)
+                assert slope(at, random) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+                assert abs(slope(at, random)) < result.norms[at]
+        assert result.norms[-1] == 0.0  # nothing follows the last token
+
+
+def test_float64_is_kept_up_to_the_result() -> None:
+    model = build("gpt2").double()
+    for row, result in zip(ROWS, saliency(model, ROWS), strict=True):
+        nll, norms = plain_loop(model, row)
+        assert result.nll == pytest.approx(nll, rel=1e-14)
+        np.testing.assert_array_equal(result.norms, norms.astype(np.float32))
+
+
 def test_a_row_without_labels_is_named() -> None:
     with pytest.raises(ValueError, match=r"renderings\[1\]: must have a label"):
         saliency(build(), [ROWS[0], rendering(4, 0)])
