@@ -6,10 +6,12 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 
+import detect_pair
+import detect_run
 import numpy as np
 import pytest
 import torch
-from aligned_rows import aligned, config_of, named_tokens
+from aligned_rows import MISLED, aligned, config_of, named_tokens
 from transformers import PreTrainedModel
 
 from leaf_distill.data.example import ROLES, Example
@@ -179,3 +181,15 @@ def test_tokens_outside_the_shortlist_have_the_lowest_score(
         np.testing.assert_allclose(others, low, rtol=1e-6)
         nothing = {role: np.full(4, np.nan, np.float32) for role in ROLES}
         assert not suspicion_of(example, [(1, 2), (3, 5), (6, 7)], changes, nothing).any()
+
+
+def test_stage_1_runs_with_the_score(pair: dict[str, str], tmp_path: Path) -> None:
+    result = detect_run.run(pair, tmp_path, MISLED, score="intervention", validate="teacher")
+    lines = [one for one in detect_run.table(result.dataset) if one["branch"] == "counterfactual"]
+    cut = [line["spans"][0] for line in lines if line["spans"]]
+    by_row = {index: row["prompt"] for index, row in enumerate(MISLED)}
+    gone = [
+        by_row[line["row_id"]][one["start"] : one["stop"]]
+        for line, one in zip(lines, cut, strict=True)
+    ]
+    assert gone and sum(text.strip() in detect_pair.NAMES for text in gone) >= 0.8 * len(gone)
