@@ -7,20 +7,32 @@ from collections.abc import Sequence
 import numpy as np
 
 from leaf_distill.config import DetectConfig
-from leaf_distill.data.example import Example
+from leaf_distill.data.example import ROLES, Example, Floats, Role
 from leaf_distill.detection.alignment import pool
+from leaf_distill.detection.intervention import interventions, shortlist, suspicion_of
 from leaf_distill.detection.judge import Judge
-from leaf_distill.detection.scores import score_perplexity
+from leaf_distill.detection.scores import score_intervention, score_perplexity
+from leaf_distill.detection.substitution import Vocabulary
 
 
-def set_suspicion(judge: Judge, examples: Sequence[Example], config: DetectConfig) -> None:
+def set_suspicion(
+    judge: Judge,
+    examples: Sequence[Example],
+    config: DetectConfig,
+    vocabulary: Vocabulary | None = None,
+) -> None:
     """Set `suspicion` of aligned examples for the scores that do not come from gradients.
 
     "lens" is |log p_student - log p_teacher| of each prompt token, of forward passes alone (LENS,
-    arXiv 2601.21244, with the teacher as the reference).
+    arXiv 2601.21244, with the teacher as the reference). "intervention" changes the words that the
+    gap shortlists, and compares how far the two models' answers move (see `intervention`); the
+    replacements come from the vocabulary, by default that of the examples.
     """
     if config.score == "lens":
         _set_lens(judge, examples, config)
+    elif config.score == "intervention":
+        words = vocabulary or Vocabulary(example.text for example in examples)
+        _set_interventions(judge, examples, config, words)
 
 
 def _set_lens(judge: Judge, examples: Sequence[Example], config: DetectConfig) -> None:
@@ -30,3 +42,21 @@ def _set_lens(judge: Judge, examples: Sequence[Example], config: DetectConfig) -
         offsets = [example.renderings[role].offsets for role in ("teacher", "student")]
         inside = [one[one[:, 0] >= 0] for one in offsets]
         example.suspicion = np.abs(ours - pool(theirs, *inside))
+
+
+def _set_interventions(
+    judge: Judge, examples: Sequence[Example], config: DetectConfig, vocabulary: Vocabulary
+) -> None:
+    units = [shortlist(example, config.shortlist) for example in examples]
+    changes = [
+        interventions(example, chosen, config, vocabulary)
+        for example, chosen in zip(examples, units, strict=True)
+    ]
+    proposals = [[changed for _, changed in one] for one in changes]
+    values: dict[Role, list[Floats]] = {
+        role: score_intervention(judge.use(role), examples, config, judge.cache, proposals)
+        for role in reversed(ROLES)
+    }
+    for at, example in enumerate(examples):
+        own = {role: found[at] for role, found in values.items()}
+        example.suspicion = suspicion_of(example, units[at], changes[at], own)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import cross_entropy
 
 import leaf_ext
-from leaf_distill.data.collator import pad
 from leaf_distill.data.example import Rendering
-from leaf_distill.models.checks import check_below, check_ids, eval_mode
-from leaf_distill.models.lm_head import finish_logits, logit_rows, logit_transform
+from leaf_distill.models.checks import eval_mode
+from leaf_distill.models.label_logits import (
+    LabelBatch,
+    at_head,
+    check_label_ids,
+    input_device,
+    label_losses,
+    label_output,
+    widened,
+)
+from leaf_distill.models.lm_head import finish_logits, logit_transform
 from leaf_distill.models.memory import with_smaller_batches
 
 if TYPE_CHECKING:  # seconds to import
@@ -27,7 +34,6 @@ if TYPE_CHECKING:  # seconds to import
 _LOSS_SCALE: Final = 1024.0
 """A mean loss has gradients below float16's smallest number; a power of two rounds nothing."""
 _LOGITS_A_CHUNK: Final = 1 << 24
-_LOGITS: Final = "the number of the model's logits"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,21 +49,6 @@ class Saliency:
     nll: float
     norms: npt.NDArray[np.float32]
     invalid: bool
-
-
-class _Batch:
-    """Right-padded rows on a device, and their L labels."""
-
-    def __init__(self, rows: Sequence[Rendering], device: torch.device) -> None:
-        padded = {name: tensor.to(device) for name, tensor in pad(rows).items()}
-        self.row, self.position = padded.pop("loss_mask").nonzero(as_tuple=True)  # int64 [L]
-        self.label = padded["input_ids"][self.row, self.position + 1]  # int64 [L]
-        self.shape = padded["input_ids"].shape
-        self.arguments: dict[str, Any] = {**padded, "use_cache": False}  # of the forward
-
-    def at_labels(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the states or logits [L, *] that predict the labels, of [B, T, *]."""
-        return states[self.row.to(states.device), self.position.to(states.device)]
 
 
 def saliency(model: PreTrainedModel, renderings: Sequence[Rendering]) -> list[Saliency]:
@@ -81,13 +72,7 @@ def saliency(model: PreTrainedModel, renderings: Sequence[Rendering]) -> list[Sa
             vocabulary, or the model has no input embedding that is called once for each token, or
             no gradient in eval mode.
     """
-    _check_ids(model, renderings)
-    for index, row in enumerate(renderings):
-        if not row.loss_mask[1:].any():
-            raise ValueError(
-                f"renderings[{index}]: must have a label after its first token, got none; leave "
-                "the row out"
-            )
+    _check_labels(model, renderings)
     with _frozen(model):
         try:
             return with_smaller_batches(renderings, partial(_saliency, model)) if renderings else []
@@ -116,28 +101,44 @@ def token_nll(
         ValueError: a token is outside the model's vocabulary.
     """
     rows = [replace(row, loss_mask=np.ones(len(row), bool)) for row in renderings]
-    _check_ids(model, rows)
+    check_label_ids(model, rows)
     with eval_mode(model), torch.inference_mode():
         return with_smaller_batches(rows, partial(_token_nll, model)) if rows else []
 
 
-def _check_ids(model: PreTrainedModel, rows: Sequence[Rendering]) -> None:
-    """Raise ValueError for the first row with a token without an embedding or without a logit."""
-    check_ids(model, [row.input_ids for row in rows], "renderings")
-    limit = logit_rows(model)
-    if limit is not None:
-        for index, row in enumerate(rows):
-            labels = row.input_ids[1:][row.loss_mask[1:]]
-            check_below(labels, limit, f"renderings[{index}]", _LOGITS)
+def completion_nll(model: PreTrainedModel, renderings: Sequence[Rendering]) -> list[float]:
+    """Return the mean negative log-likelihood of each row's labels, in nats per label.
+
+    It is the loss of `saliency`, from a forward pass alone.
+
+    Args:
+        model, renderings: as for `saliency`.
+
+    Raises:
+        ValueError: a row has no label after its first token, or a token is outside the model's
+            vocabulary.
+    """
+    _check_labels(model, renderings)
+    with eval_mode(model), torch.inference_mode():
+        run = partial(_completion_nll, model)
+        return with_smaller_batches(renderings, run) if renderings else []
+
+
+def _check_labels(model: PreTrainedModel, rows: Sequence[Rendering]) -> None:
+    check_label_ids(model, rows)
+    for index, row in enumerate(rows):
+        if not row.loss_mask[1:].any():
+            raise ValueError(
+                f"renderings[{index}]: must have a label after its first token, got none; leave "
+                "the row out"
+            )
 
 
 def _saliency(model: PreTrainedModel, rows: Sequence[Rendering]) -> list[Saliency]:
     embedding = model.get_input_embeddings()
-    batch = _Batch(rows, next(embedding.parameters()).device)
+    batch = LabelBatch(rows, input_device(model))
     with leaf_ext.capture_embedding_grad(embedding) as captured, torch.enable_grad():
-        losses = _losses(_label_logits(model, batch), batch.label).to(batch.row.device)
-        counts = torch.bincount(batch.row, minlength=len(rows)).to(losses.dtype)
-        loss = torch.zeros_like(counts).index_add(0, batch.row, losses) / counts
+        loss = _mean_losses(model, batch, len(rows))
         scaled = loss.sum() * _LOSS_SCALE
     try:
         gradient = captured.grad(scaled)
@@ -157,18 +158,34 @@ def _saliency(model: PreTrainedModel, rows: Sequence[Rendering]) -> list[Salienc
     return results
 
 
+def _completion_nll(model: PreTrainedModel, rows: Sequence[Rendering]) -> list[float]:
+    losses: list[float] = _mean_losses(
+        model, LabelBatch(rows, input_device(model)), len(rows)
+    ).tolist()
+    return losses
+
+
+def _mean_losses(model: PreTrainedModel, batch: LabelBatch, rows: int) -> torch.Tensor:
+    """Return the mean loss of each row [B]."""
+    losses = label_losses(label_output(model, batch)[0], batch.label).to(batch.row.device)
+    counts = torch.bincount(batch.row, minlength=rows).to(losses.dtype)
+    return torch.zeros_like(counts).index_add(0, batch.row, losses) / counts
+
+
 def _token_nll(model: PreTrainedModel, rows: Sequence[Rendering]) -> list[npt.NDArray[np.float32]]:
-    device = next(model.get_input_embeddings().parameters()).device
-    losses = _losses_from_states(model, _Batch(rows, device))
+    device = input_device(model)
+    losses = _losses_from_states(model, LabelBatch(rows, device))
     if losses is None:  # the head is not called as a module, or the config does not describe it
-        parts = [_Batch([row], device) for row in rows]
-        losses = torch.cat([_losses(_label_logits(model, one), one.label).cpu() for one in parts])
+        parts = [LabelBatch([row], device) for row in rows]
+        losses = torch.cat(
+            [label_losses(label_output(model, one)[0], one.label).cpu() for one in parts]
+        )
     values = losses.float().cpu().numpy()
     ends = np.cumsum([len(row) - 1 for row in rows])[:-1]
     return [np.concatenate([np.zeros(1, np.float32), part]) for part in np.split(values, ends)]
 
 
-def _losses_from_states(model: PreTrainedModel, batch: _Batch) -> torch.Tensor | None:
+def _losses_from_states(model: PreTrainedModel, batch: LabelBatch) -> torch.Tensor | None:
     """Return the losses [L] from the head's input, None where it does not give the model's."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None or not len(batch.label):
@@ -180,14 +197,14 @@ def _losses_from_states(model: PreTrainedModel, batch: _Batch) -> torch.Tensor |
         return captured[0][None, :1]
 
     def logits(states: torch.Tensor) -> torch.Tensor:
-        return finish_logits(_widened(head(states)), *logit_transform(model.config))
+        return finish_logits(widened(head(states)), *logit_transform(model.config))
 
-    with _at_head(head, batch.shape, take):
+    with at_head(head, batch.shape, take):
         expected = model(**batch.arguments).logits
     if not captured or expected.shape[:2] != (1, 1):
         return None
     (states,) = captured
-    first, expected = logits(states[:1]), _widened(expected[0])
+    first, expected = logits(states[:1]), widened(expected[0])
     # In float16 and bfloat16 the model rounds after each step of its transform.
     tolerance = 4 * torch.finfo(states.dtype).eps
     if first.shape != expected.shape or not torch.allclose(
@@ -196,58 +213,7 @@ def _losses_from_states(model: PreTrainedModel, batch: _Batch) -> torch.Tensor |
         return None
     size = max(1, _LOGITS_A_CHUNK // first.shape[-1])
     chunks = zip(torch.split(states, size), torch.split(batch.label, size), strict=True)
-    return torch.cat([_losses(logits(chunk), label) for chunk, label in chunks])
-
-
-def _label_logits(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
-    """Return the logits [L, V] of the model's forward, whose head gets the label positions only.
-
-    Scaling and softcapping come after the head and act on single logits, so the model itself
-    applies them. A model that does not call its head as a module computes its full logits.
-    """
-    gathered = False
-
-    def gather(states: torch.Tensor) -> torch.Tensor:
-        nonlocal gathered
-        gathered = True
-        return batch.at_labels(states)[None]
-
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    with nullcontext() if head is None else _at_head(head, batch.shape, gather):
-        logits: torch.Tensor = model(**batch.arguments).logits
-    return logits[0] if gathered else batch.at_labels(logits)
-
-
-def _losses(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Return negative log-likelihoods [L]; ValueError for a label without a logit."""
-    check_below(label.cpu().numpy(), logits.shape[-1], "renderings", _LOGITS)
-    return cross_entropy(_widened(logits), label.to(logits.device), reduction="none")
-
-
-def _widened(logits: torch.Tensor) -> torch.Tensor:
-    """Return logits in float32, or as they are in float64."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-@contextmanager
-def _at_head(
-    head: torch.nn.Module, shape: torch.Size, change: Callable[[torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
-    """Replace the head's first input of shape [B, T, H] by the result of `change` for it."""
-    done = False
-
-    def enter(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        nonlocal done
-        if done or not args or args[0].dim() != 3 or args[0].shape[:2] != shape:
-            return None
-        done = True
-        return (change(args[0]), *args[1:])
-
-    handle = head.register_forward_pre_hook(enter)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return torch.cat([label_losses(logits(chunk), label) for chunk, label in chunks])
 
 
 @contextmanager

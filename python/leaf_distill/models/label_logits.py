@@ -1,0 +1,104 @@
+"""Logits of a batch at its label positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from leaf_distill.data.collator import pad
+from leaf_distill.data.example import Rendering
+from leaf_distill.models.checks import check_below, check_ids
+from leaf_distill.models.lm_head import logit_rows
+
+if TYPE_CHECKING:  # seconds to import
+    from transformers import PreTrainedModel
+
+_LOGITS: Final = "the number of the model's logits"
+
+
+class LabelBatch:
+    """Right-padded rows on a device, and their L labels."""
+
+    def __init__(self, rows: Sequence[Rendering], device: torch.device) -> None:
+        padded = {name: tensor.to(device) for name, tensor in pad(rows).items()}
+        self.row, self.position = padded.pop("loss_mask").nonzero(as_tuple=True)  # int64 [L]
+        self.label = padded["input_ids"][self.row, self.position + 1]  # int64 [L]
+        self.shape = padded["input_ids"].shape
+        self.arguments: dict[str, Any] = {**padded, "use_cache": False}  # of the forward
+
+    def at_labels(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the states or logits [L, *] that predict the labels, of [B, T, *]."""
+        return states[self.row.to(states.device), self.position.to(states.device)]
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device of the model's input embedding, where token ids go."""
+    device: torch.device = next(model.get_input_embeddings().parameters()).device
+    return device
+
+
+def check_label_ids(model: PreTrainedModel, rows: Sequence[Rendering]) -> None:
+    """Raise ValueError for the first row with a token without an embedding or without a logit."""
+    check_ids(model, [row.input_ids for row in rows], "renderings")
+    limit = logit_rows(model)
+    if limit is not None:
+        for index, row in enumerate(rows):
+            labels = row.input_ids[1:][row.loss_mask[1:]]
+            check_below(labels, limit, f"renderings[{index}]", _LOGITS)
+
+
+def label_output(model: PreTrainedModel, batch: LabelBatch) -> tuple[torch.Tensor, Any]:
+    """Return the logits [L, V] of the model's forward, and its output.
+
+    The head gets the label positions only. Scaling and softcapping come after the head and act on
+    single logits, so the model itself applies them. A model that does not call its head as a module
+    computes its full logits.
+    """
+    gathered = False
+
+    def gather(states: torch.Tensor) -> torch.Tensor:
+        nonlocal gathered
+        gathered = True
+        return batch.at_labels(states)[None]
+
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    with nullcontext() if head is None else at_head(head, batch.shape, gather):
+        output = model(**batch.arguments)
+    logits: torch.Tensor = output.logits
+    return logits[0] if gathered else batch.at_labels(logits), output
+
+
+def label_losses(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Return negative log-likelihoods [L]; ValueError for a label without a logit."""
+    check_below(label.cpu().numpy(), logits.shape[-1], "renderings", _LOGITS)
+    return cross_entropy(widened(logits), label.to(logits.device), reduction="none")
+
+
+def widened(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits in float32, or as they are in float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@contextmanager
+def at_head(
+    head: torch.nn.Module, shape: torch.Size, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Replace the head's first input of shape [B, T, H] by the result of `change` for it."""
+    done = False
+
+    def enter(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal done
+        if done or not args or args[0].dim() != 3 or args[0].shape[:2] != shape:
+            return None
+        done = True
+        return (change(args[0]), *args[1:])
+
+    handle = head.register_forward_pre_hook(enter)
+    try:
+        yield
+    finally:
+        handle.remove()
