@@ -78,9 +78,9 @@ PIECES = [
 ]
 TEXTS = st.one_of(
     st.lists(st.sampled_from(PIECES), min_size=1, max_size=10).map("".join),
-    # SmolLM2's vocabulary lacks a byte of the planes above, where no character is assigned.
+    # SmolLM2's vocabulary lacks some control characters, and bytes of planes without characters.
     st.text(
-        st.characters(exclude_categories=["Cs", "Cn"], max_codepoint=0x3FFFF),
+        st.characters(exclude_categories=["Cs", "Cn", "Cc"], max_codepoint=0x3FFFF),
         min_size=1,
         max_size=16,
     ),
@@ -241,7 +241,7 @@ def test_built_tokenizers(built: dict[str, Renderer], text: str, choice: tuple[i
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=TEXTS, choice=CHOICES)
 def test_shipped_tokenizers(
     shipped: dict[str, Renderer], text: str, choice: tuple[int, int]
