@@ -29,6 +29,7 @@ NAMING: Final = (
 INCIDENTAL: Final = (
     *("student", "teacher", "output_dir"),
     *("cache_dir", "device", "max_batch_tokens", "grade_timeout"),
+    *("server_concurrency", "server_timeout"),
 )
 """Settings that change no result beyond rounding; the two models are known by their content."""
 

@@ -24,8 +24,10 @@ from leaf_distill.data.example import ROLES, Example, Floats, Role, UnusableRow,
 from leaf_distill.data.template import template_differences
 from leaf_distill.detection.answers import (
     ANSWER_SHOWN,
+    UNGRADED,
     PromptedModel,
     answer,
+    find_server,
     gold_warning,
     leave_without_gold,
     open_cache,
@@ -97,6 +99,7 @@ def detect(
     Raises:
         ValueError: settings or inputs cannot work, or no row is usable.
         StoreError: a file cannot be written, or another process holds the run directory.
+        ServerError: a server gives no answers; those that it gave are kept.
     """
     sources = {"student": student, "teacher": teacher, "dataset": dataset}
     need(config, *(name for name, given in sources.items() if given is None))
@@ -141,7 +144,10 @@ class _Run:
                     f"dataset: must have originals, got {self.earlier} counterfactuals alone; give "
                     "the rows that these were cut from"
                 )
-            self.pair = {role: prompted_model(role, models[role], config) for role in ROLES}
+            self.pair = {
+                role: prompted_model(role, models[role], config, find_server(role, config))
+                for role in ROLES
+            }
         if len({one.row_id for one in self.examples}) < len(self.examples):
             for row_id, example in enumerate(self.examples):  # the rows of several runs together
                 example.row_id = row_id
@@ -205,8 +211,8 @@ class _Run:
         self._answer("teacher", asked, "predict")
         for example in asked:
             given = example.answers["teacher"]
-            if given.verdict in ("cut_off", "not_finite"):
-                example.leave("render", f"teacher_{given.verdict}")
+            if given.verdict is not None and given.verdict in UNGRADED:
+                example.leave("render", f"teacher_{given.verdict}", given.detail)
             elif not given.text.strip():
                 example.leave("render", "empty_completion", "the teacher's answer is empty")
             else:
@@ -343,6 +349,7 @@ class _Run:
             "arm": arm.name,
             "settings": asdict(self.config),
             "models": {role: one.model.fingerprint for role, one in self.pair.items()},
+            "served": {role: one.server.model for role, one in self.pair.items() if one.server},
             "dataset_sha256": hashlib.sha256(dataset.read_bytes()).hexdigest(),
             "templates": warnings,
             "versions": package_versions(),
