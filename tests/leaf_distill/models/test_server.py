@@ -29,9 +29,7 @@ def shared(pair: dict[str, str]) -> Iterator[SmallServer]:
 
 @pytest.fixture
 def running(shared: SmallServer, monkeypatch: pytest.MonkeyPatch) -> SmallServer:
-    shared.troubles.clear()
-    shared.bodies.clear()
-    shared.key, shared.delay_s, shared.busiest = None, 0.0, 0
+    shared.reset()
     for name in ("LEAF_API_KEY", "LEAF_TEACHER_API_KEY", "LEAF_STUDENT_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(client, "WAITS_S", (0.01, 0.1))

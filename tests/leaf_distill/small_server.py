@@ -30,14 +30,17 @@ class SmallServer(ThreadingHTTPServer):
     def __init__(self, model: str, port: int = 0) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.paths: list[str] = []
+        self.flying = 0
+        self.reset()
+        self.lock, self.turn = threading.Lock(), threading.Lock()
+        super().__init__(("127.0.0.1", port), Handler)
+
+    def reset(self) -> None:
+        """Forget what was asked, and let nothing fail."""
         self.bodies: list[dict[str, Any]] = []
         self.troubles: list[Callable[[Handler], None]] = []
         self.key: str | None = None
-        self.delay_s = 0.0
-        self.flying = self.busiest = 0
-        self.lock, self.turn = threading.Lock(), threading.Lock()
-        super().__init__(("127.0.0.1", port), Handler)
+        self.delay_s, self.busiest = 0.0, 0
 
     @property
     def url(self) -> str:
@@ -111,7 +114,6 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.bodies.append(body)
-            server.paths.append(self.path)
         time.sleep(server.delay_s)
         if body["model"] != NAME:
             message = f"The model `{body['model']}` does not exist."
