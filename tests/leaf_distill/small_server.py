@@ -68,12 +68,14 @@ class SmallServer(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: SmallServer
     protocol_version = "HTTP/1.1"
+    flies = False
 
     def log_message(self, *args: Any) -> None:
         pass
 
     def reply(self, status: int, value: Any, **headers: str) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.landed()
         self.send_response(status)
         for name, text in headers.items():
             self.send_header(name.replace("_", "-"), text)
@@ -97,6 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.flying += 1
+            self.flies = True
             server.busiest = max(server.busiest, server.flying)
             trouble = server.troubles.pop(0) if server.troubles else None
         try:
@@ -107,8 +110,13 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self.give(body)
         finally:
-            with server.lock:
-                server.flying -= 1
+            self.landed()
+
+    def landed(self) -> None:
+        """Count the request as no longer in flight, before its client may send the next."""
+        with self.server.lock:
+            self.server.flying -= self.flies
+            self.flies = False
 
     def give(self, body: dict[str, Any]) -> None:
         server = self.server

@@ -13,7 +13,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from leaf_distill.config import AnswerOptions
-from leaf_distill.data.example import Answer, Example, Message, Role
+from leaf_distill.data.example import Answer, Example
 from leaf_distill.detection.cache import RowCache, numbered, store_missing
 from leaf_distill.io import digest
 from leaf_distill.models.protocol import Request
@@ -85,16 +85,15 @@ def make_request(
     """
     body: dict[str, Any] = {"model": server.model}
     template = asked.renderer.template
-    messages = _read_by(asked.role, example)
+    example = example.as_read_by(asked.role)
     variables = {**template.variables, **example.template_kwargs}
     as_text = template.source is None or bool(example.prefix)
     if as_text:
-        text = template.apply(messages, example.template_kwargs) + example.prefix
-        body["prompt"] = _without_start(asked, text)
+        body["prompt"] = _without_start(asked, asked.renderer.text(example))
     else:
-        if template.system_prompt is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": template.system_prompt}, *messages]
-        body["messages"] = messages
+        body["messages"] = list(example.messages)
+        if template.system_prompt is not None and example.messages[0]["role"] != "system":
+            body["messages"].insert(0, {"role": "system", "content": template.system_prompt})
         if tools := variables.pop("tools", None):
             body["tools"] = tools
         if variables:
@@ -106,12 +105,6 @@ def make_request(
         body["stop"] = list(decoding.stop)
     body = json.loads(json.dumps(body, default=str))  # a date in a template's variables
     return Request("completions" if as_text else "chat/completions", body)
-
-
-def _read_by(role: Role, example: Example) -> list[Message]:
-    """Return the messages that a role reads."""
-    own = example.teacher_messages if role == "teacher" else None
-    return list(example.messages if own is None else own)
 
 
 def _without_start(asked: PromptedModel, text: str) -> str:

@@ -36,6 +36,7 @@ FINAL: Final = (301, 302, 303, 307, 308, 401, 403, 404, 405)
 """Statuses that all requests would get."""
 TRIES = 4
 """How often a request is sent that makes the server fail."""
+THREAD = "answers of a server"
 REFUSALS = 20
 """So many refused requests, and no answer, are taken for a wrong setting."""
 WAITS_S = (0.5, 30.0)
@@ -76,6 +77,8 @@ class Server:
     ) -> Generator[tuple[int, Answer], None, None]:
         """Yield each request's position and answer, in the order in which they come.
 
+        No more than `concurrency` requests are in flight or wait for the caller to come back.
+
         An answer has the verdict None, "cut_off", or where there is none "too_long" for the
         server's context or "server_refused", with the server's words as `detail`.
 
@@ -90,7 +93,7 @@ class Server:
         work = _Work(self, requests)
         for _ in range(min(self.concurrency, len(requests))):
             # A daemon, so that an interrupted program does not wait for what is in flight.
-            threading.Thread(target=work.run, daemon=True).start()
+            threading.Thread(target=work.run, name=THREAD, daemon=True).start()
         refused = 0
         try:
             for _ in requests:
@@ -103,8 +106,9 @@ class Server:
                     wanted = f"an answer to one of {refused} requests"
                     raise ServerError(self.sentence(wanted, found.detail))
                 yield at, found
+                work.places.release()
         finally:
-            work.stopped.set()
+            work.stop()
 
     def list_models(self) -> list[str]:
         """Return the names that the server lists; none where it has no list.
@@ -146,12 +150,18 @@ class _Work:
         self.server = server
         self.left = iter(enumerate(requests))
         self.lock = threading.Lock()
+        self.places = threading.Semaphore(server.concurrency)
         self.results: queue.SimpleQueue[tuple[int, Answer | BaseException]] = queue.SimpleQueue()
         self.stopped = threading.Event()
         self.told = -float("inf")  # when a wait was last logged
 
+    def stop(self) -> None:
+        """Let the threads end, each when what it has sent is answered."""
+        self.stopped.set()
+        self.places.release(self.server.concurrency)
+
     def run(self) -> None:
-        while not self.stopped.is_set():
+        while self.places.acquire() and not self.stopped.is_set():
             with self.lock:
                 at, request = next(self.left, (-1, None))
             if request is None:

@@ -28,12 +28,20 @@ def shared(pair: dict[str, str]) -> Iterator[SmallServer]:
 
 
 @pytest.fixture
-def running(shared: SmallServer, monkeypatch: pytest.MonkeyPatch) -> SmallServer:
+def running(shared: SmallServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallServer]:
     shared.reset()
     for name in ("LEAF_API_KEY", "LEAF_TEACHER_API_KEY", "LEAF_STUDENT_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(client, "WAITS_S", (0.01, 0.1))
-    return shared
+    yield shared
+    wait_for_threads()
+
+
+def wait_for_threads() -> None:
+    """Let the requests end that are in flight where a test gave the work up."""
+    for thread in threading.enumerate():
+        if thread.name == client.THREAD:
+            thread.join(10)
 
 
 def ask(text: str, *, model: str = NAME, **fields: Any) -> Request:
@@ -232,10 +240,20 @@ def test_a_server_that_refuses_everything_ends_the_work(running: SmallServer) ->
     running.troubles = [status(422, "unknown field")] * len(requests)
     with pytest.raises(ServerError, match=r"one of 20 requests, .*status 422: unknown field"):
         answers(reach(running), requests)
-    time.sleep(0.2)  # for those that are in flight
+    wait_for_threads()
     running.troubles = [status(422, "unknown field")] * len(requests)
     found = answers(reach(running), requests, proven=True)  # the last, bad rows of a longer run
     assert {one.verdict for one in found} == {"server_refused"}
+
+
+def test_answers_that_the_caller_has_not_stored_hold_back_what_is_sent(
+    running: SmallServer,
+) -> None:
+    stream = reach(running, concurrency=3).answers([ask(text) for text in QUESTIONS])
+    next(stream)
+    time.sleep(0.3)
+    assert len(running.bodies) == 3  # one of them in the caller's hands
+    assert len(list(stream)) == 9
 
 
 def test_work_that_is_given_up_sends_nothing_more(running: SmallServer) -> None:
