@@ -217,14 +217,14 @@ def _answers(
     decoding: Decoding,
 ) -> list[Answer]:
     """Return the answer that a row brings along, else that of the server, else of the model."""
-    rest = [example for example in examples if asked.role not in example.given]
+    own = [_given(asked.role, example) for example in examples]
+    rest = [example for example, text in zip(examples, own, strict=True) if text is None]
     if asked.server is not None:
         found = iter(served_answers(asked, asked.server, rest, config, cache, decoding))
     else:
         found = iter(_generate(asked, rest, config, cache, decoding))
     answers = []
-    for example in examples:
-        text = example.given.get(asked.role)
+    for example, text in zip(examples, own, strict=True):
         if text is None:
             answers.append(next(found))
             continue
@@ -232,6 +232,12 @@ def _answers(
         ids = asked.renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
         answers.append(Answer(text, len(ids)))
     return answers
+
+
+def _given(role: Role, example: Example) -> str | None:
+    """Return the answer that a row brings along, to its prompt as it is."""
+    as_it_is = example.branch == "original" and not example.prefix
+    return example.given.get(role) if as_it_is else None
 
 
 def _generate(

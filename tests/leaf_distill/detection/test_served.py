@@ -372,6 +372,21 @@ def test_cut_prompts_are_asked_also_where_the_originals_bring_answers(
     assert result.dataset.read_bytes() == finished.dataset.read_bytes()
 
 
+def test_a_given_answer_is_none_to_a_cut_prompt_or_to_a_beginning(
+    pair: dict[str, str], servers: dict[str, SmallServer], tmp_path: Path
+) -> None:
+    config = DetectConfig(**pair, cache_dir=str(tmp_path), grade="exact", max_new_tokens=4)
+    server = Server("teacher", servers["teacher"].url, NAME, 1, 5.0)
+    one = prompted_model("teacher", LazyModel(pair["teacher"]), config, server)
+    changes: list[dict[str, Any]] = [{}, {"candidate_id": 0}, {"prefix": "7", "segment": 1}]
+    rows = [example("tom has 7 apples .", given={"teacher": "four"}, **two) for two in changes]
+    with open_cache(config) as cache:
+        answer(one, rows, config, cache)
+    assert rows[0].answers["teacher"].text == "four"
+    assert "four" not in [row.answers["teacher"].text for row in rows[1:]]
+    assert len(servers["teacher"].bodies) == 2
+
+
 def test_given_answers_of_the_teacher_may_be_the_completions(
     pair: dict[str, str], tmp_path: Path
 ) -> None:
