@@ -1,8 +1,8 @@
 # The commands of developers and CI. Every target sets up what it needs in .venv and changes nothing else.
 #
 #   make demo        the whole method on a tiny embedded pair: detect, cut, distil, report
-#   make test        the fast tests                    make test-slow   the rest, real models and other
-#                    harnesses included; LEAF_DATA=folder with benchmarks for those that need some
+#   make test        the fast tests                    make test-slow   the rest, real models, servers and
+#                    other harnesses included; LEAF_DATA=folder with benchmarks for those that need some
 #   make bench       kernels against eager and compiled PyTorch; the table is printed and written
 #   make gpu         on a machine with a GPU: build, smoke test, timings, counters, tests, in 9 minutes
 #   make vectorized  proof from the compiler's report (GCC) that the kernels' loops are vector code;
@@ -34,7 +34,7 @@ demo: $(BUILT)
 test: $(DEV)
 	pytest
 
-test-slow: $(VENV)/.smollm2 $(VENV)/.oracles $(VENV)/.harness $(VENV)/.trl
+test-slow: $(VENV)/.smollm2 $(VENV)/.oracles $(VENV)/.harness $(VENV)/.trl $(VENV)/.servers
 	pytest -m slow
 
 bench: $(DEV)
@@ -153,4 +153,11 @@ $(VENV)/.trl: $(DEV)
 	python -m venv $(VENV)/trl
 	$(call SEE_OURS,$(VENV)/trl)
 	$(VENV)/trl/bin/pip install -q 'trl==1.16.0'
+	touch $@
+
+# Servers that give answers, `transformers serve` and llama.cpp's, in such an environment too.
+$(VENV)/.servers: $(DEV)
+	python -m venv $(VENV)/servers
+	$(call SEE_OURS,$(VENV)/servers)
+	$(VENV)/servers/bin/pip install -q 'transformers[serving]' 'xllamacpp==2026.10.11549'
 	touch $@

@@ -161,9 +161,38 @@ class AnswerOptions(GradingOptions):
     grade: GradeRule = field(default="math", metadata=about(GRADES))
 
 
+SERVER = "as http://127.0.0.1:8000/v1; an API key is read from LEAF_API_KEY in the environment"
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Servers that give the answers of the two models."""
+
+    student_server_url: str | None = field(
+        default=None,
+        metadata=about(f"ask a server that speaks the OpenAI protocol for its answers, {SERVER}"),
+    )
+    student_server_model: str | None = field(
+        default=None, metadata=about("the model's name there; default: the first that it lists")
+    )
+    teacher_server_url: str | None = field(
+        default=None, metadata=about("the same for the teacher's answers")
+    )
+    teacher_server_model: str | None = field(
+        default=None, metadata=about("the model's name there; default: the first that it lists")
+    )
+    server_concurrency: int = field(
+        default=16, metadata=about("the most requests in flight at a server")
+    )
+    server_timeout: float = field(
+        default=600.0,
+        metadata=about("seconds to wait for one answer, and for a server that gives none"),
+    )
+
+
 @documented
 @dataclass(frozen=True)
-class DetectConfig(AnswerOptions, RowOptions, PairOptions):
+class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
     """Settings of stage 1, from rows to validated counterfactuals.
 
     Raises:
@@ -295,6 +324,7 @@ class DetectConfig(AnswerOptions, RowOptions, PairOptions):
     def __post_init__(self) -> None:
         check_answer_options(self)
         check_rows(self)
+        check_servers(self)
         _apply_preset(self)
         for name, low, high in (
             *(("min_length", 1, LARGEST), ("join_gap", 0, LARGEST), ("segments", 2, 100)),
@@ -423,6 +453,20 @@ def check_rows(config: Any) -> None:
         )
     object.__setattr__(config, "columns", columns)
     check_range(config, "max_rows", 1, LARGEST)
+
+
+def check_servers(config: Any) -> None:
+    """Check ServerOptions; the URLs are checked where the servers are first asked."""
+    for role in ("student", "teacher"):
+        name, url = getattr(config, f"{role}_server_model"), getattr(config, f"{role}_server_url")
+        if name and not url:
+            raise ValueError(
+                f"{role}_server_model: must be given with a server, got {name!r} alone; give "
+                f"--{role}_server_url"
+            )
+    check_range(config, "server_concurrency", 1, 1024)
+    if not 0 < config.server_timeout < math.inf:
+        raise ValueError(f"server_timeout: must be seconds above 0, got {config.server_timeout}")
 
 
 def check_answer_options(config: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from leaf_distill.data.branches import plain, read_branches
 from leaf_distill.data.code_rows import CODE_FIELDS, as_conversation
-from leaf_distill.data.example import Example, Message, UnusableRow
+from leaf_distill.data.example import ROLES, Example, Message, Role, UnusableRow
 from leaf_distill.data.messages import add_context, check_unicode, decoded, read_messages
 from leaf_distill.data.source import Record, named, read_records
 from leaf_distill.data.test_layouts import TEST_FIELDS, read_tests
@@ -27,8 +27,10 @@ LAYOUTS = (
 
 EXTRAS = ("input", "answer", "system", "history", "tools", "chat_template_kwargs")
 SOURCES = ("source", "data_source")
+GIVEN: dict[Role, str] = {role: f"{role}_answer" for role in ROLES}
+"""The columns of answers that the models gave elsewhere."""
 FIELDS = {name for layout in LAYOUTS for name in layout}
-FIELDS |= {*EXTRAS, *SOURCES, *CODE_FIELDS, *TEST_FIELDS}
+FIELDS |= {*EXTRAS, *SOURCES, *GIVEN.values(), *CODE_FIELDS, *TEST_FIELDS}
 UNREAD = ("no_layout", "no_completion")
 """Reasons which mean, if every row has one of them, that the columns were not understood."""
 
@@ -52,7 +54,8 @@ def load_examples(
 
     A row may have the tests of a program, in the layouts of `read_tests`; then the prompt may also
     be LeetCodeDataset's `query` or LiveCodeBench's `question_content`, and the completion a
-    `canonical_solution` or `code`. `source` or `data_source` names where the row is from.
+    `canonical_solution` or `code`. `source` or `data_source` names where the row is from. Texts in
+    `student_answer` and `teacher_answer` are what the models have answered elsewhere.
 
     The dataset of `leaf detect`, and any with a column `branch` of "original", "counterfactual" and
     "cross", keeps the columns that `read_branches` reads. Its rows that were not accepted leave.
@@ -165,6 +168,7 @@ def _fill(
     example.messages, example.completion = tuple(turns), reply["content"]
     example.reply = reply if len(reply) > 2 else None
     example.template_kwargs = _template_kwargs(fields)
+    example.given = _given(fields)
     answer = fields.get("answer")
     example.answer = _answer(str(answer).rpartition("####")[2] if layout == WORKED else answer)
     gradable = example.answer is not None or tests is not None
@@ -172,8 +176,21 @@ def _fill(
     if not reply["content"].strip() and not enough:
         also = "" if need_completion else ", and there is no answer to grade against"
         raise UnusableRow("empty_completion", f"the completion is empty{also}")
-    checked = [turns, reply, example.answer, example.template_kwargs, example.source]
+    texts = [example.answer, example.source, *example.given.values()]
+    checked = [turns, reply, texts, example.template_kwargs]
     check_unicode([*checked, vars(tests) if tests else None])
+
+
+def _given(fields: Mapping[str, Any]) -> dict[Role, str]:
+    """Return the answers that a row brings along; an empty one counts as none."""
+    given: dict[Role, str] = {}
+    for role, column in GIVEN.items():
+        value = fields.get(column)
+        if value is not None and not isinstance(value, str):
+            raise UnusableRow(f"bad_{column}", f"{column}: must be text, got {value!r:.60}")
+        if value and value.strip():
+            given[role] = value
+    return given
 
 
 def _source(fields: Mapping[str, Any]) -> str | None:

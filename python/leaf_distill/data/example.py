@@ -53,9 +53,9 @@ class Answer:
         text: the decoded tokens.
         n_tokens: their number, without the end token.
         verdict: the grader's ("right", "wrong", "no_answer", "timeout", or one of a program), or
-            "cut_off" by the length limit, or "not_finite" for invalid logits; None if the answer
-            was not graded.
-        detail: of a program, the first test that failed, and how.
+            "cut_off" by the length limit, "not_finite" for invalid logits, "too_long" for the
+            server's context or "server_refused"; None if the answer was not graded.
+        detail: of a program, the first test that failed, and how; of a server, why it refused.
     """
 
     text: str
@@ -113,6 +113,7 @@ class Example:
     source: str | None = None  # the collection that the row comes from
     reply: Message | None = None  # the completion's message, if it holds more than text
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # tools and other variables
+    given: Mapping[Role, str] = field(default_factory=dict)  # models' answers that the row brings
     turns: tuple[int, ...] = ()  # messages that are analyzed; none given: the last one
     segment: int = 0  # segments of the response in `prefix`; 0: the instruction level
     prefix: str = ""  # the response up to the end of this segment; `completion` is what follows

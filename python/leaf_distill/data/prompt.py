@@ -114,6 +114,15 @@ class Renderer:
         prompt = self._prompt(example)
         return (self._with_prefix(example, prompt) if example.prefix else prompt).rendering
 
+    def text(self, example: Example) -> str:
+        """Return what `prompt` renders as one text, without the start token of plain text.
+
+        Raises:
+            UnusableRow: As for `prompt`.
+        """
+        prompt = self._prompt(example)
+        return (self._with_prefix(example, prompt) if example.prefix else prompt).text
+
     def render(self, example: Example) -> Rendering:
         """Render the prompt, then the completion's tokens and the end token as labels.
 

@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 
-from leaf_distill.config import AnswerOptions, GradingOptions, ModelOptions, json_object
+from leaf_distill.config import (
+    AnswerOptions,
+    GradingOptions,
+    ModelOptions,
+    ServerOptions,
+    json_object,
+)
 from leaf_distill.data.collator import plan_batches
 from leaf_distill.data.example import Answer, Example, Rendering, Role, UnusableRow, remaining
 from leaf_distill.data.prompt import Renderer, tokenizer_fingerprint
-from leaf_distill.detection.cache import RowCache, compute_missing, default_cache_directory
-from leaf_distill.grading import Grader, gold_kinds
-from leaf_distill.grading.code import CodeGrader, identity
-from leaf_distill.grading.sandbox.end import depends_on_load
+from leaf_distill.detection.cache import (
+    RowCache,
+    compute_missing,
+    default_cache_directory,
+    numbered,
+)
+from leaf_distill.detection.served import served_answers
+from leaf_distill.detection.verdicts import grade_answers
+from leaf_distill.grading import gold_kinds
+from leaf_distill.grading.code import CodeGrader
 from leaf_distill.io import digest, user_directory
 from leaf_distill.models.generation import Draws, generate
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import default_batch_tokens
+from leaf_distill.models.server import Server, connect
 
-ROWS_A_GRADING = 256
-PROGRAMS_A_GRADING = 32
 ANSWER_SHOWN = 120
 """Characters at the end of an answer that are quoted."""
+UNGRADED = ("cut_off", "not_finite", "too_long", "server_refused")
+"""Verdicts of answers that no grader sees."""
 VERSION = 1
 """Raised with a change of the generation, so that no answer of an older one is used."""
 
 
 @dataclass(frozen=True)
 class PromptedModel:
-    """A model, and the renderer of the prompts that it reads."""
+    """A model, the renderer of the prompts that it reads, and the server of its answers, if any."""
 
     role: Role
     model: LazyModel
     renderer: Renderer
+    server: Server | None = None
 
     @cached_property
     def identity(self) -> list[object]:
@@ -102,7 +114,9 @@ class Decoding:
 GREEDY = Decoding()
 
 
-def prompted_model(role: Role, model: LazyModel, config: ModelOptions) -> PromptedModel:
+def prompted_model(
+    role: Role, model: LazyModel, config: ModelOptions, server: Server | None = None
+) -> PromptedModel:
     """Return a model with the renderer that the configuration asks for."""
     renderer = Renderer(
         model.tokenizer,
@@ -110,7 +124,26 @@ def prompted_model(role: Role, model: LazyModel, config: ModelOptions) -> Prompt
         system_prompt=config.system_prompt,
         template_kwargs=json_object(config.chat_template_kwargs, "chat_template_kwargs"),
     )
-    return PromptedModel(role, model, renderer)
+    return PromptedModel(role, model, renderer, server)
+
+
+def find_server(role: Role, config: ServerOptions) -> Server | None:
+    """Return the server that gives a role's answers, None if they are computed here.
+
+    Raises:
+        ValueError: its URL cannot be one.
+        ServerError: it refuses the key, or cannot be reached and no model is named.
+    """
+    url: str | None = getattr(config, f"{role}_server_url")
+    if not url:
+        return None
+    return connect(
+        role,
+        url,
+        getattr(config, f"{role}_server_model") or None,
+        concurrency=config.server_concurrency,
+        timeout_s=config.server_timeout,
+    )
 
 
 def open_cache(config: GradingOptions) -> RowCache:
@@ -155,15 +188,20 @@ def answer(
     """Set `answers[role]` of each example to the model's answer with its verdict.
 
     Args:
-        asked: the model; its weights are loaded only where the cache lacks an answer.
-        examples: rows or candidates with a rendering for the model's role.
+        asked: the model; its weights are loaded only where the cache lacks an answer and no server
+            gives it.
+        examples: rows or candidates with a rendering for the model's role. Where a row brings an
+            answer along, `given`, the model is not asked.
         decoding: greedy or drawn. The n-th row with the same prompt has the prompt's n-th draw.
         grade_cut_off: whether an answer that is right before it is cut off is "right".
+
+    Raises:
+        ServerError: the model's server gives no answers.
     """
-    given = _generate(asked, examples, config, cache, decoding)
+    given = _answers(asked, examples, config, cache, decoding)
     gradable = (None, "cut_off") if grade_cut_off else (None,)
     ungraded = [at for at, one in enumerate(given) if one.verdict in gradable]
-    judged = _grade(
+    judged = grade_answers(
         [(examples[at], examples[at].prefix + given[at].text) for at in ungraded], config, cache
     )
     for at, (verdict, detail) in zip(ungraded, judged, strict=True):
@@ -171,6 +209,37 @@ def answer(
             given[at] = replace(given[at], verdict=verdict, detail=detail)
     for example, one in zip(examples, given, strict=True):
         example.answers[asked.role] = one
+
+
+def _answers(
+    asked: PromptedModel,
+    examples: Sequence[Example],
+    config: AnswerOptions,
+    cache: RowCache,
+    decoding: Decoding,
+) -> list[Answer]:
+    """Return the answer that a row brings along, else that of the server, else of the model."""
+    own = [_given(asked.role, example) for example in examples]
+    rest = [example for example, text in zip(examples, own, strict=True) if text is None]
+    if asked.server is not None:
+        found = iter(served_answers(asked, asked.server, rest, config, cache, decoding))
+    else:
+        found = iter(_generate(asked, rest, config, cache, decoding))
+    answers = []
+    for example, text in zip(examples, own, strict=True):
+        if text is None:
+            answers.append(next(found))
+            continue
+        example.notes.append(f"{asked.role}_answer_given")
+        ids = asked.renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+        answers.append(Answer(text, len(ids)))
+    return answers
+
+
+def _given(role: Role, example: Example) -> str | None:
+    """Return the answer that a row brings along, to its prompt as it is."""
+    as_it_is = example.branch == "original" and not example.prefix
+    return example.given.get(role) if as_it_is else None
 
 
 def _generate(
@@ -185,7 +254,7 @@ def _generate(
     keys = [digest([*settings, prompt]) for prompt in prompts]
     drawn = decoding.temperature > 0
     if drawn:
-        keys = _numbered(keys)
+        keys = numbered(keys)
     plan = plan_batches(
         [len(prompt) + config.max_new_tokens for prompt in prompts],
         max_tokens=asked.batch_tokens(config),
@@ -213,16 +282,6 @@ def _generate(
     return [Answer(*json.loads(value)) for value in values]
 
 
-def _numbered(keys: Sequence[str]) -> list[str]:
-    """Return a key for each draw: that of its prompt with the number of draws before it."""
-    seen: Counter[str] = Counter()
-    numbered = []
-    for key in keys:
-        numbered.append(digest([key, seen[key]]))
-        seen[key] += 1
-    return numbered
-
-
 def gold_warning(golds: Sequence[str], config: AnswerOptions) -> list[str]:
     """Return a sentence where golds are no mathematics although answers are graded as such."""
     if config.grade != "math":
@@ -243,59 +302,3 @@ def prompt_ids(example: Example, role: Role) -> list[int]:
     rendering = example.renderings[role]
     ids: list[int] = rendering.input_ids[~rendering.loss_mask].tolist()
     return ids
-
-
-def _grade(
-    answers: Sequence[tuple[Example, str]], config: AnswerOptions, cache: RowCache
-) -> list[tuple[str, str]]:
-    """Return a verdict and a detail for each answer's text."""
-    if config.grade == "code":
-        return _grade_programs(answers, config, cache)
-    pairs = [(example.gold, text) for example, text in answers]
-    if config.grade != "math":  # cheaper than a look into the cache
-        with Grader(config.grade, timeout_s=config.grade_timeout) as grader:
-            return [(verdict, "") for verdict in grader.grade(pairs)]
-    settings = ["grade", config.grade, version("math-verify"), *identity()]
-    keys = [digest([*settings, *pair]) for pair in pairs]
-    with Grader(config.grade, timeout_s=config.grade_timeout) as grader:
-
-        def compute(batch: list[int]) -> list[bytes]:
-            return [verdict.encode() for verdict in grader.grade([pairs[at] for at in batch])]
-
-        values = compute_missing(
-            cache,
-            keys,
-            _batches(len(pairs), ROWS_A_GRADING),
-            compute,
-            description="grading",
-            keep=lambda value: value != b"timeout",
-        )
-    return [(value.decode(), "") for value in values]
-
-
-def _grade_programs(
-    answers: Sequence[tuple[Example, str]], config: AnswerOptions, cache: RowCache
-) -> list[tuple[str, str]]:
-    pairs = [(example.tests, text) for example, text in answers if example.tests]
-    settings = ["grade", config.grade, config.grade_timeout, *identity()]
-    keys = [digest([*settings, tests.to_json(), text]) for tests, text in pairs]
-    with CodeGrader(timeout_s=config.grade_timeout, store=cache) as grader:
-
-        def compute(batch: list[int]) -> list[bytes]:
-            judged = grader.grade([pairs[at] for at in batch])
-            return [json.dumps(one).encode() for one in judged]
-
-        plan = _batches(len(pairs), PROGRAMS_A_GRADING)
-        values = compute_missing(
-            cache,
-            keys,
-            plan,
-            compute,
-            description="running programs",
-            keep=lambda value: not depends_on_load(json.loads(value)[1]),
-        )
-    return [(verdict, detail) for verdict, detail in map(json.loads, values)]
-
-
-def _batches(count: int, size: int) -> list[range]:
-    return [range(at, min(at + size, count)) for at in range(0, count, size)]

@@ -31,6 +31,7 @@ NAMING: Final = (
 INCIDENTAL: Final = (
     *("student", "teacher", "output_dir"),
     *("cache_dir", "device", "max_batch_tokens", "grade_timeout", "preset"),
+    *("server_concurrency", "server_timeout"),
 )
 """Settings that change no result beyond rounding; the two models are known by their content."""
 

@@ -1,8 +1,8 @@
 """The row cache: what a model pass costs is kept per row, under a key of its content.
 
 One SQLite file serves all runs of a user, at the same time. A value is written once and never
-changed; what two processes compute at once is stored by the first. A batch is one transaction, so
-that a killed run leaves whole batches behind.
+changed; what two processes compute at once is stored by the first. A batch, or an answer of a
+server, is one transaction, so that a killed run leaves whole ones behind.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import contextlib
 import os
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from leaf_distill.io import Progress, StoreError, make_directory
+from leaf_distill.io import Progress, StoreError, digest, make_directory
 
 FILE = "rows.sqlite"
 WAIT_S = 60.0  # for another process that is writing
@@ -146,3 +147,42 @@ def compute_missing(
                 found |= cache.put({key: value for key, value in values.items() if keep(value)})
                 progress.update(len(part))
     return [found[key] for key in keys]
+
+
+def store_missing(
+    cache: RowCache,
+    keys: Sequence[str],
+    ask: Callable[[Sequence[int]], Iterable[tuple[int, bytes]]],
+    *,
+    description: str,
+    keep: Callable[[bytes], bool],
+) -> list[bytes]:
+    """Return the value of each key, asking for those that the cache lacks; each is stored at once.
+
+    Args:
+        cache: where values are looked up and stored.
+        keys: one for each row; rows of equal content may share a key, and are asked for once.
+        ask: yields positions in `keys` with their values, in any order, for the positions given.
+        description: what the progress says.
+        keep: whether a value is stored; the others are asked for again by the next run.
+    """
+    found = cache.get(keys)
+    first = {key: at for at, key in reversed(list(enumerate(keys))) if key not in found}
+    if first:
+        with Progress(len(first), description) as progress:
+            for at, value in ask(sorted(first.values())):
+                found[keys[at]] = value
+                if keep(value):
+                    found |= cache.put({keys[at]: value})
+                progress.update(1)
+    return [found[key] for key in keys]
+
+
+def numbered(keys: Sequence[str]) -> list[str]:
+    """Return a key for each draw: that of its prompt with the number of draws before it."""
+    seen: Counter[str] = Counter()
+    draws = []
+    for key in keys:
+        draws.append(digest([key, seen[key]]))
+        seen[key] += 1
+    return draws

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Answer, Example, Role, remaining
-from leaf_distill.detection.answers import ANSWER_SHOWN, Decoding, PromptedModel, answer
+from leaf_distill.detection.answers import ANSWER_SHOWN, UNGRADED, Decoding, PromptedModel, answer
 from leaf_distill.detection.cache import RowCache
 from leaf_distill.grading.code import FAILED as FAILED_PROGRAMS
 
@@ -128,7 +128,7 @@ class Judge:
         self.answer("teacher", asked, "validate")
         for candidate in asked:
             given = candidate.answers["teacher"]
-            if given.verdict in ("cut_off", "not_finite"):
+            if given.verdict in UNGRADED:
                 candidate.leave("validate", f"teacher_{given.verdict}", _said(candidate, "teacher"))
             elif not given.text.strip():
                 candidate.leave("validate", "empty_completion", "the teacher's answer is empty")

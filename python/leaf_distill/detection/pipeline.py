@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING, Any
 from leaf_distill.config import DetectConfig, json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import ROLES, Example, Floats, Role, UnusableRow, remaining
-from leaf_distill.detection.answers import leave_without_gold, open_cache, prompted_model
+from leaf_distill.detection.answers import (
+    UNGRADED,
+    find_server,
+    leave_without_gold,
+    open_cache,
+    prompted_model,
+)
 from leaf_distill.detection.arms import (
     NAMING,
     arm_name,
@@ -89,6 +95,7 @@ def detect(
     Raises:
         ValueError: settings or inputs cannot work, or no row is usable.
         StoreError: a file cannot be written, or another process holds the run directory.
+        ServerError: a server gives no answers; those that it gave are kept.
     """
     sources = {"student": student, "teacher": teacher, "dataset": dataset}
     need(config, *(name for name, given in sources.items() if given is None))
@@ -133,7 +140,10 @@ class _Run:
                     f"dataset: must have originals, got {self.earlier} counterfactuals alone; give "
                     "the rows that these were cut from"
                 )
-            self.pair = {role: prompted_model(role, models[role], config) for role in ROLES}
+            self.pair = {
+                role: prompted_model(role, models[role], config, find_server(role, config))
+                for role in ROLES
+            }
         if len({one.row_id for one in self.examples}) < len(self.examples):
             for row_id, example in enumerate(self.examples):  # the rows of several runs together
                 example.row_id = row_id
@@ -207,8 +217,8 @@ class _Run:
         self.judge.answer("teacher", asked, "predict")
         for example in asked:
             given = example.answers["teacher"]
-            if given.verdict in ("cut_off", "not_finite"):
-                example.leave("render", f"teacher_{given.verdict}")
+            if given.verdict is not None and given.verdict in UNGRADED:
+                example.leave("render", f"teacher_{given.verdict}", given.detail)
             elif not given.text.strip():
                 example.leave("render", "empty_completion", "the teacher's answer is empty")
             else:
@@ -311,6 +321,7 @@ class _Run:
             "arm": arm.name,
             "settings": asdict(self.config),
             "models": {role: one.model.fingerprint for role, one in self.pair.items()},
+            "served": {role: one.server.model for role, one in self.pair.items() if one.server},
             "dataset_sha256": hashlib.sha256(dataset.read_bytes()).hexdigest(),
             "templates": warnings,
             "versions": package_versions(),

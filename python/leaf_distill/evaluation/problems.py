@@ -123,6 +123,7 @@ def load_problems(benchmark: Benchmark, config: EvaluateConfig, source: Any = No
             unread[0].outcome.detail if unread[0].outcome else "",
         )
     for example in rows:
+        example.given = {}  # answers of other models than the one that is evaluated
         *before, last = example.messages
         example.messages = (*before, {**last, "content": benchmark.asked(last["content"])})
     return Problems(benchmark, rows, len(examples) - len(rows))
