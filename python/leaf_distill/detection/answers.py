@@ -21,6 +21,7 @@ from leaf_distill.io import digest, user_directory
 from leaf_distill.models.generation import Draws, generate
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import default_batch_tokens
+from leaf_distill.ranks import current
 
 ROWS_A_GRADING = 256
 PROGRAMS_A_GRADING = 32
@@ -136,11 +137,16 @@ def leave_without_gold(examples: Sequence[Example], config: AnswerOptions, cache
         if example.tests is None:
             example.leave("rows", "no_tests", "no column with tests for a program")
     tested = [(example, example.tests) for example in remaining(rows) if example.tests]
+    ranks, problems = current(), dict[int, bytes]()
     with CodeGrader(timeout_s=config.grade_timeout, store=cache) as grader:
-        problems = grader.check([tests for _, tests in tested])
-    for (example, _), problem in zip(tested, problems, strict=True):
+        plan = _batches(len(tested), PROGRAMS_A_GRADING)
+        for index in ranks.share(len(plan)):
+            found = grader.check([tested[at][1] for at in plan[index]])
+            problems |= zip(plan[index], map(str.encode, found), strict=True)
+    for at, problem in ranks.exchange(problems).items():
+        example = tested[at][0]
         if problem:
-            example.leave("rows", "bad_tests", problem)
+            example.leave("rows", "bad_tests", problem.decode())
 
 
 def answer(

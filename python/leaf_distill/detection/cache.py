@@ -14,7 +14,10 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from leaf_distill.io import Progress, StoreError, make_directory
+import numpy as np
+
+from leaf_distill.io import Progress, StoreError, digest, make_directory
+from leaf_distill.ranks import Ranks, current
 
 FILE = "rows.sqlite"
 WAIT_S = 60.0  # for another process that is writing
@@ -90,6 +93,15 @@ class RowCache:
                 raise
         return self.get(list(values))
 
+    def add(self, values: Mapping[str, bytes]) -> None:
+        """Store those values whose keys the cache lacks."""
+        keys = list(values)
+        for start in range(0, len(keys), KEYS_A_QUERY):
+            part = keys[start : start + KEYS_A_QUERY]
+            there = self.get(part)
+            if new := {key: values[key] for key in part if key not in there}:
+                self.put(new)
+
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -119,6 +131,10 @@ def compute_missing(
 ) -> list[bytes]:
     """Return the value of each key, computing those that the cache lacks.
 
+    The processes of a run share the batches, the dearest first where the plan has them first, and
+    each stores what it computes in its cache. All return the same values. The first process also
+    stores those of the others, so that its cache is whole where each machine has its own.
+
     Args:
         cache: where values are looked up and stored.
         keys: one for each row; rows of equal content may share a key.
@@ -129,9 +145,18 @@ def compute_missing(
         whole_batches: compute all rows of a batch where one is missing, for values that depend on
             the batch's shape.
         keep: whether a value is stored; the others are computed again by the next run.
+
+    Raises:
+        RankError: another process of the run has failed, or has other keys or batches.
     """
+    ranks = current()
+    if ranks.size > 1:
+        plan = (np.asarray(batch, dtype=np.int64).tobytes() for batch in batches)
+        ranks.agree(digest([*map(str.encode, keys), *plan]))
     found = cache.get(keys)
-    planned = set(found)
+    unique = list(dict.fromkeys(keys))
+    number = {key: at for at, key in enumerate(unique)}
+    planned, sent = _known(unique, found, ranks)
     parts: list[list[int]] = []
     for batch in batches:
         part = [at for at in batch if keys[at] not in planned]
@@ -139,10 +164,35 @@ def compute_missing(
         if part:
             parts.append(list(batch) if whole_batches else part)
     if parts:
-        with Progress(sum(map(len, parts)), description) as progress:
-            for part in parts:
+        shown = ranks.rank == 0
+        with Progress(sum(map(len, parts)), description, shown=shown) as progress:
+            for index in ranks.share(len(parts)):
+                part = parts[index]
                 values = dict(zip((keys[at] for at in part), compute(part), strict=True))
+                values |= cache.put({key: one for key, one in values.items() if keep(one)})
                 found |= values
-                found |= cache.put({key: value for key, value in values.items() if keep(value)})
-                progress.update(len(part))
+                sent.update((number[key], value) for key, value in values.items())
+                progress.update(ranks.done(len(part)))
+    if ranks.size > 1:
+        given = {unique[at]: value for at, value in ranks.exchange(sent).items()}
+        found |= given
+        if ranks.rank == 0:
+            cache.add({key: value for key, value in given.items() if keep(value)})
     return [found[key] for key in keys]
+
+
+def _known(
+    keys: Sequence[str], found: Mapping[str, bytes], ranks: Ranks
+) -> tuple[set[str], dict[int, bytes]]:
+    """Return the keys that a rank has found, and the values that this rank has to send for them.
+
+    Of values that not every rank has, or that differ, the lowest rank's is sent.
+    """
+    if ranks.size == 1:
+        return set(found), {}
+    crc = np.asarray([zlib.crc32(found[key]) if key in found else -1 for key in keys], np.int64)
+    owner = np.where(crc >= 0, ranks.rank, ranks.size)
+    owner, least, most = ranks.least(np.stack([owner, crc, -crc]))
+    known = {key for key, one in zip(keys, owner, strict=True) if one < ranks.size}
+    mine = (owner == ranks.rank) & (least != -most)
+    return known, {at: found[keys[at]] for at in np.flatnonzero(mine).tolist()}

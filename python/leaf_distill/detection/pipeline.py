@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ from leaf_distill.grading.code import FAILED as FAILED_PROGRAMS
 from leaf_distill.io import locked, make_directory, user_directory, write_json, write_table
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.tokenizer import check_same_tokenizer
+from leaf_distill.ranks import current, together
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +69,7 @@ class DetectResult:
     funnel: dict[str, Any]
 
 
+@together
 def detect(
     config: DetectConfig,
     *,
@@ -84,6 +86,9 @@ def detect(
     samples.parquet (what was measured on each scored row), outcomes.parquet (where each row and
     candidate left, and why) and funnel.json. A row without an answer is graded against its
     completion.
+
+    Under torchrun or `accelerate launch` the processes share the models' passes and the grading.
+    All return the result; the first writes it.
 
     Args:
         config: the settings.
@@ -159,7 +164,8 @@ class _Run:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run(self) -> DetectResult:
-        with locked(self.root), open_cache(self.config) as self.cache:
+        lock = nullcontext() if current().rank else locked(self.root)
+        with lock, open_cache(self.config) as self.cache:
             usable = self._label()
             if not usable:
                 raise self._nothing_usable()
@@ -176,7 +182,7 @@ class _Run:
             with self._clock("validate"):
                 self._validate(list(remaining(scored)))
                 self._use(None)
-            return self._write(usable, scored)
+            return current().from_first(lambda: self._write(usable, scored))
 
     def _use(self, role: Role | None) -> PromptedModel:
         """Return the role's model, after the weights of the other one are released."""
