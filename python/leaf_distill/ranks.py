@@ -90,7 +90,7 @@ class _Joined(Ranks):
 
         self.rank, self.size = rank, size
         self._store = store
-        self._calls = self._done = 0
+        self._calls = self._shared = self._done = 0
         self._beats = [(0, time.monotonic())] * size
         self._checked = time.monotonic()
         self._closed = threading.Event()
@@ -119,8 +119,8 @@ class _Joined(Ranks):
 
     def share(self, count: int) -> Iterator[int]:
         self._calls += 1
+        self._shared, self._done = self._calls, 0
         name = f"next/{self._calls}"
-        self._done = 0
 
         def taken() -> Iterator[int]:
             while (at := self._add(name, 1) - 1) < count:
@@ -130,7 +130,7 @@ class _Joined(Ranks):
         return taken()
 
     def done(self, count: int) -> int:
-        before, self._done = self._done, self._add(f"done/{self._calls}", count)
+        before, self._done = self._done, self._add(f"done/{self._shared}", count)
         return self._done - before
 
     def exchange(self, mine: Mapping[int, bytes]) -> dict[int, bytes]:

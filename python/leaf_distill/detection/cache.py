@@ -159,8 +159,11 @@ def compute_missing(
     planned, sent = _known(unique, found, ranks)
     parts: list[list[int]] = []
     for batch in batches:
-        part = [at for at in batch if keys[at] not in planned]
-        planned.update(keys[at] for at in part)
+        part = []
+        for at in batch:
+            if keys[at] not in planned:
+                planned.add(keys[at])
+                part.append(at)
         if part:
             parts.append(list(batch) if whole_batches else part)
     if parts:
