@@ -128,8 +128,8 @@ class Example:
     # One entry for each of the d domain tokens, which both models share.
     norms: dict[Role, Floats] = field(default_factory=dict)  # gradient norms [d] (Eq. 2)
     nll: dict[Role, float] = field(default_factory=dict)  # nats a label token
-    offsets: NDArray[np.int64] | None = None  # characters [d, 2]
-    slot: NDArray[np.int64] | None = None  # [d]; neighbors in both sequences differ by 1
+    offsets: NDArray[np.int32] | None = None  # characters [d, 2]
+    slot: NDArray[np.int32] | None = None  # [d]; neighbors in both sequences differ by 1
     prunable: Mask | None = None  # [d]
     saliency: dict[Role, Floats] = field(default_factory=dict)  # norms scaled to [0, 1] (Eq. 3)
     score: Floats | None = None  # [d], low on confounders (Eq. 5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -51,14 +51,14 @@ class PromptedModel:
 
     def render(self, example: Example) -> Rendering:
         """Render prompt and completion; UnusableRow as the renderer's, or for an unknown token."""
-        return self._known(self.renderer.render(example))
+        return self.known(self.renderer.render(example))
 
     def prompt(self, example: Example) -> Rendering:
         """Render the prompt alone; UnusableRow as the renderer's, or for an unknown token."""
-        return self._known(self.renderer.prompt(example))
+        return self.known(self.renderer.prompt(example))
 
-    def _known(self, rendering: Rendering) -> Rendering:
-        """Refuse a token that the tokenizer has, and the embedding has not."""
+    def known(self, rendering: Rendering) -> Rendering:
+        """Refuse a token that the tokenizer has, and the embedding has not; else return it."""
         rows = int(self.model.config.get_text_config().vocab_size)
         largest = int(rendering.input_ids.max(initial=0))
         if largest >= rows:
@@ -101,6 +101,25 @@ class Decoding:
 
 
 GREEDY = Decoding()
+
+
+def render_for(pair: Mapping[Role, PromptedModel], example: Example, *, whole: bool) -> None:
+    """Set the rendering for each model; where they render alike, it is made and held once.
+
+    Args:
+        pair: the models.
+        example: a row or a candidate.
+        whole: with the completion.
+
+    Raises:
+        UnusableRow: as the renderer's, or for a token that a model does not know.
+    """
+    made: dict[str, Rendering] = {}
+    for role, one in pair.items():
+        like = one.renderer.fingerprint
+        if like not in made:
+            made[like] = one.renderer.render(example) if whole else one.renderer.prompt(example)
+        example.renderings[role] = one.known(made[like])
 
 
 def prompted_model(role: Role, model: LazyModel, config: ModelOptions) -> PromptedModel:

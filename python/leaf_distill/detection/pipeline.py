@@ -30,6 +30,7 @@ from leaf_distill.detection.answers import (
     leave_without_gold,
     open_cache,
     prompted_model,
+    render_for,
 )
 from leaf_distill.detection.arms import (
     arm_name,
@@ -226,9 +227,7 @@ class _Run:
         with self._clock("render"):
             for example in remaining(examples):
                 try:
-                    for role, one in self.pair.items():
-                        make = one.render if whole else one.prompt
-                        example.renderings[role] = make(example)
+                    render_for(self.pair, example, whole=whole)
                 except UnusableRow as problem:
                     example.leave("render", problem.reason, problem.detail)
                 else:
@@ -297,8 +296,7 @@ class _Run:
 
     def _render_candidate(self, candidate: Example) -> None:
         try:
-            for role, one in self.pair.items():
-                candidate.renderings[role] = one.prompt(candidate)
+            render_for(self.pair, candidate, whole=False)
         except UnusableRow as problem:
             candidate.leave("prune", "not_renderable", problem.detail)
         else:

@@ -47,18 +47,18 @@ def _align(example: Example) -> bool:
     elif not len(offsets[0]):
         example.leave("detect", "empty_domain", "no token lies within the user's text")
     else:
-        example.offsets, example.prunable = offsets[0].astype(np.int64), prunable[0]
+        example.offsets, example.prunable = offsets[0], prunable[0]
         example.slot = _slots(*(np.flatnonzero(one) for one in inside))
     return example.outcome is None
 
 
-def _slots(teacher: npt.NDArray[np.int64], student: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _slots(teacher: npt.NDArray[np.int64], student: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     """Return increasing slots, 1 further where both models have two domain tokens side by side.
 
     Elsewhere a slot stays free: it is a token outside the domain to the op, and no span crosses it.
     """
     gap = (np.diff(teacher) > 1) | (np.diff(student) > 1)
-    return np.concatenate(([0], np.cumsum(1 + gap)))
+    return np.concatenate(([0], np.cumsum(1 + gap))).astype(np.int32)
 
 
 def _detect(examples: Sequence[Example], config: DetectConfig) -> None:
