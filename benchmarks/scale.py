@@ -36,7 +36,8 @@ from leaf_distill.models.tokenizer import load_tokenizer
 
 BATCH = 64  # rows of one transaction
 SIZE = 640  # bytes of a value: the norms of 160 tokens
-Line = tuple[str, int, float, float | None, float | None]  # part, rows, s, memory and disk a row
+Line = tuple[str, int, float, float, float | None, float | None]
+"""Part, rows, seconds, processor seconds, bytes of memory and of disk a row."""
 
 
 def resident() -> int:
@@ -47,10 +48,11 @@ def resident() -> int:
 
 def timed(lines: list[Line], part: str, rows: int, run: Callable[[], Any], *, disk: bool) -> Any:
     """Run one part and add its line; with `disk` its result is the bytes that it wrote."""
-    memory, start = resident(), time.perf_counter()
+    memory, start, used = resident(), time.perf_counter(), time.process_time()
     result = run()
-    seconds, grown = time.perf_counter() - start, (resident() - memory) / rows
-    lines.append((part, rows, seconds, None if disk else grown, result / rows if disk else None))
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    grown, written = (None, result / rows) if disk else ((resident() - memory) / rows, None)
+    lines.append((part, rows, seconds, used, grown, written))
     return result
 
 
@@ -114,7 +116,7 @@ def measure_rows(path: str, tokenizer: str, rows: int) -> list[Line]:
         timed(lines, "write the dataset", rows, lambda: write(write_dataset), disk=True)
         timed(lines, "write the samples", rows, lambda: write(write_samples), disk=True)
         cuts = sum(len(one.candidates) for one in examples) / rows
-        lines.append((f"(a row: {tokens:.0f} tokens, {cuts:.1f} cuts)", rows, 0.0, None, None))
+        lines.append((f"(a row: {tokens:.0f} tokens, {cuts:.1f} cuts)", rows, 0.0, 0.0, None, None))
     return lines
 
 
@@ -160,13 +162,14 @@ def main() -> None:
     print(f"- Python {platform.python_version()}, {packages}, tokenizers {version('tokenizers')}")
     print(f"- command: `python benchmarks/scale.py --rows {options.rows}", end="")
     print(f" --cache_rows {options.cache_rows} --dataset ... --tokenizer ...`")
-    print("- one process, one thread; memory is what the part added to the process\n")
-    print("| part | rows | s | rows/s | bytes of memory a row | bytes of disk a row |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for part, rows, seconds, memory, disk in lines:
-        speed = f"{rows / seconds:,.0f}" if seconds else "-"
+    print("- one process, one thread; memory is what the part added to the process, in bytes\n")
+    print("| part | rows | s | processor s | rows / processor s | memory a row | disk a row |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for part, rows, seconds, used, memory, disk in lines:
+        speed = f"{rows / used:,.0f}" if used else "-"
         memory_text, disk_text = (f"{one:,.0f}" if one else "-" for one in (memory, disk))
-        print(f"| {part} | {rows:,} | {seconds:.1f} | {speed} | {memory_text} | {disk_text} |")
+        numbers = f"{rows:,} | {seconds:.1f} | {used:.1f} | {speed} | {memory_text} | {disk_text}"
+        print(f"| {part} | {numbers} |")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def torchrun(processes: int) -> list[str]:
 
 
 def accelerate(processes: int) -> list[str]:
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+    # "--multi_gpu" is how it starts several processes; there need be no GPU.
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     return [*command, f"--num_processes={processes}", f"--main_process_port={free_port()}"]
 
