@@ -25,16 +25,17 @@ ALLOWED = {
 }
 
 # The same for the rooms of the loop.
-_BASE = {"io", "config", "data"}
+_BASE = {"io", "config", "ranks", "data"}
 _STAGES = _BASE | {"models", "grading", "statistics"}
 ROOMS = {
     "io": set(),
+    "ranks": set(),
     "config": set(),
     "options": {"config"},
     "statistics": set(),
     "data": {"io", "config", "data"},
     "models": _BASE | {"models"},
-    "grading": {"io", "config", "data", "grading"},
+    "grading": _BASE | {"grading"},
     "detection": _STAGES | {"detection"},
     "training": _BASE | {"models", "training"},
     "evaluation": _STAGES | {"detection", "training", "evaluation"},

@@ -6,10 +6,12 @@ Options are the fields of the same dataclasses that the library takes, so that a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from typing import Any
 
 from leaf_distill.config import nearest
 from leaf_distill.options import parse_options, shortened
+from leaf_distill.ranks import is_first, reports
 
 PACKAGES = (
     "leaf-distill",
@@ -34,6 +37,8 @@ PACKAGES = (
     "reasoning-gym",
     "gguf",
 )
+
+SAY_S = 5.0  # a launcher ends all processes with one: until then the first has said its sentence
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,22 @@ def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     )
 
 
+def _parse_once(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
+    """Parse; of the processes of a launcher, the first alone prints."""
+    if is_first():
+        return parse(name, argv)
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        try:
+            return parse(name, argv)
+        except SystemExit:
+            time.sleep(SAY_S)
+            raise
+
+
 def _raised_by_us(error: BaseException) -> bool:
     """Whether our own code raised it, so that its message is a sentence for the user."""
     import leaf_ext
@@ -235,12 +256,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"leaf: {name!r} is not a command{nearest(name, COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        configs, run = parse(name, words[1:]), COMMANDS[name].run
+        configs, run = _parse_once(name, words[1:]), COMMANDS[name].run
         (_named(run) if isinstance(run, str) else run)(*configs)
     except KeyboardInterrupt:
-        print(f"\nleaf {name}: interrupted; {COMMANDS[name].interrupted}", file=sys.stderr)
+        if reports():
+            print(f"\nleaf {name}: interrupted; {COMMANDS[name].interrupted}", file=sys.stderr)
         return 130
     except Exception as error:
-        _report(name, error)
+        if reports():
+            _report(name, error)
         return 1
     return 0

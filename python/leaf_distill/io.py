@@ -193,13 +193,16 @@ def disk_error(error: OSError, path: Path, size: int | None = None) -> StoreErro
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a line at most every half minute."""
+    """A progress bar on a terminal; elsewhere a line at most every half minute; or neither."""
 
-    def __init__(self, total: int, description: str, *, initial: int = 0) -> None:
+    def __init__(
+        self, total: int, description: str, *, initial: int = 0, shown: bool = True
+    ) -> None:
         self.total, self.description, self.done = total, description, initial
         self._start = self._last = time.monotonic()
         self._bar: Any = None
-        if sys.stderr.isatty():
+        self._shown = shown
+        if shown and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=initial, desc=description, unit="row")
 
     def update(self, count: int) -> None:
@@ -207,7 +210,7 @@ class Progress:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif (now := time.monotonic()) - self._last >= LOG_INTERVAL_S:
+        elif self._shown and (now := time.monotonic()) - self._last >= LOG_INTERVAL_S:
             self._last = now
             print(
                 f"{self.description}: {self.done} of {self.total} rows, {now - self._start:.0f} s",

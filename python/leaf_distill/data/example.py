@@ -133,8 +133,8 @@ class Example:
     # student's, over which the teacher's values are pooled.
     norms: dict[Role, Floats] = field(default_factory=dict)  # gradient norms [d] (Eq. 2)
     nll: dict[Role, float] = field(default_factory=dict)  # nats a label token
-    offsets: NDArray[np.int64] | None = None  # characters [d, 2]
-    slot: NDArray[np.int64] | None = None  # [d]; neighbors in both sequences differ by 1
+    offsets: NDArray[np.int32] | None = None  # characters [d, 2]
+    slot: NDArray[np.int32] | None = None  # [d]; neighbors in both sequences differ by 1
     prunable: Mask | None = None  # [d]
     suspicion: Floats | None = None  # [d], high on confounders: another score than the gap
     saliency: dict[Role, Floats] = field(default_factory=dict)  # norms scaled to [0, 1] (Eq. 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from leaf_distill.detection.cache import (
     numbered,
 )
 from leaf_distill.detection.served import served_answers
-from leaf_distill.detection.verdicts import grade_answers
+from leaf_distill.detection.verdicts import PROGRAMS_A_GRADING, batches, grade_answers
 from leaf_distill.grading import gold_kinds
 from leaf_distill.grading.code import CodeGrader
 from leaf_distill.io import digest, user_directory
@@ -32,6 +32,7 @@ from leaf_distill.models.generation import Draws, generate
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import default_batch_tokens
 from leaf_distill.models.server import Server, connect
+from leaf_distill.ranks import current
 
 ANSWER_SHOWN = 120
 """Characters at the end of an answer that are quoted."""
@@ -62,14 +63,14 @@ class PromptedModel:
 
     def render(self, example: Example) -> Rendering:
         """Render prompt and completion; UnusableRow as the renderer's, or for an unknown token."""
-        return self.checked(self.renderer.render(example))
+        return self.known(self.renderer.render(example))
 
     def prompt(self, example: Example) -> Rendering:
         """Render the prompt alone; UnusableRow as the renderer's, or for an unknown token."""
-        return self.checked(self.renderer.prompt(example))
+        return self.known(self.renderer.prompt(example))
 
-    def checked(self, rendering: Rendering) -> Rendering:
-        """Refuse a token that the tokenizer has, and the embedding has not."""
+    def known(self, rendering: Rendering) -> Rendering:
+        """Refuse a token that the tokenizer has, and the embedding has not; else return it."""
         rows = int(self.model.config.get_text_config().vocab_size)
         largest = int(rendering.input_ids.max(initial=0))
         if largest >= rows:
@@ -112,6 +113,29 @@ class Decoding:
 
 
 GREEDY = Decoding()
+
+
+def render_for(
+    pair: Mapping[Role, PromptedModel],
+    example: Example,
+    render: Callable[[Renderer, Example], Rendering],
+) -> None:
+    """Set the rendering for each model; where they render alike, it is made and held once.
+
+    Args:
+        pair: the models.
+        example: a row or a candidate.
+        render: makes the rendering, such as `Renderer.prompt`.
+
+    Raises:
+        UnusableRow: as the renderer's, or for a token that a model does not know.
+    """
+    made: dict[str, Rendering] = {}
+    for role, one in pair.items():
+        like = one.renderer.fingerprint
+        if like not in made:
+            made[like] = render(one.renderer, example)
+        example.renderings[role] = one.known(made[like])
 
 
 def prompted_model(
@@ -169,11 +193,16 @@ def leave_without_gold(examples: Sequence[Example], config: AnswerOptions, cache
         if example.tests is None:
             example.leave("rows", "no_tests", "no column with tests for a program")
     tested = [(example, example.tests) for example in remaining(rows) if example.tests]
+    ranks, problems = current(), dict[int, bytes]()
     with CodeGrader(timeout_s=config.grade_timeout, store=cache) as grader:
-        problems = grader.check([tests for _, tests in tested])
-    for (example, _), problem in zip(tested, problems, strict=True):
+        plan = batches(len(tested), PROGRAMS_A_GRADING)
+        for index in ranks.share(len(plan)):
+            found = grader.check([tested[at][1] for at in plan[index]])
+            problems |= zip(plan[index], map(str.encode, found), strict=True)
+    for at, problem in ranks.exchange(problems).items():
+        example = tested[at][0]
         if problem:
-            example.leave("rows", "bad_tests", problem)
+            example.leave("rows", "bad_tests", problem.decode())
 
 
 def answer(

@@ -15,7 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from leaf_distill.io import Progress, StoreError, digest, make_directory
+from leaf_distill.ranks import Ranks, current
 
 FILE = "rows.sqlite"
 WAIT_S = 60.0  # for another process that is writing
@@ -91,6 +94,15 @@ class RowCache:
                 raise
         return self.get(list(values))
 
+    def add(self, values: Mapping[str, bytes]) -> None:
+        """Store those values whose keys the cache lacks."""
+        keys = list(values)
+        for start in range(0, len(keys), KEYS_A_QUERY):
+            part = keys[start : start + KEYS_A_QUERY]
+            there = self.get(part)
+            if new := {key: values[key] for key in part if key not in there}:
+                self.put(new)
+
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -120,6 +132,10 @@ def compute_missing(
 ) -> list[bytes]:
     """Return the value of each key, computing those that the cache lacks.
 
+    The processes of a run share the batches, the dearest first where the plan has them first, and
+    each stores what it computes in its cache. All return the same values. The first process also
+    stores those of the others, so that its cache is whole where each machine has its own.
+
     Args:
         cache: where values are looked up and stored.
         keys: one for each row; rows of equal content may share a key.
@@ -130,22 +146,42 @@ def compute_missing(
         whole_batches: compute all rows of a batch where one is missing, for values that depend on
             the batch's shape.
         keep: whether a value is stored; the others are computed again by the next run.
+
+    Raises:
+        RankError: another process of the run has failed, or has other keys or batches.
     """
+    ranks = current()
+    if ranks.size > 1:
+        plan = (np.asarray(batch, dtype=np.int64).tobytes() for batch in batches)
+        ranks.agree(digest([*map(str.encode, keys), *plan]))
     found = cache.get(keys)
-    planned = set(found)
+    unique = list(dict.fromkeys(keys))
+    number = {key: at for at, key in enumerate(unique)}
+    planned, sent = _known(unique, found, ranks)
     parts: list[list[int]] = []
     for batch in batches:
-        part = [at for at in batch if keys[at] not in planned]
-        planned.update(keys[at] for at in part)
+        part = []
+        for at in batch:
+            if keys[at] not in planned:
+                planned.add(keys[at])
+                part.append(at)
         if part:
             parts.append(list(batch) if whole_batches else part)
     if parts:
-        with Progress(sum(map(len, parts)), description) as progress:
-            for part in parts:
+        shown = ranks.rank == 0
+        with Progress(sum(map(len, parts)), description, shown=shown) as progress:
+            for index in ranks.share(len(parts)):
+                part = parts[index]
                 values = dict(zip((keys[at] for at in part), compute(part), strict=True))
+                values |= cache.put({key: one for key, one in values.items() if keep(one)})
                 found |= values
-                found |= cache.put({key: value for key, value in values.items() if keep(value)})
-                progress.update(len(part))
+                sent.update((number[key], value) for key, value in values.items())
+                progress.update(ranks.done(len(part)))
+    if ranks.size > 1:
+        given = {unique[at]: value for at, value in ranks.exchange(sent).items()}
+        found |= given
+        if ranks.rank == 0:
+            cache.add({key: value for key, value in given.items() if keep(value)})
     return [found[key] for key in keys]
 
 
@@ -159,6 +195,8 @@ def store_missing(
 ) -> list[bytes]:
     """Return the value of each key, asking for those that the cache lacks; each is stored at once.
 
+    The processes of a run share what is missing evenly.
+
     Args:
         cache: where values are looked up and stored.
         keys: one for each row; rows of equal content may share a key, and are asked for once.
@@ -166,15 +204,28 @@ def store_missing(
         description: what the progress says.
         keep: whether a value is stored; the others are asked for again by the next run.
     """
+    ranks = current()
     found = cache.get(keys)
-    first = {key: at for at, key in reversed(list(enumerate(keys))) if key not in found}
-    if first:
-        with Progress(len(first), description) as progress:
-            for at, value in ask(sorted(first.values())):
+    first: dict[str, int] = {}
+    for at, key in enumerate(keys):
+        first.setdefault(key, at)
+    unique = list(first)
+    number = {key: at for at, key in enumerate(unique)}
+    known, sent = _known(unique, found, ranks)
+    missing = [first[key] for key in unique if key not in known][ranks.rank :: ranks.size]
+    if missing:
+        with Progress(len(missing), description, shown=ranks.rank == 0) as progress:
+            for at, value in ask(missing):
                 found[keys[at]] = value
                 if keep(value):
                     found |= cache.put({keys[at]: value})
+                sent[number[keys[at]]] = found[keys[at]]
                 progress.update(1)
+    if ranks.size > 1:
+        given = {unique[at]: value for at, value in ranks.exchange(sent).items()}
+        found |= given
+        if ranks.rank == 0:
+            cache.add({key: value for key, value in given.items() if keep(value)})
     return [found[key] for key in keys]
 
 
@@ -186,3 +237,20 @@ def numbered(keys: Sequence[str]) -> list[str]:
         draws.append(digest([key, seen[key]]))
         seen[key] += 1
     return draws
+
+
+def _known(
+    keys: Sequence[str], found: Mapping[str, bytes], ranks: Ranks
+) -> tuple[set[str], dict[int, bytes]]:
+    """Return the keys that a rank has found, and the values that this rank has to send for them.
+
+    Of values that not every rank has, or that differ, the lowest rank's is sent.
+    """
+    if ranks.size == 1:
+        return set(found), {}
+    crc = np.asarray([zlib.crc32(found[key]) if key in found else -1 for key in keys], np.int64)
+    owner = np.where(crc >= 0, ranks.rank, ranks.size)
+    owner, least, most = ranks.least(np.stack([owner, crc, -crc]))
+    known = {key for key, one in zip(keys, owner, strict=True) if one < ranks.size}
+    mine = (owner == ranks.rank) & (least != -most)
+    return known, {at: found[keys[at]] for at in np.flatnonzero(mine).tolist()}

@@ -13,20 +13,23 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leaf_distill.config import DetectConfig, json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import ROLES, Example, Floats, Role, UnusableRow, remaining
+from leaf_distill.data.prompt import Renderer
 from leaf_distill.detection.answers import (
     UNGRADED,
     find_server,
     leave_without_gold,
     open_cache,
     prompted_model,
+    render_for,
 )
 from leaf_distill.detection.arms import (
     NAMING,
@@ -49,6 +52,7 @@ from leaf_distill.detection.warnings import nothing_usable, warnings_of
 from leaf_distill.io import locked, make_directory, user_directory, write_json, write_table
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.tokenizer import have_same_tokenizer
+from leaf_distill.ranks import current, together
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,6 +70,7 @@ class DetectResult:
     funnel: dict[str, Any]
 
 
+@together
 def detect(
     config: DetectConfig,
     *,
@@ -82,6 +87,9 @@ def detect(
     samples.parquet (what was measured on each scored row), outcomes.parquet (where each row and
     candidate left, and why) and funnel.json. A row without an answer is graded against its
     completion.
+
+    Under torchrun or `accelerate launch` the processes share the models' passes and the grading.
+    All return the result; the first writes it.
 
     Args:
         config: the settings.
@@ -172,7 +180,8 @@ class _Run:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run(self) -> DetectResult:
-        with locked(self.root), open_cache(self.config) as self.cache:
+        lock = nullcontext() if current().rank else locked(self.root)
+        with lock, open_cache(self.config) as self.cache:
             self.judge = Judge(self.pair, self.config, self.cache, self._clock)
             usable = self._label()
             if not usable:
@@ -195,7 +204,7 @@ class _Run:
                 self.judge.use(None)
             for example in marked:
                 end_with_views(example)
-            return self._write(usable, scored)
+            return current().from_first(lambda: self._write(usable, scored))
 
     @property
     def _grades(self) -> bool:
@@ -247,15 +256,11 @@ class _Run:
 
     def _render(self, examples: Sequence[Example], *, whole: bool) -> list[Example]:
         """Render examples for both models, with their completions or without; return what fits."""
+        render = partial(render_view, config=self.config) if whole else Renderer.prompt
         with self._clock("render"):
             for example in remaining(examples):
                 try:
-                    for role, one in self.pair.items():
-                        example.renderings[role] = (
-                            one.checked(render_view(one.renderer, example, self.config))
-                            if whole
-                            else one.prompt(example)
-                        )
+                    render_for(self.pair, example, render)
                 except UnusableRow as problem:
                     example.leave("render", problem.reason, problem.detail)
                 else:
@@ -299,8 +304,7 @@ class _Run:
 
     def _render_candidate(self, candidate: Example) -> None:
         try:
-            for role, one in self.pair.items():
-                candidate.renderings[role] = one.prompt(candidate)
+            render_for(self.pair, candidate, Renderer.prompt)
         except UnusableRow as problem:
             candidate.leave("prune", "not_renderable", problem.detail)
         else:

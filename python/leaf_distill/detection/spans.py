@@ -40,7 +40,7 @@ def _align(example: Example) -> None:
     if not len(offsets):
         example.leave("detect", "empty_domain", "no token lies within the analyzed text")
         return
-    example.offsets, example.prunable = offsets.astype(np.int64), student.prunable[student.domain]
+    example.offsets, example.prunable = offsets, student.prunable[student.domain]
     places = [np.flatnonzero(student.domain)]
     if np.array_equal(offsets, theirs):
         places.append(np.flatnonzero(teacher.domain))
@@ -63,7 +63,7 @@ def _covered(offsets: npt.NDArray[np.int32], text: str) -> npt.NDArray[np.bool_]
     return covered
 
 
-def _slots(places: Sequence[npt.NDArray[np.int64]], example: Example) -> npt.NDArray[np.int64]:
+def _slots(places: Sequence[npt.NDArray[np.int64]], example: Example) -> npt.NDArray[np.int32]:
     """Return increasing slots, 1 further where the domain tokens stand side by side.
 
     Elsewhere a slot stays free: it is a token outside the domain to the op, and no span crosses it.
@@ -75,7 +75,7 @@ def _slots(places: Sequence[npt.NDArray[np.int64]], example: Example) -> npt.NDA
     starts = np.asarray([start for start, _ in example.parts])
     part = np.searchsorted(starts, example.offsets[:, 0], side="right")
     gap |= np.diff(part) > 0
-    return np.concatenate(([0], np.cumsum(1 + gap)))
+    return np.concatenate(([0], np.cumsum(1 + gap))).astype(np.int32)
 
 
 def find_spans(examples: Sequence[Example], config: DetectConfig) -> None:

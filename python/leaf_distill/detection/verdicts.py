@@ -38,7 +38,7 @@ def grade_answers(
         values = compute_missing(
             cache,
             keys,
-            _batches(len(pairs), ROWS_A_GRADING),
+            batches(len(pairs), ROWS_A_GRADING),
             compute,
             description="grading",
             keep=lambda value: value != b"timeout",
@@ -58,7 +58,7 @@ def _grade_programs(
             judged = grader.grade([pairs[at] for at in batch])
             return [json.dumps(one).encode() for one in judged]
 
-        plan = _batches(len(pairs), PROGRAMS_A_GRADING)
+        plan = batches(len(pairs), PROGRAMS_A_GRADING)
         values = compute_missing(
             cache,
             keys,
@@ -70,5 +70,5 @@ def _grade_programs(
     return [(verdict, detail) for verdict, detail in map(json.loads, values)]
 
 
-def _batches(count: int, size: int) -> list[range]:
+def batches(count: int, size: int) -> list[range]:
     return [range(at, min(at + size, count)) for at in range(0, count, size)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import threading
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from leaf_distill.grading.sandbox.process import (
     run_script,
     unavailable,
 )
+from leaf_distill.ranks import cores
 
 CodeVerdict = Literal["right", "wrong", "error", "timeout", "memory", "no_program", "refused"]
 FAILED: tuple[CodeVerdict, ...] = ("wrong", "error", "timeout", "memory", "no_program")
@@ -121,7 +121,7 @@ class CodeGrader:
         self.timeout_s = timeout_s
         self._store = store
         self._known: dict[str, Reference] = {}
-        self._threads = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(workers or cores())
         self._stop = threading.Event()
 
     def __enter__(self) -> CodeGrader:

@@ -22,6 +22,7 @@ from multiprocessing.connection import wait
 from typing import cast
 
 from leaf_distill.grading.text import Verdict
+from leaf_distill.ranks import cores
 
 START_LIMIT_S = 600.0  # wall time for a worker to import math-verify; no pair's time
 PAIRS_PER_WORKER = 16  # fewer pairs do not pay for starting one more worker
@@ -37,12 +38,13 @@ class Pool:
 
     Args:
         timeout_s: CPU seconds that one pair may take.
-        workers: processes at most; None takes as many as the machine has cores.
+        workers: processes at most; None takes one a core, which the processes of a run on
+            one machine share.
     """
 
     def __init__(self, timeout_s: float, workers: int | None = None) -> None:
         self.timeout_s = timeout_s
-        self.workers = workers or os.cpu_count() or 1
+        self.workers = workers or cores()
         self._idle: list[_Worker] = []
 
     def close(self) -> None:

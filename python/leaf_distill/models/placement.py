@@ -46,16 +46,19 @@ def resolve_device(device: str) -> torch.device:
     """Return the device of a name.
 
     Args:
-        device: "cpu", "cuda", "cuda:1" and so on; "auto" is this process's GPU, or the CPU if there
-            is none.
+        device: "cpu", "cuda:1" and so on; "cuda" is this process's GPU (LOCAL_RANK says which), and
+            "auto" the same, or the CPU if there is none.
 
     Raises:
         ValueError: the device is unknown, or a GPU that is not there.
     """
+    own = os.environ.get("LOCAL_RANK")
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = f"cuda:{own or 0}"
+    elif device == "cuda" and own:
+        device = f"cuda:{own}"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
@@ -64,7 +67,7 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "cuda" and (resolved.index or 0) >= count:
         raise ValueError(
             f"device: must be one of the {count} GPUs of this machine, got {device!r}; "
-            "choose another, or 'cpu'"
+            "choose another, or 'cpu'; a launcher starts at most one process a GPU"
         )
     return resolved
 

@@ -277,3 +277,18 @@ def test_gguf_becomes_a_plain_trainable_model(smollm2_path, tmp_path):
     check_same_tokenizer(load_tokenizer(smollm2_path), load_tokenizer(str(tmp_path)))
     assert again.generation_config.eos_token_id == 2
     assert model_fingerprint(smollm2_path) != model_fingerprint(str(tmp_path))
+
+
+def test_a_launched_process_takes_the_gpu_of_its_local_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert str(resolve_device("auto")) == "cuda:0"
+    assert str(resolve_device("cuda")) == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert {str(resolve_device(name)) for name in ("auto", "cuda", "cuda:1")} == {"cuda:1"}
+    assert str(resolve_device("cuda:0")) == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="must be one of the 2 GPUs"):
+        resolve_device("auto")
