@@ -69,11 +69,12 @@ class PromptedModel:
             )
         return rendering
 
-    def batch_tokens(self, config: ModelOptions) -> int:
+    def batch_tokens(self, config: ModelOptions, *, answers: bool = False) -> int:
         """Return the most tokens of a batch, padding included."""
         if config.max_batch_tokens is not None:
             return config.max_batch_tokens
-        return default_batch_tokens(self.model.config, self.model.dtype, self.model.device)
+        model = self.model
+        return default_batch_tokens(model.config, model.dtype, model.device, answers=answers)
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,9 @@ def answer(
     given = _generate(asked, examples, config, cache, decoding)
     gradable = (None, "cut_off") if grade_cut_off else (None,)
     ungraded = [at for at, one in enumerate(given) if one.verdict in gradable]
-    judged = _grade([(examples[at], examples[at].prefix + given[at].text) for at in ungraded], config, cache)
+    judged = _grade(
+        [(examples[at], examples[at].prefix + given[at].text) for at in ungraded], config, cache
+    )
     for at, (verdict, detail) in zip(ungraded, judged, strict=True):
         if given[at].verdict is None or verdict == "right":
             given[at] = replace(given[at], verdict=verdict, detail=detail)
@@ -186,7 +189,7 @@ def _generate(
         keys = _numbered(keys)
     plan = plan_batches(
         [len(prompt) + config.max_new_tokens for prompt in prompts],
-        max_tokens=asked.batch_tokens(config),
+        max_tokens=asked.batch_tokens(config, answers=True),
     )
 
     def compute(batch: list[int]) -> list[bytes]:

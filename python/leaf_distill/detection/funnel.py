@@ -142,7 +142,9 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
     _show_sources(console, summary["sources"])
     views = [one for one in summary["left"] if one["unit"] == "views"]
     for one in views:
-        text = f"views that left at {one['stage']}: {one['count']} {one['reason'].replace('_', ' ')}"
+        text = (
+            f"views that left at {one['stage']}: {one['count']} {one['reason'].replace('_', ' ')}"
+        )
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     for note, count in summary["notes"].items():
         text = f"note: {note.replace('_', ' ')}: {count}"

@@ -182,5 +182,3 @@ def _said(example: Example, role: Role) -> str:
     if given.detail:
         return f"{given.detail}; the answer ends {text[-ANSWER_SHOWN:]!r}"
     return f"the answer ends {text[-ANSWER_SHOWN:]!r}, the gold ends {gold[-ANSWER_SHOWN:]!r}"
-
-

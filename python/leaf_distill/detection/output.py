@@ -18,9 +18,7 @@ from leaf_distill.io import write_bytes, write_table
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 RANGES = pa.list_(pa.list_(pa.int64()))
 
-SPANS = pa.list_(
-    pa.struct([("message", pa.int64()), ("start", pa.int64()), ("stop", pa.int64())])
-)
+SPANS = pa.list_(pa.struct([("message", pa.int64()), ("start", pa.int64()), ("stop", pa.int64())]))
 
 DATASET = pa.schema(
     [
@@ -104,7 +102,11 @@ def write_dataset(
                 line = _line(candidate, view, provenance, cross=cross)
                 lines += [line] if line["accepted"] else []
                 tried.append(line | _answers(candidate))
-    answers = [pa.field(name, pa.string()) for name in tried[0] if name.endswith(ANSWERED)] if tried else []
+    answers = (
+        [pa.field(name, pa.string()) for name in tried[0] if name.endswith(ANSWERED)]
+        if tried
+        else []
+    )
     _write_lines(directory / "candidates", tried, pa.schema([*DATASET, *answers]))
     return _write_lines(directory / "dataset", lines, DATASET)
 
@@ -120,31 +122,35 @@ def _write_lines(path: Path, lines: Sequence[dict[str, Any]], schema: pa.Schema)
 
 
 def _line(
-    one: Example, parent: Example | None = None, provenance: str | None = None, *, cross: bool = False
+    one: Example,
+    parent: Example | None = None,
+    provenance: str | None = None,
+    *,
+    cross: bool = False,
 ) -> dict[str, Any]:
     """Return a row of the dataset; a candidate's with the Example that it was made from."""
     reply = one.reply or {"role": "assistant", "content": one.prefix + one.completion}
     read = parent if parent is not None and cross else one
     branch = "original" if parent is None else "cross" if cross else "counterfactual"
     line: dict[str, Any] = {
-            "row_id": one.row_id,
-            "candidate_id": one.candidate_id,
-            "parent_id": None if parent is None else parent.row_id,
-            "branch": branch,
-            "prompt": list(read.messages),
-            "completion": [reply],
-            "teacher_prompt": list(one.messages) if branch == "cross" else None,
-            "answer": one.answer,
-            "spans": [] if parent is None else in_messages(parent, one.cut),
-            "inserted": list(one.inserted),
-            "context": len(one.prefix),
-            "segment": one.segment,
-            "score": one.cut_score,
-            "accepted": one.outcome is None or parent is None,
-            "reason": one.outcome.reason if one.outcome and parent is not None else None,
-            "strategy": one.strategy,
-            "provenance": provenance,
-        }
+        "row_id": one.row_id,
+        "candidate_id": one.candidate_id,
+        "parent_id": None if parent is None else parent.row_id,
+        "branch": branch,
+        "prompt": list(read.messages),
+        "completion": [reply],
+        "teacher_prompt": list(one.messages) if branch == "cross" else None,
+        "answer": one.answer,
+        "spans": [] if parent is None else in_messages(parent, one.cut),
+        "inserted": list(one.inserted),
+        "context": len(one.prefix),
+        "segment": one.segment,
+        "score": one.cut_score,
+        "accepted": one.outcome is None or parent is None,
+        "reason": one.outcome.reason if one.outcome and parent is not None else None,
+        "strategy": one.strategy,
+        "provenance": provenance,
+    }
     kwargs = dict(one.template_kwargs)
     if tools := kwargs.pop("tools", None):
         line["tools"] = json.dumps(tools, ensure_ascii=False)

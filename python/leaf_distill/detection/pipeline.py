@@ -42,6 +42,7 @@ from leaf_distill.detection.suspicion import set_suspicion
 from leaf_distill.detection.warnings import nothing_usable, warnings_of
 from leaf_distill.io import locked, make_directory, user_directory, write_json, write_table
 from leaf_distill.models.loading import LazyModel
+from leaf_distill.models.memory import count_halvings
 from leaf_distill.models.tokenizer import have_same_tokenizer
 
 if TYPE_CHECKING:  # seconds to import
@@ -162,7 +163,11 @@ class _Run:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run(self) -> DetectResult:
-        with locked(self.root), open_cache(self.config) as self.cache:
+        with (
+            locked(self.root),
+            open_cache(self.config) as self.cache,
+            count_halvings() as self.halvings,
+        ):
             self.judge = Judge(self.pair, self.config, self.cache, self._clock)
             usable = self._label()
             if not usable:
@@ -301,9 +306,7 @@ class _Run:
         write_json(self.root / "run.json", self.run_json)
         make_directory(arm)
         with self._clock("write"):
-            dataset = write_dataset(
-                arm, usable, self._provenance(), cross=self.config.cross_branch
-            )
+            dataset = write_dataset(arm, usable, self._provenance(), cross=self.config.cross_branch)
             samples = write_samples(arm, scored)
             outcomes = arm / "outcomes.parquet"
             write_table(outcomes, outcomes_table(self.examples))
@@ -316,6 +319,7 @@ class _Run:
             "dataset_sha256": hashlib.sha256(dataset.read_bytes()).hexdigest(),
             "templates": warnings,
             "versions": package_versions(),
+            "halved_batches": self.halvings.count,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
         replaced = explain_replacement(arm, summary)
@@ -328,6 +332,11 @@ class _Run:
     def _warnings(self) -> list[str]:
         """Return what a user should know before using the result."""
         found = warnings_of(self.examples, self.config, self.pair)
+        if self.halvings.count:
+            found.append(
+                f"{self.halvings.count} batches were too large for the memory and ran in halves; "
+                "nothing is missing. A lower max_batch_tokens avoids this."
+            )
         if self.earlier:
             found.append(f"{self.earlier} counterfactuals of an earlier run were left out.")
         if self.different:

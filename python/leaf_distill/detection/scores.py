@@ -13,13 +13,11 @@ from leaf_distill.data.example import Example, Floats, Rendering
 from leaf_distill.detection.answers import PromptedModel
 from leaf_distill.detection.cache import RowCache, compute_missing
 from leaf_distill.io import digest
+from leaf_distill.models.memory import EXACT
 from leaf_distill.models.saliency import saliency, token_nll
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Raised with a change of the passes, so that no value of an older one is used."""
-
-EXACT: Final = ("float32", "float64")
-"""Dtypes in which a row's values do not depend on the shape of its batch beyond rounding."""
 
 
 def score_saliency(

@@ -63,9 +63,7 @@ def _covered(offsets: npt.NDArray[np.int32], text: str) -> npt.NDArray[np.bool_]
     return covered
 
 
-def _slots(
-    places: Sequence[npt.NDArray[np.int64]], example: Example
-) -> npt.NDArray[np.int64]:
+def _slots(places: Sequence[npt.NDArray[np.int64]], example: Example) -> npt.NDArray[np.int64]:
     """Return increasing slots, 1 further where the domain tokens stand side by side.
 
     Elsewhere a slot stays free: it is a token outside the domain to the op, and no span crosses it.

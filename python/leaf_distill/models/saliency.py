@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import cross_entropy
 
 import leaf_ext
 from leaf_distill.data.collator import pad
@@ -26,7 +25,7 @@ if TYPE_CHECKING:  # seconds to import
 
 _LOSS_SCALE: Final = 1024.0
 """A mean loss has gradients below float16's smallest number; a power of two rounds nothing."""
-_LOGITS_A_CHUNK: Final = 1 << 24
+_LOGITS_A_CHUNK: Final = 1 << 22
 _LOGITS: Final = "the number of the model's logits"
 
 
@@ -213,7 +212,31 @@ def _label_logits(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
 def _losses(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Return negative log-likelihoods [L] in float32; ValueError for a label without a logit."""
     check_below(label.cpu().numpy(), logits.shape[-1], "renderings", _LOGITS)
-    return cross_entropy(logits.float(), label.to(logits.device), reduction="none")
+    losses: torch.Tensor = _TokenLoss.apply(logits.float(), label.to(logits.device))
+    return losses
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Cross entropy [L] whose gradient takes the place of the logits [L, V].
+
+    torch's own keeps three tensors of the logits' size at a time, which is most of the memory of a
+    small model's pass. If an earlier step of the model keeps the logits for its own gradient, torch
+    notices their change and raises.
+    """
+
+    @staticmethod
+    def forward(context: Any, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        size = max(1, _LOGITS_A_CHUNK // max(1, logits.shape[-1]))
+        total = torch.cat([part.logsumexp(-1) for part in logits.split(size)])
+        context.save_for_backward(logits, label, total)
+        return total - logits.gather(-1, label[:, None])[:, 0]
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, label, total = context.saved_tensors
+        logits.sub_(total[:, None]).exp_()
+        logits[torch.arange(len(label), device=label.device), label] -= 1
+        return logits.mul_(gradients[0][:, None]), None
 
 
 @contextmanager

@@ -72,9 +72,7 @@ def check_same_tokenizer(
             )
 
 
-def have_same_tokenizer(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> bool:
+def have_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
     """Return whether two models split texts alike, as `check_same_tokenizer` asks for."""
     try:
         check_same_tokenizer(teacher, student)
