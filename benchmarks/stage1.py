@@ -12,7 +12,8 @@ release: the official loop with its faults mended: one row at a time, weights wi
     are never set to zero, full logits.
 
 Both the time that passed and the processors' own seconds are shown; ratios are of the latter, which
-other programs on the machine change less. Memory is the peak of the process's resident memory above the loaded weights, as Linux counts it.
+other programs on the machine change less. Memory is the peak of the process's resident memory above
+the loaded weights, as Linux counts it.
 """
 
 from __future__ import annotations

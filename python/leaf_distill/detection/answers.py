@@ -181,16 +181,9 @@ def _generate(
     cache: RowCache,
     decoding: Decoding,
 ) -> list[Answer]:
-    settings = ["answer", VERSION, *asked.identity, config.max_new_tokens, *decoding.settings]
     prompts = [prompt_ids(example, asked.role) for example in examples]
-    keys = [digest([*settings, prompt]) for prompt in prompts]
+    plan, keys = plan_answers(asked, prompts, config, decoding)
     drawn = decoding.temperature > 0
-    if drawn:
-        keys = _numbered(keys)
-    plan = plan_batches(
-        [len(prompt) + config.max_new_tokens for prompt in prompts],
-        max_tokens=asked.batch_tokens(config, answers=True),
-    )
 
     def compute(batch: list[int]) -> list[bytes]:
         answers = generate(
@@ -212,6 +205,21 @@ def _generate(
         cache, keys, plan, compute, description=description, whole_batches=drawn
     )
     return [Answer(*json.loads(value)) for value in values]
+
+
+def plan_answers(
+    asked: PromptedModel,
+    prompts: Sequence[list[int]],
+    config: AnswerOptions,
+    decoding: Decoding = GREEDY,
+) -> tuple[list[list[int]], list[str]]:
+    """Return the batches of prompts that are answered together, and each one's key in the cache."""
+    settings = ["answer", VERSION, *asked.identity, config.max_new_tokens, *decoding.settings]
+    keys = [digest([*settings, prompt]) for prompt in prompts]
+    if decoding.temperature > 0:
+        keys = _numbered(keys)
+    lengths = [len(prompt) + config.max_new_tokens for prompt in prompts]
+    return plan_batches(lengths, max_tokens=asked.batch_tokens(config, answers=True)), keys
 
 
 def _numbered(keys: Sequence[str]) -> list[str]:

@@ -31,6 +31,7 @@ from leaf_distill.detection.arms import (
     is_unchanged,
 )
 from leaf_distill.detection.counterfactual import propose
+from leaf_distill.detection.estimate import estimate, show_estimate
 from leaf_distill.detection.funnel import funnel, outcomes_table, show_funnel
 from leaf_distill.detection.judge import Judge
 from leaf_distill.detection.levels import analyzed_turns, end_with_views, render_view, set_views
@@ -76,7 +77,8 @@ def detect(
     dataset.parquet and dataset.jsonl (every usable original, each followed by its counterfactuals),
     samples.parquet (what was measured on each scored row), outcomes.parquet (where each row and
     candidate left, and why) and funnel.json. A row without an answer is graded against its
-    completion.
+    completion. With `dry_run` nothing is written: the result names the files that the run would
+    write, and its funnel has the entry `estimate` alone.
 
     Args:
         config: the settings.
@@ -107,7 +109,8 @@ def detect(
             trust_remote_code=config.trust_remote_code,
             argument=role,
         )
-    return _Run(config, models, config.dataset if dataset is None else dataset).run()
+    run = _Run(config, models, config.dataset if dataset is None else dataset)
+    return run.dry_run() if config.dry_run else run.run()
 
 
 class _Run:
@@ -197,13 +200,33 @@ class _Run:
         """Whether any answer is graded."""
         return self.config.select != "all" or self.config.validate != "none"
 
-    def _label(self) -> list[Example]:
-        """Give every row its completion and both renderings; return the rows that fit."""
+    def dry_run(self) -> DetectResult:
+        """Print what the run will take; nothing is computed by a model, and nothing written."""
+        self._find_turns()
+        whole = self.config.completion_source == "dataset"
+        usable = self._render(self.examples, whole=whole)
+        if not usable:
+            raise nothing_usable(self.examples)
+        views = self._views(usable) if whole else usable
+        found = estimate(self.pair, usable, views, self.config)
+        show_estimate(found, rows=len(self.examples), usable=len(usable))
+        arm = self.root / "arms" / arm_name(self.config)
+        dataset, samples, outcomes = (
+            arm / f"{name}.parquet" for name in ("dataset", "samples", "outcomes")
+        )
+        return DetectResult(self.root, arm, dataset, samples, outcomes, {"estimate": found})
+
+    def _find_turns(self) -> None:
+        """Set the user turns of each row that are analyzed."""
         for example in remaining(self.examples):
             try:
                 example.turns = analyzed_turns(example, self.config.turns)
             except UnusableRow as problem:
                 example.leave("rows", problem.reason, problem.detail)
+
+    def _label(self) -> list[Example]:
+        """Give every row its completion and both renderings; return the rows that fit."""
+        self._find_turns()
         if self._grades:
             leave_without_gold(self.examples, self.config, self.cache)
         if self.config.completion_source == "dataset":
@@ -234,7 +257,7 @@ class _Run:
                 example.leave("detect", "response_not_divided", "the response has no border")
         rows = list(remaining(marked))
         views = self._render([view for one in rows for view in one.views], whole=True)
-        if self.config.select != "all":
+        if self.config.select != "all" and not self.config.dry_run:
             begun = [view for view in views if view.segment]
             self.judge.mark(begun)
         found = [view for one in rows for view in (one.views or [one])]

@@ -61,28 +61,8 @@ def _passes(
     cache: RowCache,
 ) -> list[Floats]:
     """Return the float32 values of each rendering, from the cache or a pass of the model."""
-    lengths = [len(rendering) for rendering in renderings]
-    max_tokens = scored.batch_tokens(config)
-    plan = plan_batches(lengths, max_tokens=max_tokens)
-    shape: dict[int, list[int]] = {}
+    plan, keys = plan_passes(kind, scored, renderings, config)
     exact = scored.model.dtype in EXACT
-    if not exact:
-        # 16-bit kernels of another batch shape or device change norms by up to 2 % of the largest.
-        device = 0 if scored.model.device.type == "cpu" else 1
-        shape = {at: [len(batch), lengths[batch[0]], device] for batch in plan for at in batch}
-    keys = [
-        digest(
-            [
-                kind,
-                VERSION,
-                *scored.identity,
-                rendering.input_ids.tobytes(),
-                rendering.loss_mask.tobytes(),
-                shape.get(at),
-            ]
-        )
-        for at, rendering in enumerate(renderings)
-    ]
 
     def compute(batch: list[int]) -> list[bytes]:
         part, model = [renderings[at] for at in batch], scored.model.load()
@@ -102,3 +82,30 @@ def _passes(
         whole_batches=not exact,
     )
     return [np.frombuffer(value, dtype="<f4") for value in values]
+
+
+def plan_passes(
+    kind: str, scored: PromptedModel, renderings: Sequence[Rendering], config: AnswerOptions
+) -> tuple[list[list[int]], list[str]]:
+    """Return the batches of a pass over renderings, and each one's key in the row cache."""
+    lengths = [len(rendering) for rendering in renderings]
+    plan = plan_batches(lengths, max_tokens=scored.batch_tokens(config))
+    shape: dict[int, list[int]] = {}
+    if scored.model.dtype not in EXACT:
+        # 16-bit kernels of another batch shape or device change norms by up to 2 % of the largest.
+        device = 0 if scored.model.device.type == "cpu" else 1
+        shape = {at: [len(batch), lengths[batch[0]], device] for batch in plan for at in batch}
+    keys = [
+        digest(
+            [
+                kind,
+                VERSION,
+                *scored.identity,
+                rendering.input_ids.tobytes(),
+                rendering.loss_mask.tobytes(),
+                shape.get(at),
+            ]
+        )
+        for at, rendering in enumerate(renderings)
+    ]
+    return plan, keys

@@ -55,7 +55,8 @@ def saliency_cost(
 
     kept: dict[int, int] = {}
     with FakeTensorMode():
-        model: Any = AutoModelForCausalLM.from_config(
+        library: Any = AutoModelForCausalLM  # its functions are untyped
+        model: Any = library.from_config(
             config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
         model.eval().requires_grad_(False)

@@ -212,7 +212,8 @@ def _label_logits(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
 def _losses(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Return negative log-likelihoods [L] in float32; ValueError for a label without a logit."""
     check_below(label.cpu().numpy(), logits.shape[-1], "renderings", _LOGITS)
-    losses: torch.Tensor = _TokenLoss.apply(logits.float(), label.to(logits.device))
+    loss: Any = _TokenLoss  # apply is untyped
+    losses: torch.Tensor = loss.apply(logits.float(), label.to(logits.device))
     return losses
 
 
@@ -227,7 +228,7 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         size = max(1, _LOGITS_A_CHUNK // max(1, logits.shape[-1]))
-        total = torch.cat([part.logsumexp(-1) for part in logits.split(size)])
+        total = torch.cat([part.logsumexp(-1) for part in torch.split(logits, size)])
         context.save_for_backward(logits, label, total)
         return total - logits.gather(-1, label[:, None])[:, 0]
 
