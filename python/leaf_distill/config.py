@@ -320,6 +320,10 @@ class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
         ),
     )
     seed: int = field(default=0, metadata=about("seed of the random controls"))
+    dry_run: bool = field(
+        default=False,
+        metadata=about("print what the run will take in memory and time, and write nothing"),
+    )
 
     def __post_init__(self) -> None:
         check_answer_options(self)

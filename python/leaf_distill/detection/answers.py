@@ -82,11 +82,12 @@ class PromptedModel:
             )
         return rendering
 
-    def batch_tokens(self, config: ModelOptions) -> int:
+    def batch_tokens(self, config: ModelOptions, *, answers: bool = False) -> int:
         """Return the most tokens of a batch, padding included."""
         if config.max_batch_tokens is not None:
             return config.max_batch_tokens
-        return default_batch_tokens(self.model.config, self.model.dtype, self.model.device)
+        model = self.model
+        return default_batch_tokens(model.config, model.dtype, model.device, answers=answers)
 
 
 @dataclass(frozen=True)
@@ -278,16 +279,9 @@ def _generate(
     cache: RowCache,
     decoding: Decoding,
 ) -> list[Answer]:
-    settings = ["answer", VERSION, *asked.identity, config.max_new_tokens, *decoding.settings]
     prompts = [prompt_ids(example, asked.role) for example in examples]
-    keys = [digest([*settings, prompt]) for prompt in prompts]
+    plan, keys = plan_answers(asked, prompts, config, decoding)
     drawn = decoding.temperature > 0
-    if drawn:
-        keys = numbered(keys)
-    plan = plan_batches(
-        [len(prompt) + config.max_new_tokens for prompt in prompts],
-        max_tokens=asked.batch_tokens(config),
-    )
 
     def compute(batch: list[int]) -> list[bytes]:
         answers = generate(
@@ -309,6 +303,21 @@ def _generate(
         cache, keys, plan, compute, description=description, whole_batches=drawn
     )
     return [Answer(*json.loads(value)) for value in values]
+
+
+def plan_answers(
+    asked: PromptedModel,
+    prompts: Sequence[list[int]],
+    config: AnswerOptions,
+    decoding: Decoding = GREEDY,
+) -> tuple[list[list[int]], list[str]]:
+    """Return the batches of prompts that are answered together, and each one's key in the cache."""
+    settings = ["answer", VERSION, *asked.identity, config.max_new_tokens, *decoding.settings]
+    keys = [digest([*settings, prompt]) for prompt in prompts]
+    if decoding.temperature > 0:
+        keys = numbered(keys)
+    lengths = [len(prompt) + config.max_new_tokens for prompt in prompts]
+    return plan_batches(lengths, max_tokens=asked.batch_tokens(config, answers=True)), keys
 
 
 def gold_warning(golds: Sequence[str], config: AnswerOptions) -> list[str]:

@@ -30,7 +30,7 @@ NAMING: Final = (
 
 INCIDENTAL: Final = (
     *("student", "teacher", "output_dir"),
-    *("cache_dir", "device", "max_batch_tokens", "grade_timeout", "preset"),
+    *("cache_dir", "device", "max_batch_tokens", "grade_timeout", "preset", "dry_run"),
     *("server_concurrency", "server_timeout"),
 )
 """Settings that change no result beyond rounding; the two models are known by their content."""
@@ -120,13 +120,14 @@ def check_models(root: Path, models: Mapping[Role, LazyModel]) -> dict[str, Any]
 
 
 def is_unchanged(arm: Path, summary: Mapping[str, Any]) -> bool:
-    """Whether funnel.json says the same already, apart from the seconds."""
+    """Whether funnel.json says the same already, apart from the seconds and halved batches."""
     try:
         old = read_json(arm / "funnel.json")
     except ValueError:
         return False
     new = json.loads(json.dumps(summary))
-    return {**old, "seconds": None} == {**new, "seconds": None}
+    passes = {"seconds": None, "halved_batches": None}
+    return {**old, **passes} == {**new, **passes}
 
 
 def explain_replacement(arm: Path, summary: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ from leaf_distill.detection.arms import (
     is_unchanged,
 )
 from leaf_distill.detection.counterfactual import propose
+from leaf_distill.detection.estimate import estimate, show_estimate
 from leaf_distill.detection.funnel import funnel, outcomes_table, show_funnel
 from leaf_distill.detection.judge import Judge
 from leaf_distill.detection.levels import analyzed_turns, end_with_views, render_view, set_views
@@ -51,6 +52,7 @@ from leaf_distill.detection.suspicion import set_suspicion
 from leaf_distill.detection.warnings import nothing_usable, warnings_of
 from leaf_distill.io import locked, make_directory, user_directory, write_json, write_table
 from leaf_distill.models.loading import LazyModel
+from leaf_distill.models.memory import count_halvings
 from leaf_distill.models.tokenizer import have_same_tokenizer
 from leaf_distill.ranks import current, together
 
@@ -86,7 +88,8 @@ def detect(
     dataset.parquet and dataset.jsonl (every usable original, each followed by its counterfactuals),
     samples.parquet (what was measured on each scored row), outcomes.parquet (where each row and
     candidate left, and why) and funnel.json. A row without an answer is graded against its
-    completion.
+    completion. With `dry_run` nothing is written: the result names the files that the run would
+    write, and its funnel has the entry `estimate` alone.
 
     Under torchrun or `accelerate launch` the processes share the models' passes and the grading.
     All return the result; the first writes it.
@@ -121,7 +124,8 @@ def detect(
             trust_remote_code=config.trust_remote_code,
             argument=role,
         )
-    return _Run(config, models, config.dataset if dataset is None else dataset).run()
+    run = _Run(config, models, config.dataset if dataset is None else dataset)
+    return run.dry_run() if config.dry_run else run.run()
 
 
 class _Run:
@@ -180,8 +184,8 @@ class _Run:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run(self) -> DetectResult:
-        lock = nullcontext() if current().rank else locked(self.root)
-        with lock, open_cache(self.config) as self.cache:
+        lock = nullcontext() if current().rank or self.config.dry_run else locked(self.root)
+        with lock, open_cache(self.config) as self.cache, count_halvings() as self.halvings:
             self.judge = Judge(self.pair, self.config, self.cache, self._clock)
             usable = self._label()
             if not usable:
@@ -195,7 +199,7 @@ class _Run:
             with self._clock("detect"):
                 align(views)
                 scored = list(remaining(views))
-                set_suspicion(self.judge, scored, self.config)
+                set_suspicion(self.judge, scored, self.config, self._vocabulary)
                 find_spans(scored, self.config)
             with self._clock("prune"):
                 self._propose(scored)
@@ -211,13 +215,33 @@ class _Run:
         """Whether any answer is graded."""
         return self.config.select != "all" or self.config.validate != "none"
 
-    def _label(self) -> list[Example]:
-        """Give every row its completion and both renderings; return the rows that fit."""
+    def dry_run(self) -> DetectResult:
+        """Print what the run will take; nothing is computed by a model, and nothing written."""
+        self._find_turns()
+        whole = self.config.completion_source == "dataset"
+        usable = self._render(self.examples, whole=whole)
+        if not usable:
+            raise nothing_usable(self.examples)
+        views = self._views(usable) if whole else usable
+        found = estimate(self.pair, usable, views, self.config)
+        show_estimate(found, rows=len(self.examples), usable=len(usable))
+        arm = self.root / "arms" / arm_name(self.config)
+        dataset, samples, outcomes = (
+            arm / f"{name}.parquet" for name in ("dataset", "samples", "outcomes")
+        )
+        return DetectResult(self.root, arm, dataset, samples, outcomes, {"estimate": found})
+
+    def _find_turns(self) -> None:
+        """Set the user turns of each row that are analyzed."""
         for example in remaining(self.examples):
             try:
                 example.turns = analyzed_turns(example, self.config.turns)
             except UnusableRow as problem:
                 example.leave("rows", problem.reason, problem.detail)
+
+    def _label(self) -> list[Example]:
+        """Give every row its completion and both renderings; return the rows that fit."""
+        self._find_turns()
         if self._grades:
             leave_without_gold(self.examples, self.config, self.cache)
         if self.config.completion_source == "dataset":
@@ -249,7 +273,7 @@ class _Run:
         rows = list(remaining(marked))
         views = self._render([view for one in rows for view in one.views], whole=True)
         begun = [view for view in views if view.segment]
-        if begun and self.config.select != "all":
+        if begun and self.config.select != "all" and not self.config.dry_run:
             self.judge.mark(begun)
         found = [view for one in rows for view in (one.views or [one])]
         return list(remaining(found))
@@ -278,22 +302,24 @@ class _Run:
             detail = f"prompt and completion have {whole} {limit}"
             example.leave(stage, "completion_too_long", detail)
 
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        """The words of all rows' prompts, from which replacements are drawn."""
+        return Vocabulary(one.text for one in self.examples if one.messages)
+
     def _propose(self, scored: Sequence[Example]) -> None:
         """Set the candidates of each view, rendered without their completion."""
         perplexity: Sequence[Floats | None] = [None] * len(scored)
         if self.config.strategy == "perplexity":
             student = self.judge.use("student")
             perplexity = score_perplexity(student, scored, self.config, self.cache)
-        vocabulary = None
-        if self.config.edit == "substitute":
-            vocabulary = Vocabulary(one.text for one in self.examples if one.messages)
         ids: Counter[int] = Counter()
         for example, values in zip(scored, perplexity, strict=True):
             propose(
                 example,
                 self.config,
                 perplexity=values,
-                vocabulary=vocabulary,
+                vocabulary=self._vocabulary if self.config.edit == "substitute" else None,
                 first_id=ids[example.row_id],
             )
             ids[example.row_id] += len(example.candidates)
@@ -329,6 +355,7 @@ class _Run:
             "dataset_sha256": hashlib.sha256(dataset.read_bytes()).hexdigest(),
             "templates": warnings,
             "versions": package_versions(),
+            "halved_batches": self.halvings.count,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
         replaced = explain_replacement(arm, summary)
@@ -341,6 +368,11 @@ class _Run:
     def _warnings(self) -> list[str]:
         """Return what a user should know before using the result."""
         found = warnings_of(self.examples, self.config, self.pair)
+        if self.halvings.count:
+            found.append(
+                f"{self.halvings.count} batches were too large for the memory and ran in halves; "
+                "nothing is missing. A lower max_batch_tokens avoids this."
+            )
         if self.earlier:
             found.append(f"{self.earlier} counterfactuals of an earlier run were left out.")
         if self.different:

@@ -14,13 +14,11 @@ from leaf_distill.detection.answers import PromptedModel
 from leaf_distill.detection.cache import RowCache, compute_missing
 from leaf_distill.io import digest
 from leaf_distill.models.intervention import answer_kl
+from leaf_distill.models.memory import EXACT
 from leaf_distill.models.saliency import completion_nll, saliency, token_nll
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Raised with a change of the passes, so that no value of an older one is used."""
-
-EXACT: Final = ("float32", "float64")
-"""Dtypes in which a row's values do not depend on the shape of its batch beyond rounding."""
 
 
 def score_saliency(
@@ -163,28 +161,8 @@ def _passes(
     cache: RowCache,
 ) -> list[Floats]:
     """Return the float32 values of each rendering, from the cache or a pass of the model."""
-    lengths = [len(rendering) for rendering in renderings]
-    max_tokens = scored.batch_tokens(config)
-    plan = plan_batches(lengths, max_tokens=max_tokens)
-    shape: dict[int, list[int]] = {}
+    plan, keys = plan_passes(kind, scored, renderings, config)
     exact = scored.model.dtype in EXACT
-    if not exact:
-        # 16-bit kernels of another batch shape or device change norms by up to 2 % of the largest.
-        device = 0 if scored.model.device.type == "cpu" else 1
-        shape = {at: [len(batch), lengths[batch[0]], device] for batch in plan for at in batch}
-    keys = [
-        digest(
-            [
-                kind,
-                VERSION,
-                *scored.identity,
-                rendering.input_ids.tobytes(),
-                rendering.loss_mask.tobytes(),
-                shape.get(at),
-            ]
-        )
-        for at, rendering in enumerate(renderings)
-    ]
 
     def compute(batch: list[int]) -> list[bytes]:
         part, model = [renderings[at] for at in batch], scored.model.load()
@@ -206,3 +184,30 @@ def _passes(
         whole_batches=not exact,
     )
     return [np.frombuffer(value, dtype="<f4") for value in values]
+
+
+def plan_passes(
+    kind: str, scored: PromptedModel, renderings: Sequence[Rendering], config: AnswerOptions
+) -> tuple[list[list[int]], list[str]]:
+    """Return the batches of a pass over renderings, and each one's key in the row cache."""
+    lengths = [len(rendering) for rendering in renderings]
+    plan = plan_batches(lengths, max_tokens=scored.batch_tokens(config))
+    shape: dict[int, list[int]] = {}
+    if scored.model.dtype not in EXACT:
+        # 16-bit kernels of another batch shape or device change norms by up to 2 % of the largest.
+        device = 0 if scored.model.device.type == "cpu" else 1
+        shape = {at: [len(batch), lengths[batch[0]], device] for batch in plan for at in batch}
+    keys = [
+        digest(
+            [
+                kind,
+                VERSION,
+                *scored.identity,
+                rendering.input_ids.tobytes(),
+                rendering.loss_mask.tobytes(),
+                shape.get(at),
+            ]
+        )
+        for at, rendering in enumerate(renderings)
+    ]
+    return plan, keys

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from leaf_distill.data.collator import pad
 from leaf_distill.data.example import Rendering
@@ -18,6 +17,7 @@ if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
 
 _LOGITS: Final = "the number of the model's logits"
+_LOGITS_A_CHUNK: Final = 1 << 22
 
 
 class LabelBatch:
@@ -75,7 +75,32 @@ def label_output(model: PreTrainedModel, batch: LabelBatch) -> tuple[torch.Tenso
 def label_losses(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Return negative log-likelihoods [L]; ValueError for a label without a logit."""
     check_below(label.cpu().numpy(), logits.shape[-1], "renderings", _LOGITS)
-    return cross_entropy(widened(logits), label.to(logits.device), reduction="none")
+    loss: Any = _TokenLoss  # apply is untyped
+    losses: torch.Tensor = loss.apply(widened(logits), label.to(logits.device))
+    return losses
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Cross entropy [L] whose gradient takes the place of the logits [L, V].
+
+    torch's own keeps three tensors of the logits' size at a time, which is most of the memory of a
+    small model's pass. If an earlier step of the model keeps the logits for its own gradient, torch
+    notices their change and raises.
+    """
+
+    @staticmethod
+    def forward(context: Any, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        size = max(1, _LOGITS_A_CHUNK // max(1, logits.shape[-1]))
+        total = torch.cat([part.logsumexp(-1) for part in torch.split(logits, size)])
+        context.save_for_backward(logits, label, total)
+        return total - logits.gather(-1, label[:, None])[:, 0]
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, label, total = context.saved_tensors
+        logits.sub_(total[:, None]).exp_()
+        logits[torch.arange(len(label), device=label.device), label] -= 1
+        return logits.mul_(gradients[0][:, None]), None
 
 
 def widened(logits: torch.Tensor) -> torch.Tensor:

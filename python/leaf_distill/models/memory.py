@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
@@ -14,39 +18,52 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CPU_BATCH_TOKENS: Final = 1024
-"""Larger batches are no faster on a CPU, and take memory in proportion."""
+CPU_BATCH_TOKENS: Final = 512
+"""Larger batches are slower on a CPU, whose caches they outgrow, and take memory in proportion."""
+CPU_ANSWER_TOKENS: Final = 8192
+"""While a model answers, every step reads all weights, for one row as for many."""
+EXACT: Final = ("float32", "float64")
+"""Dtypes in which a row's values do not depend on the shape of its batch beyond rounding."""
 _FEWEST: Final = 256
 _MOST: Final = 65536
+_CGROUP: Final = Path("/sys/fs/cgroup")
 
 
-def default_batch_tokens(config: Any, dtype: str, device: torch.device | str) -> int:
+def default_batch_tokens(
+    config: Any, dtype: str, device: torch.device | str, *, answers: bool = False
+) -> int:
     """Return how many tokens, padding included, one batch should hold on a device.
 
     Args:
         config: the configuration of a model that is to be loaded.
         dtype: the name of the dtype of its weights.
         device: the device that it will run on.
+        answers: whether the model answers, without gradients.
 
     Returns:
-        1024 on a CPU. On a GPU, half of the tokens that fit beside the weights by a cautious
-        estimate of a forward and backward pass, between 256 and 65,536.
+        Half of the tokens that fit beside the weights by a cautious estimate, of a forward and
+        backward pass or of answers; between 256 and 65,536, on a CPU at most 512 or, for answers,
+        8192.
     """
-    device = torch.device(device)
-    if device.type != "cuda":
-        return CPU_BATCH_TOKENS
-    # The whole memory, not what is free now: the plan of the batches must be the same in a rerun.
-    total = torch.cuda.get_device_properties(device).total_memory
-    return batch_tokens(config, total, getattr(torch, dtype).itemsize)
+    device, itemsize = torch.device(device), getattr(torch, dtype).itemsize
+    if device.type == "cuda":
+        # The whole memory, not what is free: the plan of the batches must be the same in a rerun.
+        total = torch.cuda.get_device_properties(device).total_memory
+        return batch_tokens(config, total, itemsize, answers=answers)
+    # Where results depend on the plan, it must not depend on what else is running.
+    memory = free_memory() if dtype in EXACT else machine_memory()
+    most = CPU_ANSWER_TOKENS if answers else CPU_BATCH_TOKENS
+    return min(most, batch_tokens(config, memory, itemsize, answers=answers))
 
 
-def batch_tokens(config: Any, free: int, itemsize: int) -> int:
+def batch_tokens(config: Any, free: int, itemsize: int, *, answers: bool = False) -> int:
     """Return how many tokens fit into half of the memory that the weights leave of `free` bytes.
 
     Args:
         config: the configuration of a model that is to be loaded.
         free: bytes of memory, weights included.
         itemsize: bytes of a value of the model's dtype.
+        answers: whether the model answers, without gradients.
     """
     text = config.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or 1024)
@@ -54,10 +71,65 @@ def batch_tokens(config: Any, free: int, itemsize: int) -> int:
     inner = _number(text, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden
     vocabulary = int(text.vocab_size)
     weights = layers * (4 * hidden * hidden + 3 * hidden * inner) + 2 * vocabulary * hidden
-    # A layer keeps about 16 values of its width and 4 of its inner width for the backward pass. A
-    # label's logits exist in the model's dtype, in float32, and as the gradients of both.
-    a_token = layers * (16 * hidden + 4 * inner) * itemsize + vocabulary * (8 + 2 * itemsize)
+    if answers:
+        # The cache of keys and values, which is copied as it grows, and one layer's states.
+        heads = _number(text, "num_attention_heads") or 1
+        shared = _number(text, "num_key_value_heads") or heads
+        width = _number(text, "head_dim") or hidden // heads
+        a_token = (4 * layers * shared * width + 6 * hidden + 3 * inner) * itemsize
+    else:
+        # A layer keeps about 16 values of its width and 4 of its inner width for the backward pass.
+        # A label's logits exist in the model's dtype, in float32, and as the gradients of both.
+        a_token = layers * (16 * hidden + 4 * inner) * itemsize + vocabulary * (8 + 2 * itemsize)
     return min(max((free - weights * itemsize) // 2 // a_token, _FEWEST), _MOST)
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory that this process may use, also within a container's limit."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(total, _limit() or total)
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that are free now, by Linux's count; elsewhere all of it."""
+    free = machine_memory()
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(one for one in lines if one.startswith("MemAvailable:"))
+        free = min(free, int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        if limit := _limit():
+            free = min(free, limit - int((_CGROUP / "memory.current").read_text()))
+    return max(0, free)
+
+
+def _limit() -> int | None:
+    """Return the limit of this process's container, None if it has none."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            return int((_CGROUP / name).read_text())
+    return None
+
+
+class Halvings:
+    """How many batches ran in halves, because the memory was not enough."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+_counted: ContextVar[Halvings | None] = ContextVar("halvings", default=None)
+
+
+@contextlib.contextmanager
+def count_halvings() -> Iterator[Halvings]:
+    """Count the batches that `with_smaller_batches` halves within the block."""
+    halvings = Halvings()
+    token = _counted.set(halvings)
+    try:
+        yield halvings
+    finally:
+        _counted.reset(token)
 
 
 def with_smaller_batches(
@@ -90,6 +162,8 @@ def with_smaller_batches(
             f"row ({reason}); lower max_length, or choose a smaller dtype or model"
         )
     middle = (len(batch) + 1) // 2
+    if halvings := _counted.get():
+        halvings.count += 1
     logger.warning(
         "the memory is not enough for a batch of %d rows, which runs in two halves; lower "
         "max_batch_tokens to avoid this",

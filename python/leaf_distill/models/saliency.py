@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # seconds to import
 
 _LOSS_SCALE: Final = 1024.0
 """A mean loss has gradients below float16's smallest number; a power of two rounds nothing."""
-_LOGITS_A_CHUNK: Final = 1 << 24
+_LOGITS_A_CHUNK: Final = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)

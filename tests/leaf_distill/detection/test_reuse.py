@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from leaf_distill.detection import answers, scores
 from leaf_distill.detection.pipeline import DetectResult
+from leaf_distill.models import loading, saliency
 
 
 @pytest.fixture
@@ -201,6 +202,27 @@ def other_weights(model: str, root: Path) -> str:
     return other
 
 
+def test_a_second_student_asks_its_teacher_for_nothing(
+    pair: dict[str, str],
+    copied: Path,
+    asked: Callable[[], dict[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[str] = []
+    load = loading.load_model
+
+    def recorded(name: str, **options: Any) -> Any:
+        loaded.append(name)
+        return load(name, **options)
+
+    monkeypatch.setattr(loading, "load_model", recorded)
+    second = pair | {"student": other_weights(pair["student"], copied)}
+    run(second, copied, output_dir=str(copied / "other"), validate="teacher")
+    # Its own answers and saliencies; those of the teacher, also on cut prompts, are there.
+    assert asked() == {"generate": len(ROWS), "saliency": sum(CONFOUNDED)}
+    assert set(loaded) == {second["student"]}
+
+
 def test_another_seed_draws_other_random_cuts_into_another_arm(
     pair: dict[str, str], copied: Path
 ) -> None:
@@ -290,3 +312,23 @@ def test_a_template_is_applied_once_a_row_and_model(
     result = run(pair, tmp_path, rows)
     prompts = len(rows) + sum(len(sample["candidates"]) for sample in table(result.samples))
     assert len(calls) <= 2 * prompts + 12  # with a few probes of each template
+
+
+def test_a_run_that_lacks_memory_halves_its_batches_and_says_so(
+    pair: dict[str, str],
+    finished: DetectResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    passes = saliency._saliency
+
+    def limited(model: Any, rows: Any) -> Any:
+        torch.empty((1 << 50) if len(rows) > 2 else 1)  # the allocator's own error
+        return passes(model, rows)
+
+    monkeypatch.setattr(saliency, "_saliency", limited)
+    result = run(pair, tmp_path)
+    assert result.funnel["halved_batches"] >= 2 and finished.funnel["halved_batches"] == 0
+    assert f"{result.funnel['halved_batches']} batches were too large" in capsys.readouterr().out
+    assert result.dataset.read_bytes() == finished.dataset.read_bytes()

@@ -7,9 +7,12 @@ import torch
 from architectures import SIZES
 from transformers import LlamaConfig, MixtralConfig
 
+from leaf_distill.models import memory
 from leaf_distill.models.memory import (
+    CPU_ANSWER_TOKENS,
     CPU_BATCH_TOKENS,
     batch_tokens,
+    count_halvings,
     default_batch_tokens,
     with_smaller_batches,
 )
@@ -59,7 +62,45 @@ def test_other_errors_pass() -> None:
 
 
 def test_the_default_on_a_cpu() -> None:
-    assert default_batch_tokens(LlamaConfig(**SIZES), "float32", "cpu") == CPU_BATCH_TOKENS == 1024
+    assert default_batch_tokens(LlamaConfig(**SIZES), "float32", "cpu") == CPU_BATCH_TOKENS == 512
+    answers = default_batch_tokens(LlamaConfig(**SIZES), "float32", "cpu", answers=True)
+    assert answers == CPU_ANSWER_TOKENS == 8192
+
+
+def test_a_cpu_without_the_memory_gets_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 11 * GIB)
+    monkeypatch.setattr(memory, "machine_memory", lambda: 12 * GIB)
+    # The 2.2 billion weights take 9 GB in float32.
+    assert default_batch_tokens(BILLION, "float32", "cpu") == 256
+    assert default_batch_tokens(BILLION, "bfloat16", "cpu") == CPU_BATCH_TOKENS
+
+
+def test_free_memory_is_part_of_the_machines() -> None:
+    assert 0 < memory.free_memory() <= memory.machine_memory()
+
+
+def test_answers_take_less_memory_than_gradients() -> None:
+    eight = LlamaConfig(
+        **{"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336},
+        **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    )
+    with_gradients = batch_tokens(eight, 80 * GIB, 2)
+    answering = batch_tokens(eight, 80 * GIB, 2, answers=True)
+    # 32 layers keep 131 kB of a token in bfloat16, twice while the cache grows.
+    assert 10 * with_gradients < answering <= 65536
+    assert answering * 131_072 * 2 < 40 * GIB
+
+
+def test_halved_batches_are_counted() -> None:
+    def run(batch: list[int]) -> list[int]:
+        fits(len(batch))
+        return batch
+
+    with count_halvings() as halvings:
+        with_smaller_batches(list(range(7)), run)
+        with count_halvings() as inner:
+            with_smaller_batches([1, 2], run)
+    assert (halvings.count, inner.count) == (3, 0)
 
 
 def test_the_default_of_a_gpu_follows_memory_and_model() -> None:

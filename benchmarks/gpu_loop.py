@@ -1,0 +1,350 @@
+"""Measures the loop's model passes on a GPU: saliency, generation, batch sizes, the demo.
+
+    python benchmarks/gpu_loop.py [--output build/gpu-loop] [--minutes 4] [--steps saliency,...]
+        [--tiny]
+
+The models have random weights, so that nothing has to be downloaded: a student of 1 billion
+parameters and a teacher of 8 billion, both in bfloat16. OUTPUT gets results.jsonl and summary.md,
+which are written after every measure: a run that is stopped keeps what it has. `--tiny` rehearses
+all steps on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.models import WordLevel  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from leaf_distill.data.collator import pad, plan_batches  # noqa: E402
+from leaf_distill.data.example import Rendering  # noqa: E402
+from leaf_distill.models.generation import generate  # noqa: E402
+from leaf_distill.models.memory import default_batch_tokens  # noqa: E402
+from leaf_distill.models.saliency import saliency  # noqa: E402
+
+SIZES = {  # hidden, layers, heads, key-value heads, inner, vocabulary
+    "student-1b": (2048, 16, 32, 8, 8192, 128256),
+    "teacher-8b": (4096, 32, 32, 8, 14336, 128256),
+    "tiny": (64, 2, 4, 2, 128, 512),
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Run:
+    """The options of one call and what it has measured."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.tiny: bool = arguments.tiny
+        self.device = "cpu" if self.tiny else DEVICE
+        self.deadline = time.monotonic() + 60 * arguments.minutes
+        self.output: Path = arguments.output
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "results.jsonl").write_text("")
+        self.lines: list[dict[str, Any]] = []
+        name = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
+        self.note("machine", name, torch=torch.__version__)
+
+    def note(self, step: str, what: str, **values: Any) -> None:
+        """Write one measure at once."""
+        line = {"step": step, "what": what, **values}
+        self.lines.append(line)
+        with (self.output / "results.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(line, flush=True)
+        rows = ["| step | what | result |", "| --- | --- | --- |"]
+        for one in self.lines:
+            found = ", ".join(f"{k} {v}" for k, v in one.items() if k not in ("step", "what"))
+            rows.append(f"| {one['step']} | {one['what']} | {found} |")
+        (self.output / "summary.md").write_text("\n".join(rows) + "\n")
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def model(self, name: str, dtype: str = "bfloat16") -> Any:
+        """Build a model with random weights on the device."""
+        name, dtype = ("tiny", "float32") if self.tiny else (name, dtype)
+        hidden, layers, heads, shared, inner, vocabulary = SIZES[name]
+        config = LlamaConfig(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=shared,
+            intermediate_size=inner,
+            vocab_size=vocabulary,
+            max_position_embeddings=8192,
+            tie_word_embeddings=name != "teacher-8b",
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            built = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return built.eval()
+
+    def timed(self, work: Callable[[], Any]) -> tuple[Any, float, float]:
+        """Return the result, the seconds and the peak memory above the weights, in GB."""
+        if self.device != "cuda":
+            start = time.perf_counter()
+            return work(), time.perf_counter() - start, 0.0
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        result = work()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return result, seconds, (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def rows_of(run: Run, count: int, longest: int, vocabulary: int) -> list[Rendering]:
+    """Draw rows: a prompt, and a completion of the same lengths as in school mathematics."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for _ in range(count):
+        length = int(draw.integers(longest // 5, longest))
+        ids = draw.integers(3, vocabulary, length).astype(np.int32)
+        labels = np.arange(length) >= length // 2
+        offsets = np.zeros((length, 2), np.int32)
+        rows.append(Rendering(ids, labels, offsets, ~labels))
+    return rows
+
+
+def bare(model: Any, rows: Sequence[Rendering]) -> list[Any]:
+    """Forward and backward to the input embeddings with nothing around it: full logits."""
+    batch = {name: tensor.to(model.device) for name, tensor in pad(rows).items()}
+    ids, mask = batch["input_ids"], batch["loss_mask"]
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(
+        inputs_embeds=embedded, attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
+    labels = ids.roll(-1, 1)[mask]
+    loss = torch.nn.functional.cross_entropy(logits[mask].float(), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, embedded)
+    return list(gradient.float().norm(dim=-1).cpu())
+
+
+def release(model: Any, row: Rendering) -> Any:
+    """The release's loop, repaired: one row, weights with gradients never set to zero."""
+    ids = torch.from_numpy(row.input_ids).long().to(model.device)[None]
+    labels = ids.masked_fill(~torch.from_numpy(row.loss_mask).to(model.device)[None], -100)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=embedded, labels=labels).loss.backward()
+    return np.linalg.norm(embedded.grad[0].float().cpu().numpy(), axis=-1)
+
+
+def measure_saliency(run: Run) -> None:
+    model = run.model("student-1b")
+    vocabulary = model.config.vocab_size
+    rows = rows_of(run, 8 if run.tiny else 256, 64 if run.tiny else 900, vocabulary)
+    lengths = [len(row) for row in rows]
+    dtype = str(model.dtype).removeprefix("torch.")
+    default = default_batch_tokens(model.config, dtype, run.device)
+    model.requires_grad_(False)
+    found: dict[str, Any] = {}
+    for what, work, sizes in (
+        ("ours", saliency, sorted({default, 16384, 8192})),
+        ("bare", bare, (16384, 8192, 4096)),
+    ):
+        for size in sizes:
+            plan = plan_batches(lengths, max_tokens=size)
+            work(model, [rows[at] for at in plan[-1]])  # a warm-up
+            try:
+                made, seconds, peak = run.timed(
+                    lambda work=work, plan=plan: [work(model, [rows[i] for i in b]) for b in plan]
+                )
+            except torch.OutOfMemoryError:
+                run.note("saliency", what, batch_tokens=size, result="out of memory")
+                continue
+            found[what] = {at: one for b, part in zip(plan, made, strict=True)
+                           for at, one in zip(b, part, strict=True)}  # fmt: skip
+            name = f"{what}, default" if what == "ours" and size == default else what
+            rate = round(len(rows) / seconds, 2)
+            run.note("saliency", name, batch_tokens=size, rows_s=rate, peak_gb=round(peak, 2))
+    model.requires_grad_(True)
+    few = rows[: 4 if run.tiny else 64]
+    release(model, few[0])
+    norms, seconds, peak = run.timed(lambda: [release(model, row) for row in few])
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    run.note(
+        "saliency", "release loop, repaired",
+        rows_s=round(len(few) / seconds, 2), peak_gb=round(peak + weights, 2),
+        note="with the gradients of the weights",
+    )  # fmt: skip
+    close = [
+        float(np.corrcoef(found["ours"][i].norms[:-1], norm[:-1])[0, 1])
+        for i, norm in enumerate(norms)
+    ]
+    run.note("saliency", "norms of ours beside the release loop", least_correlation=min(close))
+
+
+def measure_batches(run: Run) -> None:
+    """Fill a batch of the default size, for both models, and run out of memory on purpose."""
+    for name in ("student-1b", "teacher-8b"):
+        model = run.model(name).requires_grad_(False)
+        dtype = str(model.dtype).removeprefix("torch.")
+        size = default_batch_tokens(model.config, dtype, run.device)
+        width = 32 if run.tiny else 1024
+        rows = rows_of(run, max(1, size // width), width + 1, model.config.vocab_size)
+        _, seconds, peak = run.timed(lambda model=model, rows=rows: saliency(model, rows))
+        total = torch.cuda.get_device_properties(0).total_memory / 1e9 if not run.tiny else 0.0
+        run.note(
+            "batches", name, default_tokens=size, seconds=round(seconds, 2),
+            peak_gb=round(peak, 2), gpu_gb=round(total, 1), tokens=len(rows) * width,
+        )  # fmt: skip
+        if run.device == "cuda" and name == "student-1b":
+            allowed = torch.cuda.memory_allocated() / 1e9 + peak / 3
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(allowed / total)
+            try:
+                some = saliency(model, rows)
+                run.note("batches", "a third of the memory", rows=len(some), of=len(rows))
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+        del model
+        if run.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure_generation(run: Run) -> None:
+    """Length buckets beside transformers' continuous batching.
+
+    A random model hardly ever ends an answer: 1 % of its tokens end one here, drawn by chance.
+    """
+    for name, dtype, count in (("student-1b", "bfloat16", 256), ("student-1b", "float32", 64)):
+        model = run.model(name, dtype)
+        vocabulary = model.config.vocab_size
+        words = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(
+                WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0")
+            )
+        )
+        draw = np.random.default_rng(0)
+        ends = sorted(draw.choice(np.arange(3, vocabulary), vocabulary // 100, False).tolist())
+        count, new = (6, 8) if run.tiny else (count, 256)
+        rows = rows_of(run, count, 48 if run.tiny else 600, vocabulary)
+        prompts = [row.input_ids.tolist() for row in rows]
+        config = GenerationConfig(
+            max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=0
+        )
+        # By default the pages take 90 % of the memory, and filling a CPU's takes a minute.
+        paging = ContinuousBatchingConfig(page_size=32, num_blocks=16) if run.tiny else None
+        kept: dict[str, list[list[int]]] = {}
+
+        def buckets(model: Any = model, prompts: Any = prompts, new: int = new) -> Any:
+            size = default_batch_tokens(model.config, dtype, run.device)  # noqa: B023
+            plan = plan_batches([len(one) + new for one in prompts], max_tokens=size)
+            answers: dict[int, Any] = {}
+            for batch in plan:
+                part = [prompts[at] for at in batch]
+                made = generate(
+                    model, words, part, end_ids=ends, max_new_tokens=new  # noqa: B023
+                )  # fmt: skip
+                answers.update(zip(batch, made, strict=True))
+            return [
+                [int(word[1:]) for word in answers[at].text.split()] for at in range(len(prompts))
+            ]
+
+        def continuous(model: Any = model, prompts: Any = prompts) -> Any:
+            made = model.generate_batch(
+                inputs=prompts,
+                generation_config=config,  # noqa: B023
+                continuous_batching_config=paging,  # noqa: B023
+            )
+            return [list(one.generated_tokens) for one in made.values()]
+
+        for what, work in (("length buckets", buckets), ("continuous batching", continuous)):
+            try:
+                made, seconds, peak = run.timed(work)
+            except Exception as error:  # whatever this version raises is the result
+                run.note("generation", f"{what}, {dtype}", error=f"{error!r:.300}")
+                continue
+            kept[what] = [[t for t in one if t not in set(ends)] for one in made]
+            tokens = sum(map(len, kept[what]))
+            run.note(
+                "generation", f"{what}, {dtype}", prompts=len(made), tokens=tokens,
+                tokens_s=round(tokens / seconds), seconds=round(seconds, 2),
+                peak_gb=round(peak, 2), attention=model.config._attn_implementation,
+            )  # fmt: skip
+        if len(kept) == 2:
+            equal = sum(a == b for a, b in zip(*kept.values(), strict=True))
+            run.note("generation", f"equal answers, {dtype}", equal=equal, of=len(prompts))
+        del model
+        if run.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure_demo(run: Run) -> None:
+    """Run the demo on each device; its numbers should agree."""
+    for device in ("cpu",) if run.tiny else ("cuda", "cpu"):
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+        paths = {"PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT)])}
+        folder = run.output / f"demo-{device}"
+        command = [sys.executable, "-m", "leaf_distill", "demo", "--output_dir", str(folder)]
+        start = time.perf_counter()
+        done = subprocess.run(
+            command, env=os.environ | paths | hidden, capture_output=True, text=True,
+            timeout=max(10.0, min(150.0, run.left())),
+        )  # fmt: skip
+        (run.output / f"demo-{device}.txt").write_text(done.stdout + done.stderr[-4000:])
+        run.note(
+            "demo", device, rc=done.returncode, seconds=round(time.perf_counter() - start, 1),
+            tail=done.stdout[-600:].replace("\n", " / ").replace("|", "!"),
+        )  # fmt: skip
+
+
+STEPS = {
+    "saliency": measure_saliency,
+    "batches": measure_batches,
+    "generation": measure_generation,
+    "demo": measure_demo,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu-loop")
+    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--steps", default=",".join(STEPS), help="some of the steps, by comma")
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.steps.split(",")) - set(STEPS):
+        parser.error(f"--steps knows {', '.join(STEPS)}, got {', '.join(unknown)}")
+    if not arguments.tiny and DEVICE == "cpu":
+        parser.error("torch can use no CUDA GPU here; --tiny rehearses without one")
+    run, failed = Run(arguments), 0
+    for name in arguments.steps.split(","):
+        if run.left() < 5:
+            run.note(name, "left out: the time was spent")
+            continue
+        try:
+            STEPS[name](run)
+        except Exception:  # the later steps run all the same
+            failed += 1
+            traceback.print_exc()
+            run.note(name, "failed", error=traceback.format_exc()[-400:].replace("\n", " / "))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""What a run of stage 1 will take in memory and time, before any weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+
+from leaf_distill.config import DetectConfig
+from leaf_distill.data.example import ROLES, Example, Rendering, Role
+from leaf_distill.detection.answers import PromptedModel, plan_answers, prompt_ids
+from leaf_distill.detection.cache import FILE, RowCache, default_cache_directory
+from leaf_distill.detection.scores import plan_passes
+from leaf_distill.io import user_directory
+from leaf_distill.models.estimate import (
+    PassCost,
+    Speed,
+    answer_bytes,
+    answer_seconds,
+    measure_speed,
+    rough_cost,
+    saliency_cost,
+)
+
+logger = logging.getLogger(__name__)
+
+_EFFICIENCY: Final = 0.75
+"""The share of a matrix product's speed that a whole pass reaches."""
+
+
+def estimate(
+    pair: Mapping[Role, PromptedModel],
+    rows: Sequence[Example],
+    views: Sequence[Example],
+    config: DetectConfig,
+) -> dict[str, Any]:
+    """Return the memory in bytes and the seconds of a run.
+
+    Args:
+        pair: the models, whose weights are not loaded.
+        rows: rendered rows, which are asked unless `select` is "all".
+        views: what gets a saliency, at most: which rows are marked is not known yet.
+        config: the settings.
+
+    Returns:
+        For each model `weights`, `memory` at its largest, `passes` and the `scores` and `answers`
+        that the cache lacks; `memory` of the process, in which one model is at a time; the seconds
+        of `saliency`; and those of answers as long as the completions (`answers`) and of
+        `max_new_tokens` (`answers_at_most`). Answers to cut prompts are not counted.
+    """
+    models: dict[str, dict[str, Any]] = {}
+    seconds = {"saliency": 0.0, "answers": 0.0, "answers_at_most": 0.0}
+    for role in ROLES:
+        models[role] = _of_model(pair[role], rows, views, config, seconds)
+    on_host = {role: pair[role].model.device.type == "cpu" for role in ROLES}
+    memory = {
+        place: max((models[role]["memory"] for role in ROLES if on_host[role] == host), default=0)
+        for place, host in (("memory", True), ("gpu_memory", False))
+    }
+    memory["memory"] += _resident()
+    return {
+        "models": models,
+        **memory,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+
+
+def _of_model(
+    one: PromptedModel,
+    rows: Sequence[Example],
+    views: Sequence[Example],
+    config: DetectConfig,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Return the entry of one model, and add its seconds."""
+    renderings = [view.renderings[one.role] for view in views]
+    plan, keys = plan_passes("saliency", one, renderings, config)
+    known = _known(config, keys)
+    lacking = [[at for at in batch if keys[at] not in known] for batch in plan]
+    lacking = [batch for batch in lacking if batch]
+    unlabelled = config.completion_source == "teacher"
+    guess = config.max_new_tokens // 2 if unlabelled else 0
+    largest = max(plan, key=lambda batch: _shape(renderings, batch, guess)[0])
+    area, width, labels = _shape(renderings, largest, guess)
+    cost = _cost(one, area // width, width, labels)
+    speed = measure_speed(one.model.config, one.model.dtype, one.model.device, min(area, 2048))
+    tokens = sum(_shape(renderings, batch, guess)[0] for batch in lacking)
+    seconds["saliency"] += cost.flops * tokens / area / (speed.flops * _EFFICIENCY)
+    asked = _answers(one, rows, config, cost, speed, seconds)
+    answering = answer_bytes(one.model.config, one.model.dtype, asked["tokens"])
+    peak = max(cost.kept if lacking else 0, answering)
+    idle = not lacking and not asked["missing"]
+    return {
+        "weights": cost.weights,
+        "memory": 0 if idle else cost.weights + peak,
+        "passes": len(lacking),
+        "scores": sum(map(len, lacking)),
+        "answers": asked["missing"],
+    }
+
+
+def _answers(
+    one: PromptedModel,
+    rows: Sequence[Example],
+    config: DetectConfig,
+    cost: PassCost,
+    speed: Speed,
+    seconds: dict[str, float],
+) -> dict[str, int]:
+    """Return how many rows' answers are missing, and the tokens of their largest batch."""
+    needed = config.select != "all" or (
+        one.role == "teacher" and config.completion_source == "teacher"
+    )
+    if not needed:
+        return {"missing": 0, "tokens": 0}
+    prompts = [prompt_ids(row, one.role) for row in rows]
+    plan, keys = plan_answers(one, prompts, config)
+    known = _known(config, keys)
+    batches = [[at for at in batch if keys[at] not in known] for batch in plan]
+    batches = [batch for batch in batches if batch]
+    largest = 0
+    for batch in batches:
+        longest = max(int(rows[at].renderings[one.role].loss_mask.sum()) for at in batch)
+        for name, steps in (
+            ("answers", min(longest or config.max_new_tokens, config.max_new_tokens)),
+            ("answers_at_most", config.max_new_tokens),
+        ):
+            seconds[name] += answer_seconds(one.model.config, cost.weights, steps, speed)
+        width = max(len(prompts[at]) for at in batch) + config.max_new_tokens
+        largest = max(largest, width * len(batch))
+    return {"missing": sum(map(len, batches)), "tokens": largest}
+
+
+def _shape(
+    renderings: Sequence[Rendering], batch: Sequence[int], more: int
+) -> tuple[int, int, int]:
+    """Return the tokens of a batch with its padding, its width and its labels."""
+    width = max(len(renderings[at]) for at in batch) + more
+    labels = sum(int(renderings[at].loss_mask.sum()) + more for at in batch)
+    return width * len(batch), width, labels
+
+
+def _cost(one: PromptedModel, rows: int, tokens: int, labels: int) -> PassCost:
+    config, dtype = one.model.config, one.model.dtype
+    try:
+        return saliency_cost(config, dtype, rows, tokens, labels)
+    except Exception as error:  # an architecture raises whatever its forward raises
+        logger.info("%s is estimated from its sizes: %s", one.model.name, error)
+        return rough_cost(config, dtype, rows, tokens, labels)
+
+
+def _known(config: DetectConfig, keys: Sequence[str]) -> set[str]:
+    """Return the keys that the row cache has; a cache that is not there is not made."""
+    folder = user_directory(config.cache_dir or default_cache_directory())
+    if not Path(folder, FILE).is_file():
+        return set()
+    with RowCache(folder) as cache:
+        return set(cache.get(keys))
+
+
+def _resident() -> int:
+    """Return the bytes that this process holds now: Python and its libraries."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next(one for one in lines if one.startswith("VmRSS:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):  # macOS counts the peak in bytes, others in KiB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def show_estimate(found: Mapping[str, Any], *, rows: int, usable: int) -> None:
+    """Print an estimate."""
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"Estimate of the run, which is not started: {usable} of {rows} rows are usable")
+    for role, one in found["models"].items():
+        say(
+            f"{role}: weights {one['weights'] / 1e9:.2f} GB, at its largest "
+            f"{one['memory'] / 1e9:.2f} GB; {one['scores']} saliencies in {one['passes']} passes "
+            f"and {one['answers']} answers that the cache lacks"
+        )
+    gpu = f", and {found['gpu_memory'] / 1e9:.2f} GB of the GPU's" if found["gpu_memory"] else ""
+    say(f"memory: {found['memory'] / 1e9:.2f} GB in all, one model at a time{gpu}")
+    times = found["seconds"]
+    say(f"saliency: {times['saliency']:.0f} s, if every row is marked")
+    if times["answers_at_most"]:
+        say(
+            f"answers: {times['answers']:.0f} s if they are as long as the completions, at most "
+            f"{times['answers_at_most']:.0f} s; answers to cut prompts come on top"
+        )

@@ -1,0 +1,152 @@
+"""What passes of a model cost, found without its weights: memory, arithmetic and time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+_TIMED: Final = 0.3
+"""Seconds for which the machine's arithmetic is timed."""
+_STEP_OVERHEAD: Final = 0.3e-3
+"""Seconds that Python takes for a layer in one step of an answer."""
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """The cost of one pass.
+
+    Attributes:
+        weights: bytes of the weights.
+        kept: bytes that the pass keeps beside them at its peak.
+        flops: floating-point operations.
+    """
+
+    weights: int
+    kept: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What this machine reaches: operations and bytes a second."""
+
+    flops: float
+    bytes: float
+
+
+def saliency_cost(
+    config: Any, dtype: str, rows: int, tokens: int, labels: int, *, trust_remote_code: bool = False
+) -> PassCost:
+    """Return the cost of a saliency pass over `rows` of `tokens` each, with `labels` in all.
+
+    The model runs with tensors that have shapes and no content, so that any architecture is
+    counted as it computes, within seconds and without memory.
+
+    Raises:
+        Exception: the architecture looks at the content of its tensors, as many mixtures of
+            experts do; whatever torch raises. `rough_cost` takes any.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    kept: dict[int, int] = {}
+    with FakeTensorMode():
+        library: Any = AutoModelForCausalLM  # its functions are untyped
+        model: Any = library.from_config(
+            config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+        model.eval().requires_grad_(False)
+        stored = [*model.parameters(), *model.buffers()]
+        own = {one.untyped_storage()._cdata for one in stored}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        def at_labels(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0].flatten(0, 1)[:labels][None], *args[1:])
+
+        head = model.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(at_labels)
+        width = model.get_input_embeddings().weight.shape[-1]
+        states = torch.zeros(rows, tokens, width, dtype=model.dtype, requires_grad=True)
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            logits = model(inputs_embeds=states, use_cache=False).logits
+            logits.float().sum().backward()
+        made = logits.numel()
+    size = sum(one.numel() * one.element_size() for one in stored)
+    # The logits, in float32 too where they are not, and the same once more for their gradient.
+    return PassCost(size, sum(kept.values()) + made * (8 if dtype == "float32" else 12),
+                    int(counter.get_total_flops()))  # fmt: skip
+
+
+def rough_cost(config: Any, dtype: str, rows: int, tokens: int, labels: int) -> PassCost:
+    """Return the cost of a saliency pass from the sizes in a configuration."""
+    text = config.get_text_config()
+    hidden = int(getattr(text, "hidden_size", 0) or 1024)
+    layers = int(getattr(text, "num_hidden_layers", 0) or 24)
+    inner = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
+    vocabulary, itemsize = int(text.vocab_size), int(getattr(torch, dtype).itemsize)
+    body = layers * (4 * hidden * hidden + 3 * hidden * inner)
+    tied = 1 if getattr(text, "tie_word_embeddings", False) else 2
+    kept = rows * tokens * layers * (6 * hidden + 3 * inner) * itemsize + labels * vocabulary * 12
+    flops = 4 * (rows * tokens * body + labels * hidden * vocabulary)
+    return PassCost((body + tied * vocabulary * hidden) * itemsize, kept, flops)
+
+
+def answer_bytes(config: Any, dtype: str, tokens: int) -> int:
+    """Return the bytes of the keys and values of `tokens`, and of their copy as they grow."""
+    text = config.get_text_config()
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    heads = int(getattr(text, "num_attention_heads", 0) or 1)
+    shared = int(getattr(text, "num_key_value_heads", 0) or heads)
+    width = int(getattr(text, "head_dim", 0) or hidden // heads)
+    return 2 * layers * shared * width * int(getattr(torch, dtype).itemsize) * tokens
+
+
+def answer_seconds(config: Any, weights: int, steps: int, speed: Speed) -> float:
+    """Return the seconds of `steps` steps of answering, each of which reads all weights."""
+    layers = int(config.get_text_config().num_hidden_layers)
+    return steps * (weights / speed.bytes + layers * _STEP_OVERHEAD)
+
+
+def measure_speed(config: Any, dtype: str, device: torch.device, tokens: int) -> Speed:
+    """Time a product of the model's shape, and the reading of a matrix for one vector."""
+    text = config.get_text_config()
+    hidden = int(getattr(text, "hidden_size", 0) or 1024)
+    inner = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
+    options = {"dtype": getattr(torch, dtype), "device": device}
+    states, weight = torch.ones(tokens, hidden, **options), torch.ones(inner, hidden, **options)
+    # Larger than the caches, as the weights of a model are.
+    large = torch.ones(max(1, (1 << 27) // (hidden * weight.element_size())), hidden, **options)
+    product = _seconds(lambda: torch.nn.functional.linear(states, weight), device)
+    reading = _seconds(lambda: torch.nn.functional.linear(states[:1], large), device)
+    size = large.numel() * large.element_size()
+    return Speed(2 * tokens * hidden * inner / product, size / reading)
+
+
+def _seconds(work: Any, device: torch.device) -> float:
+    """Return the mean seconds of one call, over `_TIMED` seconds."""
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work()
+    finish()
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < _TIMED:
+        work()
+        finish()
+        calls += 1
+    return (time.perf_counter() - start) / calls
