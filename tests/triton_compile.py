@@ -67,7 +67,9 @@ def kl_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[Va
         types = _named(f"*{dtype}", "student teacher") | _named(f"*{grad}", "grad")
         types |= _named("*fp32", "row_weight grad_scale kl measures")
         types |= _named("fp32", scalars + " teacher_softcap")
-        block, warps = dual_kl.block_of(size, chosen[1], any(chosen[2:]), lanes=32)
+        block, warps = dual_kl.block_of(
+            size, 4 if dtype == "fp32" else 2, chosen[1], any(chosen[2:]), lanes=32
+        )
         constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": block}
         constants |= {"THREADS": 32 * warps, "NARROWED": grad != dtype}
         registers = dual_kl.REGISTERS if any(chosen[2:]) else None

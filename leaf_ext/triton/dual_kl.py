@@ -217,14 +217,21 @@ def dual_kl_(
     return _run("dual_kl_", student, teacher, row_weight, target, scalars, need_rows)
 
 
-def block_of(vocabulary: int, need_rows: bool, capped: bool, lanes: int) -> tuple[int, int]:
+def block_of(
+    vocabulary: int, itemsize: int, need_rows: bool, capped: bool, lanes: int
+) -> tuple[int, int]:
     """Return the elements of a block and its warps of `lanes`, which leave each value a register.
 
-    Three rows of up to _LONG logits share a multiprocessor. A longer row has it alone, so that more
-    of the row stays in the L2 cache.
+    Where measures of the rows are kept, few values a thread are the fastest of the sizes that were
+    tried on an H100. Without them, three rows of up to _LONG logits share a multiprocessor, and a
+    longer row has it alone, so that more of it stays in the L2 cache.
     """
-    long = vocabulary > _LONG and not need_rows and not capped and lanes == 32
-    block, warps = (8192, 32) if long else (4096, 16)
+    if capped or lanes != 32:
+        block, warps = 4096, 16
+    elif need_rows:
+        block, warps = (2048, 16) if itemsize == 4 else (4096, 8)
+    else:
+        block, warps = (8192, 32) if vocabulary > _LONG else (4096, 16)
     block = min(block, triton.next_power_of_2(vocabulary))
     # No element is in two threads: one could read what the other has written in place.
     return block, max(1, min(warps, block // lanes))
@@ -257,7 +264,7 @@ def _run(
             student_capped, teacher_capped = (cap != 0 for cap in scalars[-2:])
             capped = student_capped or teacher_capped
             lanes = 32 if torch.version.hip is None else 64
-            block, warps = block_of(vocabulary, need_rows, capped, lanes)
+            block, warps = block_of(vocabulary, student.element_size(), need_rows, capped, lanes)
             registers = {"maxnreg": REGISTERS} if capped and lanes == 32 else {}
             rows_kernel[(rows,)](
                 student, teacher, row_weight, target, grad_scale, kl, measures,
