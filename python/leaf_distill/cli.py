@@ -152,6 +152,12 @@ COMMANDS = {
         "evaluation.compare:compare",
         KEPT,
     ),
+    "analyze": Command(
+        "make the paper's studies of a run of `leaf detect`: tables and plots, without a model",
+        "leaf analyze --run_dir runs/math",
+        ("evaluation.config:AnalyzeConfig",),
+        "evaluation.analyze:analyze",
+    ),
     "report": Command(
         "write one self-contained HTML page about a run of `leaf detect`",
         "leaf report --run_dir runs/math",

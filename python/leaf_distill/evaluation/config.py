@@ -16,6 +16,7 @@ from leaf_distill.config import (
     check_drawing,
     check_rows,
     documented,
+    need,
 )
 from leaf_distill.evaluation.benchmarks import BENCHMARKS, SUITES
 
@@ -111,3 +112,23 @@ def _check_benchmarks(config: EvaluateConfig) -> None:
             f"{name}: must not be given with --benchmark, got {getattr(config, name)!r}; a "
             "benchmark has its own, and a YAML file as --benchmark may have others"
         )
+
+
+@documented
+@dataclass(frozen=True)
+class AnalyzeConfig:
+    """Settings of `leaf analyze`."""
+
+    run_dir: str = field(
+        default="", metadata=about("output directory of `leaf detect`, or one of its arms")
+    )
+    arms: list[str] | None = field(
+        default=None, metadata=about("names of the arms in the tables; default: all of the run")
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata=about("directory of the tables and plots; default: analysis in the run directory"),
+    )
+
+    def __post_init__(self) -> None:
+        need(self, "run_dir")
