@@ -22,9 +22,19 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What a cut was made in: its label, and the answers to it where the models were asked."""
+
+    label: str
+    student_answer: str | None
+    teacher_answer: str | None
+
+
+@dataclass(frozen=True)
 class Cut:
     """A candidate of a row: who was asked on the cut prompt, and whether it was kept."""
 
+    whole: Whole
     student_verdict: str | None
     student_answer: str | None
     kept: bool
@@ -46,8 +56,6 @@ class Row:
         cuts: its candidates, of all levels together.
         scored: whether the row has scores.
         length: characters of the texts that were searched.
-        completion: the label, None unless the row was scored.
-        student_answer, teacher_answer: to the whole prompt, None where they were not asked.
     """
 
     row_id: int
@@ -56,9 +64,6 @@ class Row:
     cuts: tuple[Cut, ...] = ()
     scored: bool = False
     length: int = 0
-    completion: str | None = None
-    student_answer: str | None = None
-    teacher_answer: str | None = None
 
     @property
     def asked(self) -> list[Cut]:
@@ -155,10 +160,20 @@ def _read(path: Path) -> Arm:
 
 
 def _states(path: Path, *, select: str) -> dict[int, State]:
-    """Return the state of each row, from the stage at which it left and the reason."""
-    lines = pq.read_table(path / "outcomes.parquet").to_pylist()
-    originals = [line for line in lines if line["candidate_id"] < 0]
-    return {int(one["row_id"]): _state(one["stage"], one["reason"], select) for one in originals}
+    """Return the state of each row, from the stage at which it left and the reason.
+
+    A row with views has lines for them behind its own; only marked rows have some.
+    """
+    states: dict[int, State] = {}
+    for line in pq.read_table(path / "outcomes.parquet").to_pylist():
+        row_id = int(line["row_id"])
+        if line["candidate_id"] >= 0:
+            continue
+        if row_id not in states:
+            states[row_id] = _state(line["stage"], line["reason"], select)
+        elif select != "all":
+            states[row_id] = "marked"
+    return states
 
 
 def _state(stage: str, reason: str, select: str) -> State:
@@ -188,22 +203,19 @@ def _row(
 ) -> Row:
     if not samples:
         return Row(row_id, state, groups)
-    first = samples[0]  # at the instruction level, where it was searched
     return Row(
         row_id=row_id,
         state=state,
         groups=groups,
-        cuts=tuple(_cut(one) for sample in samples for one in sample["candidates"]),
+        cuts=tuple(_cut(one, sample) for sample in samples for one in sample["candidates"]),
         scored=True,
         length=sum(len(sample["text"]) for sample in samples),
-        completion=first["completion"],
-        student_answer=first["student_answer"],
-        teacher_answer=first["teacher_answer"],
     )
 
 
-def _cut(candidate: Mapping[str, Any]) -> Cut:
+def _cut(candidate: Mapping[str, Any], sample: Mapping[str, Any]) -> Cut:
     return Cut(
+        whole=Whole(sample["completion"], sample["student_answer"], sample["teacher_answer"]),
         student_verdict=candidate["student_verdict"],
         student_answer=candidate["student_answer"],
         kept=bool(candidate["kept"]),

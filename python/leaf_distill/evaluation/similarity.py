@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from leaf_distill.evaluation.arms import Arm, Row
+from leaf_distill.evaluation.arms import Arm, Cut, Row
 from leaf_distill.evaluation.sheets import Sheet, Value, estimate, estimated_difference
 
 Reference = Literal["the label", "the teacher's answer"]
@@ -59,12 +59,20 @@ def shifts(arms: Sequence[Arm]) -> list[Shift]:
 
 
 def _values(rows: Sequence[Row], reference: Reference) -> Iterator[tuple[float, float]]:
+    """Yield the similarity of each row before and after, the means over its cuts."""
     for row in rows:
-        text = row.completion if reference == "the label" else row.teacher_answer
-        answers = [cut.student_answer for cut in row.cuts if cut.student_answer is not None]
-        if text is not None and row.student_answer is not None and answers:
-            after = sum(jaccard(answer, text) for answer in answers) / len(answers)
-            yield jaccard(row.student_answer, text), after
+        pairs = [pair for cut in row.cuts if (pair := _pair(cut, reference)) is not None]
+        if pairs:
+            before, after = zip(*pairs, strict=True)
+            yield sum(before) / len(pairs), sum(after) / len(pairs)
+
+
+def _pair(cut: Cut, reference: Reference) -> tuple[float, float] | None:
+    whole, after = cut.whole, cut.student_answer
+    text = whole.label if reference == "the label" else whole.teacher_answer
+    if text is None or whole.student_answer is None or after is None:
+        return None
+    return jaccard(whole.student_answer, text), jaccard(after, text)
 
 
 def similarity(found: Sequence[Shift]) -> Sheet:
