@@ -38,7 +38,7 @@ from leaf_distill.demo.task import make_problems
 from leaf_distill.detection.answers import PromptedModel, open_cache, prompted_model
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.detection.scores import score_perplexity, score_saliency
-from leaf_distill.detection.spans import find_spans
+from leaf_distill.detection.spans import align, find_spans
 from leaf_distill.models.loading import LazyModel
 
 RESULTS = Path(__file__).parent / "results" / "distractors.md"
@@ -135,7 +135,8 @@ def score_rows(problems: Sequence[Problem], config: DetectConfig, *, seed: int =
             score_saliency(model, examples, config, cache)
             perplexity[role] = score_perplexity(model, examples, config, cache)
             model.model.release()
-    find_spans(examples, config)
+    align(examples)
+    find_spans(list(remaining(examples)), config)
     draw = np.random.default_rng(seed)
     rows = []
     for example in remaining(examples):

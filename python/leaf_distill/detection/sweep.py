@@ -1,0 +1,342 @@
+"""Spans and cuts for a grid of settings, from the row cache alone: no model is loaded.
+
+What `leaf detect` measured on an arm's rows does not depend on the threshold, the rule, the
+strategy or the widening. So these are tried out in one process; where the answers to a cut are in
+the cache, because some arm has asked for them, the cut is validated as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+
+from leaf_distill.config import DetectConfig
+from leaf_distill.data.example import ROLES, Example, Range, remaining, views_of
+from leaf_distill.detection.answers import open_cache
+from leaf_distill.detection.gain import AFTER_MARKING
+from leaf_distill.detection.judge import JUDGES, Judge
+from leaf_distill.detection.levels import analyzed_turns, set_views
+from leaf_distill.detection.pipeline import Run
+from leaf_distill.detection.scores import score_saliency
+from leaf_distill.detection.spans import align, find_spans
+from leaf_distill.detection.suspicion import set_suspicion
+from leaf_distill.io import read_json, reading
+from leaf_distill.models.loading import LazyModel, NotLoaded
+
+Place = tuple[int, int]
+"""A row, and the segment of its response that it is analyzed at; 0: the instruction level."""
+
+Verdict = tuple[str | None, bool]
+"""The student's verdict on a cut prompt, and whether the cut is kept."""
+
+AXES = ("score", "rule", "strategy", "widen")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A point of the grid; `level` says which rows the threshold is for."""
+
+    level: Literal["instruction", "response"]
+    score: str
+    rule: str
+    strategy: str
+    widen: str
+    threshold: float
+
+
+@dataclass
+class Cell:
+    """What a setting makes of the rows of its level.
+
+    Attributes:
+        setting: the setting.
+        current: whether it is that of the arm.
+        rows, hit: the scored rows, and those with a candidate.
+        tokens, tokens_cut: of all rows, and those that a candidate cuts, each counted once.
+        spans: the detected spans.
+        overlap: Jaccard index of the characters that its candidates and the arm's cut.
+        candidates: prompts to be asked.
+        known, kept: those of them with answers in the cache, and those that pass the validation.
+        shares: for each row, the chance that the student is right on a random one of its cuts; 0
+            without a cut, None where an answer is missing.
+    """
+
+    setting: Setting
+    current: bool
+    rows: int = 0
+    hit: int = 0
+    tokens: int = 0
+    tokens_cut: int = 0
+    spans: int = 0
+    overlap: float = 1.0
+    candidates: int = 0
+    known: int = 0
+    kept: int = 0
+    shares: dict[int, float | None] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> list[float]:
+        """The shares that are known."""
+        return [share for share in self.shares.values() if share is not None]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answers to all cuts are known."""
+        return self.known == self.candidates
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The cells of a sweep, what could not be computed and why, and the arm's settings."""
+
+    cells: Sequence[Cell]
+    missing: Sequence[str]
+    config: DetectConfig
+
+
+def read_settings(arm: Path, **changes: Any) -> DetectConfig:
+    """Return the settings of an arm, for its own rows as they stand in dataset.parquet.
+
+    Raises:
+        ValueError: funnel.json cannot be read, or has no such settings.
+    """
+    settings = read_json(arm / "funnel.json").get("settings")
+    with reading(arm / "funnel.json"):
+        known = {item.name for item in fields(DetectConfig)}
+        given = {name: value for name, value in dict(settings).items() if name in known}
+        # A preset's values are among the settings, and must not come back over a change.
+        given |= {"preset": None, "output_dir": str(arm.parent.parent)}
+        return DetectConfig(**{**given, **changes})
+
+
+def sweep_arm(
+    arm: Path, config: DetectConfig, thresholds: Sequence[float], grid: Mapping[str, Sequence[str]]
+) -> Swept:
+    """Compute every cell of a grid on the rows of an arm.
+
+    Args:
+        arm: its directory.
+        config: its settings, from `read_settings`.
+        thresholds: for either level; its own is tried too.
+        grid: values of score, rule, strategy and widen; its own are tried together.
+
+    Raises:
+        ValueError: a file of the arm, a tokenizer or a saliency in the cache is missing.
+        StoreError: the cache cannot be read.
+    """
+    names = read_json(arm.parent.parent / "run.json")
+    with reading(arm.parent.parent / "run.json"):
+        models = {
+            role: LazyModel(
+                getattr(config, role) or names[role]["name"],
+                dtype=config.dtype,
+                device=config.device,
+                trust_remote_code=config.trust_remote_code,
+                argument=role,
+                fingerprint=names[role]["sha256"],
+            )
+            for role in ROLES
+        }
+    # These say how the original rows were read, and dataset.parquet has them as they were then.
+    rows = replace(config, columns=None, max_rows=None, completion_source="dataset")
+    return _Sweep(rows, models, str(arm / "dataset.parquet")).cells(arm, config, thresholds, grid)
+
+
+class _Sweep(Run):
+    """A run that asks nothing, and finds spans many times."""
+
+    def cells(
+        self,
+        arm: Path,
+        config: DetectConfig,
+        thresholds: Sequence[float],
+        grid: Mapping[str, Sequence[str]],
+    ) -> Swept:
+        self._verdicts: dict[object, Verdict | None] = {}
+        with open_cache(config) as self.cache:
+            views = self._scored(arm, config)
+            self.config = config
+            found: list[Cell] = []
+            missing: list[str] = []
+            before = _cuts(arm)
+            for cell in _empty(config, thresholds, grid, views):
+                setting = cell.setting
+                own = [one for one in views if bool(one.segment) == (setting.level == "response")]
+                try:
+                    self._fill(cell, _configured(config, setting), own, before)
+                    found.append(cell)
+                except NotLoaded:
+                    name = setting.score if setting.score != "gap" else setting.strategy
+                    missing.append(name)
+        advice = [_missing(name) for name in dict.fromkeys(missing)]
+        return Swept(found, advice, config)
+
+    def _scored(self, arm: Path, config: DetectConfig) -> list[Example]:
+        """Return the views of the arm's rows that have scores, with what was measured."""
+        searched = _searched(arm)
+        for example in remaining(self.examples):
+            example.turns = analyzed_turns(example, config.turns)
+            set_views(example, config)
+        whole = config.level != "response"  # else a row that was not divided has no view
+        rows = [
+            one
+            for one in remaining(self.examples)
+            if (one.row_id, None) in searched and (one.views or whole)
+        ]
+        views = [one for one in views_of(rows) if (one.row_id, one.segment) in searched]
+        views = self._render(views, whole=True)
+        try:
+            for role in reversed(ROLES):
+                score_saliency(self.pair[role], views, config, self.cache)
+        except NotLoaded as error:
+            model = str(error).partition(":")[0]
+            raise ValueError(
+                f"cache_dir: must hold what `leaf detect` measured for {arm}, got "
+                f"{self.cache.path} without the {model}'s saliency; give the cache of that run, or "
+                "run it again"
+            ) from error
+        align(views)
+        return list(remaining(views))
+
+    def _fill(
+        self,
+        cell: Cell,
+        config: DetectConfig,
+        views: Sequence[Example],
+        before: Mapping[Place, set[int]],
+    ) -> None:
+        self.config = config
+        self.judge = Judge(self.pair, config, self.cache, self._clock)
+        fresh = [replace(one, candidates=[], notes=[], spans=(), suspicion=None) for one in views]
+        set_suspicion(self.judge, fresh, config)
+        find_spans(fresh, config)
+        self._propose(fresh)
+        _count(cell, fresh, before)
+        self._look_up(cell, fresh)
+
+    def _look_up(self, cell: Cell, views: Sequence[Example]) -> None:
+        """Validate the candidates whose answers are in the cache."""
+        found: dict[int, list[Verdict | None]] = {one.row_id: [] for one in views}
+        for view in views:
+            for candidate in remaining(view.candidates):
+                found[view.row_id].append(self._verdict(view, candidate))
+        given = [verdict for verdicts in found.values() for verdict in verdicts]
+        cell.candidates, cell.known = len(given), sum(verdict is not None for verdict in given)
+        cell.kept = sum(verdict is not None and verdict[1] for verdict in given)
+        if "student" not in JUDGES[self.config.validate] or self.config.relabel:
+            return  # nobody knows where the student is right
+        for row_id, verdicts in found.items():
+            known = [verdict[0] == "right" for verdict in verdicts if verdict is not None]
+            whole = len(known) == len(verdicts)
+            cell.shares[row_id] = (sum(known) / max(len(known), 1)) if whole else None
+
+    def _verdict(self, view: Example, candidate: Example) -> Verdict | None:
+        """Return the verdicts of a candidate, None where an answer is missing."""
+        key = (view.row_id, view.segment, candidate.cut, candidate.inserted)
+        if key not in self._verdicts:
+            alone = view.derived()
+            alone.candidates = [candidate]
+            try:
+                self.judge.validate([alone])
+            except NotLoaded:
+                self._verdicts[key] = None
+            else:
+                given = candidate.answers.get("student")
+                verdict = given.verdict if given else None
+                self._verdicts[key] = verdict, candidate.outcome is None
+        return self._verdicts[key]
+
+
+def _empty(
+    config: DetectConfig,
+    thresholds: Sequence[float],
+    grid: Mapping[str, Sequence[str]],
+    views: Sequence[Example],
+) -> Iterator[Cell]:
+    """Yield a cell for each point of the grid and each level that has rows, the arm's own first."""
+    levels: dict[Literal["instruction", "response"], float] = {}
+    if any(not one.segment for one in views):
+        levels["instruction"] = config.threshold
+    if any(one.segment for one in views):
+        levels["response"] = config.response_threshold
+    for level, own in levels.items():
+        score, rule, strategy, unit = (getattr(config, name) for name in AXES)
+        current = Setting(level, score, rule, strategy, unit, own)
+        points = [
+            Setting(level, score, rule, strategy, unit, float(threshold))
+            for score in grid["score"]
+            for rule in grid["rule"]
+            for strategy in grid["strategy"]
+            for unit in grid["widen"]
+            for threshold in sorted({*thresholds, own})
+        ]
+        for point in dict.fromkeys((current, *points)):
+            yield Cell(point, current=point == current)
+
+
+def _configured(config: DetectConfig, setting: Setting) -> DetectConfig:
+    changes: dict[str, Any] = {name: getattr(setting, name) for name in AXES}
+    changes |= {"threshold": setting.threshold, "response_threshold": setting.threshold}
+    return replace(config, **changes)
+
+
+def _searched(arm: Path) -> set[tuple[int, int | None]]:
+    """Return the rows (with None) and views whose saliency was measured."""
+    stages: dict[tuple[int, int | None], str] = {}
+    with reading(arm / "outcomes.parquet"):
+        for line in pq.read_table(arm / "outcomes.parquet").to_pylist():
+            if line["candidate_id"] < 0:  # a view stands behind its row
+                stages.setdefault((line["row_id"], None), line["stage"])
+                stages[line["row_id"], line["segment"]] = line["stage"]
+    views = Counter(row_id for row_id, segment in stages if segment is not None)
+    return {
+        place
+        for place, stage in stages.items()
+        if stage in (*AFTER_MARKING, "dataset") or (place[1] is None and views[place[0]] > 1)
+    }
+
+
+def _cuts(arm: Path) -> dict[Place, set[int]]:
+    """Return the characters that the arm's candidates cut, of each of its views."""
+    with reading(arm / "samples.parquet"):
+        columns = ["row_id", "segment", "candidates"]
+        samples = pq.read_table(arm / "samples.parquet", columns=columns).to_pylist()
+        return {
+            (one["row_id"], one["segment"]): _characters(
+                part for candidate in one["candidates"] for part in candidate["cut"]
+            )
+            for one in samples
+        }
+
+
+def _characters(ranges: Iterable[Sequence[int]]) -> set[int]:
+    return {at for start, stop in ranges for at in range(start, stop)}
+
+
+def _count(cell: Cell, views: Sequence[Example], before: Mapping[Place, set[int]]) -> None:
+    """Count spans, tokens and the overlap with the arm."""
+    both = either = 0
+    for view in views:
+        assert view.offsets is not None
+        ranges: list[Range] = [part for one in view.candidates for part in one.cut]
+        chosen = _characters(ranges)
+        earlier = before.get((view.row_id, view.segment), set())
+        both, either = both + len(chosen & earlier), either + len(chosen | earlier)
+        touched = [any(at in chosen for at in range(start, stop)) for start, stop in view.offsets]
+        cell.tokens, cell.tokens_cut = cell.tokens + len(touched), cell.tokens_cut + sum(touched)
+        cell.spans += len(view.spans)
+    cell.rows = len({view.row_id for view in views})
+    cell.hit = len({view.row_id for view in views if view.candidates})
+    cell.overlap = both / either if either else 1.0
+
+
+def _missing(name: str) -> str:
+    return (
+        f"{name} needs model passes that are not in the cache: run the same `leaf detect` once "
+        "with it."
+    )
