@@ -10,14 +10,13 @@ ones without. What only the first has is the truth. Model passes are kept in the
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import random
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,22 +28,24 @@ import torch
 import leaf_ext
 from leaf_distill.config import DetectConfig, package_versions
 from leaf_distill.data.dataset import load_examples
-from leaf_distill.data.example import ROLES, Example, Range, Role, remaining
+from leaf_distill.data.example import ROLES, Example, Range, remaining
 from leaf_distill.demo.measure import Tokens
 from leaf_distill.demo.run import MIX, detection_config, read_samples, tokens_of, write_problems
 from leaf_distill.demo.run import ROWS as DEMO_ROWS
 from leaf_distill.demo.run import SEED as DEMO_SEED
 from leaf_distill.demo.task import make_problems
-from leaf_distill.detection.answers import PromptedModel, open_cache, prompted_model
+from leaf_distill.detection.answers import open_cache, prompted_model
+from leaf_distill.detection.judge import Judge
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.detection.scores import score_perplexity, score_saliency
 from leaf_distill.detection.spans import align, find_spans
+from leaf_distill.detection.suspicion import set_suspicion
+from leaf_distill.detection.truth import distractors, tokens_inside
 from leaf_distill.models.loading import LazyModel
 
 RESULTS = Path(__file__).parent / "results" / "distractors.md"
 DRAWS = 1000
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-WORD = re.compile(r"\w+|[^\w\s]")
 
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -56,7 +57,7 @@ class Problem:
     """A problem with distractors: its text, their characters, and the label of the plain one."""
 
     text: str
-    inserted: tuple[Range, ...]
+    ranges: tuple[Range, ...]
     label: str
     answer: str
 
@@ -82,11 +83,11 @@ def read_problems(folder: Path) -> list[Problem]:
     problems = []
     for name in sorted(whole.keys() & plain.keys()):
         text = clean(whole[name]["prompt"])
-        inserted = insertions(clean(plain[name]["prompt"]), text)
+        found = distractors(clean(plain[name]["prompt"]), text)
         label, _, answer = plain[name]["completion"].partition("<<FinalAnswer>>")
-        if inserted and answer.strip():
+        if found.ranges and not found.lost and answer.strip():
             problems.append(
-                Problem(text, inserted, f"{clean(label)} The answer is {answer}", answer)
+                Problem(text, found.ranges, f"{clean(label)} The answer is {answer}", answer)
             )
     return problems
 
@@ -101,59 +102,63 @@ def clean(text: str) -> str:
     return " ".join(re.sub(r"<<\w+>>", " ", text).split())
 
 
-def insertions(plain: str, whole: str) -> tuple[Range, ...]:
-    """Return the characters of `whole` that were put into `plain`.
+def score_rows(
+    problems: Sequence[Problem],
+    config: DetectConfig,
+    scores: Sequence[str] = ("lens",),
+    *,
+    seed: int = 0,
+) -> list[Row]:
+    """Return the tokens of each problem that both models can read, with all scores.
 
-    Words and marks are compared, without case. A run of marks alone is no distractor.
-
-    Returns:
-        Sorted ranges; none where anything but an insertion was made, or nothing was inserted.
+    Args:
+        problems: the rows.
+        config: the models, and the settings of detection.
+        scores: those of `leaf detect` beside the gap.
+        seed: of the random score.
     """
-    spans = [match.span() for match in WORD.finditer(whole)]
-    words = [whole[start:stop].lower() for start, stop in spans]
-    before = [match.group().lower() for match in WORD.finditer(plain)]
-    ranges = []
-    matcher = difflib.SequenceMatcher(None, before, words, autojunk=False)
-    for kind, _, _, start, stop in matcher.get_opcodes():
-        if kind == "insert" and any(word[0].isalnum() for word in words[start:stop]):
-            ranges.append((spans[start][0], spans[stop - 1][1]))
-        elif kind in ("replace", "delete"):
-            return ()
-    return tuple(ranges)
-
-
-def score_rows(problems: Sequence[Problem], config: DetectConfig, *, seed: int = 0) -> list[Row]:
-    """Return the tokens of each problem that both models can read, with all scores."""
     lines = [{"prompt": p.text, "completion": p.label, "answer": p.answer} for p in problems]
     examples = load_examples(lines)
+    pair = {
+        role: prompted_model(role, LazyModel(getattr(config, role), argument=role), config)
+        for role in ROLES
+    }
     with open_cache(config) as cache:
-        perplexity = {}
+        judge = Judge(pair, config, cache, lambda stage: nullcontext())
         for role in reversed(ROLES):
-            model = _model(role, config)
             for example in examples:
-                example.renderings[role] = model.render(example)
-            score_saliency(model, examples, config, cache)
-            perplexity[role] = score_perplexity(model, examples, config, cache)
-            model.model.release()
-    align(examples)
-    find_spans(list(remaining(examples)), config)
+                example.renderings[role] = pair[role].render(example)
+            score_saliency(judge.use(role), examples, config, cache)
+        align(examples)
+        aligned = list(remaining(examples))
+        find_spans(aligned, config)
+        surprise = score_perplexity(judge.use("student"), aligned, config, cache)
+        others = {name: _suspicion(judge, aligned, config, name) for name in scores}
     draw = np.random.default_rng(seed)
     rows = []
-    for example in remaining(examples):
-        at = example.row_id
-        given = {role: values[at] for role, values in perplexity.items()}
-        rows.append(_row(example, problems[at], given, draw, config))
+    for at, example in enumerate(aligned):
+        given = {"student's perplexity": surprise[at]}
+        given |= {name: values[at] for name, values in others.items()}
+        rows.append(_row(example, problems[example.row_id], given, draw, config))
     return rows
 
 
-def _model(role: Role, config: DetectConfig) -> PromptedModel:
-    return prompted_model(role, LazyModel(getattr(config, role), argument=role), config)
+def _suspicion(
+    judge: Judge, examples: Sequence[Example], config: DetectConfig, name: Any
+) -> list[npt.NDArray[Any]]:
+    """Return a score of `leaf detect` beside the gap, high for a distractor."""
+    copies = [replace(example, suspicion=None) for example in examples]
+    set_suspicion(judge, copies, replace(config, score=name))
+    values = [copy.suspicion for copy in copies if copy.suspicion is not None]
+    if len(values) < len(copies):
+        raise ValueError(f"scores: must give each token a value, got none of {name!r}")
+    return values
 
 
 def _row(
     example: Example,
     problem: Problem,
-    perplexity: Mapping[Role, npt.NDArray[Any]],
+    given: Mapping[str, npt.NDArray[Any]],
     draw: np.random.Generator,
     config: DetectConfig,
 ) -> Row:
@@ -164,15 +169,13 @@ def _row(
         "gap (LeaF)": -example.score.astype(np.float64),
         "student's gradient": example.saliency["student"].astype(np.float64),
         "teacher's gradient, low": -example.saliency["teacher"].astype(np.float64),
-        "student's perplexity": perplexity["student"].astype(np.float64),
-        "lens": np.abs(perplexity["student"] - perplexity["teacher"]).astype(np.float64),
+        **{name: values.astype(np.float64) for name, values in given.items()},
         "random": draw.random(len(offsets)),
         "no model: number not in the label": unmentioned(example.text, offsets, problem.label),
     }
-    planted = [any(a < stop and start < b for start, stop in problem.inserted) for a, b in offsets]
     number = [any(char.isdigit() for char in example.text[a:b]) for a, b in offsets]
     return Row(
-        planted=np.array(planted)[prunable],
+        planted=tokens_inside(offsets, problem.ranges)[prunable],
         number=np.array(number)[prunable],
         suspicion={name: values[prunable] for name, values in suspicion.items()},
         flagged={
@@ -340,25 +343,30 @@ def page(rows: Sequence[Row], demo: Sequence[Row], args: argparse.Namespace, tot
         f"--rows {args.rows}",
         f"Versions: {versions}; CPU. {args.about}".strip(),
         "## PROBLEMATHIC",
-        f"{len(rows)} of the {total} simple problems whose distractors are pure insertions, drawn "
-        f"with seed {args.seed}: {tokens} tokens, {planted} of them ({planted / tokens:.0%}) in a "
-        "distractor. The truth is what a comparison of words with the problem's plain form finds "
-        "inserted. The label is the plain form's solution, which names no distractor. **Neither "
-        "model was trained for these problems, and rows are not selected by answers**: this says "
-        "what the scores of these two models see, not what a confounded student would show.",
+        f"{len(rows)} of the {total} simple problems that are their plain form with insertions, "
+        f"drawn with seed {args.seed}: {tokens} tokens, {planted} of them in a distractor: "
+        f"{planted / tokens:.2f} is the precision of chance. The truth is what "
+        "`detection/truth.py` finds inserted by comparing words with the plain form. The label is the plain form's "
+        "solution, which names no distractor. **Neither model was trained for these problems, and "
+        "rows are not selected by answers**: this says what the scores of these two models see, "
+        "not what a confounded student would show.",
         "\n".join(table(rows, reference="gap (LeaF)")),
         NOTES,
         "*No model* flags each number of the prompt that is not in the label. Where labels name "
         "their numbers this control needs no gradient; read every other line beside it.",
-        "## The demo",
-        f"{len(demo)} scored rows of `leaf demo`, whose small student was trained to be misled by "
-        "the planted sentences, and whose models were trained on such rows: easier than real data.",
-        "\n".join(table(demo, reference="LeaF", thresholds=False)),
     ]
+    if demo:
+        parts += [
+            "## The demo",
+            f"{len(demo)} scored rows of `leaf demo`, whose small student was trained to be misled by "
+            "the planted sentences, and whose models were trained on such rows: easier than real "
+            "data.",
+            "\n".join(table(demo, reference="LeaF", thresholds=False)),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -367,10 +375,12 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--rows", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of rows")
+    parser.add_argument("--scores", nargs="*", default=["lens"], help="of leaf detect, beside gap")
     parser.add_argument("--cache_dir", default=None)
     parser.add_argument("--about", default="", help="a sentence about the models, for the page")
+    parser.add_argument("--skip_demo", action="store_true", help="measure PROBLEMATHIC alone")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     problems = read_problems(args.folder)
     if not problems:
         parser.error(f"folder: must hold pairs of problems, got none in {args.folder}")
@@ -378,9 +388,11 @@ def main() -> None:
     config = DetectConfig(
         student=args.student, teacher=args.teacher, cache_dir=args.cache_dir, grade="number"
     )
-    rows = score_rows(chosen, config, seed=args.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        demo = demo_rows(Path(folder))
+    rows = score_rows(chosen, config, args.scores, seed=args.seed)
+    demo: list[Row] = []
+    if not args.skip_demo:
+        with tempfile.TemporaryDirectory() as folder:
+            demo = demo_rows(Path(folder))
     text = page(rows, demo, args, len(problems))
     args.output.write_text(text, encoding="utf-8")
     print(text)

@@ -108,7 +108,7 @@ def read_settings(arm: Path, **changes: Any) -> DetectConfig:
     settings = read_json(arm / "funnel.json").get("settings")
     with reading(arm / "funnel.json"):
         known = {item.name for item in fields(DetectConfig)}
-        given = {name: value for name, value in dict(settings).items() if name in known}
+        given = {name: value for name, value in (settings or {}).items() if name in known}
         # A preset's values are among the settings, and must not come back over a change.
         given |= {"preset": None, "output_dir": str(arm.parent.parent)}
         return DetectConfig(**{**given, **changes})
