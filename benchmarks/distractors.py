@@ -346,10 +346,10 @@ def page(rows: Sequence[Row], demo: Sequence[Row], args: argparse.Namespace, tot
         f"{len(rows)} of the {total} simple problems that are their plain form with insertions, "
         f"drawn with seed {args.seed}: {tokens} tokens, {planted} of them in a distractor: "
         f"{planted / tokens:.2f} is the precision of chance. The truth is what "
-        "`detection/truth.py` finds inserted by comparing words with the plain form. The label is the plain form's "
-        "solution, which names no distractor. **Neither model was trained for these problems, and "
-        "rows are not selected by answers**: this says what the scores of these two models see, "
-        "not what a confounded student would show.",
+        "`detection/truth.py` finds inserted by comparing words with the plain form. The label is "
+        "the plain form's solution, which names no distractor. **Neither model was trained for "
+        "these problems, and rows are not selected by answers**: this says what the scores of "
+        "these two models see, not what a confounded student would show.",
         "\n".join(table(rows, reference="gap (LeaF)")),
         NOTES,
         "*No model* flags each number of the prompt that is not in the label. Where labels name "
@@ -358,9 +358,9 @@ def page(rows: Sequence[Row], demo: Sequence[Row], args: argparse.Namespace, tot
     if demo:
         parts += [
             "## The demo",
-            f"{len(demo)} scored rows of `leaf demo`, whose small student was trained to be misled by "
-            "the planted sentences, and whose models were trained on such rows: easier than real "
-            "data.",
+            f"{len(demo)} scored rows of `leaf demo`, whose small student was trained to be misled "
+            "by the planted sentences, and whose models were trained on such rows: easier than "
+            "real data.",
             "\n".join(table(demo, reference="LeaF", thresholds=False)),
         ]
     return "\n\n".join(parts) + "\n"
