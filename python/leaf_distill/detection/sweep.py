@@ -13,17 +13,19 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from leaf_distill.config import DetectConfig
-from leaf_distill.data.example import ROLES, Example, Range, remaining, views_of
+from leaf_distill.data.example import ROLES, Example, Floats, Range, Role, remaining, views_of
 from leaf_distill.detection.answers import open_cache
+from leaf_distill.detection.curves import deletion_curves, summarize_curves
 from leaf_distill.detection.gain import AFTER_MARKING
 from leaf_distill.detection.judge import JUDGES, Judge
 from leaf_distill.detection.levels import analyzed_turns, set_views
 from leaf_distill.detection.pipeline import Run
 from leaf_distill.detection.scores import score_saliency
-from leaf_distill.detection.spans import align, find_spans
+from leaf_distill.detection.spans import align, evidence, find_spans, normalize
 from leaf_distill.detection.suspicion import set_suspicion
 from leaf_distill.io import read_json, reading
 from leaf_distill.models.loading import LazyModel, NotLoaded
@@ -129,22 +131,49 @@ def sweep_arm(
         ValueError: a file of the arm, a tokenizer or a saliency in the cache is missing.
         StoreError: the cache cannot be read.
     """
+    return _sweep(arm, config).cells(arm, config, thresholds, grid)
+
+
+def arm_curves(
+    arm: Path, config: DetectConfig, scores: Sequence[str], *, load: bool
+) -> list[dict[str, Any]] | None:
+    """Return the deletion and insertion curves of scores on an arm's rows (`summarize_curves`).
+
+    Args:
+        arm, config: as for `sweep_arm`.
+        scores: those of `leaf detect`; both saliencies and random ranks are always beside them.
+        load: whether models may be loaded for what the cache lacks.
+
+    Returns:
+        A line for each model, kind and score; None where something is lacking.
+
+    Raises:
+        ValueError, StoreError: as `sweep_arm`; or a model is another one than that of the run.
+    """
+    try:
+        return _sweep(arm, config, load=load).curves(arm, config, scores)
+    except NotLoaded:
+        return None
+
+
+def _sweep(arm: Path, config: DetectConfig, *, load: bool = False) -> _Sweep:
+    """Return a run on an arm's rows with its two models, known by their content alone or not."""
     names = read_json(arm.parent.parent / "run.json")
     with reading(arm.parent.parent / "run.json"):
-        models = {
+        models: dict[Role, LazyModel] = {
             role: LazyModel(
                 getattr(config, role) or names[role]["name"],
                 dtype=config.dtype,
                 device=config.device,
                 trust_remote_code=config.trust_remote_code,
                 argument=role,
-                fingerprint=names[role]["sha256"],
+                fingerprint=None if load else names[role]["sha256"],
             )
             for role in ROLES
         }
     # These say how the original rows were read, and dataset.parquet has them as they were then.
     rows = replace(config, columns=None, max_rows=None, completion_source="dataset")
-    return _Sweep(rows, models, str(arm / "dataset.parquet")).cells(arm, config, thresholds, grid)
+    return _Sweep(rows, models, str(arm / "dataset.parquet"))
 
 
 class _Sweep(Run):
@@ -157,24 +186,68 @@ class _Sweep(Run):
         thresholds: Sequence[float],
         grid: Mapping[str, Sequence[str]],
     ) -> Swept:
-        self._verdicts: dict[object, Verdict | None] = {}
         with open_cache(config) as self.cache:
-            views = self._scored(arm, config)
-            self.config = config
+            self._begin(arm, config)
             found: list[Cell] = []
             missing: list[str] = []
             before = _cuts(arm)
-            for cell in _empty(config, thresholds, grid, views):
+            for cell in _empty(config, thresholds, grid, self._measured):
                 setting = cell.setting
-                own = [one for one in views if bool(one.segment) == (setting.level == "response")]
                 try:
-                    self._fill(cell, _configured(config, setting), own, before)
+                    self._fill(cell, _configured(config, setting), before)
                     found.append(cell)
                 except NotLoaded:
-                    name = setting.score if setting.score != "gap" else setting.strategy
-                    missing.append(name)
+                    known = setting.score in self._suspicion or setting.score == "gap"
+                    missing.append(setting.strategy if known else setting.score)
         advice = [_missing(name) for name in dict.fromkeys(missing)]
         return Swept(found, advice, config)
+
+    def curves(
+        self, arm: Path, config: DetectConfig, scores: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return the mean curves of each score and model, less those of random ranks."""
+        with open_cache(config) as self.cache:
+            self._begin(arm, config)
+            find_spans(self._measured, config)
+            draw = np.random.default_rng(config.seed)
+            views = self._measured
+            ranks = {
+                "student's gradient": [one.norms["student"] for one in views],
+                "teacher's gradient, low": [-one.norms["teacher"] for one in views],
+                "random": [draw.random(len(one.norms["student"]), np.float32) for one in views],
+            }
+            for name in scores:
+                score: Any = name
+                changed = replace(config, score=score)
+                pairs = [evidence(one) for one in self._with_suspicion(changed, views)]
+                gaps = [normalize(student) - normalize(teacher) for teacher, student in pairs]
+                ranks[name] = gaps
+            found = [
+                curve
+                for role in reversed(ROLES)
+                for curve in deletion_curves(self.judge.use(role), views, ranks, config, self.cache)
+            ]
+        return summarize_curves(found, reference="random")
+
+    def _begin(self, arm: Path, config: DetectConfig) -> None:
+        self._measured = self._scored(arm, config)
+        self._verdicts: dict[object, Verdict | None] = {}
+        self._suspicion: dict[str, list[Floats | None]] = {}
+        self.config = config
+        self.judge = Judge(self.pair, config, self.cache, self._clock)
+
+    def _with_suspicion(self, config: DetectConfig, views: Sequence[Example]) -> list[Example]:
+        """Return views as they were before spans were looked for, with the values of a score."""
+        if config.score not in self._suspicion:
+            copies = [replace(one, suspicion=None) for one in self._measured]
+            set_suspicion(self.judge, copies, config)
+            self._suspicion[config.score] = [one.suspicion for one in copies]
+        values = zip(self._measured, self._suspicion[config.score], strict=True)
+        by_view = {id(view): value for view, value in values}
+        return [
+            replace(one, candidates=[], notes=[], spans=(), suspicion=by_view[id(one)])
+            for one in views
+        ]
 
     def _scored(self, arm: Path, config: DetectConfig) -> list[Example]:
         """Return the views of the arm's rows that have scores, with what was measured."""
@@ -207,13 +280,13 @@ class _Sweep(Run):
         self,
         cell: Cell,
         config: DetectConfig,
-        views: Sequence[Example],
         before: Mapping[Place, set[int]],
     ) -> None:
         self.config = config
         self.judge = Judge(self.pair, config, self.cache, self._clock)
-        fresh = [replace(one, candidates=[], notes=[], spans=(), suspicion=None) for one in views]
-        set_suspicion(self.judge, fresh, config)
+        response = cell.setting.level == "response"
+        own = [one for one in self._measured if bool(one.segment) == response]
+        fresh = self._with_suspicion(config, own)
         find_spans(fresh, config)
         self._propose(fresh)
         _count(cell, fresh, before)

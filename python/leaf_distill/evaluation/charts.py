@@ -50,9 +50,17 @@ def interval_chart(
 
 
 def curve_chart(
-    title: str, series: Mapping[str, Sequence[tuple[float, Estimate]]], axis: str, value: str
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, Estimate]]],
+    axis: str,
+    value: str,
+    *,
+    scale: float = 100,
 ) -> str:
-    """Return a chart of shares over a number, with intervals, a color for each series."""
+    """Return a chart of values over a number, with intervals, a color for each series.
+
+    The vertical axis shows `scale` times the values: shares in percent.
+    """
     points = [point for curve in series.values() for point in curve]
     left, right = min(x for x, _ in points), max(x for x, _ in points)
     top = _ceiling(estimate.high for _, estimate in points)
@@ -62,7 +70,7 @@ def curve_chart(
         inside = (x - left) / (right - left) if right > left else 0.5
         return 90 + inside * (WIDTH - 90 - RIGHT - 20), TOP + HEIGHT * (1 - share / top)
 
-    parts = _grid_y(top)
+    parts = _grid_y(top, scale)
     for x in sorted({x for x, _ in points}):
         parts.append(_text(place(x, 0)[0], TOP + HEIGHT + 18, f"{x:g}", QUIET, anchor="middle"))
     parts += [
@@ -132,12 +140,12 @@ def _grid_x(top: float, bottom: float) -> list[str]:
     return parts
 
 
-def _grid_y(top: float) -> list[str]:
+def _grid_y(top: float, scale: float = 100) -> list[str]:
     parts = []
     for share in np.linspace(0, top, TICKS + 1):
         y = TOP + HEIGHT * (1 - share / top)
         parts.append(_stroke([(90, y), (WIDTH - RIGHT, y)], RULE, width=1))
-        parts.append(_text(82, y + 4, f"{100 * share:.3g}", QUIET, anchor="end"))
+        parts.append(_text(82, y + 4, f"{scale * share:.3g}", QUIET, anchor="end"))
     return parts
 
 

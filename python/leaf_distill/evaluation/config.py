@@ -168,6 +168,13 @@ class SweepConfig:
     widenings: list[str] | None = field(
         default=None, metadata=about("token, word, clause, sentence; default: that of the arm")
     )
+    curves: bool = field(
+        default=False,
+        metadata=about(
+            "load the models for deletion and insertion curves of the scores, at equal size; "
+            "without it they are shown where all their losses are in the cache"
+        ),
+    )
     student: str | None = field(
         default=None, metadata=about("where the student's tokenizer is, if it was moved")
     )

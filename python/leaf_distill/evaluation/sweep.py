@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from leaf_distill.data.source import find_arm
-from leaf_distill.detection.sweep import Cell, Setting, read_settings, sweep_arm
+from leaf_distill.detection.sweep import Cell, Setting, arm_curves, read_settings, sweep_arm
 from leaf_distill.evaluation.charts import curve_chart
 from leaf_distill.evaluation.config import SweepConfig
 from leaf_distill.evaluation.sheets import (
@@ -65,11 +65,19 @@ class Proposal:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What `leaf sweep` found, and its files: sweep.json, .md, .csv and .svg in the arm."""
+    """What `leaf sweep` found; its files are sweep.json, .md, .csv and .svg in the arm.
+
+    Attributes:
+        arm: its directory.
+        cells: each point of the grid.
+        proposals: the threshold for each level.
+        curves: the lines of `summarize_curves`; None where losses are lacking.
+    """
 
     arm: Path
     cells: Sequence[Cell]
     proposals: Sequence[Proposal]
+    curves: Sequence[Mapping[str, Any]] | None
 
 
 def sweep(config: SweepConfig) -> SweepResult:
@@ -107,7 +115,8 @@ def sweep(config: SweepConfig) -> SweepResult:
         propose_threshold([one for one in swept.cells if one.setting.level == level], marked=marked)
         for level in levels
     ]
-    result = SweepResult(arm, swept.cells, proposals)
+    curves = arm_curves(arm, own, grid["score"], load=config.curves)
+    result = SweepResult(arm, swept.cells, proposals, curves)
     _write(result, swept.missing)
     return result
 
@@ -226,6 +235,47 @@ def _series(setting: Setting) -> str:
     )
 
 
+CURVES = (
+    "Mean loss of the completion (nats a token) over curves in which the same shares of tokens are "
+    "deleted by each score, the most suspect first (deletion: low is good), or put back into a "
+    "text without them (insertion: high is good). 95 % intervals of a bootstrap over rows; the "
+    "difference is from random ranks, paired by row. A loss is no answer: it ranks scores by what "
+    "the label needs, and says nothing of a wrong answer that gets right."
+)
+
+
+def _curve_sheet(curves: Sequence[Mapping[str, Any]]) -> Sheet:
+    lines: list[dict[str, Value]] = [
+        {
+            "score": one["score"],
+            "model": one["role"],
+            "curve": one["kind"],
+            "rows": one["rows"],
+            "mean loss": Estimate(one["area"], *one["interval"]),
+            "difference": None
+            if one["difference"] is None
+            else Estimate(one["difference"], *one["difference_interval"]),
+        }
+        for one in curves
+    ]
+    title = "Deletion and insertion at equal size"
+    return Sheet(f"{STEM}-curves", title, lines, CURVES, percent=False)
+
+
+def _curve_charts(curves: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for role, kind in dict.fromkeys((one["role"], one["kind"]) for one in curves):
+        series = {
+            str(one["score"]): [
+                (share, Estimate(nll, nll, nll))
+                for share, nll in zip(one["shares"], one["nll"], strict=True)
+            ]
+            for one in curves
+            if (one["role"], one["kind"]) == (role, kind)
+        }
+        title, axis = f"{kind.capitalize()}, {role}", "share of tokens"
+        yield f"{STEM}-{kind}-{role}", curve_chart(title, series, axis, "loss", scale=1)
+
+
 def _sentences(proposal: Proposal) -> list[str]:
     """Return what a proposal says: the setting, its evidence, and the doubts."""
     if proposal.cell is None or proposal.share is None:
@@ -245,9 +295,11 @@ def _sentences(proposal: Proposal) -> list[str]:
 def _write(result: SweepResult, missing: Sequence[str]) -> None:
     sheet = _sheet(result.cells)
     sentences = [text for one in result.proposals for text in _sentences(one)]
-    plots: Mapping[str, str | None] = {
+    curves = _curve_sheet(result.curves) if result.curves else None
+    plots: dict[str, str | None] = {
         STEM: _chart(result.cells),
         f"{STEM}-size": _size_chart(result.cells),
+        **dict(_curve_charts(result.curves or ())),
     }
     images = []
     for name, text in plots.items():
@@ -256,11 +308,17 @@ def _write(result: SweepResult, missing: Sequence[str]) -> None:
             images.append(f"![{name}]({name}.svg)")
     write_bytes(result.arm / f"{STEM}.csv", as_csv(sheet).encode())
     parts = ["# Settings of detection", *sentences, *missing, markdown_table(shown(sheet))]
-    text = "\n\n".join([*parts, "\\*: the arm's own setting.", NOTE, *images]) + "\n"
+    parts += ["\\*: the arm's own setting.", NOTE]
+    if curves is not None:
+        parts += [f"## {curves.title}", markdown_table(shown(curves)), CURVES]
+        write_bytes(result.arm / f"{curves.name}.csv", as_csv(curves).encode())
+    text = "\n\n".join([*parts, *images]) + "\n"
     write_bytes(result.arm / f"{STEM}.md", text.encode())
     write_json(result.arm / f"{STEM}.json", _json(result, sheet, missing))
     console = Console()
     console.print(printed(sheet))
+    if curves is not None:
+        console.print(printed(curves))
     for sentence in (*sentences, *missing):
         console.print(sentence, markup=False, highlight=False)
     print(f"{result.arm / STEM}.md says what the columns mean, and has the plots")
@@ -271,6 +329,7 @@ def _json(result: SweepResult, sheet: Sheet, missing: Sequence[str]) -> dict[str
         "command": "sweep",
         **as_json(sheet),
         "missing": list(missing),
+        "curves": result.curves,
         "proposals": [
             {
                 "level": one.level,

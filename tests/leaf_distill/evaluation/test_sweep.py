@@ -158,6 +158,77 @@ def test_the_files_hold_the_cells_and_the_proposal(run: Run, swept: SweepResult)
         assert (swept.arm / name).stat().st_size > 500
 
 
+def test_the_thresholds_of_the_two_levels_have_cells_of_their_own(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [
+        {**row, "completion": f"{row['prompt']} ann has {row['answer']} apples ."}
+        for row in ROWS[:8]
+    ]
+    arm = detect(
+        DetectConfig(
+            **pair,
+            dataset=write_rows(tmp_path / "rows.jsonl", rows),
+            output_dir=str(tmp_path / "run"),
+            cache_dir=str(tmp_path / "cache"),
+            level="both",
+            select="all",
+            validate="none",
+            max_length=60,
+            threshold=0.3,
+            response_threshold=0.6,
+        )
+    )
+    result = sweep(SweepConfig(run_dir=str(arm.arm), thresholds=[0.3, 0.6], strategies=["span"]))
+    assert len(result.cells) == 4
+    for level, threshold in (("instruction", 0.3), ("response", 0.6)):
+        found = cell(result, level=level, threshold=threshold)
+        views = [one for one in samples(arm) if bool(one["segment"]) == (level == "response")]
+        assert found.current
+        assert found.rows == len({one["row_id"] for one in views}) > 0
+        assert found.spans == sum(len(one["spans"]) for one in views) > 0
+        assert found.kept == sum(one["kept"] for view in views for one in view["candidates"])
+        assert found.overlap == 1
+    assert all(
+        one.cell is None and "student solves too" in one.doubts[0] for one in result.proposals
+    )
+
+
+def test_curves_are_measured_where_models_may_be_loaded_and_kept_for_the_next_sweep(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    places = {role: str(shutil.copytree(path, tmp_path / role)) for role, path in pair.items()}
+    arm = detect(
+        DetectConfig(
+            **places,
+            dataset=write_rows(tmp_path / "rows.jsonl", ROWS[:12]),
+            output_dir=str(tmp_path / "run"),
+            cache_dir=str(tmp_path / "cache"),
+            grade="exact",
+            max_new_tokens=4,
+        )
+    )
+    small: dict[str, Any] = {"run_dir": str(arm.arm), "thresholds": [0.1], "strategies": ["span"]}
+    assert sweep(SweepConfig(**small)).curves is None
+    measured = sweep(SweepConfig(**small, curves=True)).curves
+    assert measured is not None
+    for place in places.values():
+        (Path(place) / "model.safetensors").unlink()
+    assert sweep(SweepConfig(**small)).curves == measured
+    names = {"gap", "random", "student's gradient", "teacher's gradient, low"}
+    assert {one["score"] for one in measured} == names
+    assert len(measured) == len(names) * 2 * 2  # models and kinds
+    (gap,) = [
+        one
+        for one in measured
+        if (one["score"], one["role"], one["kind"]) == ("gap", "student", "deletion")
+    ]
+    assert gap["difference_interval"][1] < 0  # the confounders go first, and the loss falls
+    page = (arm.arm / "sweep.md").read_text()
+    assert "Deletion and insertion at equal size" in page
+    assert "sweep-deletion-student.svg" in page
+
+
 def test_scores_that_were_never_measured_are_named(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
