@@ -8,7 +8,7 @@ the cache, because some arm has asked for them, the cut is validated as well.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from leaf_distill.detection.spans import align, evidence, find_spans, normalize
 from leaf_distill.detection.suspicion import set_suspicion
 from leaf_distill.io import read_json, reading
 from leaf_distill.models.loading import LazyModel, NotLoaded
+from leaf_distill.models.server import Answer, Request, Server
 
 Place = tuple[int, int]
 """A row, and the segment of its response that it is analyzed at; 0: the instruction level."""
@@ -36,6 +37,7 @@ Place = tuple[int, int]
 Verdict = tuple[str | None, bool]
 """The student's verdict on a cut prompt, and whether the cut is kept."""
 
+NO_SERVER: Any = {f"{role}_server_{name}": None for role in ROLES for name in ("url", "model")}
 AXES = ("score", "rule", "strategy", "widen")
 
 
@@ -172,8 +174,26 @@ def _sweep(arm: Path, config: DetectConfig, *, load: bool = False) -> _Sweep:
             for role in ROLES
         }
     # These say how the original rows were read, and dataset.parquet has them as they were then.
-    rows = replace(config, columns=None, max_rows=None, completion_source="dataset")
-    return _Sweep(rows, models, str(arm / "dataset.parquet"))
+    rows = replace(config, columns=None, max_rows=None, completion_source="dataset", **NO_SERVER)
+    run = _Sweep(rows, models, str(arm / "dataset.parquet"))
+    served = read_json(arm / "funnel.json").get("served") or {}
+    for role in ROLES:
+        if role in served:
+            silent = _Silent(role, "", str(served[role]), 1, 1.0)
+            run.pair[role] = replace(run.pair[role], server=silent)
+    return run
+
+
+class _Silent(Server):
+    """A server that is not asked: its answers are known from the cache, or not at all."""
+
+    def answers(
+        self, requests: Sequence[Request], *, proven: bool = False
+    ) -> Generator[tuple[int, Answer], None, None]:
+        """Raise NotLoaded where an answer is missing."""
+        if requests:
+            raise NotLoaded(f"{self.role}: its server is not asked")
+        yield from ()
 
 
 class _Sweep(Run):
