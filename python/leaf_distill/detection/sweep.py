@@ -17,7 +17,16 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from leaf_distill.config import DetectConfig
-from leaf_distill.data.example import ROLES, Example, Floats, Range, Role, remaining, views_of
+from leaf_distill.data.example import (
+    ROLES,
+    Answer,
+    Example,
+    Floats,
+    Range,
+    Role,
+    remaining,
+    views_of,
+)
 from leaf_distill.detection.answers import open_cache
 from leaf_distill.detection.curves import deletion_curves, summarize_curves
 from leaf_distill.detection.gain import AFTER_MARKING
@@ -29,7 +38,8 @@ from leaf_distill.detection.spans import align, evidence, find_spans, normalize
 from leaf_distill.detection.suspicion import set_suspicion
 from leaf_distill.io import read_json, reading
 from leaf_distill.models.loading import LazyModel, NotLoaded
-from leaf_distill.models.server import Answer, Request, Server
+from leaf_distill.models.protocol import Request
+from leaf_distill.models.server import Server
 
 Place = tuple[int, int]
 """A row, and the segment of its response that it is analyzed at; 0: the instruction level."""
