@@ -8,10 +8,10 @@ the cache, because some arm has asked for them, the cut is validated as well.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,12 +22,19 @@ from leaf_distill.data.example import (
     Answer,
     Example,
     Floats,
-    Range,
     Role,
     remaining,
     views_of,
 )
 from leaf_distill.detection.answers import open_cache
+from leaf_distill.detection.cells import (
+    Cell,
+    Place,
+    characters_of,
+    configured,
+    count,
+    empty_cells,
+)
 from leaf_distill.detection.curves import deletion_curves, summarize_curves
 from leaf_distill.detection.gain import AFTER_MARKING
 from leaf_distill.detection.judge import JUDGES, Judge
@@ -41,67 +48,10 @@ from leaf_distill.models.loading import LazyModel, NotLoaded
 from leaf_distill.models.protocol import Request
 from leaf_distill.models.server import Server
 
-Place = tuple[int, int]
-"""A row, and the segment of its response that it is analyzed at; 0: the instruction level."""
-
 Verdict = tuple[str | None, bool]
 """The student's verdict on a cut prompt, and whether the cut is kept."""
 
 NO_SERVER: Any = {f"{role}_server_{name}": None for role in ROLES for name in ("url", "model")}
-AXES = ("score", "rule", "strategy", "widen")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A point of the grid; `level` says which rows the threshold is for."""
-
-    level: Literal["instruction", "response"]
-    score: str
-    rule: str
-    strategy: str
-    widen: str
-    threshold: float
-
-
-@dataclass
-class Cell:
-    """What a setting makes of the rows of its level.
-
-    Attributes:
-        setting: the setting.
-        current: whether it is that of the arm.
-        rows, hit: the scored rows, and those with a candidate.
-        tokens, tokens_cut: of all rows, and those that a candidate cuts, each counted once.
-        spans: the detected spans.
-        overlap: Jaccard index of the characters that its candidates and the arm's cut.
-        candidates: prompts to be asked.
-        known, kept: those of them with answers in the cache, and those that pass the validation.
-        shares: for each row, the chance that the student is right on a random one of its cuts; 0
-            without a cut, None where an answer is missing.
-    """
-
-    setting: Setting
-    current: bool
-    rows: int = 0
-    hit: int = 0
-    tokens: int = 0
-    tokens_cut: int = 0
-    spans: int = 0
-    overlap: float = 1.0
-    candidates: int = 0
-    known: int = 0
-    kept: int = 0
-    shares: dict[int, float | None] = field(default_factory=dict)
-
-    @property
-    def measured(self) -> list[float]:
-        """The shares that are known."""
-        return [share for share in self.shares.values() if share is not None]
-
-    @property
-    def complete(self) -> bool:
-        """Whether the answers to all cuts are known."""
-        return self.known == self.candidates
 
 
 @dataclass(frozen=True)
@@ -221,10 +171,10 @@ class _Sweep(Run):
             found: list[Cell] = []
             missing: list[str] = []
             before = _cuts(arm)
-            for cell in _empty(config, thresholds, grid, self._measured):
+            for cell in empty_cells(config, thresholds, grid, self._measured):
                 setting = cell.setting
                 try:
-                    self._fill(cell, _configured(config, setting), before)
+                    self._fill(cell, configured(config, setting), before)
                     found.append(cell)
                 except NotLoaded:
                     known = setting.score in self._suspicion or setting.score == "gap"
@@ -319,7 +269,7 @@ class _Sweep(Run):
         fresh = self._with_suspicion(config, own)
         find_spans(fresh, config)
         self._propose(fresh)
-        _count(cell, fresh, before)
+        count(cell, fresh, before)
         self._look_up(cell, fresh)
 
     def _look_up(self, cell: Cell, views: Sequence[Example]) -> None:
@@ -355,39 +305,6 @@ class _Sweep(Run):
         return self._verdicts[key]
 
 
-def _empty(
-    config: DetectConfig,
-    thresholds: Sequence[float],
-    grid: Mapping[str, Sequence[str]],
-    views: Sequence[Example],
-) -> Iterator[Cell]:
-    """Yield a cell for each point of the grid and each level that has rows, the arm's own first."""
-    levels: dict[Literal["instruction", "response"], float] = {}
-    if any(not one.segment for one in views):
-        levels["instruction"] = config.threshold
-    if any(one.segment for one in views):
-        levels["response"] = config.response_threshold
-    for level, own in levels.items():
-        score, rule, strategy, unit = (getattr(config, name) for name in AXES)
-        current = Setting(level, score, rule, strategy, unit, own)
-        points = [
-            Setting(level, score, rule, strategy, unit, float(threshold))
-            for score in grid["score"]
-            for rule in grid["rule"]
-            for strategy in grid["strategy"]
-            for unit in grid["widen"]
-            for threshold in sorted({*thresholds, own})
-        ]
-        for point in dict.fromkeys((current, *points)):
-            yield Cell(point, current=point == current)
-
-
-def _configured(config: DetectConfig, setting: Setting) -> DetectConfig:
-    changes: dict[str, Any] = {name: getattr(setting, name) for name in AXES}
-    changes |= {"threshold": setting.threshold, "response_threshold": setting.threshold}
-    return replace(config, **changes)
-
-
 def _searched(arm: Path) -> set[tuple[int, int | None]]:
     """Return the rows (with None) and views whose saliency was measured."""
     stages: dict[tuple[int, int | None], str] = {}
@@ -410,32 +327,11 @@ def _cuts(arm: Path) -> dict[Place, set[int]]:
         columns = ["row_id", "segment", "candidates"]
         samples = pq.read_table(arm / "samples.parquet", columns=columns).to_pylist()
         return {
-            (one["row_id"], one["segment"]): _characters(
+            (one["row_id"], one["segment"]): characters_of(
                 part for candidate in one["candidates"] for part in candidate["cut"]
             )
             for one in samples
         }
-
-
-def _characters(ranges: Iterable[Sequence[int]]) -> set[int]:
-    return {at for start, stop in ranges for at in range(start, stop)}
-
-
-def _count(cell: Cell, views: Sequence[Example], before: Mapping[Place, set[int]]) -> None:
-    """Count spans, tokens and the overlap with the arm."""
-    both = either = 0
-    for view in views:
-        assert view.offsets is not None
-        ranges: list[Range] = [part for one in view.candidates for part in one.cut]
-        chosen = _characters(ranges)
-        earlier = before.get((view.row_id, view.segment), set())
-        both, either = both + len(chosen & earlier), either + len(chosen | earlier)
-        touched = [any(at in chosen for at in range(start, stop)) for start, stop in view.offsets]
-        cell.tokens, cell.tokens_cut = cell.tokens + len(touched), cell.tokens_cut + sum(touched)
-        cell.spans += len(view.spans)
-    cell.rows = len({view.row_id for view in views})
-    cell.hit = len({view.row_id for view in views if view.candidates})
-    cell.overlap = both / either if either else 1.0
 
 
 def _missing(name: str) -> str:

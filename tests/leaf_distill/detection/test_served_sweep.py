@@ -9,7 +9,8 @@ import pytest
 from detect_run import run
 from small_server import SmallServer, serving
 
-from leaf_distill.detection.sweep import Cell, read_settings, sweep_arm
+from leaf_distill.detection.cells import Cell
+from leaf_distill.detection.sweep import read_settings, sweep_arm
 
 
 @pytest.fixture(scope="module")

@@ -182,6 +182,39 @@ def test_similarity_is_that_of_the_answers_before_and_after_the_cut(
     assert found["difference"] == pytest.approx(np.mean(after) - np.mean(before))
 
 
+def test_a_row_that_is_searched_at_several_levels_counts_once(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [
+        {**row, "completion": f"{row['prompt']} ann has {row['answer']} apples ."}
+        for row in ROWS[:10]
+    ]
+    arm = detect(
+        DetectConfig(
+            **pair,
+            dataset=write_rows(tmp_path / "rows.jsonl", rows),
+            output_dir=str(tmp_path / "run"),
+            cache_dir=str(tmp_path / "cache"),
+            grade="exact",
+            max_new_tokens=4,
+            max_length=60,
+            level="both",
+            threshold=0.3,
+        )
+    )
+    _, (read,) = read_arms(arm.run_directory)
+    views = table(arm.samples)
+    lines = [one for one in table(arm.outcomes) if one["candidate_id"] < 0]
+    assert len(lines) > len(rows)  # views have lines of their own
+    whole = arm.funnel["sources"][0]
+    assert len(read.rows) == len(rows)
+    assert len(read.of("marked")) == whole["marked"] > 0
+    assert len(read.of("solved")) == whole["right"]
+    for row in read.of("marked"):
+        own = [one for one in views if one["row_id"] == row.row_id]
+        assert len(row.cuts) == sum(len(one["candidates"]) for one in own)
+
+
 def test_words_are_runs_of_letters_and_digits_in_lower_case() -> None:
     assert words("The answer is 3.5, the Answer_1!") == {
         "the",
