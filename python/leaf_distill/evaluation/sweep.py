@@ -183,7 +183,8 @@ def _sheet(cells: Sequence[Cell]) -> Sheet:
     lines = [_line(cell) for cell in cells]
     fixed = tuple(name for name in ("level", "score", "rule", "widen") if name not in varied)
     title = "Settings of detection, tried without a model"
-    return Sheet(STEM, title, lines, NOTE, detail=(*fixed, "spans a row"))
+    wide = ("rows", "candidates") if len(varied) > 1 else ()
+    return Sheet(STEM, title, lines, NOTE, detail=(*fixed, "spans a row", *wide))
 
 
 def _line(cell: Cell) -> dict[str, Value]:
