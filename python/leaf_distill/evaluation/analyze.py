@@ -20,6 +20,7 @@ from leaf_distill.evaluation.pruning import (
     level,
     missing_controls,
     overview,
+    threshold_of,
 )
 from leaf_distill.evaluation.sheets import (
     Estimate,
@@ -123,15 +124,16 @@ def _curves(
     curves: dict[str, list[tuple[float, Estimate]]] = {}
     for arm in arms:
         if (value := repaired[arm.name]) is not None:
-            point = float(arm.settings["threshold"]), value
+            point = float(arm.settings[threshold_of(arm)]), value
             curves.setdefault(_curve_name(arm), []).append(point)
     return {name: curve for name, curve in curves.items() if curve[1:]}
 
 
 def _curve_name(arm: Arm) -> str:
     """Return the name of an arm without its threshold."""
-    threshold = f"-threshold-{arm.settings['threshold']:g}"
-    return f"{arm.name.replace(threshold, '')}, {level(arm)}"
+    name = threshold_of(arm)
+    rest = arm.name.replace(f"-{name}-{arm.settings[name]:g}", "")
+    return f"{rest}, {level(arm)}"
 
 
 def _write(result: AnalyzeResult, charts: Mapping[str, str], arms: Sequence[str]) -> None:

@@ -195,7 +195,7 @@ def _overview(arm: Arm) -> dict[str, Value]:
     return {
         "arm": arm.name,
         "strategy": str(arm.settings["strategy"]),
-        "threshold": f"{arm.settings['threshold']:g}",
+        "threshold": f"{arm.settings[threshold_of(arm)]:g}",
         "level": level(arm),
         "scored": len(scored),
         "hit": len(hit),
@@ -206,6 +206,11 @@ def _overview(arm: Arm) -> dict[str, Value]:
         "rows kept": sum(any(cut.kept for cut in row.cuts) for row in hit),
         "a cut repairs": repaired,
     }
+
+
+def threshold_of(arm: Arm) -> str:
+    """Return the name of the threshold of an arm's level; of both levels that of instructions."""
+    return "response_threshold" if arm.settings.get("level") == "response" else "threshold"
 
 
 def level(arm: Arm) -> str:
