@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from leaf_distill.data.example import Example
     from leaf_distill.data.tests import Tests
     from leaf_distill.detection.pipeline import DetectResult, detect
+    from leaf_distill.evaluation.analyze import AnalyzeResult, analyze
     from leaf_distill.evaluation.benchmarks import Benchmark
     from leaf_distill.evaluation.compare import CompareResult, compare
-    from leaf_distill.evaluation.config import EvaluateConfig
+    from leaf_distill.evaluation.config import AnalyzeConfig, EvaluateConfig
     from leaf_distill.evaluation.evaluate import evaluate, evaluate_benchmarks
     from leaf_distill.evaluation.measure import EvaluateResult
     from leaf_distill.evaluation.results import BenchmarkResult
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from leaf_distill.training.trainer import LeafTrainer
 
 _HOME = {
+    "AnalyzeConfig": "evaluation.config",
+    "AnalyzeResult": "evaluation.analyze",
     "Benchmark": "evaluation.benchmarks",
     "BenchmarkResult": "evaluation.results",
     "CodeGrader": "grading.code",
@@ -46,6 +49,7 @@ _HOME = {
     "LeafTrainer": "training.trainer",
     "SaliencyResult": "models.result",
     "Tests": "data.tests",
+    "analyze": "evaluation.analyze",
     "compare": "evaluation.compare",
     "detect": "detection.pipeline",
     "distill": "training.distill",
@@ -57,6 +61,8 @@ _HOME = {
 }
 
 __all__ = [
+    "AnalyzeConfig",
+    "AnalyzeResult",
     "Benchmark",
     "BenchmarkResult",
     "CodeGrader",
@@ -73,6 +79,7 @@ __all__ = [
     "LeafTrainer",
     "SaliencyResult",
     "Tests",
+    "analyze",
     "compare",
     "detect",
     "distill",

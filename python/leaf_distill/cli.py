@@ -152,6 +152,18 @@ COMMANDS = {
         "evaluation.compare:compare",
         KEPT,
     ),
+    "analyze": Command(
+        "make the paper's studies of a run of `leaf detect`: tables and plots, without a model",
+        "leaf analyze --run_dir runs/math",
+        ("evaluation.config:AnalyzeConfig",),
+        "evaluation.analyze:analyze",
+    ),
+    "sweep": Command(
+        "try thresholds, strategies and widenings on the rows of an arm, without a model",
+        "leaf sweep --run_dir runs/math/arms/span --thresholds 0.05 0.1 0.2",
+        ("evaluation.config:SweepConfig",),
+        "evaluation.sweep:sweep",
+    ),
     "report": Command(
         "write one self-contained HTML page about a run of `leaf detect`",
         "leaf report --run_dir runs/math",

@@ -87,6 +87,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextlib.contextmanager
+def reading(place: Path, *others: type[Exception]) -> Iterator[None]:
+    """Turn all that a file of another shape can raise, and other errors, into one sentence.
+
+    Raises:
+        ValueError: names the file, or the directory of the files.
+    """
+    try:
+        yield
+    except (
+        *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError),
+        *(pa.ArrowException, OSError, *others),
+    ) as error:
+        found = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{place}: must be as LeaF writes it, got something else ({found:.200}); run the "
+            "command that made it again"
+        ) from error
+
+
 def is_of(path: Path, command: str) -> bool:
     """Return whether a file is a JSON object that a command of `leaf` wrote under its name."""
     try:

@@ -27,10 +27,11 @@ LAYOUTS = (
 
 EXTRAS = ("input", "answer", "system", "history", "tools", "chat_template_kwargs")
 SOURCES = ("source", "data_source")
+DIFFICULTIES = ("difficulty", "level")
 GIVEN: dict[Role, str] = {role: f"{role}_answer" for role in ROLES}
 """The columns of answers that the models gave elsewhere."""
 FIELDS = {name for layout in LAYOUTS for name in layout}
-FIELDS |= {*EXTRAS, *SOURCES, *GIVEN.values(), *CODE_FIELDS, *TEST_FIELDS}
+FIELDS |= {*EXTRAS, *SOURCES, *DIFFICULTIES, *GIVEN.values(), *CODE_FIELDS, *TEST_FIELDS}
 UNREAD = ("no_layout", "no_completion")
 """Reasons which mean, if every row has one of them, that the columns were not understood."""
 
@@ -54,8 +55,9 @@ def load_examples(
 
     A row may have the tests of a program, in the layouts of `read_tests`; then the prompt may also
     be LeetCodeDataset's `query` or LiveCodeBench's `question_content`, and the completion a
-    `canonical_solution` or `code`. `source` or `data_source` names where the row is from. Texts in
-    `student_answer` and `teacher_answer` are what the models have answered elsewhere.
+    `canonical_solution` or `code`. `source` or `data_source` names where the row is from,
+    `difficulty` or `level` how hard it is. Texts in `student_answer` and `teacher_answer` are what
+    the models have answered elsewhere.
 
     The dataset of `leaf detect`, and any with a column `branch` of "original", "counterfactual" and
     "cross", keeps the columns that `read_branches` reads. Its rows that were not accepted leave.
@@ -145,7 +147,8 @@ def _fill(
     example: Example, fields: dict[str, Any], columns: list[str], need_completion: bool
 ) -> None:
     example.tests = tests = read_tests(fields)
-    example.source = _source(fields)
+    example.source = _label(fields, SOURCES)
+    example.difficulty = _label(fields, DIFFICULTIES)
     if tests is not None:
         fields = as_conversation(fields, tests)
     layout = _layout(fields)
@@ -176,7 +179,7 @@ def _fill(
     if not reply["content"].strip() and not enough:
         also = "" if need_completion else ", and there is no answer to grade against"
         raise UnusableRow("empty_completion", f"the completion is empty{also}")
-    texts = [example.answer, example.source, *example.given.values()]
+    texts = [example.answer, example.source, example.difficulty, *example.given.values()]
     checked = [turns, reply, texts, example.template_kwargs]
     check_unicode([*checked, vars(tests) if tests else None])
 
@@ -193,10 +196,11 @@ def _given(fields: Mapping[str, Any]) -> dict[Role, str]:
     return given
 
 
-def _source(fields: Mapping[str, Any]) -> str | None:
-    """Return where a row is from, where a column says so in text."""
-    named_in = (fields.get(name) for name in SOURCES)
-    return next((one for one in named_in if isinstance(one, str) and one.strip()), None)
+def _label(fields: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """Return the first of some columns that holds a text or a whole number, as text."""
+    found = (fields.get(name) for name in names)
+    texts = (str(one) for one in found if isinstance(one, str) or type(one) is int)
+    return next((text for text in texts if text.strip()), None)
 
 
 def _layout(fields: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -111,6 +111,7 @@ class Example:
     answer: str | None = None
     tests: Tests | None = None  # of the program that the answer is
     source: str | None = None  # the collection that the row comes from
+    difficulty: str | None = None  # how hard the collection says it is
     reply: Message | None = None  # the completion's message, if it holds more than text
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # tools and other variables
     given: Mapping[Role, str] = field(default_factory=dict)  # models' answers that the row brings
@@ -195,7 +196,7 @@ class Example:
 
 ROW_FIELDS = (
     *("row_id", "messages", "completion", "answer", "tests", "source", "reply"),
-    *("template_kwargs", "turns", "segment", "prefix"),
+    *("difficulty", "template_kwargs", "turns", "segment", "prefix"),
 )
 """What `Example.derived` takes over."""
 

@@ -154,6 +154,8 @@ def _line(
         line["tests"] = one.tests.to_json()
     if one.source is not None:
         line["source"] = one.source
+    if one.difficulty is not None:
+        line["difficulty"] = one.difficulty
     return line
 
 

@@ -124,11 +124,11 @@ def detect(
             trust_remote_code=config.trust_remote_code,
             argument=role,
         )
-    run = _Run(config, models, config.dataset if dataset is None else dataset)
+    run = Run(config, models, config.dataset if dataset is None else dataset)
     return run.dry_run() if config.dry_run else run.run()
 
 
-class _Run:
+class Run:
     """The state of one run."""
 
     def __init__(self, config: DetectConfig, models: dict[Role, LazyModel], rows: Any) -> None:

@@ -1,9 +1,10 @@
-"""Settings of `leaf evaluate`."""
+"""Settings of `leaf evaluate`, `leaf analyze` and `leaf sweep`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 from leaf_distill.config import (
     GRADES,
@@ -11,11 +12,16 @@ from leaf_distill.config import (
     GradeRule,
     GradingOptions,
     RowOptions,
+    Score,
+    SpanRule,
+    Strategy,
+    Unit,
     about,
     check_answer_options,
     check_drawing,
     check_rows,
     documented,
+    need,
 )
 from leaf_distill.evaluation.benchmarks import BENCHMARKS, SUITES
 
@@ -111,3 +117,89 @@ def _check_benchmarks(config: EvaluateConfig) -> None:
             f"{name}: must not be given with --benchmark, got {getattr(config, name)!r}; a "
             "benchmark has its own, and a YAML file as --benchmark may have others"
         )
+
+
+@documented
+@dataclass(frozen=True)
+class AnalyzeConfig:
+    """Settings of `leaf analyze`."""
+
+    run_dir: str = field(
+        default="", metadata=about("output directory of `leaf detect`, or one of its arms")
+    )
+    arms: list[str] | None = field(
+        default=None, metadata=about("names of the arms in the tables; default: all of the run")
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata=about("directory of the tables and plots; default: analysis in the run directory"),
+    )
+
+    def __post_init__(self) -> None:
+        need(self, "run_dir")
+
+
+@documented
+@dataclass(frozen=True)
+class SweepConfig:
+    """Settings of `leaf sweep`.
+
+    Raises:
+        ValueError: a setting is outside its range; names the first.
+    """
+
+    run_dir: str = field(
+        default="", metadata=about("an arm of `leaf detect`, or a run directory with a single one")
+    )
+    thresholds: list[float] = field(
+        default_factory=lambda: [0.02, 0.05, 0.1, 0.15, 0.2, 0.3],
+        metadata=about("thresholds beside that of the arm (default: 0.02 0.05 0.1 0.15 0.2 0.3)"),
+    )
+    strategies: list[str] = field(
+        default_factory=lambda: ["span", "collective", "random_spans"],
+        metadata=about("strategies (default: span collective random_spans)"),
+    )
+    rules: list[str] | None = field(
+        default=None, metadata=about("absolute, quantile; default: that of the arm")
+    )
+    scores: list[str] | None = field(
+        default=None, metadata=about("gap, lens, intervention; default: that of the arm")
+    )
+    widenings: list[str] | None = field(
+        default=None, metadata=about("token, word, clause, sentence; default: that of the arm")
+    )
+    curves: bool = field(
+        default=False,
+        metadata=about(
+            "load the models for deletion and insertion curves of the scores, at equal size; "
+            "without it they are shown where all their losses are in the cache"
+        ),
+    )
+    student: str | None = field(
+        default=None, metadata=about("where the student's tokenizer is, if it was moved")
+    )
+    teacher: str | None = field(
+        default=None, metadata=about("where the teacher's tokenizer is, if it was moved")
+    )
+    cache_dir: str | None = field(
+        default=None, metadata=about("the row cache of the run; default: as `leaf detect` used it")
+    )
+
+    def __post_init__(self) -> None:
+        need(self, "run_dir")
+        object.__setattr__(self, "thresholds", [_share(one) for one in self.thresholds])
+        choices = (("strategies", Strategy), ("rules", SpanRule), ("scores", Score))
+        for name, kind in (*choices, ("widenings", Unit)):
+            known = get_args(kind)
+            for value in getattr(self, name) or ():
+                if value not in known:
+                    raise ValueError(f"{name}: must be of {', '.join(known)}, got {value!r}")
+
+
+def _share(value: float | str) -> float:
+    try:
+        if 0 <= float(value) <= 1:
+            return float(value)
+    except ValueError:
+        pass
+    raise ValueError(f"thresholds: must be numbers from 0 to 1, got {value!r}")

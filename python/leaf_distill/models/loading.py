@@ -41,6 +41,10 @@ if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
 
 
+class NotLoaded(ValueError):
+    """The weights of a model are needed that is known by its fingerprint alone."""
+
+
 class LazyModel:
     """One model of a run, whose weights are loaded at the first need.
 
@@ -55,6 +59,8 @@ class LazyModel:
         device: see `resolve_device`.
         trust_remote_code: whether code that comes with the model may run.
         argument: how messages call the model, such as "student".
+        fingerprint: of the content, where it is known. The weights are then never read, and need
+            not be there.
 
     Attributes:
         name: of the source, for messages.
@@ -76,8 +82,10 @@ class LazyModel:
         device: str = "auto",
         trust_remote_code: bool = False,
         argument: str = "model",
+        fingerprint: str | None = None,
     ) -> None:
         self.argument = argument
+        self._known = fingerprint
         check_dtype(dtype)
         self._trust = trust_remote_code
         self._source: ModelSource | None = None
@@ -98,7 +106,9 @@ class LazyModel:
             self.name = os.fspath(source)
             with named(argument):
                 self._source = locate_model(self.name)
-                self.config = _load_config(self._source, trust_remote_code)
+                self.config = _load_config(
+                    self._source, trust_remote_code, weights=fingerprint is None
+                )
             self.device = resolve_device(device)
             self.dtype = _resolve_dtype(self._source, dtype, self.config, self.device)
         self.max_positions = max_positions(self.config)
@@ -124,6 +134,8 @@ class LazyModel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """The sha256 of the model's content; see `model_fingerprint`, `fingerprint_in_memory`."""
+        if self._known is not None:
+            return self._known
         if self._source is None:
             return fingerprint_in_memory(self._model)
         return fingerprint_source(self._source)
@@ -137,8 +149,11 @@ class LazyModel:
         """Return the model, which is loaded and checked at the first call.
 
         Raises:
+            NotLoaded: the model was made with a fingerprint.
             ValueError: the weights cannot be read, or the model is not causal.
         """
+        if self._known is not None:
+            raise NotLoaded(f"{self.argument}: {self.name} is known by its fingerprint alone")
         with named(self.argument):
             if self._model is None:
                 self._model = load_model(
@@ -202,8 +217,14 @@ def load_model(
     return cast("PreTrainedModel", model)
 
 
-def _load_config(source: ModelSource, trust_remote_code: bool) -> Any:
-    """Read the configuration of the model below all adapters; refuse another kind of model."""
+def _load_config(source: ModelSource, trust_remote_code: bool, *, weights: bool = True) -> Any:
+    """Read the configuration of the model below all adapters; refuse another kind of model.
+
+    Args:
+        source: the model.
+        trust_remote_code: whether its code may run.
+        weights: whether they have to be there.
+    """
     root = source.root
     try:
         config: Any = AutoConfig.from_pretrained(
@@ -219,8 +240,8 @@ def _load_config(source: ModelSource, trust_remote_code: bool) -> Any:
             f"{config.model_type!r}{', an encoder and decoder' if encoder_decoder else ''}; choose "
             "a decoder"
         )
-    weights = ("*.safetensors", "*.bin", "*.index.json")
-    if root.is_local and root.gguf_file is None and not root.has(*weights):
+    files = ("*.safetensors", "*.bin", "*.index.json")
+    if weights and root.is_local and root.gguf_file is None and not root.has(*files):
         raise ValueError(
             f"model: must be a directory with weights, got {root.name!r}, which has neither "
             "*.safetensors nor *.bin files; save the model again with save_pretrained"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from leaf_distill.data.source import find_arm
-from leaf_distill.io import disk_error, make_directory, write_bytes
-from leaf_distill.report.data import read_run, reading
+from leaf_distill.io import disk_error, make_directory, reading, write_bytes
+from leaf_distill.report.data import read_run
 from leaf_distill.report.page import GENERATOR, render_page
 from leaf_distill.report.results import read_results
 
@@ -55,7 +57,7 @@ def write_report(
     _check_output(path)
     run = read_run(arm, samples=samples, row_ids=row_ids)
     results = read_results(arm.parent.parent)
-    with reading(arm / "funnel.json"):
+    with reading(arm / "funnel.json", TemplateError):
         page = render_page(run, results)
     make_directory(path.parent)
     write_bytes(path, page.encode(errors="replace"))

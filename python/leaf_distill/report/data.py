@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import TemplateError
 
 from leaf_distill.data.example import Role
 from leaf_distill.detection.output import SAMPLES
-from leaf_distill.io import read_json
+from leaf_distill.io import read_json, reading
 from leaf_distill.report.heat import Token
 
 MODELS: tuple[Role, ...] = ("teacher", "student")
@@ -38,26 +36,6 @@ class Run:
     models: dict[str, str]
     rows: list[dict[str, Any]]
     totals: dict[Group, int]
-
-
-@contextlib.contextmanager
-def reading(place: Path) -> Iterator[None]:
-    """Turn all that a file of another shape can raise into one sentence.
-
-    Raises:
-        ValueError: names the file, or the directory of the files.
-    """
-    try:
-        yield
-    except (
-        *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError),
-        *(pa.ArrowException, OSError, TemplateError),
-    ) as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"{place}: must be as LeaF writes it, got something else ({found:.200}); run the "
-            "command that made it again"
-        ) from error
 
 
 def read_run(arm: Path, *, samples: int, row_ids: Sequence[int] | None) -> Run:

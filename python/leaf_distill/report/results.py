@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from leaf_distill.io import read_json
-from leaf_distill.report.data import reading
+from leaf_distill.io import read_json, reading
 
 PLACES = ("*", "*/*", "*/*/*")
 """The directories, from the run directory, in which a metrics.json is looked for: also that of an

@@ -1,0 +1,341 @@
+"""Spans and cuts for a grid of settings, from the row cache alone: no model is loaded.
+
+What `leaf detect` measured on an arm's rows does not depend on the threshold, the rule, the
+strategy or the widening. So these are tried out in one process; where the answers to a cut are in
+the cache, because some arm has asked for them, the cut is validated as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from leaf_distill.config import DetectConfig
+from leaf_distill.data.example import (
+    ROLES,
+    Answer,
+    Example,
+    Floats,
+    Role,
+    remaining,
+    views_of,
+)
+from leaf_distill.detection.answers import open_cache
+from leaf_distill.detection.cells import (
+    Cell,
+    Place,
+    characters_of,
+    configured,
+    count,
+    empty_cells,
+)
+from leaf_distill.detection.curves import deletion_curves, summarize_curves
+from leaf_distill.detection.gain import AFTER_MARKING
+from leaf_distill.detection.judge import JUDGES, Judge
+from leaf_distill.detection.levels import analyzed_turns, set_views
+from leaf_distill.detection.pipeline import Run
+from leaf_distill.detection.scores import score_saliency
+from leaf_distill.detection.spans import align, evidence, find_spans, normalize
+from leaf_distill.detection.suspicion import set_suspicion
+from leaf_distill.io import read_json, reading
+from leaf_distill.models.loading import LazyModel, NotLoaded
+from leaf_distill.models.protocol import Request
+from leaf_distill.models.server import Server
+
+Verdict = tuple[str | None, bool]
+"""The student's verdict on a cut prompt, and whether the cut is kept."""
+
+NO_SERVER: Any = {f"{role}_server_{name}": None for role in ROLES for name in ("url", "model")}
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The cells of a sweep, what could not be computed and why, and the arm's settings."""
+
+    cells: Sequence[Cell]
+    missing: Sequence[str]
+    config: DetectConfig
+
+
+def read_settings(arm: Path, **changes: Any) -> DetectConfig:
+    """Return the settings of an arm, for its own rows as they stand in dataset.parquet.
+
+    Raises:
+        ValueError: funnel.json cannot be read, or has no such settings.
+    """
+    settings = read_json(arm / "funnel.json").get("settings")
+    with reading(arm / "funnel.json"):
+        known = {item.name for item in fields(DetectConfig)}
+        given = {name: value for name, value in (settings or {}).items() if name in known}
+        # A preset's values are among the settings, and must not come back over a change.
+        given |= {"preset": None, "output_dir": str(arm.parent.parent)}
+        return DetectConfig(**{**given, **changes})
+
+
+def sweep_arm(
+    arm: Path, config: DetectConfig, thresholds: Sequence[float], grid: Mapping[str, Sequence[str]]
+) -> Swept:
+    """Compute every cell of a grid on the rows of an arm.
+
+    Args:
+        arm: its directory.
+        config: its settings, from `read_settings`.
+        thresholds: for either level; its own is tried too.
+        grid: values of score, rule, strategy and widen; its own are tried together.
+
+    Raises:
+        ValueError: a file of the arm, a tokenizer or a saliency in the cache is missing.
+        StoreError: the cache cannot be read.
+    """
+    return _sweep(arm, config).cells(arm, config, thresholds, grid)
+
+
+def arm_curves(
+    arm: Path, config: DetectConfig, scores: Sequence[str], *, load: bool
+) -> list[dict[str, Any]] | None:
+    """Return the deletion and insertion curves of scores on an arm's rows (`summarize_curves`).
+
+    Args:
+        arm, config: as for `sweep_arm`.
+        scores: those of `leaf detect`; both saliencies and random ranks are always beside them.
+        load: whether models may be loaded for what the cache lacks.
+
+    Returns:
+        A line for each model, kind and score; None where something is lacking.
+
+    Raises:
+        ValueError, StoreError: as `sweep_arm`; or a model is another one than that of the run.
+    """
+    try:
+        return _sweep(arm, config, load=load).curves(arm, config, scores)
+    except NotLoaded:
+        return None
+
+
+def _sweep(arm: Path, config: DetectConfig, *, load: bool = False) -> _Sweep:
+    """Return a run on an arm's rows with its two models, known by their content alone or not."""
+    names = read_json(arm.parent.parent / "run.json")
+    with reading(arm.parent.parent / "run.json"):
+        models: dict[Role, LazyModel] = {
+            role: LazyModel(
+                getattr(config, role) or names[role]["name"],
+                dtype=config.dtype,
+                device=config.device,
+                trust_remote_code=config.trust_remote_code,
+                argument=role,
+                fingerprint=None if load else names[role]["sha256"],
+            )
+            for role in ROLES
+        }
+    # These say how the original rows were read, and dataset.parquet has them as they were then.
+    rows = replace(config, columns=None, max_rows=None, completion_source="dataset", **NO_SERVER)
+    run = _Sweep(rows, models, str(arm / "dataset.parquet"))
+    served = read_json(arm / "funnel.json").get("served") or {}
+    for role in ROLES:
+        if role in served:
+            silent = _Silent(role, "", str(served[role]), 1, 1.0)
+            run.pair[role] = replace(run.pair[role], server=silent)
+    return run
+
+
+class _Silent(Server):
+    """A server that is not asked: its answers are known from the cache, or not at all."""
+
+    def answers(
+        self, requests: Sequence[Request], *, proven: bool = False
+    ) -> Generator[tuple[int, Answer], None, None]:
+        """Raise NotLoaded where an answer is missing."""
+        if requests:
+            raise NotLoaded(f"{self.role}: its server is not asked")
+        yield from ()
+
+
+class _Sweep(Run):
+    """A run that asks nothing, and finds spans many times."""
+
+    def cells(
+        self,
+        arm: Path,
+        config: DetectConfig,
+        thresholds: Sequence[float],
+        grid: Mapping[str, Sequence[str]],
+    ) -> Swept:
+        with open_cache(config) as self.cache:
+            self._begin(arm, config)
+            found: list[Cell] = []
+            missing: list[str] = []
+            before = _cuts(arm)
+            for cell in empty_cells(config, thresholds, grid, self._measured):
+                setting = cell.setting
+                try:
+                    self._fill(cell, configured(config, setting), before)
+                    found.append(cell)
+                except NotLoaded:
+                    known = setting.score in self._suspicion or setting.score == "gap"
+                    missing.append(setting.strategy if known else setting.score)
+        advice = [_missing(name) for name in dict.fromkeys(missing)]
+        return Swept(found, advice, config)
+
+    def curves(
+        self, arm: Path, config: DetectConfig, scores: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return the mean curves of each score and model, less those of random ranks."""
+        with open_cache(config) as self.cache:
+            self._begin(arm, config)
+            find_spans(self._measured, config)
+            draw = np.random.default_rng(config.seed)
+            views = self._measured
+            ranks = {
+                "student's gradient": [one.norms["student"] for one in views],
+                "teacher's gradient, low": [-one.norms["teacher"] for one in views],
+                "random": [draw.random(len(one.norms["student"]), np.float32) for one in views],
+            }
+            for name in scores:
+                score: Any = name
+                changed = replace(config, score=score)
+                pairs = [evidence(one) for one in self._with_suspicion(changed, views)]
+                gaps = [normalize(student) - normalize(teacher) for teacher, student in pairs]
+                ranks[name] = gaps
+            found = [
+                curve
+                for role in reversed(ROLES)
+                for curve in deletion_curves(self.judge.use(role), views, ranks, config, self.cache)
+            ]
+        return summarize_curves(found, reference="random")
+
+    def _begin(self, arm: Path, config: DetectConfig) -> None:
+        self._measured = self._scored(arm, config)
+        self._verdicts: dict[object, Verdict | None] = {}
+        self._suspicion: dict[str, list[Floats | None]] = {}
+        self.config = config
+        self.judge = Judge(self.pair, config, self.cache, self._clock)
+
+    def _with_suspicion(self, config: DetectConfig, views: Sequence[Example]) -> list[Example]:
+        """Return views as they were before spans were looked for, with the values of a score."""
+        if config.score not in self._suspicion:
+            copies = [replace(one, suspicion=None) for one in self._measured]
+            set_suspicion(self.judge, copies, config)
+            self._suspicion[config.score] = [one.suspicion for one in copies]
+        values = zip(self._measured, self._suspicion[config.score], strict=True)
+        by_view = {id(view): value for view, value in values}
+        return [
+            replace(one, candidates=[], notes=[], spans=(), suspicion=by_view[id(one)])
+            for one in views
+        ]
+
+    def _scored(self, arm: Path, config: DetectConfig) -> list[Example]:
+        """Return the views of the arm's rows that have scores, with what was measured."""
+        searched = _searched(arm)
+        for example in remaining(self.examples):
+            example.turns = analyzed_turns(example, config.turns)
+            set_views(example, config)
+        whole = config.level != "response"  # else a row that was not divided has no view
+        rows = [
+            one
+            for one in remaining(self.examples)
+            if (one.row_id, None) in searched and (one.views or whole)
+        ]
+        views = [one for one in views_of(rows) if (one.row_id, one.segment) in searched]
+        views = self._render(views, whole=True)
+        try:
+            for role in reversed(ROLES):
+                score_saliency(self.pair[role], views, config, self.cache)
+        except NotLoaded as error:
+            model = str(error).partition(":")[0]
+            raise ValueError(
+                f"cache_dir: must hold what `leaf detect` measured for {arm}, got "
+                f"{self.cache.path} without the {model}'s saliency; give the cache of that run, or "
+                "run it again"
+            ) from error
+        align(views)
+        return list(remaining(views))
+
+    def _fill(
+        self,
+        cell: Cell,
+        config: DetectConfig,
+        before: Mapping[Place, set[int]],
+    ) -> None:
+        self.config = config
+        self.judge = Judge(self.pair, config, self.cache, self._clock)
+        response = cell.setting.level == "response"
+        own = [one for one in self._measured if bool(one.segment) == response]
+        fresh = self._with_suspicion(config, own)
+        find_spans(fresh, config)
+        self._propose(fresh)
+        count(cell, fresh, before)
+        self._look_up(cell, fresh)
+
+    def _look_up(self, cell: Cell, views: Sequence[Example]) -> None:
+        """Validate the candidates whose answers are in the cache."""
+        found: dict[int, list[Verdict | None]] = {one.row_id: [] for one in views}
+        for view in views:
+            for candidate in remaining(view.candidates):
+                found[view.row_id].append(self._verdict(view, candidate))
+        given = [verdict for verdicts in found.values() for verdict in verdicts]
+        cell.candidates, cell.known = len(given), sum(verdict is not None for verdict in given)
+        cell.kept = sum(verdict is not None and verdict[1] for verdict in given)
+        if "student" not in JUDGES[self.config.validate] or self.config.relabel:
+            return  # nobody knows where the student is right
+        for row_id, verdicts in found.items():
+            known = [verdict[0] == "right" for verdict in verdicts if verdict is not None]
+            whole = len(known) == len(verdicts)
+            cell.shares[row_id] = (sum(known) / max(len(known), 1)) if whole else None
+
+    def _verdict(self, view: Example, candidate: Example) -> Verdict | None:
+        """Return the verdicts of a candidate, None where an answer is missing."""
+        key = (view.row_id, view.segment, candidate.cut, candidate.inserted)
+        if key not in self._verdicts:
+            alone = view.derived()
+            alone.candidates = [candidate]
+            try:
+                self.judge.validate([alone])
+            except NotLoaded:
+                self._verdicts[key] = None
+            else:
+                given = candidate.answers.get("student")
+                verdict = given.verdict if given else None
+                self._verdicts[key] = verdict, candidate.outcome is None
+        return self._verdicts[key]
+
+
+def _searched(arm: Path) -> set[tuple[int, int | None]]:
+    """Return the rows (with None) and views whose saliency was measured."""
+    stages: dict[tuple[int, int | None], str] = {}
+    with reading(arm / "outcomes.parquet"):
+        for line in pq.read_table(arm / "outcomes.parquet").to_pylist():
+            if line["candidate_id"] < 0:  # a view stands behind its row
+                stages.setdefault((line["row_id"], None), line["stage"])
+                stages[line["row_id"], line["segment"]] = line["stage"]
+    views = Counter(row_id for row_id, segment in stages if segment is not None)
+    return {
+        place
+        for place, stage in stages.items()
+        if stage in (*AFTER_MARKING, "dataset") or (place[1] is None and views[place[0]] > 1)
+    }
+
+
+def _cuts(arm: Path) -> dict[Place, set[int]]:
+    """Return the characters that the arm's candidates cut, of each of its views."""
+    with reading(arm / "samples.parquet"):
+        columns = ["row_id", "segment", "candidates"]
+        samples = pq.read_table(arm / "samples.parquet", columns=columns).to_pylist()
+        return {
+            (one["row_id"], one["segment"]): characters_of(
+                part for candidate in one["candidates"] for part in candidate["cut"]
+            )
+            for one in samples
+        }
+
+
+def _missing(name: str) -> str:
+    return (
+        f"{name} needs model passes that are not in the cache: run the same `leaf detect` once "
+        "with it."
+    )

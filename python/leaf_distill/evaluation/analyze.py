@@ -1,0 +1,175 @@
+"""The studies of the paper on a run of `leaf detect`, from its files alone: tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from leaf_distill.evaluation.arms import Arm, read_arms
+from leaf_distill.evaluation.charts import curve_chart, histogram_chart, interval_chart
+from leaf_distill.evaluation.config import AnalyzeConfig
+from leaf_distill.evaluation.pruning import (
+    FLATTERY,
+    NO_OP,
+    against_random,
+    gains,
+    harm,
+    level,
+    missing_controls,
+    overview,
+    threshold_of,
+)
+from leaf_distill.evaluation.sheets import (
+    Estimate,
+    Sheet,
+    as_csv,
+    as_json,
+    printed,
+    shown,
+)
+from leaf_distill.evaluation.similarity import Shift, shifts, similarity
+from leaf_distill.evaluation.tables import check_table
+from leaf_distill.io import make_directory, user_directory, write_bytes, write_json
+from leaf_distill.training.model_card import markdown_table
+
+STEM = "analysis"
+REPAIRED = "a cut repairs"
+SHARE = "% of failed rows that a cut repairs"
+
+
+@dataclass(frozen=True)
+class AnalyzeResult:
+    """What `leaf analyze` found.
+
+    Attributes:
+        directory: of all files: analysis.md, analysis.json, a CSV file a table, and the plots.
+        sheets: the tables by name: gain, random, harm, arms, similarity.
+        advice: what to run for the controls that are missing.
+    """
+
+    directory: Path
+    sheets: Mapping[str, Sheet]
+    advice: Sequence[str]
+
+
+def analyze(config: AnalyzeConfig) -> AnalyzeResult:
+    """Write the studies of the paper on the arms of a run, without a model.
+
+    How many failed rows cutting repairs by source and difficulty (Figure 1), beside random cuts,
+    and the harm to solved rows; strategies, thresholds and levels side by side (Figures 7, 9, 10);
+    the similarity of answers to references before and after a cut (Figure 13).
+
+    Args:
+        config: the settings.
+
+    Returns:
+        The tables; they are printed too.
+
+    Raises:
+        ValueError: there is no such arm, a file cannot be read, or other files are in the way.
+        StoreError: a file cannot be written.
+    """
+    root, arms = read_arms(user_directory(config.run_dir, "run_dir"), config.arms)
+    directory = user_directory(config.output_dir or root / STEM)
+    check_table(directory, STEM, "analyze")
+    moved = shifts(arms)
+    sheets = [gains(arms), against_random(arms), harm(arms), overview(arms), similarity(moved)]
+    charts = dict(_charts(arms, sheets, moved))
+    advice = missing_controls(arms)
+    result = AnalyzeResult(directory, {one.name: one for one in sheets}, advice)
+    _write(result, charts, [arm.name for arm in arms])
+    _print(result)
+    return result
+
+
+def _charts(
+    arms: Sequence[Arm], sheets: Sequence[Sheet], moved: Sequence[Shift]
+) -> Iterator[tuple[str, str]]:
+    """Yield the name and the text of each plot that the arms have something for."""
+    gain = sheets[0]
+    if gain.lines:
+        groups = list(dict.fromkeys(str(line["group"]) for line in gain.lines))
+        names = list(dict.fromkeys(str(line["arm"]) for line in gain.lines))
+        by_arm = {name: [_find(gain, group=group, arm=name) for group in groups] for name in names}
+        yield "gain", interval_chart("Repaired by cutting, without training", groups, by_arm, SHARE)
+    repaired = {arm.name: _find(sheets[3], arm=arm.name) for arm in arms}
+    if sum(value is not None for value in repaired.values()) > 1:
+        title = "Strategies side by side"
+        yield "arms", interval_chart(title, list(repaired), {"": list(repaired.values())}, SHARE)
+    curves = _curves(arms, repaired)
+    if curves:
+        yield "thresholds", curve_chart("Thresholds", curves, "threshold", SHARE)
+    for one in moved:
+        of = "label" if one.reference == "the label" else "teacher"
+        series = {"before": one.before, "after a cut": one.after}
+        axis = f"Jaccard similarity to {one.reference}"
+        yield f"similarity-{of}-{one.arm}", histogram_chart(one.arm, series, axis)
+
+
+def _find(sheet: Sheet, **keys: str) -> Estimate | None:
+    for line in sheet.lines:
+        if all(line[name] == value for name, value in keys.items()):
+            found = line[REPAIRED]
+            return found if isinstance(found, Estimate) else None
+    return None
+
+
+def _curves(
+    arms: Sequence[Arm], repaired: Mapping[str, Estimate | None]
+) -> dict[str, list[tuple[float, Estimate]]]:
+    """Return the arms that differ in their threshold alone as curves, where there are two."""
+    curves: dict[str, list[tuple[float, Estimate]]] = {}
+    for arm in arms:
+        if (value := repaired[arm.name]) is not None:
+            point = float(arm.settings[threshold_of(arm)]), value
+            curves.setdefault(_curve_name(arm), []).append(point)
+    return {name: curve for name, curve in curves.items() if curve[1:]}
+
+
+def _curve_name(arm: Arm) -> str:
+    """Return the name of an arm without its threshold."""
+    name = threshold_of(arm)
+    rest = arm.name.replace(f"-{name}-{arm.settings[name]:g}", "")
+    return f"{rest}, {level(arm)}"
+
+
+def _write(result: AnalyzeResult, charts: Mapping[str, str], arms: Sequence[str]) -> None:
+    make_directory(result.directory)
+    for name, text in charts.items():
+        write_bytes(result.directory / f"{name}.svg", text.encode())
+    for name, sheet in result.sheets.items():
+        if sheet.lines:
+            write_bytes(result.directory / f"{name}.csv", as_csv(sheet).encode())
+    content = {
+        "command": "analyze",
+        "arms": list(arms),
+        "advice": list(result.advice),
+        "tables": {name: as_json(sheet) for name, sheet in result.sheets.items()},
+    }
+    write_bytes(result.directory / f"{STEM}.md", _page(result, list(charts)).encode())
+    write_json(result.directory / f"{STEM}.json", content)
+
+
+def _page(result: AnalyzeResult, charts: Sequence[str]) -> str:
+    parts = ["# Cutting alone, without training", FLATTERY, NO_OP, *result.advice]
+    for name, sheet in result.sheets.items():
+        if sheet.lines:
+            parts += [f"## {sheet.title}", markdown_table(shown(sheet)), sheet.note]
+        own = [chart for chart in charts if chart.split("-")[0] == name]
+        own += [chart for chart in charts if chart == "thresholds" and name == "arms"]
+        parts += [f"![{chart}]({chart}.svg)" for chart in own]
+    return "\n\n".join(parts) + "\n"
+
+
+def _print(result: AnalyzeResult) -> None:
+    console = Console()
+    for sheet in result.sheets.values():
+        if sheet.lines:
+            console.print(printed(sheet))
+    console.print(FLATTERY, markup=False, highlight=False)
+    for text in result.advice:
+        console.print(f"note: {text}", style="yellow", markup=False)
+    print(f"{result.directory / STEM}.md says more, also by source and difficulty")

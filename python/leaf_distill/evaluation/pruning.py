@@ -1,0 +1,235 @@
+"""The effect of cutting alone, without any training: gains, controls and harm, arm by arm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from leaf_distill.evaluation.arms import Arm, Row, paired
+from leaf_distill.evaluation.sheets import Estimate, Sheet, Value, estimate, estimated_difference
+
+CONTROLS = {
+    "span": ("random_spans",),
+    "collective": ("random_tokens", "random_spans"),
+}
+"""The random strategies that cut as many tokens, the first that a run has counts."""
+
+INTERVALS = (
+    "Percent with 95 % intervals: Wilson's for counts of rows, else of a bootstrap over rows, "
+    "which has no width where all rows agree, however few they are. "
+)
+GAIN = (
+    f"{INTERVALS}Marked: the student fails and the teacher solves the whole prompt. A cut "
+    "repairs: the chance that the student is right on one of a row's cuts, taken at random; a "
+    "row without a cut counts 0. Some cut repairs: it takes the right answer to choose that cut, "
+    "so it is an upper bound, and rises with the number of cuts. Gained: points of accuracy on "
+    "all answered rows, if a random one of its cuts were made in each row that the student fails, "
+    "and no other; that too takes the right answers to know."
+)
+FLATTERY = (
+    "Only rows that the student fails are counted here. Among such rows any change of the "
+    "prompt can only help: there is nothing left to break. So a gain says nothing by itself. "
+    "Read it beside random cuts of the same size, and beside the harm to rows that the student "
+    "solves."
+)
+NO_OP = (
+    "Asking again without a cut gains exactly 0: answers are greedy, and the same prompt has "
+    "the same answer. So no gain here comes from a second try, as it would with drawn answers "
+    "(there is no regression to the mean of a draw). But a student close to the right answer "
+    "may be moved to it by any change of the prompt: that part is what random cuts repair."
+)
+HARM = (
+    f"{INTERVALS}From arms with `--select all`, which cut every row; which rows the student "
+    "solves is known from an arm of the same settings with `--select student_wrong`. A cut "
+    "breaks: the student fails a solved row after a random one of its cuts. Before and after: the "
+    "student's accuracy on all rows with cuts, solved or not, where a random one is made in each; "
+    "no row is chosen by its answer, so their difference is the effect of cutting alone."
+)
+
+
+def gains(arms: Sequence[Arm]) -> Sheet:
+    """Return how many marked rows a cut repairs, for each arm and group of rows (Figure 1)."""
+    lines = [
+        _gain(group, arm) for group in _groups(arms) for arm in arms if arm.marks and _asked(arm)
+    ]
+    title = "Failed rows that cutting alone repairs (Figure 1)"
+    return Sheet("gain", title, lines, GAIN, detail=("group", "with cuts", "cuts"))
+
+
+def _gain(group: str, arm: Arm) -> dict[str, Value]:
+    answered = _within(group, arm.of("solved", "marked", "failed"))
+    marked = [row for row in answered if row.state == "marked"]
+    gained = [row.share_right if row.state == "marked" else 0.0 for row in answered]
+    return {
+        "arm": arm.name,
+        "group": group,
+        "answered": len(answered),
+        "solved": sum(row.state == "solved" for row in answered),
+        "marked": len(marked),
+        "with cuts": sum(bool(row.asked) for row in marked),
+        "cuts": sum(len(row.asked) for row in marked),
+        "a cut repairs": estimate([row.share_right for row in marked]),
+        "some cut repairs": estimate([row.any_right for row in marked]),
+        "gained": estimate(gained),
+    }
+
+
+def against_random(arms: Sequence[Arm]) -> Sheet:
+    """Return what each arm repairs less what random cuts of the same size repair, paired by row."""
+    lines: list[dict[str, Value]] = []
+    for arm, control in _with_controls(arms):
+        for group in _groups([arm]):
+            marked = _within(group, arm.of("marked"))
+            both = [pair for pair in paired(marked, control.rows) if pair[1].state == "marked"]
+            own = [one.share_right for one, _ in both]
+            random = [two.share_right for _, two in both]
+            lines.append(
+                {
+                    "arm": arm.name,
+                    "group": group,
+                    "random arm": control.name,
+                    "marked": len(both),
+                    "a cut repairs": estimate(own),
+                    "random repairs": estimate(random),
+                    "difference": estimated_difference(random, own),
+                }
+            )
+    note = (
+        "Percent; the difference is paired: a resample keeps both arms' shares of a row together."
+    )
+    return Sheet("random", "Against random cuts of the same size", lines, note, detail=("group",))
+
+
+def _with_controls(arms: Sequence[Arm]) -> Iterable[tuple[Arm, Arm]]:
+    for arm in arms:
+        for strategy in CONTROLS.get(arm.settings["strategy"], ()):
+            found = [
+                other
+                for other in arms
+                if other.settings["strategy"] == strategy
+                and arm.differs_in(other) <= {"strategy", "seed"}
+                and arm.marks
+                and _asked(arm)
+            ]
+            if found:
+                yield from ((arm, control) for control in found)
+                break
+
+
+def missing_controls(arms: Sequence[Arm]) -> list[str]:
+    """Return what to run for the controls that the arms lack, one sentence each."""
+    sentences = []
+    controlled = {arm.name for arm, _ in _with_controls(arms)}
+    for arm in arms:
+        strategy = arm.settings["strategy"]
+        if strategy not in CONTROLS or not arm.marks or not _asked(arm):
+            continue
+        if arm.name not in controlled:
+            sentences.append(
+                f"{arm.name} has no random arm: run the same `leaf detect` with "
+                f"`--strategy {CONTROLS[strategy][0]}`."
+            )
+        if not any(arm.differs_in(other) == {"select"} and not other.marks for other in arms):
+            sentences.append(
+                f"{arm.name} says nothing of harm to solved rows: run the same `leaf detect` with "
+                "`--select all`, which cuts them too."
+            )
+    return sentences
+
+
+def harm(arms: Sequence[Arm]) -> Sheet:
+    """Return how many solved rows a cut breaks, and the accuracy where every row is cut."""
+    lines: list[dict[str, Value]] = []
+    for arm in arms:
+        answered = next((one for one in arms if arm.differs_in(one) == {"select"}), None)
+        if arm.marks or answered is None or not answered.marks or not _asked(arm):
+            continue
+        for group in _groups([answered]):
+            rows = _within(group, answered.of("solved", "marked", "failed"))
+            lines.append(_harm(group, arm, list(paired(rows, arm.rows))))
+    title = "Solved rows that cutting breaks, and all rows together"
+    return Sheet("harm", title, lines, HARM, detail=("group", "some cut breaks"))
+
+
+def _harm(group: str, arm: Arm, pairs: Sequence[tuple[Row, Row]]) -> dict[str, Value]:
+    """Return a line from rows of the arm that asked on whole prompts, each with its cut row."""
+    with_cuts = [(row, cut) for row, cut in pairs if cut.asked]
+    solved = [cut for row, cut in with_cuts if row.state == "solved"]
+    before = [float(row.state == "solved") for row, _ in with_cuts]
+    after = [cut.share_right for _, cut in with_cuts]
+    return {
+        "arm": arm.name,
+        "group": group,
+        "solved, cut": len(solved),
+        "a cut breaks": estimate([1 - cut.share_right for cut in solved]),
+        "some cut breaks": estimate([cut.share_right < 1 for cut in solved]),
+        "all cut": len(with_cuts),
+        "before": estimate(before),
+        "after": estimate(after),
+        "difference": estimated_difference(before, after),
+    }
+
+
+def overview(arms: Sequence[Arm]) -> Sheet:
+    """Return the arms side by side: what they hit, cut, keep and repair (Figures 7, 9 and 10)."""
+    lines = [_overview(arm) for arm in arms]
+    note = (
+        "Percent. Hit: scored rows with a candidate. Cut: the share of the searched characters "
+        "that one candidate lacks, on average. Kept: candidates that passed the validation. "
+        "Repaired: as in the table of gains. These are effects of cutting alone; what an arm "
+        "is worth in training is measured by `leaf compare`."
+    )
+    title = "Strategies and thresholds side by side (Figures 7, 9, 10)"
+    detail = ("strategy", "threshold", "level", "kept %")
+    return Sheet("arms", title, lines, note, detail=detail)
+
+
+def _overview(arm: Arm) -> dict[str, Value]:
+    scored = [row for row in arm.rows.values() if row.scored]
+    hit = [row for row in scored if row.cuts]
+    cuts = [cut for row in hit for cut in row.cuts]
+    kept = sum(cut.kept for cut in cuts)
+    shares = [cut.characters / row.length for row in hit for cut in row.cuts]
+    repaired: Estimate | None = None
+    if arm.marks and _asked(arm):
+        repaired = estimate([row.share_right for row in arm.of("marked")])
+    return {
+        "arm": arm.name,
+        "strategy": str(arm.settings["strategy"]),
+        "threshold": f"{arm.settings[threshold_of(arm)]:g}",
+        "level": level(arm),
+        "scored": len(scored),
+        "hit": len(hit),
+        "candidates": len(cuts),
+        "cut %": f"{100 * sum(shares) / len(shares):.1f}" if shares else None,
+        "kept": kept,
+        "kept %": f"{100 * kept / len(cuts):.1f}" if cuts else None,
+        "rows kept": sum(any(cut.kept for cut in row.cuts) for row in hit),
+        "a cut repairs": repaired,
+    }
+
+
+def threshold_of(arm: Arm) -> str:
+    """Return the name of the threshold of an arm's level; of both levels that of instructions."""
+    return "response_threshold" if arm.settings.get("level") == "response" else "threshold"
+
+
+def level(arm: Arm) -> str:
+    """Return the level at which an arm searches, with the number of segments of a response."""
+    name = str(arm.settings.get("level", "instruction"))
+    segments = arm.settings.get("segments")
+    return name if name == "instruction" or not segments else f"{name}, {segments} segments"
+
+
+def _asked(arm: Arm) -> bool:
+    return arm.asks_student
+
+
+def _within(group: str, rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if group in row.groups]
+
+
+def _groups(arms: Sequence[Arm]) -> list[str]:
+    """Return the groups of the answered rows of some arms, "all" first."""
+    rows = [row for arm in arms for row in arm.of("solved", "marked", "failed")]
+    names = sorted({group for row in rows for group in row.groups} - {"all"})
+    return ["all", *names] if rows else []

@@ -1,0 +1,345 @@
+"""`leaf sweep`: the table and the plot of a sweep, and the threshold that it proposes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from leaf_distill.data.source import find_arm
+from leaf_distill.detection.cells import Cell, Setting
+from leaf_distill.detection.sweep import arm_curves, read_settings, sweep_arm
+from leaf_distill.evaluation.charts import curve_chart
+from leaf_distill.evaluation.config import SweepConfig
+from leaf_distill.evaluation.sheets import (
+    Estimate,
+    Sheet,
+    Value,
+    as_csv,
+    as_json,
+    estimate,
+    estimated_difference,
+    printed,
+    shown,
+)
+from leaf_distill.evaluation.tables import check_table
+from leaf_distill.io import user_directory, write_bytes, write_json
+from leaf_distill.training.model_card import markdown_table
+
+STEM = "sweep"
+ENOUGH = 30
+"""Rows below which a share says little: its interval is wider than 30 points."""
+
+PROPOSED = ("span", "collective")
+"""Strategies of which one is proposed; the others are controls."""
+
+NOTE = (
+    "Percent. Hit: rows with a candidate. Tokens cut: of all tokens, those that some candidate "
+    "cuts. Overlap: characters that this cell's and the arm's candidates both cut, of those that "
+    "either cuts. Known: candidates whose answers are in the cache because some arm asked for "
+    "them; kept: those of them that pass the validation. A cut repairs: the chance that the "
+    "student is right on a random one of a row's cuts, 0 without a cut; empty unless all answers "
+    "are known. These are effects on rows that the student fails: `leaf analyze` shows the harm "
+    "to others."
+)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The best cell of a level, and what speaks against trusting it.
+
+    Attributes:
+        level: of the threshold.
+        cell: the cell, None where no cell is measured.
+        share: rows that a random one of its cuts repairs.
+        doubts: sentences; none where the evidence is enough.
+    """
+
+    level: str
+    cell: Cell | None
+    share: Estimate | None
+    doubts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What `leaf sweep` found; its files are sweep.json, .md, .csv and .svg in the arm.
+
+    Attributes:
+        arm: its directory.
+        cells: each point of the grid.
+        proposals: the threshold for each level.
+        curves: the lines of `summarize_curves`; None where losses are lacking.
+    """
+
+    arm: Path
+    cells: Sequence[Cell]
+    proposals: Sequence[Proposal]
+    curves: Sequence[Mapping[str, Any]] | None
+
+
+def sweep(config: SweepConfig) -> SweepResult:
+    """Compute the cuts of every setting of a grid for the rows of an arm, without a model.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        The cells and the proposed threshold of each level; they are printed too.
+
+    Raises:
+        ValueError: there is no such arm, the cache lacks its measurements, or other files are in
+            the way.
+        StoreError: a file cannot be written.
+    """
+    arm = find_arm(user_directory(config.run_dir, "run_dir").absolute())
+    check_table(arm, STEM, "sweep")
+    moved = {
+        name: value
+        for name in ("student", "teacher", "cache_dir")
+        if (value := getattr(config, name)) is not None
+    }
+    own = read_settings(arm, **moved)
+    grid: dict[str, Sequence[str]] = {
+        "strategy": config.strategies,
+        "rule": config.rules or [own.rule],
+        "score": config.scores or [own.score],
+        "widen": config.widenings or [own.widen],
+    }
+    swept = sweep_arm(arm, own, config.thresholds, grid)
+    levels = dict.fromkeys(cell.setting.level for cell in swept.cells)
+    marked = own.select != "all"
+    proposals = [
+        propose_threshold([one for one in swept.cells if one.setting.level == level], marked=marked)
+        for level in levels
+    ]
+    curves = arm_curves(arm, own, grid["score"], load=config.curves)
+    result = SweepResult(arm, swept.cells, proposals, curves)
+    _write(result, swept.missing)
+    return result
+
+
+def propose_threshold(cells: Sequence[Cell], *, marked: bool = True) -> Proposal:
+    """Return the cell whose random cut repairs most rows; of equal ones that which cuts least.
+
+    Args:
+        cells: of one level, the arm's own among them.
+        marked: whether the rows are ones that the student fails.
+    """
+    level: str = cells[0].setting.level
+    if not marked:
+        doubt = "its arm cuts rows that the student solves too; sweep one of select student_wrong"
+        return Proposal(level, None, None, [doubt])
+    ready = [
+        one
+        for one in cells
+        if one.complete and one.measured and one.setting.strategy in PROPOSED and one.hit
+    ]
+    if not ready:
+        doubt = "no cell has all answers in the cache: run `leaf detect` at some of the thresholds"
+        return Proposal(level, None, None, [doubt])
+    best = max(ready, key=lambda one: (_mean(one), -one.tokens_cut))
+    return Proposal(level, best, estimate(best.measured), list(_doubts(best, cells, ready)))
+
+
+def _doubts(best: Cell, cells: Sequence[Cell], ready: Sequence[Cell]) -> Iterator[str]:
+    if len(best.measured) < ENOUGH:
+        yield f"it rests on {len(best.measured)} rows; below {ENOUGH} a share says little"
+    others = [one for one in cells if one.setting.strategy in PROPOSED]
+    if len(ready) < len(others):
+        yield (
+            f"{len(ready)} of {len(others)} cells are measured: run `leaf detect` with the "
+            "settings of the others, which then costs answers alone"
+        )
+    current = next((one for one in ready if one.current), None)
+    if current is not None and current is not best:
+        shares = [(current.shares[row], best.shares[row]) for row in best.shares]
+        pairs = [(one, two) for one, two in shares if one is not None and two is not None]
+        change = estimated_difference([one for one, _ in pairs], [two for _, two in pairs])
+        if change is not None and change.low <= 0:
+            yield f"it cannot be told from the arm's own setting ({_points(change)} points)"
+    if len(ready) > 1:
+        yield f"the best of {len(ready)} cells is flattered by the choice: confirm it on other rows"
+
+
+def _points(change: Estimate) -> str:
+    mean, low, high = (f"{100 * value:+.1f}" for value in change)
+    return f"{mean}, 95 % {low} to {high}"
+
+
+def _mean(cell: Cell) -> float:
+    return sum(cell.measured) / len(cell.measured)
+
+
+def _sheet(cells: Sequence[Cell]) -> Sheet:
+    varied = [
+        name
+        for name in ("level", "score", "rule", "widen")
+        if len({getattr(cell.setting, name) for cell in cells}) > 1
+    ]
+    lines = [_line(cell) for cell in cells]
+    fixed = tuple(name for name in ("level", "score", "rule", "widen") if name not in varied)
+    title = "Settings of detection, tried without a model"
+    wide = ("rows", "candidates") if len(varied) > 1 else ()
+    return Sheet(STEM, title, lines, NOTE, detail=(*fixed, "spans a row", *wide))
+
+
+def _line(cell: Cell) -> dict[str, Value]:
+    setting = cell.setting
+    repairs = estimate(cell.measured) if cell.complete and cell.hit else None
+    return {
+        "strategy": setting.strategy + " *" * cell.current,
+        "threshold": f"{setting.threshold:g}",
+        "level": setting.level,
+        "score": setting.score,
+        "rule": setting.rule,
+        "widen": setting.widen,
+        "rows": cell.rows,
+        "hit": cell.hit,
+        "spans a row": f"{cell.spans / cell.rows:.2f}" if cell.rows else None,
+        "tokens cut": f"{100 * cell.tokens_cut / cell.tokens:.1f}" if cell.tokens else None,
+        "overlap": f"{100 * cell.overlap:.0f}",
+        "candidates": cell.candidates,
+        "known": cell.known,
+        "kept": cell.kept,
+        "a cut repairs": repairs,
+    }
+
+
+def _chart(cells: Sequence[Cell]) -> str | None:
+    """Return the plot of repaired shares over thresholds, None where too little is measured."""
+    series: dict[str, list[tuple[float, Estimate]]] = {}
+    for cell in cells:
+        share = estimate(cell.measured) if cell.complete and cell.hit else None
+        if share is not None:
+            series.setdefault(_series(cell.setting), []).append((cell.setting.threshold, share))
+    if not any(curve[1:] for curve in series.values()):
+        return None
+    title = "Rows that a random one of their cuts repairs"
+    return curve_chart(title, series, "threshold", "% of failed rows")
+
+
+def _size_chart(cells: Sequence[Cell]) -> str:
+    series: dict[str, list[tuple[float, Estimate]]] = {}
+    for cell in cells:
+        share = cell.tokens_cut / cell.tokens if cell.tokens else 0.0
+        point = cell.setting.threshold, Estimate(share, share, share)
+        series.setdefault(_series(cell.setting), []).append(point)
+    return curve_chart("Tokens that are cut", series, "threshold", "% of tokens")
+
+
+def _series(setting: Setting) -> str:
+    return ", ".join(
+        (setting.strategy, setting.level, setting.score, setting.rule, f"{setting.widen}s")
+    )
+
+
+CURVES = (
+    "Mean loss of the completion (nats a token) over curves in which the same shares of tokens are "
+    "deleted by each score, the most suspect first (deletion: low is good), or put back into a "
+    "text without them (insertion: high is good). 95 % intervals of a bootstrap over rows; the "
+    "difference is from random ranks, paired by row. A loss is no answer: it ranks scores by what "
+    "the label needs, and says nothing of a wrong answer that gets right."
+)
+
+
+def _curve_sheet(curves: Sequence[Mapping[str, Any]]) -> Sheet:
+    lines: list[dict[str, Value]] = [
+        {
+            "score": one["score"],
+            "model": one["role"],
+            "curve": one["kind"],
+            "rows": one["rows"],
+            "mean loss": Estimate(one["area"], *one["interval"]),
+            "difference": None
+            if one["difference"] is None
+            else Estimate(one["difference"], *one["difference_interval"]),
+        }
+        for one in curves
+    ]
+    title = "Deletion and insertion at equal size"
+    return Sheet(f"{STEM}-curves", title, lines, CURVES, percent=False)
+
+
+def _curve_charts(curves: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for role, kind in dict.fromkeys((one["role"], one["kind"]) for one in curves):
+        series = {
+            str(one["score"]): [
+                (share, Estimate(nll, nll, nll))
+                for share, nll in zip(one["shares"], one["nll"], strict=True)
+            ]
+            for one in curves
+            if (one["role"], one["kind"]) == (role, kind)
+        }
+        title, axis = f"{kind.capitalize()}, {role}", "share of tokens"
+        yield f"{STEM}-{kind}-{role}", curve_chart(title, series, axis, "loss", scale=1)
+
+
+def _sentences(proposal: Proposal) -> list[str]:
+    """Return what a proposal says: the setting, its evidence, and the doubts."""
+    if proposal.cell is None or proposal.share is None:
+        return [f"No threshold is proposed for the {proposal.level} level: {proposal.doubts[0]}."]
+    setting = proposal.cell.setting
+    mean, low, high = (f"{100 * value:.1f}" for value in proposal.share)
+    name = "threshold" if proposal.level == "instruction" else "response_threshold"
+    sentence = (
+        f"Proposed for the {proposal.level} level: --{name} {setting.threshold:g} --strategy "
+        f"{setting.strategy} --score {setting.score} --rule {setting.rule} --widen "
+        f"{setting.widen}: a cut repairs {mean} % ({low} to {high}) of "
+        f"{len(proposal.cell.measured)} rows."
+    )
+    return [sentence, *(f"But {doubt}." for doubt in proposal.doubts)]
+
+
+def _write(result: SweepResult, missing: Sequence[str]) -> None:
+    sheet = _sheet(result.cells)
+    sentences = [text for one in result.proposals for text in _sentences(one)]
+    curves = _curve_sheet(result.curves) if result.curves else None
+    plots: dict[str, str | None] = {
+        STEM: _chart(result.cells),
+        f"{STEM}-size": _size_chart(result.cells),
+        **dict(_curve_charts(result.curves or ())),
+    }
+    images = []
+    for name, text in plots.items():
+        if text is not None:
+            write_bytes(result.arm / f"{name}.svg", text.encode())
+            images.append(f"![{name}]({name}.svg)")
+    write_bytes(result.arm / f"{STEM}.csv", as_csv(sheet).encode())
+    parts = ["# Settings of detection", *sentences, *missing, markdown_table(shown(sheet))]
+    parts += ["\\*: the arm's own setting.", NOTE]
+    if curves is not None:
+        parts += [f"## {curves.title}", markdown_table(shown(curves)), CURVES]
+        write_bytes(result.arm / f"{curves.name}.csv", as_csv(curves).encode())
+    text = "\n\n".join([*parts, *images]) + "\n"
+    write_bytes(result.arm / f"{STEM}.md", text.encode())
+    write_json(result.arm / f"{STEM}.json", _json(result, sheet, missing))
+    console = Console()
+    console.print(printed(sheet))
+    if curves is not None:
+        console.print(printed(curves))
+    for sentence in (*sentences, *missing):
+        console.print(sentence, markup=False, highlight=False)
+    print(f"{result.arm / STEM}.md says what the columns mean, and has the plots")
+
+
+def _json(result: SweepResult, sheet: Sheet, missing: Sequence[str]) -> dict[str, Any]:
+    return {
+        "command": "sweep",
+        **as_json(sheet),
+        "missing": list(missing),
+        "curves": result.curves,
+        "proposals": [
+            {
+                "level": one.level,
+                "setting": asdict(one.cell.setting) if one.cell else None,
+                "share": list(one.share) if one.share else None,
+                "rows": len(one.cell.measured) if one.cell else 0,
+                "doubts": list(one.doubts),
+            }
+            for one in result.proposals
+        ],
+    }

@@ -1,0 +1,296 @@
+"""A sweep of detection's settings: its cells against the arms that `leaf detect` writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from detect_pair import make_rows, write_rows
+
+from leaf_distill.cli import main
+from leaf_distill.config import DetectConfig
+from leaf_distill.detection.cells import Cell, Setting
+from leaf_distill.detection.pipeline import DetectResult, detect
+from leaf_distill.evaluation.config import SweepConfig
+from leaf_distill.evaluation.sweep import SweepResult, propose_threshold, sweep
+
+ROWS = make_rows(40)
+GRID: dict[str, Any] = {
+    "thresholds": [0.05, 0.4, 0.9],
+    "strategies": ["span", "collective", "random_spans"],
+    "widenings": ["token", "word", "sentence"],
+}
+
+
+class Run:
+    """Three arms on a pair whose weights are gone."""
+
+    def __init__(self, pair: dict[str, str], root: Path) -> None:
+        places = {role: shutil.copytree(path, root / role) for role, path in pair.items()}
+        self.settings: dict[str, Any] = {
+            **{role: str(place) for role, place in places.items()},
+            **{"dataset": write_rows(root / "rows.jsonl", ROWS), "grade": "exact"},
+            **{"max_new_tokens": 4, "threshold": 0.4},
+            **{"output_dir": str(root / "run"), "cache_dir": str(root / "cache")},
+        }
+        self.arms = [
+            self.detect(),
+            self.detect(strategy="collective"),
+            self.detect(threshold=0.9, widen="token"),
+        ]
+        for place in places.values():
+            (place / "model.safetensors").unlink()
+
+    def detect(self, **changes: Any) -> DetectResult:
+        return detect(DetectConfig(**{**self.settings, **changes}))
+
+
+@pytest.fixture(scope="module")
+def run(pair: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(pair, tmp_path_factory.mktemp("swept"))
+
+
+@pytest.fixture(scope="module")
+def swept(run: Run) -> SweepResult:
+    return sweep(SweepConfig(run_dir=str(run.arms[0].arm), **GRID))
+
+
+def cell(result: SweepResult, **wanted: Any) -> Cell:
+    (found,) = [
+        one
+        for one in result.cells
+        if all(getattr(one.setting, name) == value for name, value in wanted.items())
+    ]
+    return found
+
+
+def setting_of(arm: DetectResult) -> dict[str, Any]:
+    names = ("strategy", "widen", "threshold")
+    return {name: arm.funnel["settings"][name] for name in names}
+
+
+def samples(arm: DetectResult) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = pq.read_table(arm.samples).to_pylist()
+    return lines
+
+
+def test_a_cell_is_the_arm_that_detection_writes_with_its_settings(
+    run: Run, swept: SweepResult
+) -> None:
+    for at, arm in enumerate(run.arms):
+        found = cell(swept, **setting_of(arm))
+        stages = {one["stage"]: one["rows"] for one in arm.funnel["stages"]}
+        assert found.current == (at == 0)
+        assert found.rows == stages["scored"]
+        assert found.hit == stages["with candidates"]
+        assert found.kept == stages["kept counterfactuals"]
+        asked = [
+            [
+                one["student_verdict"] == "right"
+                for one in row["candidates"]
+                if one["student_verdict"]
+            ]
+            for row in samples(arm)
+        ]
+        assert found.candidates == found.known == sum(map(len, asked))
+        shares = [float(np.mean(row or [0])) for row in asked]
+        assert list(found.shares.values()) == pytest.approx(shares)
+        assert found.spans == sum(len(row["spans"]) for row in samples(arm))
+
+
+def characters(arm: DetectResult) -> set[tuple[int, int]]:
+    return {
+        (row["row_id"], at)
+        for row in samples(arm)
+        for one in row["candidates"]
+        for start, stop in one["cut"]
+        for at in range(start, stop)
+    }
+
+
+def test_overlap_and_size_are_counted_in_what_the_candidates_cut(
+    run: Run, swept: SweepResult
+) -> None:
+    first, _, other = run.arms
+    own, theirs = characters(first), characters(other)
+    assert 0 < len(own & theirs) < len(own | theirs)
+    assert cell(swept, **setting_of(first)).overlap == 1
+    found = cell(swept, **setting_of(other))
+    assert found.overlap == pytest.approx(len(own & theirs) / len(own | theirs))
+    tokens = [
+        any((row["row_id"], at) in theirs for at in range(*offsets))
+        for row in samples(other)
+        for offsets in row["offsets"]
+    ]
+    assert (found.tokens, found.tokens_cut) == (len(tokens), sum(tokens))
+
+
+def test_what_no_arm_has_asked_is_unknown_and_not_guessed(swept: SweepResult) -> None:
+    found = cell(swept, strategy="span", widen="sentence", threshold=0.4)
+    assert found.candidates > found.known
+    assert not found.complete
+    assert None in found.shares.values()
+
+
+def test_a_sweep_loads_no_weights_and_takes_seconds(run: Run) -> None:
+    start = time.perf_counter()
+    result = sweep(SweepConfig(run_dir=str(run.arms[0].arm), **GRID))
+    assert time.perf_counter() - start < 20
+    assert len(result.cells) == len(GRID["thresholds"]) * 9
+    with pytest.raises(ValueError, match="must be a directory with weights"):
+        run.detect()  # nothing is left that could be loaded
+
+
+def test_the_files_hold_the_cells_and_the_proposal(run: Run, swept: SweepResult) -> None:
+    content = json.loads((swept.arm / "sweep.json").read_text())
+    assert len(content["lines"]) == len(swept.cells)
+    (proposal,) = content["proposals"]
+    assert proposal["rows"] == run.arms[0].funnel["sources"][0]["marked"]
+    assert "response_threshold" not in (page := (swept.arm / "sweep.md").read_text())
+    assert "--threshold" in page and "cells are measured" in page
+    for name in ("sweep.svg", "sweep-size.svg", "sweep.csv"):
+        assert (swept.arm / name).stat().st_size > 500
+
+
+def test_the_thresholds_of_the_two_levels_have_cells_of_their_own(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [
+        {**row, "completion": f"{row['prompt']} ann has {row['answer']} apples ."}
+        for row in ROWS[:8]
+    ]
+    arm = detect(
+        DetectConfig(
+            **pair,
+            dataset=write_rows(tmp_path / "rows.jsonl", rows),
+            output_dir=str(tmp_path / "run"),
+            cache_dir=str(tmp_path / "cache"),
+            level="both",
+            select="all",
+            validate="none",
+            max_length=60,
+            threshold=0.3,
+            response_threshold=0.6,
+        )
+    )
+    result = sweep(SweepConfig(run_dir=str(arm.arm), thresholds=[0.3, 0.6], strategies=["span"]))
+    assert len(result.cells) == 4
+    for level, threshold in (("instruction", 0.3), ("response", 0.6)):
+        found = cell(result, level=level, threshold=threshold)
+        views = [one for one in samples(arm) if bool(one["segment"]) == (level == "response")]
+        assert found.current
+        assert found.rows == len({one["row_id"] for one in views}) > 0
+        assert found.spans == sum(len(one["spans"]) for one in views) > 0
+        assert found.kept == sum(one["kept"] for view in views for one in view["candidates"])
+        assert found.overlap == 1
+    assert all(
+        one.cell is None and "student solves too" in one.doubts[0] for one in result.proposals
+    )
+
+
+def test_curves_are_measured_where_models_may_be_loaded_and_kept_for_the_next_sweep(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    places = {role: str(shutil.copytree(path, tmp_path / role)) for role, path in pair.items()}
+    arm = detect(
+        DetectConfig(
+            **places,
+            dataset=write_rows(tmp_path / "rows.jsonl", ROWS[:12]),
+            output_dir=str(tmp_path / "run"),
+            cache_dir=str(tmp_path / "cache"),
+            grade="exact",
+            max_new_tokens=4,
+        )
+    )
+    small: dict[str, Any] = {"run_dir": str(arm.arm), "thresholds": [0.1], "strategies": ["span"]}
+    assert sweep(SweepConfig(**small)).curves is None
+    measured = sweep(SweepConfig(**small, curves=True)).curves
+    assert measured is not None
+    for place in places.values():
+        (Path(place) / "model.safetensors").unlink()
+    assert sweep(SweepConfig(**small)).curves == measured
+    names = {"gap", "random", "student's gradient", "teacher's gradient, low"}
+    assert {one["score"] for one in measured} == names
+    assert len(measured) == len(names) * 2 * 2  # models and kinds
+    (gap,) = [
+        one
+        for one in measured
+        if (one["score"], one["role"], one["kind"]) == ("gap", "student", "deletion")
+    ]
+    assert gap["difference_interval"][1] < 0  # the confounders go first, and the loss falls
+    page = (arm.arm / "sweep.md").read_text()
+    assert "Deletion and insertion at equal size" in page
+    assert "sweep-deletion-student.svg" in page
+
+
+def test_scores_that_were_never_measured_are_named(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sweep", "--run_dir", str(run.arms[0].arm), "--scores", "gap", "lens"]
+    assert main([*words, "--thresholds", "0.4", "--strategies", "span"]) == 0
+    assert "lens needs model passes that are not in the cache" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--run_dir", "RUN"], 1, "must have one arm"),
+        (["--run_dir", "ARM", "--cache_dir", "EMPTY"], 1, "without the teacher's saliency"),
+        (["--run_dir", "ARM", "--thresholds", "2"], 2, "must be numbers from 0 to 1, got '2'"),
+        (["--run_dir", "ARM", "--strategies", "spam"], 2, "strategies: must be of span"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_with_a_sentence(
+    run: Run,
+    tmp_path: Path,
+    options: list[str],
+    status: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arm = run.arms[0]
+    places = {"RUN": arm.run_directory, "ARM": arm.arm, "EMPTY": tmp_path / "empty"}
+    words = [str(places.get(word, word)) for word in options]
+    try:
+        assert main(["sweep", *words]) == status
+    except SystemExit as end:
+        assert end.code == status
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def made(threshold: float, shares: list[float], cut: int = 5, **changes: Any) -> Cell:
+    setting = Setting("instruction", "gap", "absolute", "span", "word", threshold)
+    given = {"candidates": 1, "known": 1, "hit": 1, "current": False, **changes}
+    return Cell(setting, shares=dict(enumerate(shares)), tokens_cut=cut, **given)
+
+
+def test_the_cell_whose_cuts_repair_most_is_proposed_and_of_equal_ones_the_smallest_cut() -> None:
+    half = [1.0, 0.0] * 50
+    cells = [
+        made(0.05, [0.0] * 100, current=True),
+        made(0.10, half, cut=9),
+        made(0.15, half, cut=7),
+        made(0.20, [1.0] * 100, known=0),
+    ]
+    found = propose_threshold(cells)
+    assert found.cell is cells[2]
+    assert found.share is not None and found.share.mean == 0.5
+    assert found.share.low < 0.5 < found.share.high
+    assert [doubt.split()[0] for doubt in found.doubts] == ["3", "the"]
+
+
+def test_thin_evidence_is_called_so() -> None:
+    cells = [made(0.05, [0.0, 1.0], current=True), made(0.10, [1.0, 1.0])]
+    doubts = " ".join(propose_threshold(cells).doubts)
+    assert "it rests on 2 rows" in doubts
+    assert "cannot be told from the arm's own setting" in doubts
+    assert propose_threshold([made(0.1, [1.0], known=0)]).cell is None
+    assert propose_threshold(cells, marked=False).cell is None
