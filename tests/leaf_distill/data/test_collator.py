@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from distill_pair import TEMPLATE, WORDS, make_rows, make_tokenizer, render
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaf_distill.data.collator import (
@@ -238,6 +238,7 @@ def test_passes_without_labels_are_added_for_ranks_in_step() -> None:
     assert not any(part["loss_mask"].any() for part in parts[:-1])
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50)), st.integers(1, 120))
 def test_plan_holds_every_row_once_and_the_limit(lengths: list[int], limit: int) -> None:
     plan = plan_batches(lengths, max_tokens=limit)

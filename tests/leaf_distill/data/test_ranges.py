@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaf_distill.data.example import Example
@@ -30,6 +30,7 @@ def test_the_analyzed_text_and_its_parts() -> None:
 
 
 @pytest.mark.parametrize("example", [LAST, TURNS, RESPONSE])
+@settings(deadline=None)
 @given(borders=st.sets(st.integers(0, 26)))
 def test_ranges_in_messages_are_the_same_characters(example: Example, borders: set[int]) -> None:
     inside = sorted(at for at in borders if at <= len(example.text))

@@ -7,7 +7,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from leaf_distill.data.segments import split_response
@@ -157,6 +157,7 @@ def test_a_text_in_quotes_and_a_closing_bracket_are_not_split_off() -> None:
     assert all(not part.startswith(("\nA", "A", "    )")) for part in parts(text, 5))
 
 
+@settings(deadline=None)
 @given(texts, st.integers(1, 6))
 @example(TEXTS[1], 4)
 def test_every_split_keeps_its_promises(text: str, n: int) -> None:
@@ -172,6 +173,7 @@ def test_every_split_keeps_its_promises(text: str, n: int) -> None:
         assert not text[at - 1].isalnum() or not text[at].isalnum() or not text[at].isascii()
 
 
+@settings(deadline=None)
 @given(texts)
 def test_no_border_cuts_what_is_protected(text: str) -> None:
     guarded = protected(text)
@@ -180,6 +182,7 @@ def test_no_border_cuts_what_is_protected(text: str) -> None:
         assert not any(start < at < stop for start, stop in guarded)
 
 
+@settings(deadline=None)
 @given(texts)
 def test_sentences_cover_the_text(text: str) -> None:
     assert "".join(pieces(text)) == text

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import train_pair
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaf_distill.demo import run
@@ -105,6 +105,7 @@ def test_label_logits_are_the_models_own():
 # ---- figures ----
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=30))
 def test_auc_is_the_share_of_pairs_in_order(items):
     true = [score for score, truth in items if truth]

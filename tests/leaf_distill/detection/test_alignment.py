@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaf_distill.detection.alignment import pool
@@ -50,6 +50,7 @@ def by_character(norms: np.ndarray, teacher: np.ndarray, student: np.ndarray) ->
     ]
 
 
+@settings(deadline=None)
 @given(pairs())
 def test_equals_the_definition_and_loses_nothing(pair: tuple[np.ndarray, ...]) -> None:
     norms, teacher, student = pair
@@ -61,6 +62,7 @@ def test_equals_the_definition_and_loses_nothing(pair: tuple[np.ndarray, ...]) -
     np.testing.assert_allclose(pooled.sum(dtype=float), norms.sum(dtype=float), rtol=1e-6)
 
 
+@settings(deadline=None)
 @given(pairs())
 def test_equal_offsets_change_no_bit(pair: tuple[np.ndarray, ...]) -> None:
     norms, teacher, _ = pair
@@ -70,6 +72,7 @@ def test_equal_offsets_change_no_bit(pair: tuple[np.ndarray, ...]) -> None:
     assert (norms >= 0).all()
 
 
+@settings(deadline=None)
 @given(pairs())
 def test_a_finer_tokenizer_splits_what_a_token_had(pair: tuple[np.ndarray, ...]) -> None:
     norms, teacher, _ = pair

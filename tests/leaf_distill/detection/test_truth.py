@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaf_distill.detection.truth import distractors, tokens_inside
@@ -35,6 +35,7 @@ def test_what_was_put_in_is_found(plain: str, adversarial: str, lost: int) -> No
     assert found.lost == lost
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["a has 1.", "b is so,", "c (d) 2", "e!"]), max_size=5),
     st.lists(st.sampled_from(["x", "y 9", "z,"]), max_size=3),

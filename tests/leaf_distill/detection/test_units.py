@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from leaf_distill.data.example import Range
@@ -123,6 +123,7 @@ def test_an_unknown_unit_is_refused() -> None:
         widen("a", [(0, 1)], "line", [(0, 1)])  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(cuts(), st.sampled_from(["token", "word", "clause", "sentence"]), st.integers(0, 40))
 def test_every_widened_cut_keeps_its_promises(
     case: tuple[str, list[Range]], unit: str, border: int
@@ -140,6 +141,7 @@ def test_every_widened_cut_keeps_its_promises(
         assert all(is_grapheme_border(text, at) or at in edges for one in wide for at in one)
 
 
+@settings(deadline=None)
 @given(texts)
 def test_units_cover_the_text_or_leave_out_blanks_and_marks(text: str) -> None:
     for find in (clauses, sentences):
@@ -227,6 +229,7 @@ def seams(text: str, ranges: Sequence[Range]) -> list[tuple[str, str, str]]:
     ]
 
 
+@settings(deadline=None)
 @given(cuts())
 @example(("a \u200d\U0001f469b", [(1, 3)]))
 def test_every_tidied_cut_keeps_its_promises(case: tuple[str, list[Range]]) -> None:
