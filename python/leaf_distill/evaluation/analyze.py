@@ -28,6 +28,7 @@ from leaf_distill.evaluation.sheets import (
     as_csv,
     as_json,
     printed,
+    short_names,
     shown,
 )
 from leaf_distill.evaluation.similarity import Shift, shifts, similarity
@@ -166,9 +167,13 @@ def _page(result: AnalyzeResult, charts: Sequence[str]) -> str:
 
 def _print(result: AnalyzeResult) -> None:
     console = Console()
+    lines = (line for sheet in result.sheets.values() for line in sheet.lines)
+    short = short_names(list(dict.fromkeys(str(next(iter(line.values()))) for line in lines)))
+    for name, letter in short.items():
+        console.print(f"{letter}  {name}", markup=False, highlight=False)
     for sheet in result.sheets.values():
         if sheet.lines:
-            console.print(printed(sheet))
+            console.print(printed(sheet, short))
     console.print(FLATTERY, markup=False, highlight=False)
     for text in result.advice:
         console.print(f"note: {text}", style="yellow", markup=False)

@@ -6,13 +6,16 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from leaf_distill.statistics import bootstrap, paired_bootstrap, wilson_interval
+
+LONGEST = 24
+"""Characters of a name that a table of the terminal has room for."""
 
 
 class Estimate(NamedTuple):
@@ -88,16 +91,33 @@ def _text(head: str, value: Value, sheet: Sheet, *, short: bool = False) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def printed(sheet: Sheet) -> Table:
-    """Return a sheet as a table for the terminal: short numbers, without details and groups."""
+def printed(sheet: Sheet, names: Mapping[str, str] | None = None) -> Table:
+    """Return a sheet as a table for the terminal: short numbers, without details and groups.
+
+    Args:
+        sheet: the table.
+        names: short names for texts of the first column that a line has no room for.
+    """
     lines = [line for line in sheet.lines if line.get("group", "all") == "all"]
-    heads = [head for head in lines[0] if head not in sheet.detail]
+    told = [head for head in lines[0] if any(line[head] is not None for line in lines)]
+    heads = [head for head in told if head not in sheet.detail]
     table = Table(title=sheet.title, title_justify="left")
     for at, head in enumerate(heads):
-        table.add_column(head, justify="right" if at else "left", overflow="fold")
+        text = isinstance(lines[0][head], str)
+        justify: Literal["left", "right"] = "right" if at and not text else "left"
+        table.add_column(head, justify=justify, overflow="fold", no_wrap=text)
     for line in lines:
-        table.add_row(*(Text(_text(head, line[head], sheet, short=True)) for head in heads))
+        texts = [_text(head, line[head], sheet, short=True) for head in heads]
+        texts[0] = (names or {}).get(texts[0], texts[0])
+        table.add_row(*map(Text, texts))
     return table
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Return letters for names of which some is too long for a table, else nothing."""
+    if max(map(len, names), default=0) <= LONGEST:
+        return {}
+    return {name: chr(ord("A") + at) for at, name in enumerate(names)} if len(names) <= 26 else {}
 
 
 def as_csv(sheet: Sheet) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +318,11 @@ def _write(result: SweepResult, missing: Sequence[str]) -> None:
     write_bytes(result.arm / f"{STEM}.md", text.encode())
     write_json(result.arm / f"{STEM}.json", _json(result, sheet, missing))
     console = Console()
-    console.print(printed(sheet))
+    for level in dict.fromkeys(line["level"] for line in sheet.lines):
+        lines = [line for line in sheet.lines if line["level"] == level]
+        detail = (*sheet.detail, "level", "rows", "known")
+        title = f"{sheet.title}: {level} level"
+        console.print(printed(replace(sheet, title=title, lines=lines, detail=detail)))
     if curves is not None:
         console.print(printed(curves))
     for sentence in (*sentences, *missing):
