@@ -71,7 +71,7 @@ def test_the_page_describes_the_columns_that_are_written(mine: Path) -> None:
     main(commands()[0])
     (arm,) = (mine / "runs/mine/arms").iterdir()
     listed = [name for names in COLUMNS for name in re.findall(r"\w+", names)]
-    optional = {"tools", "chat_template_kwargs", "tests", "source"}
+    optional = {"tools", "chat_template_kwargs", "tests", "source", "difficulty"}
     answers = {f"{role}_{what}" for role in ROLES for what in ("answer", "verdict")}
     assert all(f"`{name}`" in PAGE for name in answers)
     for name, more in (("dataset", set()), ("candidates", answers)):
