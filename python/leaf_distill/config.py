@@ -437,6 +437,11 @@ def _check_edits(config: DetectConfig) -> None:
         raise ValueError(
             "guard: must be grader with grade code, got agreement: programs are compared by tests"
         )
+    if config.guard == "agreement" and config.cross_branch:
+        raise ValueError(
+            "cross_branch: must be false with guard agreement, got true: the student reads the "
+            "whole prompt, which may have another answer"
+        )
     if config.relabel and config.validate == "none":
         raise ValueError(
             "validate: must be teacher or both with relabel, whose guard it is, got none"

@@ -23,7 +23,7 @@ def propose(
     vocabulary: Vocabulary | None = None,
     first_id: int = 0,
 ) -> None:
-    """Set the example's candidates; it leaves where it has no span.
+    """Set the example's candidates; it leaves where it has no span, or a perplexity is not finite.
 
     Args:
         example: a row with spans. A candidate that leaves nothing but whitespace, changes nothing,
@@ -42,6 +42,10 @@ def propose(
     """
     if not example.spans:
         example.leave("prune", "no_span", "no confounder was found")
+        return
+    if perplexity is not None and not np.isfinite(perplexity).all():
+        detail = "the student's log-probability of a token is NaN or infinite"
+        example.leave("prune", "student_not_finite", detail)
         return
     text = example.text
     draw = random.Random(f"{config.seed}/{example.row_id}")

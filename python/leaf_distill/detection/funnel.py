@@ -104,12 +104,14 @@ def _nll(examples: Sequence[Example]) -> dict[str, dict[str, float]]:
 def outcomes_table(examples: Sequence[Example]) -> pa.Table:
     """Return one line for each row, view and candidate: where it left and why, or `kept`.
 
-    A row with views has lines for them behind its own, which says what became of all of them.
+    A row with views has lines for them behind its own, which says what became of all of them and
+    has no segment.
     """
     lines = []
     for one in (part for example in examples for part in _with_parts(example)):
         stage, reason, detail = one.outcome or ("dataset", "kept", None)
-        values = (one.row_id, one.segment, one.candidate_id, stage, reason, detail)
+        segment = None if one.views else one.segment
+        values = (one.row_id, segment, one.candidate_id, stage, reason, detail)
         lines.append(dict(zip(OUTCOMES.names, values, strict=True)))
     return pa.Table.from_pylist(lines, schema=OUTCOMES)
 

@@ -37,7 +37,10 @@ def analyzed_turns(example: Example, turns: str) -> tuple[int, ...]:
         users = sorted({users[at] for at in places if 0 <= at < len(users)})
         if not users:
             raise UnusableRow("no_such_turn", f"the row has none of the user turns {turns}")
-    return tuple(at for at in users if example.messages[at]["content"].strip())
+    found = tuple(at for at in users if example.messages[at]["content"].strip())
+    if turns != "all" and not found:
+        raise UnusableRow("no_such_turn", f"of the user turns {turns} the row has blank ones alone")
+    return found
 
 
 def set_views(example: Example, config: DetectConfig) -> None:
@@ -47,7 +50,10 @@ def set_views(example: Example, config: DetectConfig) -> None:
     """
     if config.level == "instruction":
         return
-    views = [example.derived()] if config.level == "both" else []
+    views = []
+    if config.level == "both":
+        views = [example.derived()]
+        views[0].answers = dict(example.answers)  # of the same prompt
     if example.reply is None:
         views += _response_views(example, config)
     else:  # a template writes its further keys where it likes

@@ -200,6 +200,7 @@ class Run:
                 align(views)
                 scored = list(remaining(views))
                 set_suspicion(self.judge, scored, self.config, self._vocabulary)
+                scored = list(remaining(scored))
                 find_spans(scored, self.config)
             with self._clock("prune"):
                 self._propose(scored)

@@ -26,7 +26,8 @@ def set_suspicion(
     "lens" is |log p_student - log p_teacher| of each prompt token, of forward passes alone (LENS,
     arXiv 2601.21244, with the teacher as the reference). "intervention" changes the words that the
     gap shortlists, and compares how far the two models' answers move (see `intervention`); the
-    replacements come from the vocabulary, by default that of the examples.
+    replacements come from the vocabulary, by default that of the examples. An example with a
+    log-probability that is not finite leaves.
     """
     if config.score == "lens":
         _set_lens(judge, examples, config)
@@ -39,6 +40,12 @@ def _set_lens(judge: Judge, examples: Sequence[Example], config: DetectConfig) -
     teacher = score_perplexity(judge.use("teacher"), examples, config, judge.cache)
     student = score_perplexity(judge.use("student"), examples, config, judge.cache)
     for example, theirs, ours in zip(examples, teacher, student, strict=True):
+        values: dict[Role, Floats] = {"student": ours, "teacher": theirs}
+        broken = [role for role in ROLES if not np.isfinite(values[role]).all()]
+        if broken:
+            detail = f"the {broken[0]}'s log-probability of a token is NaN or infinite"
+            example.leave("detect", f"{broken[0]}_not_finite", detail)
+            continue
         offsets = [example.renderings[role].offsets for role in ("teacher", "student")]
         inside = [one[one[:, 0] >= 0] for one in offsets]
         example.suspicion = np.abs(ours - pool(theirs, *inside))

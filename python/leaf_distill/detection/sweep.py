@@ -7,7 +7,6 @@ the cache, because some arm has asked for them, the cut is validated as well.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -308,16 +307,17 @@ class _Sweep(Run):
 def _searched(arm: Path) -> set[tuple[int, int | None]]:
     """Return the rows (with None) and views whose saliency was measured."""
     stages: dict[tuple[int, int | None], str] = {}
+    divided: set[int] = set()
     with reading(arm / "outcomes.parquet"):
         for line in pq.read_table(arm / "outcomes.parquet").to_pylist():
             if line["candidate_id"] < 0:  # a view stands behind its row
                 stages.setdefault((line["row_id"], None), line["stage"])
                 stages[line["row_id"], line["segment"]] = line["stage"]
-    views = Counter(row_id for row_id, segment in stages if segment is not None)
+                divided |= {line["row_id"]} if line["segment"] is None else set()
     return {
         place
         for place, stage in stages.items()
-        if stage in (*AFTER_MARKING, "dataset") or (place[1] is None and views[place[0]] > 1)
+        if stage in (*AFTER_MARKING, "dataset") or (place[1] is None and place[0] in divided)
     }
 
 

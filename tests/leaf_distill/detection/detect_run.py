@@ -53,10 +53,16 @@ def check_sums(result: DetectResult, total: int) -> None:
     assert rows[0] == total == rows[-1] + sum(reasons(result).values())
     assert cuts[0] == cuts[1] + sum(reasons(result, "candidates").values())
     outcomes = table(result.outcomes)
-    keys = [(line["row_id"], line["candidate_id"]) for line in outcomes]
+    keys = [(line["row_id"], line["segment"], line["candidate_id"]) for line in outcomes]
     assert len(set(keys)) == len(keys)
-    assert sum(key[1] < 0 for key in keys) == total and len(keys) == total + cuts[0]
-    kept = Counter(line["candidate_id"] >= 0 for line in outcomes if line["reason"] == "kept")
-    assert (kept[False], kept[True]) == (rows[-1], cuts[1])
+    own = {line["row_id"]: line for line in reversed(outcomes) if line["candidate_id"] < 0}
+    views = sum(key[2] < 0 for key in keys) - len(own)
+    assert len(own) == total and len(keys) == total + views + cuts[0]
+    assert views == sum(reasons(result, "views").values()) + sum(
+        line["reason"] == "kept" and line is not own[line["row_id"]] and line["candidate_id"] < 0
+        for line in outcomes
+    )
+    kept = sum(line["candidate_id"] >= 0 for line in outcomes if line["reason"] == "kept")
+    assert sum(line["reason"] == "kept" for line in own.values()) == rows[-1] and kept == cuts[1]
     branches = Counter(line["branch"] for line in table(result.dataset))
     assert branches == Counter({"original": rows[1], "counterfactual": cuts[1]}) + Counter()
