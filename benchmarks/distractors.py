@@ -39,6 +39,7 @@ from leaf_distill.detection.judge import Judge
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.detection.scores import score_perplexity, score_saliency
 from leaf_distill.detection.spans import align, find_spans
+from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.suspicion import set_suspicion
 from leaf_distill.detection.truth import distractors, tokens_inside
 from leaf_distill.models.loading import LazyModel
@@ -148,7 +149,8 @@ def _suspicion(
 ) -> list[npt.NDArray[Any]]:
     """Return a score of `leaf detect` beside the gap, high for a distractor."""
     copies = [replace(example, suspicion=None) for example in examples]
-    set_suspicion(judge, copies, replace(config, score=name))
+    vocabulary = Vocabulary(example.text for example in examples)
+    set_suspicion(judge, copies, replace(config, score=name), vocabulary)
     values = [copy.suspicion for copy in copies if copy.suspicion is not None]
     if len(values) < len(copies):
         raise ValueError(f"scores: must give each token a value, got none of {name!r}")

@@ -104,8 +104,8 @@ class _Joined(Ranks):
         if least != -most:
             raise RankError(
                 "the processes of this run must have the same work, got different rows, models, "
-                "versions or batches on some of them: give all the same files and packages, and "
-                "--max_batch_tokens where their GPUs differ"
+                "settings or versions on some of them: give all the same files, options and "
+                "packages"
             )
 
     def least(self, values: NDArray[np.int64]) -> NDArray[np.int64]:

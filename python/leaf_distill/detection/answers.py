@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+
 from leaf_distill.config import (
     AnswerOptions,
     GradingOptions,
@@ -83,11 +85,14 @@ class PromptedModel:
         return rendering
 
     def batch_tokens(self, config: ModelOptions, *, answers: bool = False) -> int:
-        """Return the most tokens of a batch, padding included."""
-        if config.max_batch_tokens is not None:
-            return config.max_batch_tokens
-        model = self.model
-        return default_batch_tokens(model.config, model.dtype, model.device, answers=answers)
+        """Return the most tokens of a batch, padding included; the same on all ranks of a run.
+
+        Their free memory may differ, and they share the batches of one plan.
+        """
+        model, most = self.model, config.max_batch_tokens
+        if most is None:
+            most = default_batch_tokens(model.config, model.dtype, model.device, answers=answers)
+        return int(current().least(np.asarray([most], dtype=np.int64))[0])
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A run directory: arms side by side, one for each strategy and setting, over the same two models.
 
 RUN/run.json              the two models, by content
-RUN/arms/NAME/            dataset.parquet, dataset.jsonl, samples.parquet, outcomes.parquet,
-                          funnel.json, and report.html where it was asked for
+RUN/arms/NAME/            dataset and candidates (.parquet and .jsonl), samples.parquet,
+                          outcomes.parquet, funnel.json, and report.html where it was asked for
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Role
-from leaf_distill.io import read_json
+from leaf_distill.io import digest, read_json
 
 if TYPE_CHECKING:
     from leaf_distill.models.loading import LazyModel
@@ -26,7 +26,10 @@ NAMING: Final = (
     *("widen", "edit", "relabel", "guard", "agreement", "cross_branch"),
     *("select", "completion_source", "validate"),
 )
-"""Settings that, beside the strategy, make an arm of their own; for a random one also the seed."""
+"""Settings that, beside the strategy, make an arm of their own; where it draws, also the seed."""
+
+LONGEST_NAME: Final = 200
+"""Characters of an arm's name; a file system takes 255 bytes."""
 
 INCIDENTAL: Final = (
     *("student", "teacher", "output_dir"),
@@ -39,10 +42,11 @@ INCIDENTAL: Final = (
 def arm_name(config: DetectConfig) -> str:
     """Return the strategy and every setting of NAMING that is not the default.
 
-    For example `span`, or `random_spans-threshold-0.05-seed-1`.
+    For example `span`, or `random_spans-threshold-0.05-seed-1`. A name that would be too long for a
+    directory ends with a digest of what it lacks.
     """
     defaults = {item.name: item.default for item in fields(config)}
-    names = (*NAMING, "seed") if config.strategy.startswith("random") else NAMING
+    names = (*NAMING, "seed") if _draws(config) else NAMING
     parts: list[str] = [config.strategy]
     for name in names:
         value = getattr(config, name)
@@ -50,7 +54,18 @@ def arm_name(config: DetectConfig) -> str:
             parts.append(name)
         elif value != defaults[name]:
             parts.append(f"{name}-{str(value).removesuffix('.0').replace(',', '+')}")
-    return "-".join(parts)
+    whole = "-".join(parts)
+    return whole if len(whole) <= LONGEST_NAME else f"{whole[:180]}-{digest([whole])[:16]}"
+
+
+def _draws(config: DetectConfig) -> bool:
+    """Whether the seed changes a result."""
+    return (
+        config.strategy.startswith("random")
+        or config.edit == "substitute"
+        or (config.score == "intervention" and config.draws > 0)
+        or config.guard == "agreement"
+    )
 
 
 def check_run(root: Path, config: DetectConfig) -> None:

@@ -203,8 +203,13 @@ def store_missing(
         ask: yields positions in `keys` with their values, in any order, for the positions given.
         description: what the progress says.
         keep: whether a value is stored; the others are asked for again by the next run.
+
+    Raises:
+        RankError: another process of the run has failed, or has other keys.
     """
     ranks = current()
+    if ranks.size > 1:
+        ranks.agree(digest(keys))
     found = cache.get(keys)
     first: dict[str, int] = {}
     for at, key in enumerate(keys):

@@ -101,6 +101,20 @@ def _replaced(text: str, edits: Sequence[tuple[int, int, str]]) -> str:
     return "".join(kept) + text[end:]
 
 
+def replacement(
+    example: Example,
+    one: Range,
+    vocabulary: Vocabulary,
+    draw: random.Random,
+    *,
+    clause: bool = False,
+) -> str | None:
+    """Draw a text of the same class for a range of one message (see `Vocabulary.replace`)."""
+    first, last = next(part for part in example.parts if part[0] <= one[0] < part[1])
+    span = (one[0] - first, one[1] - first)
+    return vocabulary.replace(example.text[first:last], span, draw, clause=clause)
+
+
 def cut(text: str, ranges: Sequence[Range]) -> str:
     """Return text without exactly the characters of ranges.
 
@@ -146,7 +160,7 @@ def _edits(
         found = [
             (one, text)
             for one in ranges
-            if (text := vocabulary.replace(example.text, one, draw, clause=clause)) is not None
+            if (text := replacement(example, one, vocabulary, draw, clause=clause)) is not None
         ]
         if found:
             kept, inserted = zip(*found, strict=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Example, Floats, Range, Role
-from leaf_distill.detection.counterfactual import changed
+from leaf_distill.detection.counterfactual import changed, replacement
 from leaf_distill.detection.spans import normalize
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.units import tidy, words
@@ -94,13 +94,13 @@ def interventions(
             where the vocabulary has no replacement. With the row_id, `seed` decides the draws.
         vocabulary: the words that replacements are drawn from; needed unless `draws` is 0.
     """
-    text, changes = example.text, []
+    changes: list[tuple[int, Example]] = []
     draw = random.Random(f"{config.seed}/{example.row_id}/{example.segment}/intervention")
-    whole = words(text, example.parts)
+    whole = words(example.text, example.parts)
     for index, unit in enumerate(units):
         one = _characters(example, unit, whole)
         texts = [
-            vocabulary.replace(text, one, draw)
+            replacement(example, one, vocabulary, draw)
             for _ in range(config.draws)
             if vocabulary is not None
         ]

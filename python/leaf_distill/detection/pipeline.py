@@ -60,6 +60,10 @@ if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+UNUSED = ("rows", "render")
+"""The stages at which rows leave that are not in the dataset."""
+
+
 @dataclass(frozen=True)
 class DetectResult:
     """Paths of an arm's files, and its funnel (the content of funnel.json)."""
@@ -199,7 +203,7 @@ class Run:
             with self._clock("detect"):
                 align(views)
                 scored = list(remaining(views))
-                set_suspicion(self.judge, scored, self.config, self._vocabulary)
+                self._set_suspicion(scored, self.config)
                 scored = list(remaining(scored))
                 find_spans(scored, self.config)
             with self._clock("prune"):
@@ -305,8 +309,18 @@ class Run:
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        """The words of all rows' prompts, from which replacements are drawn."""
-        return Vocabulary(one.text for one in self.examples if one.messages)
+        """The words of the usable rows' prompts, from which replacements are drawn.
+
+        These rows are the originals of the dataset, so that a sweep of it draws the same.
+        """
+        usable = (
+            one for one in self.examples if not one.outcome or one.outcome.stage not in UNUSED
+        )
+        return Vocabulary(one.text[start:stop] for one in usable for start, stop in one.parts)
+
+    def _set_suspicion(self, views: Sequence[Example], config: DetectConfig) -> None:
+        vocabulary = self._vocabulary if config.score == "intervention" else None
+        set_suspicion(self.judge, views, config, vocabulary)
 
     def _propose(self, scored: Sequence[Example]) -> None:
         """Set the candidates of each view, rendered without their completion."""

@@ -48,7 +48,7 @@ def served_answers(
     requests = [make_request(asked, server, one, config, decoding) for one in examples]
     keys = [digest(["served", VERSION, asked.model.fingerprint, *one]) for one in requests]
     if decoding.temperature > 0:
-        keys = numbered(keys)
+        keys = numbered([digest([key, decoding.seed]) for key in keys])
         for one, key in zip(requests, keys, strict=True):
             one.body["seed"] = int(key[:8], 16) >> 1  # all servers take 31 bits
 

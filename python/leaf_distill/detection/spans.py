@@ -10,7 +10,7 @@ import torch
 
 import leaf_ext
 from leaf_distill.config import DetectConfig
-from leaf_distill.data.example import ROLES, Example, Floats, Range
+from leaf_distill.data.example import ROLES, Example, Floats, Mask, Range
 from leaf_distill.detection.alignment import pool
 
 ROWS_A_CALL = 256
@@ -99,7 +99,7 @@ def _detect(examples: Sequence[Example], config: DetectConfig, threshold: float)
     masks = np.zeros((2, len(examples), width), dtype=np.bool_)
     for at, (example, slot) in enumerate(zip(examples, slots, strict=True)):
         values[0, at, slot], values[1, at, slot] = evidence(example)
-        masks[0, at, slot], masks[1, at, slot] = True, _known(example.prunable)
+        masks[0, at, slot], masks[1, at, slot] = True, _may_be_cut(example, config.teacher_max)
     found = leaf_ext.detect_spans(
         torch.from_numpy(values[0]),
         torch.from_numpy(values[1]),
@@ -120,6 +120,15 @@ def _detect(examples: Sequence[Example], config: DetectConfig, threshold: float)
             (int(np.searchsorted(slot, start)), int(np.searchsorted(slot, stop)))
             for start, stop in runs[at]
         )
+
+
+def _may_be_cut(example: Example, teacher_max: float | None) -> Mask:
+    """Return which tokens may be confounders; with `suspicion` the op lacks the teacher's norms."""
+    assert example.prunable is not None
+    if example.suspicion is None or teacher_max is None:
+        return example.prunable
+    may: Mask = example.prunable & (normalize(example.norms["teacher"]) <= teacher_max)
+    return may
 
 
 def evidence(example: Example) -> tuple[Floats, Floats]:

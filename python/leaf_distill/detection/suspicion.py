@@ -23,17 +23,21 @@ def set_suspicion(
 ) -> None:
     """Set `suspicion` of aligned examples for the scores that do not come from gradients.
 
+    An example whose values are not finite leaves.
+
     "lens" is |log p_student - log p_teacher| of each prompt token, of forward passes alone (LENS,
     arXiv 2601.21244, with the teacher as the reference). "intervention" changes the words that the
     gap shortlists, and compares how far the two models' answers move (see `intervention`); the
-    replacements come from the vocabulary, by default that of the examples. An example with a
-    log-probability that is not finite leaves.
+    replacements come from the vocabulary, which is needed unless `draws` is 0.
     """
     if config.score == "lens":
         _set_lens(judge, examples, config)
     elif config.score == "intervention":
-        words = vocabulary or Vocabulary(example.text for example in examples)
-        _set_interventions(judge, examples, config, words)
+        _set_interventions(judge, examples, config, vocabulary)
+    for example in examples:
+        if example.suspicion is not None and not np.isfinite(example.suspicion).all():
+            detail = f"a token's score {config.score} is NaN or infinite"
+            example.leave("detect", "score_not_finite", detail)
 
 
 def _set_lens(judge: Judge, examples: Sequence[Example], config: DetectConfig) -> None:
@@ -52,8 +56,12 @@ def _set_lens(judge: Judge, examples: Sequence[Example], config: DetectConfig) -
 
 
 def _set_interventions(
-    judge: Judge, examples: Sequence[Example], config: DetectConfig, vocabulary: Vocabulary
+    judge: Judge,
+    examples: Sequence[Example],
+    config: DetectConfig,
+    vocabulary: Vocabulary | None,
 ) -> None:
+    assert vocabulary is not None or config.draws == 0
     units = [shortlist(example, config.shortlist) for example in examples]
     changes = [
         interventions(example, chosen, config, vocabulary)

@@ -41,7 +41,6 @@ from leaf_distill.detection.levels import analyzed_turns, set_views
 from leaf_distill.detection.pipeline import Run
 from leaf_distill.detection.scores import score_saliency
 from leaf_distill.detection.spans import align, evidence, find_spans, normalize
-from leaf_distill.detection.suspicion import set_suspicion
 from leaf_distill.io import read_json, reading
 from leaf_distill.models.loading import LazyModel, NotLoaded
 from leaf_distill.models.protocol import Request
@@ -219,7 +218,7 @@ class _Sweep(Run):
         """Return views as they were before spans were looked for, with the values of a score."""
         if config.score not in self._suspicion:
             copies = [replace(one, suspicion=None) for one in self._measured]
-            set_suspicion(self.judge, copies, config)
+            self._set_suspicion(copies, config)
             self._suspicion[config.score] = [one.suspicion for one in copies]
         values = zip(self._measured, self._suspicion[config.score], strict=True)
         by_view = {id(view): value for view, value in values}

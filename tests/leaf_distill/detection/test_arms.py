@@ -27,10 +27,22 @@ from leaf_distill.io import StoreError, locked
         ({"threshold": 0.05, "rule": "quantile"}, "span-threshold-0.05-rule-quantile"),
         ({"threshold": 0.1000001, "cap": 1.0}, "span-threshold-0.1000001-cap-1"),
         ({"teacher_max": 0.5, "validate": "none"}, "span-teacher_max-0.5-validate-none"),
+        ({"edit": "substitute", "seed": 3}, "span-edit-substitute-seed-3"),
+        ({"score": "intervention", "seed": 3}, "span-score-intervention-seed-3"),
+        ({"score": "lens", "seed": 3}, "span-score-lens"),
+        ({"turns": "1,-1"}, "span-turns-1+-1"),
     ],
 )
 def test_an_arm_is_named_by_what_decides_its_cuts(settings: dict[str, object], name: str) -> None:
     assert arm_name(DetectConfig(**settings)) == name  # type: ignore[arg-type]
+
+
+def test_a_long_name_still_is_one_of_a_directory(tmp_path: Path) -> None:
+    many = ",".join(map(str, range(1, 200)))
+    names = {arm_name(DetectConfig(turns=f"{many},{last}")) for last in (300, 301)}
+    assert len(names) == 2 and all(name.startswith("span-turns-1+2+3") for name in names)
+    for name in names:
+        (tmp_path / name).mkdir()
 
 
 def test_arms_stand_side_by_side(pair: dict[str, str], copied: Path) -> None:

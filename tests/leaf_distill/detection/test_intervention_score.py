@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from leaf_distill.data.example import ROLES, Example
 from leaf_distill.detection.answers import PromptedModel
 from leaf_distill.detection.cache import RowCache
+from leaf_distill.detection.cells import AXES
 from leaf_distill.detection.counterfactual import changed
 from leaf_distill.detection.intervention import (
     intervention_score,
@@ -29,6 +30,7 @@ from leaf_distill.detection.judge import Judge
 from leaf_distill.detection.scores import score_intervention, score_perplexity
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.suspicion import set_suspicion
+from leaf_distill.detection.sweep import read_settings, sweep_arm
 from leaf_distill.models.loading import LazyModel
 
 
@@ -64,12 +66,30 @@ def test_a_value_is_the_divergence_of_the_answers(pair: dict[str, str], tmp_path
 def test_the_misleading_word_has_the_highest_score(pair: dict[str, str], tmp_path: Path) -> None:
     with aligned(pair, tmp_path) as (models, examples, cache):
         config = config_of(score="intervention", draws=3, shortlist=40)
-        set_suspicion(Judge(models, config, cache, lambda stage: nullcontext()), examples, config)
+        judge = Judge(models, config, cache, lambda stage: nullcontext())
+        set_suspicion(judge, examples, config, Vocabulary(one.text for one in examples))
         hits = 0
         for example in examples:
             assert example.suspicion is not None and example.suspicion.dtype == np.float32
             hits += int(example.suspicion.argmax()) in named_tokens(example)
         assert hits >= 0.8 * len(examples)
+
+
+def test_a_row_whose_values_are_not_finite_leaves(pair: dict[str, str], tmp_path: Path) -> None:
+    with aligned(pair, tmp_path) as (models, examples, cache):
+        model = models["student"].model.load()
+        config = config_of(score="lens")
+        broken, whole = examples[0], examples[1]
+        # One prompt has a token whose embedding overflows behind it.
+        other = set(whole.renderings["student"].input_ids.tolist())
+        token = next(one for one in broken.renderings["student"].input_ids if one not in other)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[int(token)] = torch.inf
+        judge = Judge(models, config, cache, lambda stage: nullcontext())
+        judge.use = lambda role: models[role]  # type: ignore[method-assign,index]  # stays loaded
+        set_suspicion(judge, [broken, whole], config)
+        assert broken.outcome is not None and broken.outcome.reason == "score_not_finite"
+        assert whole.outcome is None and np.isfinite(whole.suspicion).all()
 
 
 def test_values_come_from_the_cache_without_a_model(
@@ -193,3 +213,18 @@ def test_stage_1_runs_with_the_score(pair: dict[str, str], tmp_path: Path) -> No
         for line, one in zip(lines, cut, strict=True)
     ]
     assert gone and sum(text.strip() in detect_pair.NAMES for text in gone) >= 0.8 * len(gone)
+
+
+def test_a_sweep_draws_the_replacements_of_its_arm(pair: dict[str, str], tmp_path: Path) -> None:
+    # The last row is too long, and so not in the dataset that is swept.
+    long = {**MISLED[0], "prompt": "ann has 9 pears . " * 60}
+    rows = [*MISLED, long]
+    for name, changes in {"a": {"score": "intervention"}, "b": {"edit": "substitute"}}.items():
+        arm = detect_run.run(pair, tmp_path / name, rows, validate="teacher", **changes).arm
+        assert len({line["row_id"] for line in detect_run.table(arm / "dataset.parquet")}) < len(
+            rows
+        )
+        config = read_settings(arm)
+        grid = {one: [getattr(config, one)] for one in AXES}
+        (own,) = sweep_arm(arm, config, [], grid).cells
+        assert own.current and own.complete and own.known > 0 and own.overlap == 1.0

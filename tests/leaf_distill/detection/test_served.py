@@ -329,13 +329,13 @@ def test_drawn_answers_have_seeds_of_their_own_and_come_again(
     server = Server("student", servers["student"].url, NAME, 4, 5.0)
     one = prompted_model("student", LazyModel(pair["student"]), config, server)
     texts = []
-    for _ in range(2):
+    for seed in (0, 0, 1):
         rows = [example("tom has 7 apples .") for _ in range(6)]
         with open_cache(config) as cache:
-            answer(one, rows, config, cache, decoding=Decoding(temperature=50.0))
+            answer(one, rows, config, cache, decoding=Decoding(temperature=50.0, seed=seed))
         texts.append([row.answers["student"].text for row in rows])
-    assert texts[0] == texts[1] and len(set(texts[0])) > 1
-    assert len({body["seed"] for body in servers["student"].bodies}) == 6
+    assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) > 1
+    assert len({body["seed"] for body in servers["student"].bodies}) == 12
     assert all(0 <= body["seed"] < 2**31 for body in servers["student"].bodies)
 
 

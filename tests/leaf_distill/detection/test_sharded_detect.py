@@ -112,7 +112,9 @@ def test_two_processes_with_a_cache_each_do_what_one_does(
     pair: dict[str, str], finished: DetectResult, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
-    done = launch(torchrun(2), pair, tmp_path, {"1": {"options": ["--cache_dir", str(other)]}})
+    # What fits into the memory differs too: all take the batches of the least.
+    options = ["--cache_dir", str(other), "--max_batch_tokens", "400"]
+    done = launch(torchrun(2), pair, tmp_path, {"1": {"options": options}})
     assert done.status == 0, done.errors
     check_same(tmp_path, finished)
     whole = cached(finished.run_directory.parent / "cache")

@@ -212,3 +212,12 @@ def test_a_suspicion_takes_the_place_of_the_gap() -> None:
     find_spans([row], DetectConfig())
     assert row.spans == ((1, 2),)
     np.testing.assert_allclose(row.score, [1.0, 0.0, 0.75])
+
+
+def test_the_teacher_bounds_another_score_too() -> None:
+    row = found_in([side([3.0, 2.0, 1.0])], [side([1.0, 2.0, 3.0])])[0]
+    row.suspicion = np.array([1.0, 1.0, 0.0], dtype=np.float32)
+    find_spans([row], DetectConfig())
+    assert row.spans == ((0, 2),)
+    find_spans([row], DetectConfig(teacher_max=0.5))
+    assert row.spans == ((1, 2),)
