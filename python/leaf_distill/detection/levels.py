@@ -47,7 +47,10 @@ def set_views(example: Example, config: DetectConfig) -> None:
     """
     if config.level == "instruction":
         return
-    views = [example.derived()] if config.level == "both" else []
+    views = []
+    if config.level == "both":
+        views = [example.derived()]
+        views[0].answers = dict(example.answers)  # the models read the same prompt
     if example.reply is None:
         views += _response_views(example, config)
     else:  # a template writes its further keys where it likes
