@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -50,8 +51,8 @@ def funnel(examples: Sequence[Example], config: DetectConfig) -> dict[str, Any]:
     stages: stage, rows and unit, from the rows that came in to the candidates that are kept. left:
     stage, reason, count and unit, in the order of the stages, most frequent first; the units
     "prompts" and "beginnings" are the levels of rows that are analyzed at several (`VIEWS`).
-    notes: how often each alteration was made. nll: each model's mean and highest loss (nats a label token). sources:
-    the accuracy gained by cutting, as `pruning_gain` returns it.
+    notes: how often each alteration was made. nll: each model's mean and highest loss (nats a label
+    token). sources: the accuracy gained by cutting, as `pruning_gain` returns it.
     """
     candidates = list(candidates_of(examples))
     views = [view for example in examples for view in example.views]
@@ -156,9 +157,8 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
 
 def _say(console: Console, text: str, style: str = "") -> None:
     """Print text in lines that end between words; a long path stays whole."""
-    console.print(
-        text, style=style, markup=False, highlight=False, overflow="ignore", crop=False
-    )
+    lines = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
+    console.print(lines, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def views_that_left(left: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:

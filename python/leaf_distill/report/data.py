@@ -64,7 +64,7 @@ def read_run(arm: Path, *, samples: int, row_ids: Sequence[int] | None) -> Run:
         for at, row_id in enumerate(table["row_id"].to_pylist()):
             places.setdefault(row_id, []).append(at)
         candidates = table["candidates"].to_pylist()
-        groups = [_group(sum((candidates[at] for at in own), [])) for own in places.values()]
+        groups = [_group([one for at in own for one in candidates[at]]) for own in places.values()]
     known = list(places)
     for row_id in row_ids or ():
         if row_id not in places:
@@ -109,10 +109,8 @@ def _group(candidates: Sequence[dict[str, Any]]) -> Group:
 
 def _row(table: pa.Table, places: Sequence[int], turns: str) -> dict[str, Any]:
     """Return a row with the views that stand at some places of the table."""
-    views = [
-        _prepare(view, turns) for view in table.take(pa.array(places, pa.int64())).to_pylist()
-    ]
-    first, candidates = views[0], sum((view["candidates"] for view in views), [])
+    views = [_prepare(view, turns) for view in table.take(pa.array(places, pa.int64())).to_pylist()]
+    first, candidates = views[0], [one for view in views for one in view["candidates"]]
     # A row without an answer is graded against its whole completion, which the page shows anyway.
     whole = first["text"] + first["completion"] if first["segment"] else first["completion"]
     return {

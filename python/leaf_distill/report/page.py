@@ -15,7 +15,15 @@ from markupsafe import Markup, escape
 from leaf_distill.detection.funnel import ROW_STAGES, VIEWS, views_that_left
 from leaf_distill.report.data import GROUPS, MODELS, Run
 from leaf_distill.report.heat import LEVELS, cut_excerpt, heat, last_lines, score_level
-from leaf_distill.report.settings import headline, lede, number, remarks, score_words, short_name, thresholds
+from leaf_distill.report.settings import (
+    headline,
+    lede,
+    number,
+    remarks,
+    score_words,
+    short_name,
+    thresholds,
+)
 
 GENERATOR = '<meta name="generator" content="leaf report">'
 """The element by which an earlier page is recognized."""
@@ -68,12 +76,16 @@ def render_page(run: Run, results: Mapping[str, Any]) -> str:
         gains=[line for line in run.funnel.get("sources", []) if line["marked"]],
         models=MODELS,
         views_left=list(views_that_left(run.funnel["left"])),
-        judges=(*JUDGES.get(settings["validate"], MODELS), *(["teacher"] if settings["relabel"] else [])),
+        judges=(
+            *JUDGES.get(settings["validate"], MODELS),
+            *(["teacher"] if settings["relabel"] else []),
+        ),
         groups=GROUPS,
         verdicts=VERDICTS | (PROGRAM_VERDICTS if settings["grade"] == "code" else {}),
         levels=range(LEVELS + 1),
         score_scale=[score_level(step / 40) for step in range(41)],
         thresholds=thresholds(settings),
+        ticks=_ticks([value for _, value in thresholds(settings)]),
         generator=Markup(GENERATOR),
         css=Markup(package.joinpath("page.css").read_text(encoding="utf-8") + _colors()),
         script=Markup(script),
@@ -92,7 +104,12 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        verbatim=verbatim, words=words, number=number, signed=signed, last_lines=last_lines
+        curly=curly,
+        verbatim=verbatim,
+        words=words,
+        number=number,
+        signed=signed,
+        last_lines=last_lines,
     )
     environment.globals.update(heat=heat, cut_excerpt=cut_excerpt)
     return environment.get_template("page.html.j2")
@@ -103,6 +120,11 @@ def verbatim(text: str) -> Markup:
     return Markup(str(escape(text.translate(_CONTROLS))).replace("\r", "&#13;"))
 
 
+def curly(text: str) -> str:
+    """Return text with curly apostrophes."""
+    return text.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}")
+
+
 def words(code: str) -> str:
     """Return a short code such as `prompt_too_long` in words."""
     return WORDS.get(code) or code.replace("cut_off", "answer cut off").replace("_", " ").strip()
@@ -111,6 +133,12 @@ def words(code: str) -> str:
 def signed(share: float) -> str:
     """Return a difference of shares in percentage points."""
     return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _ticks(thresholds: Sequence[float]) -> list[float]:
+    """Return the numbers of the score's axis that stand clear of the thresholds."""
+    numbers = (0.25, 0.5, 0.75)
+    return [tick for tick in numbers if all(abs(one - tick) > 0.08 for one in thresholds)]
 
 
 def _stages(funnel: Mapping[str, Any]) -> list[dict[str, Any]]:

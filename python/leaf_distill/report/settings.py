@@ -12,24 +12,24 @@ from leaf_distill.config import DetectConfig, PairOptions, RowOptions
 SCORES = {
     "gap": (
         "gap of the gradients, teacher less student",
-        "Tokens to which the student’s loss reacts strongly and the teacher’s does not",
+        "Tokens to which the student's loss reacts strongly and the teacher's does not",
         "The <b>score</b> is teacher minus student, scaled to [0, 1] again. A token with <b>a low "
-        "score is a suspect</b>: the student’s loss reacts to it, and the teacher’s does not.",
+        "score is a suspect</b>: the student's loss reacts to it, and the teacher's does not.",
         ("student only: confounder", "teacher more than student"),
     ),
     "lens": (
         "lens, difference of the log-probabilities",
         "Tokens whose probability the two models judge most differently",
-        "The <b>score</b> is not made of them: it is how much the two models’ log-probabilities of "
+        "The <b>score</b> is not made of them: it is how much the two models' log-probabilities of "
         "the token differ, scaled to [0, 1] and turned around. A token with <b>a low score is a "
         "suspect</b>: the models differ most on it.",
         ("models differ most: confounder", "models agree"),
     ),
     "intervention": (
         "intervention, change of the answers without the word",
-        "Words without which the student’s answer changes strongly and the teacher’s does not",
+        "Words without which the student's answer changes strongly and the teacher's does not",
         "The <b>score</b> is measured on the words with the lowest gap of the two: how much more "
-        "the student’s distribution of answers changes than the teacher’s when the word is "
+        "the student's distribution of answers changes than the teacher's when the word is "
         "replaced or left out, scaled to [0, 1] and turned around. A token with <b>a low score is "
         "a suspect</b>; tokens that were not tried have the score 1.",
         ("student changes most: confounder", "not tried, or teacher changes"),
@@ -128,7 +128,7 @@ def remarks(settings: Mapping[str, Any]) -> list[str]:
         if settings["guard"] == "agreement":
             guard = f"if most of {settings['agreement']} further answers agree with it"
         found.append(
-            "Relabelled: the completion of a counterfactual is the teacher’s own answer to the "
+            "Relabelled: the completion of a counterfactual is the teacher's own answer to the "
             f"changed prompt, {guard}."
         )
     return found
@@ -151,9 +151,7 @@ def changed_settings(settings: Mapping[str, Any]) -> list[str]:
     return [
         f"{item.name} {number(settings[item.name])}"
         for item in fields(DetectConfig)
-        if item.name not in PLACES
-        and item.name in settings
-        and settings[item.name] != item.default
+        if item.name not in PLACES and item.name in settings and settings[item.name] != item.default
     ]
 
 
