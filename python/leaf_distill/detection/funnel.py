@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +30,9 @@ ROW_STAGES = {
 
 KEPT = "kept counterfactuals"
 
+VIEWS = {"prompts": "prompts", "beginnings": "beginnings of responses"}
+"""The levels of a row, in words. One may leave while another keeps the row in."""
+
 OUTCOMES = pa.schema(
     [
         ("row_id", pa.int64()),
@@ -45,10 +49,10 @@ def funnel(examples: Sequence[Example], config: DetectConfig) -> dict[str, Any]:
     """Return what funnel.json holds of a finished run: `stages`, `left`, `notes`, `nll`, `sources`.
 
     stages: stage, rows and unit, from the rows that came in to the candidates that are kept. left:
-    stage, reason, count and unit, in the order of the stages, most frequent first; the unit "views"
-    is a level of a row where it is analyzed at several. notes: how often
-    each alteration was made. nll: each model's mean and highest loss (nats a label token). sources:
-    the accuracy gained by cutting, as `pruning_gain` returns it.
+    stage, reason, count and unit, in the order of the stages, most frequent first; the units
+    "prompts" and "beginnings" are the levels of rows that are analyzed at several (`VIEWS`).
+    notes: how often each alteration was made. nll: each model's mean and highest loss (nats a label
+    token). sources: the accuracy gained by cutting, as `pruning_gain` returns it.
     """
     candidates = list(candidates_of(examples))
     views = [view for example in examples for view in example.views]
@@ -67,7 +71,8 @@ def funnel(examples: Sequence[Example], config: DetectConfig) -> dict[str, Any]:
         "stages": stages,
         "left": [
             *_reasons(examples, "rows"),
-            *_reasons(views, "views"),
+            *_reasons([view for view in views if not view.segment], "prompts"),
+            *_reasons([view for view in views if view.segment], "beginnings"),
             *_reasons(candidates, "candidates"),
         ],
         "notes": dict(sorted(notes.items())),
@@ -132,7 +137,7 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
     table.add_column("left, and why")
     lines: dict[str, list[str]] = {}
     for reason in summary["left"]:
-        if reason["unit"] == "views":
+        if reason["unit"] in VIEWS:
             continue
         line = f"{reason['count']} {reason['reason'].replace('_', ' ')}"
         lines.setdefault(_shown_at(reason), []).append(line)
@@ -142,19 +147,31 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
     console = Console()
     console.print(table)
     _show_sources(console, summary["sources"])
-    views = [one for one in summary["left"] if one["unit"] == "views"]
-    for one in views:
-        text = (
-            f"views that left at {one['stage']}: {one['count']} {one['reason'].replace('_', ' ')}"
-        )
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for name, reasons in views_that_left(summary["left"]):
+        _say(console, f"{name} that left: {', '.join(reasons)}")
     for note, count in summary["notes"].items():
-        text = f"note: {note.replace('_', ' ')}: {count}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"note: {note.replace('_', ' ')}: {count}")
     for warning in warnings:
-        console.print(f"note: {warning}", style="yellow", markup=False, soft_wrap=True)
+        _say(console, f"note: {warning}", style="yellow")
     times = ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
-    console.print(f"seconds: {times}", markup=False, soft_wrap=True)
+    _say(console, f"seconds: {times}")
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    """Print text in lines that end between words; a long path stays whole."""
+    lines = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
+    console.print(lines, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def views_that_left(left: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the name of each level of rows, and how many of it left by themselves, and why."""
+    counts = {name: Counter[str]() for name in VIEWS}
+    for entry in left:
+        if entry["unit"] in VIEWS:
+            counts[entry["unit"]][entry["reason"].replace("_", " ")] += entry["count"]
+    for name, reasons in counts.items():
+        if reasons:
+            yield VIEWS[name], [f"{count} {reason}" for reason, count in reasons.items()]
 
 
 def _show_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> None:
@@ -164,7 +181,7 @@ def _show_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> Non
     if len(sources) == 1:
         one = sources[0]
         text = f"cutting repairs {one['repaired']} of {one['marked']} marked rows, {_share(one)}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _say(console, text)
         return
     table = Table(title="Marked rows that a cut repairs", title_justify="left")
     table.add_column("source")

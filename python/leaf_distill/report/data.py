@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leaf_distill.data.example import Role
+from leaf_distill.config import TURNS
+from leaf_distill.data.example import Example, Role
+from leaf_distill.detection.levels import analyzed_turns
 from leaf_distill.detection.output import SAMPLES
 from leaf_distill.io import read_json, reading
 from leaf_distill.report.heat import Token
@@ -29,7 +31,8 @@ GROUPS: tuple[Group, ...] = ("kept", "rejected", "none")
 class Run:
     """An arm: its funnel, its models' names, the chosen rows, and how many there are.
 
-    A row has the columns of samples.parquet, and what `_prepare` adds.
+    A row has its `row_id`, its `group`, its right `answer`, and its `views`: the levels at which it
+    was analyzed, each with the columns of samples.parquet and what `_prepare` adds.
     """
 
     funnel: dict[str, Any]
@@ -47,26 +50,34 @@ def read_run(arm: Path, *, samples: int, row_ids: Sequence[int] | None) -> Run:
     funnel, run = read_json(arm / "funnel.json"), read_json(arm.parent.parent / "run.json")
     with reading(arm.parent.parent / "run.json"):
         models = {str(role): str(run[role]["name"]) for role in MODELS}
+    with reading(arm / "funnel.json"):
+        turns = funnel["settings"]["turns"]
+        if not TURNS.fullmatch(turns):
+            raise ValueError(f"the turns {turns!r} have no meaning")
     path = arm / "samples.parquet"
     with reading(path):
         table = pq.read_table(path, page_checksum_verification=True)
         wrong = [field.name for field in SAMPLES if not _has(table.schema, field)]
         if wrong:
             raise ValueError(f"no or another type for the columns {', '.join(wrong)}")
-        row_of = {row_id: at for at, row_id in enumerate(table["row_id"].to_pylist())}
-        groups = [_group(candidates) for candidates in table["candidates"].to_pylist()]
+        places: dict[int, list[int]] = {}
+        for at, row_id in enumerate(table["row_id"].to_pylist()):
+            places.setdefault(row_id, []).append(at)
+        candidates = table["candidates"].to_pylist()
+        groups = [_group([one for at in own for one in candidates[at]]) for own in places.values()]
+    known = list(places)
     for row_id in row_ids or ():
-        if row_id not in row_of:
+        if row_id not in places:
             raise ValueError(
-                f"row_ids: must be of the {len(row_of)} scored rows in {path}, got {row_id}; give "
+                f"row_ids: must be of the {len(known)} scored rows in {path}, got {row_id}; give "
                 "others"
             )
     if row_ids is None:
-        chosen = choose(groups, samples)
+        chosen = [known[index] for index in choose(groups, samples)]
     else:
-        chosen = [row_of[row_id] for row_id in dict.fromkeys(row_ids)]
+        chosen = list(dict.fromkeys(row_ids))
     with reading(path):
-        rows = [_prepare(row) for row in table.take(pa.array(chosen, pa.int64())).to_pylist()]
+        rows = [_row(table, places[row_id], turns) for row_id in chosen]
     return Run(funnel, models, rows, {group: groups.count(group) for group in GROUPS})
 
 
@@ -96,33 +107,81 @@ def _group(candidates: Sequence[dict[str, Any]]) -> Group:
     return "kept" if any(one["kept"] for one in candidates) else "rejected"
 
 
-def _prepare(row: dict[str, Any]) -> dict[str, Any]:
-    """Add to a row its group, the models that were asked, tokens, and the earlier messages."""
-    text = row["text"]
-    if not isinstance(text, str) or not isinstance(row["completion"], str):
-        raise TypeError(f"row {row['row_id']} has no text")
-    for one in row["candidates"]:
+def _row(table: pa.Table, places: Sequence[int], turns: str) -> dict[str, Any]:
+    """Return a row with the views that stand at some places of the table."""
+    views = [_prepare(view, turns) for view in table.take(pa.array(places, pa.int64())).to_pylist()]
+    first, candidates = views[0], [one for view in views for one in view["candidates"]]
+    # A row without an answer is graded against its whole completion, which the page shows anyway.
+    whole = first["text"] + first["completion"] if first["segment"] else first["completion"]
+    return {
+        "row_id": int(first["row_id"]),
+        "group": _group(candidates),
+        "answer": None if first["segment"] and first["answer"] == whole else first["answer"],
+        "views": views,
+        "candidates": candidates,
+    }
+
+
+def _prepare(view: dict[str, Any], turns: str) -> dict[str, Any]:
+    """Add to a view its name, the models that were asked, tokens, and the other messages."""
+    text = view["text"]
+    if not isinstance(text, str) or not isinstance(view["completion"], str):
+        raise TypeError(f"row {view['row_id']} has no text")
+    for one in view["candidates"]:
         borders = (at for part in one["cut"] for at in part)
         one["inside_word"] = any(_inside_word(text, at) for at in borders)
-    prompts = (row, *row["candidates"])
+    prompts = (view, *view["candidates"])
     columns = ("teacher_saliency", "student_saliency", "score")
-    numbers = zip(*(map(_float, row[name]) for name in columns), strict=True)
-    marked = zip(row["offsets"], numbers, row["confounder"], strict=True)
-    return row | {
-        "row_id": int(row["row_id"]),
-        "group": _group(row["candidates"]),
+    numbers = zip(*(map(_float, view[name]) for name in columns), strict=True)
+    marked = zip(view["offsets"], numbers, view["confounder"], strict=True)
+    analyzed, names = _messages(view, turns)
+    return view | {
+        "name": _name(int(view["segment"])),
         "asked": [
             role
             for role in MODELS
             if any(one[f"{role}_{of}"] is not None for one in prompts for of in _REPLY)
         ],
-        "context": _context(row["messages"]),
+        "context": _context(_turns(view), analyzed),
+        "names": names,
         "tokens": [
             Token(start, stop, teacher, student, score, bool(marks))
             for (start, stop), (teacher, student, score), marks in marked
         ],
-        "spans": [(start, stop) for start, stop in row["spans"]],
+        "spans": [(start, stop) for start, stop in view["spans"]],
     }
+
+
+def _name(segment: int) -> str:
+    """Return the name of a level, which is the text that was analyzed."""
+    if segment < 2:
+        return "Response, segment 1" if segment else "Prompt"
+    return f"Response, segments 1 to {segment}"
+
+
+def _turns(view: Mapping[str, Any]) -> list[dict[str, Any]]:
+    messages = view["messages"]
+    return list(json.loads(messages) if isinstance(messages, str) else messages)
+
+
+def _messages(view: Mapping[str, Any], turns: str) -> tuple[set[int], dict[int, str]]:
+    """Return the indices of the analyzed messages, and their names by their first character.
+
+    There are no names where the conversation has one user turn, or the response is analyzed.
+    """
+    if view["segment"]:
+        return set(), {}
+    messages = _turns(view)
+    row = Example(int(view["row_id"]), tuple(messages), view["completion"])
+    row.turns = analyzed_turns(row, turns)
+    if row.text != view["text"]:
+        raise ValueError(f"row {row.row_id} has a text that is not of its messages")
+    users = [at for at, turn in enumerate(messages) if turn["role"] == "user"]
+    if len(users) < 2:
+        return set(row.places), {}
+    starts = (start for start, _ in row.parts)
+    names = (f"user turn {users.index(place) + 1}" for place in row.places)
+    return set(row.places), dict(zip(starts, names, strict=True))
 
 
 _REPLY = ("answer", "verdict")
@@ -133,10 +192,12 @@ def _inside_word(text: str, at: int) -> bool:
     return 0 < at < len(text) and text[at - 1].isalnum() and text[at].isalnum()
 
 
-def _context(messages: Any) -> list[tuple[str, str]]:
-    """Return role and text of all messages but the last; other keys follow the text as JSON."""
+def _context(messages: Sequence[dict[str, Any]], analyzed: set[int]) -> list[tuple[str, str]]:
+    """Return role and text of the messages that are not analyzed; other keys follow as JSON."""
     context = []
-    for turn in (json.loads(messages) if isinstance(messages, str) else messages)[:-1]:
+    for at, turn in enumerate(messages):
+        if at in analyzed:
+            continue
         others = {name: value for name, value in turn.items() if value is not None}
         role, text = others.pop("role"), others.pop("content", "")
         if others:

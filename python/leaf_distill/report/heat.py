@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from types import MappingProxyType
 
 from leaf_distill.data.example import Range
 
@@ -27,13 +28,17 @@ class Token:
 
 @dataclass(frozen=True)
 class Cell:
-    """A piece of text that has one color; levels are 0..LEVELS, and None is no color."""
+    """A piece of text that has one color; levels are 0..LEVELS, and None is no color.
+
+    `message` is the name of the message that begins with it, where there are several.
+    """
 
     text: str
     title: str
     teacher: int | None
     student: int | None
     score: int | None
+    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,14 +106,19 @@ def _cell(text: str, tokens: Sequence[Token]) -> Cell:
 
 
 def heat(
-    text: str, tokens: Iterable[Token], spans: Sequence[Range], cuts: Sequence[Range]
+    text: str,
+    tokens: Iterable[Token],
+    spans: Sequence[Range],
+    cuts: Sequence[Range],
+    messages: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[Stretch, ...]:
     """Return the whole text, in order, as stretches of cells.
 
     Text that no token covers has no color; a border of a range inside a token splits the cell.
+    `messages` names the messages that the text is joined of, at their first character.
     """
     clusters = _clusters(token for token in tokens if 0 <= token.start < token.stop <= len(text))
-    edges = {0, len(text)}
+    edges = {0, len(text), *messages}
     for start, stop in [*((c[0], c[1]) for c in clusters), *spans, *cuts]:
         edges |= {min(max(start, 0), len(text)), min(max(stop, 0), len(text))}
     pieces: list[tuple[bool, bool, Cell]] = []
@@ -118,6 +128,7 @@ def heat(
             at += 1
         covered = at < len(clusters) and clusters[at][0] <= start
         cell = _cell(text[start:stop], clusters[at][2] if covered else ())
+        cell = replace(cell, message=messages.get(start, ""))
         span, cut = (any(a <= start < b for a, b in ranges) for ranges in (spans, cuts))
         pieces.append((span, cut, cell))
     grouped = groupby(pieces, key=lambda piece: piece[:2])
@@ -128,29 +139,67 @@ def heat(
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a cut prompt: kept text, cut text, or the number of `hidden` characters."""
+    """A part of a changed prompt, of which one is given.
 
-    text: str
+    Attributes:
+        text: kept text, or with `cut` what was cut.
+        cut: whether it was cut.
+        hidden: the number of kept characters that are left out of the excerpt.
+        inserted: the text that stands in place of the cut before it.
+        message: the name of the message that begins here, where there are several.
+    """
+
+    text: str = ""
     cut: bool = False
     hidden: int = 0
+    inserted: str = ""
+    message: str = ""
 
 
-def cut_excerpt(text: str, cut: Sequence[Range], *, context: int = 32) -> tuple[Piece, ...]:
-    """Return a prompt's cuts, each with about `context` characters of the text on either side."""
+def cut_excerpt(
+    text: str,
+    cut: Sequence[Range],
+    inserted: Sequence[str] = (),
+    messages: Mapping[int, str] = MappingProxyType({}),
+    *,
+    context: int = 32,
+) -> tuple[Piece, ...]:
+    """Return a prompt's cuts, each with about `context` characters of the text on either side.
+
+    Args:
+        text: the prompt.
+        cut: the ranges that were cut.
+        inserted: what stands in place of each; none: nothing.
+        messages: the names of the messages that the text is joined of, at their first character.
+        context: the number of characters.
+    """
     pieces: list[Piece] = []
-    at = 0
-    for start, stop in [*sorted(cut), (len(text), len(text))]:
+
+    def add(start: int, stop: int, *, cut: bool = False) -> None:
+        edges = [start, *(one for one in sorted(messages) if start < one < stop), stop]
+        for low, high in pairwise(edges) if start < stop else ():
+            pieces.append(Piece(message=messages.get(low, "")))
+            pieces.append(Piece(text[low:high], cut=cut))
+
+    at, end = 0, len(text)
+    edits = sorted(zip(cut, inserted or [""] * len(cut), strict=True))
+    for (start, stop), new in [*edits, ((end, end), "")]:
         kept = text[at:start]
         head = _head(kept, context) if at else ""
-        tail = _tail(kept, context) if start < len(text) else ""
-        hidden = len(kept) - len(head) - len(tail)
-        if hidden > context // 2:
-            pieces += [Piece(head), Piece("", hidden=hidden), Piece(tail)]
+        tail = _tail(kept, context) if start < end else ""
+        low, high = at + len(head), start - len(tail)
+        if high - low > context // 2:
+            add(at, low)
+            passed = [one for one in sorted(messages) if low <= one < high]
+            pieces.append(Piece(hidden=high - low))
+            pieces += [Piece(message=messages[one]) for one in passed[-1:]]
+            add(high, start)
         else:
-            pieces.append(Piece(kept))
-        pieces.append(Piece(text[start:stop], cut=True))
+            add(at, start)
+        add(start, stop, cut=True)
+        pieces.append(Piece(inserted=new))
         at = max(at, stop)
-    return tuple(piece for piece in pieces if piece.text or piece.hidden)
+    return tuple(piece for piece in pieces if piece != Piece())
 
 
 def last_lines(text: str, *, length: int = 160) -> str:

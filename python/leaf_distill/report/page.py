@@ -7,15 +7,23 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import PurePath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from leaf_distill.detection.funnel import ROW_STAGES
+from leaf_distill.detection.funnel import ROW_STAGES, VIEWS, views_that_left
 from leaf_distill.report.data import GROUPS, MODELS, Run
 from leaf_distill.report.heat import LEVELS, cut_excerpt, heat, last_lines, score_level
+from leaf_distill.report.settings import (
+    headline,
+    lede,
+    number,
+    remarks,
+    score_words,
+    short_name,
+    thresholds,
+)
 
 GENERATOR = '<meta name="generator" content="leaf report">'
 """The element by which an earlier page is recognized."""
@@ -37,22 +45,9 @@ PROGRAM_VERDICTS = {
 }
 """The verdicts of programs: with `grade` "code" a timeout is the program's."""
 
-VALIDATION = {
-    "both": "kept if teacher and student are right",
-    "teacher": "kept if the teacher is right",
-    "none": "none: every cut is kept",
-}
 JUDGES = {"both": MODELS, "teacher": ("teacher",), "none": ()}
 """The models that validation asks."""
 
-STRATEGIES = {
-    "span": "one span at a time",
-    "collective": "all spans together",
-    "random_tokens": "random tokens (a control)",
-    "random_spans": "random spans (a control)",
-    "student_saliency": "tokens of the highest student saliency (a control)",
-    "perplexity": "tokens of the highest perplexity (a control)",
-}
 WORDS = {"cut_inside_word": "cuts that begin or end inside a word or number"}
 DETAILS = ("settings", "models", "versions", "seconds")
 
@@ -70,19 +65,27 @@ def render_page(run: Run, results: Mapping[str, Any]) -> str:
         run=run,
         funnel=run.funnel,
         settings=settings,
-        headline=_headline(run),
+        headline=headline(run.models, settings),
+        lede=lede(settings),
+        remarks=remarks(settings),
+        score=score_words(settings),
         student=short_name(run.models["student"]),
         details=[(name.capitalize(), _flat(run.funnel[name])) for name in DETAILS],
         results=results,
         stages=_stages(run.funnel),
         gains=[line for line in run.funnel.get("sources", []) if line["marked"]],
         models=MODELS,
-        judges=JUDGES.get(settings["validate"], MODELS),
+        views_left=list(views_that_left(run.funnel["left"])),
+        judges=(
+            *JUDGES.get(settings["validate"], MODELS),
+            *(["teacher"] if settings["relabel"] else []),
+        ),
         groups=GROUPS,
         verdicts=VERDICTS | (PROGRAM_VERDICTS if settings["grade"] == "code" else {}),
         levels=range(LEVELS + 1),
         score_scale=[score_level(step / 40) for step in range(41)],
-        threshold=settings["threshold"] if settings["rule"] == "absolute" else None,
+        thresholds=thresholds(settings),
+        ticks=_ticks([value for _, value in thresholds(settings)]),
         generator=Markup(GENERATOR),
         css=Markup(package.joinpath("page.css").read_text(encoding="utf-8") + _colors()),
         script=Markup(script),
@@ -101,7 +104,12 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        verbatim=verbatim, words=words, number=number, signed=signed, last_lines=last_lines
+        curly=curly,
+        verbatim=verbatim,
+        words=words,
+        number=number,
+        signed=signed,
+        last_lines=last_lines,
     )
     environment.globals.update(heat=heat, cut_excerpt=cut_excerpt)
     return environment.get_template("page.html.j2")
@@ -112,20 +120,14 @@ def verbatim(text: str) -> Markup:
     return Markup(str(escape(text.translate(_CONTROLS))).replace("\r", "&#13;"))
 
 
+def curly(text: str) -> str:
+    """Return text with curly apostrophes."""
+    return text.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}")
+
+
 def words(code: str) -> str:
     """Return a short code such as `prompt_too_long` in words."""
     return WORDS.get(code) or code.replace("cut_off", "answer cut off").replace("_", " ").strip()
-
-
-def number(value: Any) -> str:
-    """Return a number with commas or four significant digits, and another value as text."""
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def signed(share: float) -> str:
@@ -133,30 +135,10 @@ def signed(share: float) -> str:
     return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def short_name(name: str) -> str:
-    """Return the last two parts of a local path, and a hub name as it is."""
-    path = PurePath(name)
-    return "/".join(path.parts[-2:]) if path.parts[2:] else name
-
-
-def _headline(run: Run) -> list[tuple[str, str]]:
-    """Return the settings that a reader needs to understand the page."""
-    settings = run.funnel["settings"]
-    threshold = f"score at most {number(settings['threshold'])}"
-    if settings["rule"] == "quantile":
-        lowest, cap = number(100 * settings["threshold"]), number(settings["cap"])
-        threshold = f"lowest {lowest}% of tokens, score at most {cap}"
-    if settings["teacher_max"] is not None:
-        threshold += f", teacher saliency at most {number(settings['teacher_max'])}"
-    dataset = f"{short_name(settings['dataset'])}, split {settings['dataset_split']}"
-    return [
-        ("Student", short_name(run.models["student"])),
-        ("Teacher", short_name(run.models["teacher"])),
-        ("Dataset", dataset if settings["dataset"] else "rows in memory"),
-        ("Threshold", threshold),
-        ("Pruning", STRATEGIES.get(settings["strategy"], settings["strategy"])),
-        ("Validation", VALIDATION.get(settings["validate"], settings["validate"])),
-    ]
+def _ticks(thresholds: Sequence[float]) -> list[float]:
+    """Return the numbers of the score's axis that stand clear of the thresholds."""
+    numbers = (0.25, 0.5, 0.75)
+    return [tick for tick in numbers if all(abs(one - tick) > 0.08 for one in thresholds)]
 
 
 def _stages(funnel: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -171,6 +153,8 @@ def _stages(funnel: Mapping[str, Any]) -> list[dict[str, Any]]:
         most[stage["unit"]] = max(most.get(stage["unit"], 1), stage["rows"])
     left: dict[str, list[tuple[int, str]]] = {name: [] for name in names}
     for entry in funnel["left"] if names else ():
+        if entry["unit"] in VIEWS:
+            continue
         left[_line(entry, names)].append((entry["count"], words(entry["reason"])))
     return [
         {

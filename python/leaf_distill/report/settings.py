@@ -1,0 +1,188 @@
+"""The settings of a run in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import PurePath
+from typing import Any
+
+from leaf_distill.config import DetectConfig, PairOptions, RowOptions
+
+SCORES = {
+    "gap": (
+        "gap of the gradients, teacher less student",
+        "Tokens to which the student's loss reacts strongly and the teacher's does not",
+        "The <b>score</b> is teacher minus student, scaled to [0, 1] again. A token with <b>a low "
+        "score is a suspect</b>: the student's loss reacts to it, and the teacher's does not.",
+        ("student only: confounder", "teacher more than student"),
+    ),
+    "lens": (
+        "lens, difference of the log-probabilities",
+        "Tokens whose probability the two models judge most differently",
+        "The <b>score</b> is not made of them: it is how much the two models' log-probabilities of "
+        "the token differ, scaled to [0, 1] and turned around. A token with <b>a low score is a "
+        "suspect</b>: the models differ most on it.",
+        ("models differ most: confounder", "models agree"),
+    ),
+    "intervention": (
+        "intervention, change of the answers without the word",
+        "Words without which the student's answer changes strongly and the teacher's does not",
+        "The <b>score</b> is measured on the words with the lowest gap of the two: how much more "
+        "the student's distribution of answers changes than the teacher's when the word is "
+        "replaced or left out, scaled to [0, 1] and turned around. A token with <b>a low score is "
+        "a suspect</b>; tokens that were not tried have the score 1.",
+        ("student changes most: confounder", "not tried, or teacher changes"),
+    ),
+}
+"""Of each score its name, what a suspect is, how to read it, and what its ends mean."""
+
+VALIDATION = {
+    "both": "kept if teacher and student are right",
+    "teacher": "kept if the teacher is right",
+    "none": "none: every cut is kept",
+}
+STRATEGIES = {
+    "span": "one span at a time",
+    "collective": "all spans together",
+    "random_tokens": "random tokens (a control)",
+    "random_spans": "random spans (a control)",
+    "student_saliency": "tokens of the highest student saliency (a control)",
+    "teacher_saliency": "tokens of the lowest teacher saliency (a control)",
+    "perplexity": "tokens of the highest perplexity (a control)",
+}
+LEVELS = {"instruction": "the prompt", "response": "the beginning of the response"}
+LEVELS["both"] = " and ".join(LEVELS.values())
+UNITS = {"word": "words", "clause": "clauses", "sentence": "sentences"}
+PLACES = {item.name for one in (PairOptions, RowOptions) for item in fields(one)}
+PLACES = (PLACES | {"output_dir", "cache_dir"}) - {"max_rows"}
+"""Settings that have no usual value."""
+
+
+def number(value: Any) -> str:
+    """Return a number with commas or four significant digits, and another value as text."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def short_name(name: str) -> str:
+    """Return the last two parts of a local path, and a hub name as it is."""
+    path = PurePath(name)
+    return "/".join(path.parts[-2:]) if path.parts[2:] else name
+
+
+def headline(models: Mapping[str, str], settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the settings that a reader needs to understand the page."""
+    dataset = f"{short_name(settings['dataset'])}, split {settings['dataset_split']}"
+    name, *_ = score_words(settings)
+    lines = [
+        ("Student", short_name(models["student"])),
+        ("Teacher", short_name(models["teacher"])),
+        ("Dataset", dataset if settings["dataset"] else "rows in memory"),
+        ("Searched", _searched(settings)),
+        ("Score", name),
+        ("Threshold", _threshold(settings)),
+        ("Pruning", STRATEGIES.get(settings["strategy"], settings["strategy"])),
+        ("Change", _change(settings)),
+        ("Validation", VALIDATION.get(settings["validate"], settings["validate"])),
+    ]
+    if others := changed_settings(settings):
+        lines.append(("Not the defaults", ", ".join(others)))
+    return lines
+
+
+def score_words(settings: Mapping[str, Any]) -> tuple[str, str, str, tuple[str, str]]:
+    """Return what `SCORES` says of the run's score."""
+    return SCORES.get(settings["score"], SCORES["gap"])
+
+
+def lede(settings: Mapping[str, Any]) -> str:
+    """Return in a sentence or two what the run did."""
+    where = LEVELS.get(settings["level"], settings["level"])
+    done = "replaced by others in" if settings["edit"] == "substitute" else "cut out of"
+    changed = "changed" if settings["edit"] == "substitute" else "cut"
+    what = {"instruction": "prompts", "response": "beginnings"}.get(settings["level"], "texts")
+    _, suspects, *_ = score_words(settings)
+    checked = "" if settings["validate"] == "none" else " that pass validation"
+    return (
+        f"{suspects} are {done} {where}. The {changed} {what}{checked} become training examples "
+        "beside the originals."
+    )
+
+
+def remarks(settings: Mapping[str, Any]) -> list[str]:
+    """Return what is unusual in what training will read."""
+    found = []
+    if settings["cross_branch"]:
+        found.append(
+            "Cross branch: in training the student reads the whole prompt, and the teacher alone "
+            "reads the changed one."
+        )
+    if settings["relabel"]:
+        guard = "if the grader finds it right"
+        if settings["guard"] == "agreement":
+            guard = f"if most of {settings['agreement']} further answers agree with it"
+        found.append(
+            "Relabelled: the completion of a counterfactual is the teacher's own answer to the "
+            f"changed prompt, {guard}."
+        )
+    return found
+
+
+def thresholds(settings: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Return where scores are cut under the absolute rule, each with the texts that it is for."""
+    own = {"instruction": "prompts", "response": "responses"}
+    values = {"prompts": settings["threshold"], "responses": settings["response_threshold"]}
+    name = own.get(settings["level"])
+    if settings["rule"] != "absolute":
+        return []
+    if name is None and values["prompts"] != values["responses"]:
+        return list(values.items())
+    return [("", values[name or "prompts"])]
+
+
+def changed_settings(settings: Mapping[str, Any]) -> list[str]:
+    """Return name and value of the settings that are not the defaults."""
+    return [
+        f"{item.name} {number(settings[item.name])}"
+        for item in fields(DetectConfig)
+        if item.name not in PLACES and item.name in settings and settings[item.name] != item.default
+    ]
+
+
+def _searched(settings: Mapping[str, Any]) -> str:
+    turns = {"all": "all user turns", "last": "the last user turn"}.get(
+        settings["turns"], f"user turns {settings['turns']}"
+    )
+    response = f"the response up to a border of its {settings['segments']} segments"
+    both = {"instruction": turns, "response": response}
+    return both.get(settings["level"], f"{turns}, and {response}")
+
+
+def _threshold(settings: Mapping[str, Any]) -> str:
+    words = " and ".join(
+        f"score at most {number(value)}{name and ' in '}{name}"
+        for name, value in thresholds(settings)
+    )
+    if settings["rule"] == "quantile":
+        lowest, cap = number(100 * settings["threshold"]), number(settings["cap"])
+        if settings["level"] != "instruction":
+            lowest += f"% (in responses {number(100 * settings['response_threshold'])}"
+        closed = "%" if settings["level"] == "instruction" else "%)"
+        words = f"lowest {lowest}{closed} of tokens, score at most {cap}"
+    if settings["teacher_max"] is not None:
+        words += f", teacher saliency at most {number(settings['teacher_max'])}"
+    return words
+
+
+def _change(settings: Mapping[str, Any]) -> str:
+    edit = "deleted"
+    if settings["edit"] == "substitute":
+        edit = f"replaced by words of the same class, up to {settings['draws']} times"
+    unit = UNITS.get(settings["widen"])
+    return f"{edit}, {f'whole {unit}' if unit else 'the tokens alone'}"
