@@ -141,7 +141,7 @@ class Judge:
             text = candidate.answers["teacher"].text
             if self.config.guard == "agreement":
                 candidate.answer = text  # the changed prompt may have another answer than the row
-            elif candidate.tests is None:
+            elif self.config.grade != "code":
                 candidate.answer = candidate.gold
             candidate.completion, candidate.reply = text, None
 
