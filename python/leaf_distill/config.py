@@ -319,7 +319,10 @@ class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
             "who must answer the cut prompt correctly: both (the paper), teacher or none"
         ),
     )
-    seed: int = field(default=0, metadata=about("seed of the random controls"))
+    seed: int = field(
+        default=0,
+        metadata=about("seed of all that is drawn: random controls, replacements, answers"),
+    )
     dry_run: bool = field(
         default=False,
         metadata=about("print what the run will take in memory and time, and write nothing"),

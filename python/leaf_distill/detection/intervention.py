@@ -91,7 +91,8 @@ def interventions(
         example: an aligned row.
         units: token ranges, such as those of `shortlist`.
         config: `draws` replacements are drawn for a unit, or it is left out where that is 0 or
-            where the vocabulary has no replacement. With the row_id, `seed` decides the draws.
+            where the vocabulary has no replacement. With the row_id and the segment, `seed` decides
+            the draws.
         vocabulary: the words that replacements are drawn from; needed unless `draws` is 0.
     """
     changes: list[tuple[int, Example]] = []

@@ -90,10 +90,11 @@ def detect(
 
     NAME is the strategy, and each setting of detection that is not the default. The arm has
     dataset.parquet and dataset.jsonl (every usable original, each followed by its counterfactuals),
-    samples.parquet (what was measured on each scored row), outcomes.parquet (where each row and
-    candidate left, and why) and funnel.json. A row without an answer is graded against its
-    completion. With `dry_run` nothing is written: the result names the files that the run would
-    write, and its funnel has the entry `estimate` alone.
+    candidates.parquet and candidates.jsonl (every changed prompt, accepted or not, with the answers
+    to it), samples.parquet (what was measured on each scored row or view of one), outcomes.parquet
+    (where each row, view and candidate left, and why) and funnel.json. A row without an answer is
+    graded against its completion. With `dry_run` nothing is written: the result names the files
+    that the run would write, and its funnel has the entry `estimate` alone.
 
     Under torchrun or `accelerate launch` the processes share the models' passes and the grading.
     All return the result; the first writes it.
