@@ -80,7 +80,7 @@ def widen(
     """
     find = {"token": None, "word": words, "clause": clauses, "sentence": sentences}
     if unit not in find:
-        raise ValueError(f"unit must be one of {', '.join(find)}, got {unit!r}")
+        raise ValueError(f"unit: must be one of {', '.join(find)}, got {unit!r}")
     within = [
         (max(start, low), min(stop, high))
         for low, high in parts
