@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
 from leaf_distill.config import DetectConfig
-from leaf_distill.data.example import Answer, Example
+from leaf_distill.data.example import ROW_FIELDS, Answer, Example
 from leaf_distill.data.tests import Tests
 from leaf_distill.detection.funnel import funnel
 from leaf_distill.detection.levels import end_with_views, set_views
@@ -30,8 +32,8 @@ def viewed(example: Example, **settings: object) -> Example:
 
 def test_a_beginning_is_graded_against_the_whole_completion_unless_programs_are_run() -> None:
     tests = Tests("asserts", code=("assert True",))
-    for fields in ({}, {"tests": tests}):
-        example = viewed(row(**fields))
+    for given in ({}, {"tests": tests}):
+        example = viewed(row(**given))
         assert example.views[1].gold == example.completion
     assert viewed(row(tests=tests), **PROGRAM).views[1].answer is None
     assert viewed(row(answer="7", tests=tests)).views[1].gold == "7"
@@ -63,3 +65,10 @@ def test_a_row_stays_marked_whatever_becomes_of_its_views(
     reached = {one["stage"]: one["rows"] for one in funnel([example], DetectConfig())["stages"]}
     assert reached["usable: originals of the dataset"] == 1
     assert reached["marked: student wrong, teacher right"] == 1
+
+
+def test_a_counterfactual_has_every_field_of_its_row() -> None:
+    names = [item.name for item in fields(Example)]
+    read = set(names[: names.index("candidate_id")])
+    # Answers to the whole prompt are none to a changed one, which the teacher reads too.
+    assert set(ROW_FIELDS) == read - {"given", "teacher_messages"}
