@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example, Floats, Range
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.spans import characters
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.units import tidy, widen

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Example, Rendering, Role
 from leaf_distill.detection.answers import PromptedModel, plan_answers, prompt_ids
 from leaf_distill.detection.cache import FILE, RowCache, default_cache_directory
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.scores import plan_passes
 from leaf_distill.io import user_directory
 from leaf_distill.models.estimate import (

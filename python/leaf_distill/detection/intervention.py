@@ -20,8 +20,8 @@ from typing import Final
 
 import numpy as np
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Example, Floats, Range, Role
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import changed, replacement
 from leaf_distill.detection.spans import normalize
 from leaf_distill.detection.substitution import Vocabulary

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example, Rendering, UnusableRow
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.data.segments import split_response
+from leaf_distill.detection.config import DetectConfig
 
 
 def analyzed_turns(example: Example, turns: str) -> tuple[int, ...]:

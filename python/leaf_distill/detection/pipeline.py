@@ -19,7 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leaf_distill.config import DetectConfig, json_object, need, package_versions
+from leaf_distill.config import json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import ROLES, Example, Floats, Role, UnusableRow, remaining
 from leaf_distill.data.prompt import Renderer
@@ -39,6 +39,7 @@ from leaf_distill.detection.arms import (
     explain_replacement,
     is_unchanged,
 )
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import propose
 from leaf_distill.detection.estimate import estimate, show_estimate
 from leaf_distill.detection.funnel import funnel, outcomes_table, show_funnel

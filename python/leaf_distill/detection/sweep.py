@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import (
     ROLES,
     Answer,
@@ -34,6 +33,7 @@ from leaf_distill.detection.cells import (
     count,
     empty_cells,
 )
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.curves import deletion_curves, summarize_curves
 from leaf_distill.detection.gain import AFTER_MARKING
 from leaf_distill.detection.judge import JUDGES, Judge

@@ -9,7 +9,7 @@ from typing import Any
 import detect_pair
 import pyarrow.parquet as pq
 
-from leaf_distill.config import DetectConfig
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult, detect
 
 ROWS = detect_pair.make_rows()

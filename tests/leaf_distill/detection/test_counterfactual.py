@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import cut, merge, propose, replacement
 from leaf_distill.detection.substitution import Vocabulary
 

@@ -6,9 +6,9 @@ from dataclasses import fields
 
 import pytest
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROW_FIELDS, Answer, Example
 from leaf_distill.data.tests import Tests
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.funnel import funnel
 from leaf_distill.detection.levels import end_with_views, set_views
 
