@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 
 import leaf_ext
-from leaf_distill.config import DetectConfig, package_versions
+from leaf_distill.config import package_versions
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import ROLES, Example, Range, remaining
 from leaf_distill.demo.measure import Tokens
@@ -35,6 +35,7 @@ from leaf_distill.demo.run import ROWS as DEMO_ROWS
 from leaf_distill.demo.run import SEED as DEMO_SEED
 from leaf_distill.demo.task import make_problems
 from leaf_distill.detection.answers import open_cache, prompted_model
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.judge import Judge
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.detection.scores import score_perplexity, score_saliency

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import ROLES, Example
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.detection.cache import FILE, RowCache
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import propose
 from leaf_distill.detection.output import write_dataset, write_samples
 from leaf_distill.detection.spans import find_spans

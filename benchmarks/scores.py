@@ -26,10 +26,10 @@ import numpy as np
 import torch
 import transformers
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Example, Ids
 from leaf_distill.detection.answers import PromptedModel, prompted_model
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import changed
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.units import words

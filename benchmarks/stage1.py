@@ -43,10 +43,10 @@ def worker(contender: str, directory: str, arguments: argparse.Namespace) -> dic
     import torch
     from memory import peak_extra_mib
 
-    from leaf_distill.config import DetectConfig
     from leaf_distill.data.collator import plan_batches
     from leaf_distill.data.dataset import load_examples
     from leaf_distill.detection.answers import prompted_model
+    from leaf_distill.detection.config import DetectConfig
     from leaf_distill.models.loading import LazyModel
 
     torch.set_num_threads(arguments.threads)

@@ -11,15 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from leaf_distill.config import CompareConfig, DetectConfig
     from leaf_distill.data.dataset import load_examples
     from leaf_distill.data.example import Example
     from leaf_distill.data.tests import Tests
+    from leaf_distill.detection.config import DetectConfig
     from leaf_distill.detection.pipeline import DetectResult, detect
     from leaf_distill.evaluation.analyze import AnalyzeResult, analyze
     from leaf_distill.evaluation.benchmarks import Benchmark
     from leaf_distill.evaluation.compare import CompareResult, compare
-    from leaf_distill.evaluation.config import AnalyzeConfig, EvaluateConfig
+    from leaf_distill.evaluation.config import AnalyzeConfig, CompareConfig, EvaluateConfig
     from leaf_distill.evaluation.evaluate import evaluate, evaluate_benchmarks
     from leaf_distill.evaluation.measure import EvaluateResult
     from leaf_distill.evaluation.results import BenchmarkResult
@@ -36,9 +36,9 @@ _HOME = {
     "Benchmark": "evaluation.benchmarks",
     "BenchmarkResult": "evaluation.results",
     "CodeGrader": "grading.code",
-    "CompareConfig": "config",
+    "CompareConfig": "evaluation.config",
     "CompareResult": "evaluation.compare",
-    "DetectConfig": "config",
+    "DetectConfig": "detection.config",
     "DetectResult": "detection.pipeline",
     "DistillArguments": "training.config",
     "DistillResult": "training.distill",

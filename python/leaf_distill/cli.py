@@ -124,7 +124,7 @@ COMMANDS = {
         "find the confounding tokens of a dataset, cut them out, keep the cuts that hold",
         "leaf detect --student ./student --teacher ./teacher --dataset train.jsonl "
         "--output_dir runs/math",
-        ("config:DetectConfig",),
+        ("detection.config:DetectConfig",),
         "detection.pipeline:detect",
         KEPT,
     ),
@@ -148,7 +148,11 @@ COMMANDS = {
         "run LeaF, plain distillation and controls at equal compute, and make one table of them",
         "leaf compare --student ./student --teacher ./teacher --dataset train.jsonl "
         "--eval_dataset test.jsonl --arms kd span random_spans --output_dir runs/compared",
-        ("config:CompareConfig", "config:DetectConfig", "training.config:LeafConfig"),
+        (
+            "evaluation.config:CompareConfig",
+            "detection.config:DetectConfig",
+            "training.config:LeafConfig",
+        ),
         "evaluation.compare:compare",
         KEPT,
     ),

@@ -146,7 +146,7 @@ def kill_after(batches: int) -> None:
 
 if __name__ == "__main__":
     # python detect_pair.py SETTINGS.json [N]: kill the process when N batches were stored.
-    from leaf_distill.config import DetectConfig
+    from leaf_distill.detection.config import DetectConfig
     from leaf_distill.detection.pipeline import detect
 
     if sys.argv[2:]:

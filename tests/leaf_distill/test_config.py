@@ -7,14 +7,9 @@ from typing import Any
 
 import pytest
 
-from leaf_distill.config import (
-    CompareConfig,
-    DemoConfig,
-    DetectConfig,
-    ReportConfig,
-    need,
-)
-from leaf_distill.evaluation.config import EvaluateConfig
+from leaf_distill.config import DemoConfig, ReportConfig, need
+from leaf_distill.detection.config import DetectConfig
+from leaf_distill.evaluation.config import CompareConfig, EvaluateConfig
 from leaf_distill.training.config import DistillArguments, LeafConfig
 
 

@@ -71,8 +71,8 @@ class Rendering:
     Attributes:
         input_ids: int32 [T].
         loss_mask: bool [T], True on the completion's tokens and its end token.
-        offsets: int32 [T, 2], characters [start, stop) of the user's text on domain tokens, and -1
-            elsewhere. Consecutive domain tokens leave no gap: characters that a tokenizer drops,
+        offsets: int32 [T, 2], characters [start, stop) of the analyzed text on domain tokens, and
+            -1 elsewhere. Consecutive domain tokens leave no gap: characters that a tokenizer drops,
             such as a trimmed space, belong to the next token. Tokens that are the bytes of one
             character share it.
         prunable: bool [T], the domain without tokens of whitespace only.
@@ -85,7 +85,7 @@ class Rendering:
 
     @property
     def domain(self) -> Mask:
-        """bool [T]: the tokens that lie within the last user turn's content."""
+        """bool [T]: the tokens that lie within the analyzed text."""
         inside: Mask = self.offsets[:, 0] >= 0
         return inside
 
@@ -98,8 +98,9 @@ class Example:
     """A row of the dataset (candidate_id -1), or a counterfactual of it.
 
     The first block is read from the row; the stages of `leaf detect` fill in the rest. A
-    counterfactual is another Example, with the row_id, completion and answer of its original, and
-    messages whose analyzed turns lack the characters of `cut`. At the response level (`segment`
+    counterfactual is another Example, with the row_id, completion and answer of its original (or a
+    new answer of the teacher), and messages whose analyzed turns lack the characters of `cut`, or
+    have `inserted` in their place. At the response level (`segment`
     above 0) both models are given the beginning of the response, `prefix`, behind the prompt; it
     carries no label, and it is what the cut is made in. Where `teacher_messages` are given (branch
     "cross"), the teacher reads them and the student reads `messages`.

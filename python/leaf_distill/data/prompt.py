@@ -12,19 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from leaf_distill.data.example import Example, Rendering, UnusableRow
+from leaf_distill.data.offsets import solid_tokens, text_offsets
 from leaf_distill.data.template import ChatTemplate, cache_key, remember
 
 THOUGHT = re.compile(r"(<(?:think|thinking|thought|reasoning)>|\[THINK\])(\s*)\Z")
@@ -182,14 +180,14 @@ class Renderer:
         offsets = np.full((len(prefix) + len(ids), 2), -1, dtype=np.int32)
         if not example.segment:
             for place, (first, _) in zip(places, example.parts, strict=True):
-                found = _user_offsets(encoding.offsets, place.start, place.stop, place.shift, text)
+                found = text_offsets(encoding.offsets, place.start, place.stop, place.shift, text)
                 inside = found[:, 0] >= 0
                 offsets[len(prefix) :][inside] = found[inside] + first
         rendering = Rendering(
             input_ids=np.asarray([*prefix, *ids], dtype=np.int32),
             loss_mask=np.zeros(len(offsets), dtype=np.bool_),
             offsets=offsets,
-            prunable=_solid(offsets, turns.text),
+            prunable=solid_tokens(offsets, turns.text),
         )
         return remember(self._prompts, key, _Prompt(text, text[places[-1].stop :], rendering))
 
@@ -211,13 +209,13 @@ class Renderer:
             )
         shift = len(example.prefix) - len(head)
         ids, spans = self._tokens_behind(prompt, head)
-        offsets = _user_offsets(spans, max(-shift, 0), len(head), max(shift, 0), head)
+        offsets = text_offsets(spans, max(-shift, 0), len(head), max(shift, 0), head)
         first = prompt.rendering
         rendering = Rendering(
             input_ids=np.concatenate([first.input_ids, np.asarray(ids, dtype=np.int32)]),
             loss_mask=np.zeros(len(first) + len(ids), dtype=np.bool_),
             offsets=np.concatenate([first.offsets, offsets]),
-            prunable=np.concatenate([first.prunable, _solid(offsets, example.prefix)]),
+            prunable=np.concatenate([first.prunable, solid_tokens(offsets, example.prefix)]),
         )
         return _Prompt(prompt.text + head, "", rendering, rest)
 
@@ -330,52 +328,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     rules.pop("truncation", None)
     content = [rules, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _solid(offsets: NDArray[np.int32], text: str) -> NDArray[np.bool_]:
-    """Return which tokens of the text hold more than white space."""
-    # The number of characters before each one that are no white space.
-    solid = np.cumsum([0, *(not character.isspace() for character in text)])
-    mask: NDArray[np.bool_] = (offsets[:, 0] >= 0) & (solid[offsets[:, 1]] > solid[offsets[:, 0]])
-    return mask
-
-
-def _user_offsets(
-    spans: list[tuple[int, int]], start: int, stop: int, shift: int, text: str
-) -> NDArray[np.int32]:
-    """Return characters of the user's text for tokens inside [start, stop), and -1 elsewhere.
-
-    Some tokenizers trim characters from their offsets, or drop them. A token takes the marks that
-    follow it, such as accents, which belong to its last character; the token that begins after the
-    last character so far takes the other characters in between, and the last one what is left.
-    """
-    flat = np.fromiter(chain.from_iterable(spans), dtype=np.int32, count=2 * len(spans))
-    first, last = flat[0::2], flat[1::2].copy()
-    reached = np.empty_like(last)  # the last character before each token
-    reached[:1], reached[1:] = start, last[:-1]
-    reached = np.maximum.accumulate(reached)
-    for at in np.flatnonzero((first > reached) & (reached > start)):
-        marked = _end_of_marks(text, int(reached[at]), min(int(first[at]), stop))
-        if marked > reached[at]:
-            last[:at][last[:at] == reached[at]] = marked
-            reached[at] = marked
-    begin = np.minimum(first, reached)
-    inside = (first >= start) & (last <= stop) & (begin < last)
-    for at in np.flatnonzero(inside)[-1:]:
-        left = text[last[at] : stop].rstrip()
-        if left and not (first[at + 1 :] < stop).any():
-            last[inside & (last == last[at])] += len(left)
-    offsets = np.full((len(spans), 2), -1, dtype=np.int32)
-    offsets[inside, 0] = begin[inside] + (shift - start)
-    offsets[inside, 1] = last[inside] + (shift - start)
-    return offsets
-
-
-def _end_of_marks(text: str, at: int, stop: int) -> int:
-    """Return the end of the combining marks and joiners that begin at a character."""
-    while at < stop and unicodedata.category(text[at]) in ("Mn", "Mc", "Me", "Cf"):
-        at += 1
-    return at
 
 
 def _note(example: Example, code: str) -> None:

@@ -37,7 +37,7 @@ def split_response(text: str, n: int) -> list[int]:
         ValueError: n is below 1.
     """
     if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}: it is the number of parts")
+        raise ValueError(f"n: must be at least 1, got {n}: it is the number of parts")
     if n == 1 or not text.strip():
         return []
     guarded = protected(text)

@@ -21,14 +21,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from leaf_distill.config import CompareConfig, DetectConfig, Strategy
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.demo.measure import Tokens, measure_detection, measure_pruning, read_tokens
 from leaf_distill.demo.show import show_results
 from leaf_distill.demo.task import Kind, Problem, make_problems
+from leaf_distill.detection.config import DetectConfig, Strategy
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.evaluation.compare import CompareResult, compare
+from leaf_distill.evaluation.config import CompareConfig
 from leaf_distill.io import is_of, make_directory, write_bytes, write_json
 from leaf_distill.models.loading import load_model
 from leaf_distill.models.saliency import token_nll

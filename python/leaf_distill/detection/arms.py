@@ -13,8 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Role
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.io import digest, read_json
 
 if TYPE_CHECKING:

@@ -157,16 +157,8 @@ def compute_missing(
     found = cache.get(keys)
     unique = list(dict.fromkeys(keys))
     number = {key: at for at, key in enumerate(unique)}
-    planned, sent = _known(unique, found, ranks)
-    parts: list[list[int]] = []
-    for batch in batches:
-        part = []
-        for at in batch:
-            if keys[at] not in planned:
-                planned.add(keys[at])
-                part.append(at)
-        if part:
-            parts.append(list(batch) if whole_batches else part)
+    known, sent = _known(unique, found, ranks)
+    parts = _lacking(keys, batches, known, whole_batches=whole_batches)
     if parts:
         shown = ranks.rank == 0
         with Progress(sum(map(len, parts)), description, shown=shown) as progress:
@@ -183,6 +175,27 @@ def compute_missing(
         if ranks.rank == 0:
             cache.add({key: value for key, value in given.items() if keep(value)})
     return [found[key] for key in keys]
+
+
+def _lacking(
+    keys: Sequence[str],
+    batches: Sequence[Sequence[int]],
+    known: set[str],
+    *,
+    whole_batches: bool,
+) -> list[list[int]]:
+    """Return of each batch what is to be computed, where a key is not known; each key once."""
+    planned = set(known)
+    parts: list[list[int]] = []
+    for batch in batches:
+        part = []
+        for at in batch:
+            if keys[at] not in planned:
+                planned.add(keys[at])
+                part.append(at)
+        if part:
+            parts.append(list(batch) if whole_batches else part)
+    return parts
 
 
 def store_missing(

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example, Range
+from leaf_distill.detection.config import DetectConfig
 
 Place = tuple[int, int]
 """A row, and the segment of its response that it is analyzed at; 0: the instruction level."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example, Floats, Range
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.spans import characters
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.units import tidy, widen
@@ -34,8 +34,8 @@ def propose(
             "random_spans" draws one run for each span, as long, disjoint where there is room;
             "student_saliency" and "perplexity" take the tokens with the highest value,
             "teacher_saliency" those with the lowest, one run at a time. What is taken is widened to
-            whole units (`widen`), and deleted or replaced (`edit`). With the row_id alone `seed`
-            decides the draws, which no other row changes.
+            whole units (`widen`), and deleted or replaced (`edit`). With the row_id and the segment
+            `seed` decides the draws, which no other row changes.
         perplexity: float32 [d], needed for the strategy of that name.
         vocabulary: the words that replacements are drawn from, needed for edit "substitute".
         first_id: the candidate_id of the first.
@@ -48,7 +48,8 @@ def propose(
         example.leave("prune", "student_not_finite", detail)
         return
     text = example.text
-    draw = random.Random(f"{config.seed}/{example.row_id}")
+    view = f"/{example.segment}" if example.segment else ""
+    draw = random.Random(f"{config.seed}/{example.row_id}{view}")
     seen: set[str] = set()
     for spans in _choose(example, config, draw, perplexity):
         chosen = merge(characters(example, span) for span in spans)

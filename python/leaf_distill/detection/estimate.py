@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Example, Rendering, Role
 from leaf_distill.detection.answers import PromptedModel, plan_answers, prompt_ids
 from leaf_distill.detection.cache import FILE, RowCache, default_cache_directory
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.scores import plan_passes
 from leaf_distill.io import user_directory
 from leaf_distill.models.estimate import (
@@ -85,8 +85,9 @@ def _of_model(
     lacking = [batch for batch in lacking if batch]
     unlabelled = config.completion_source == "teacher"
     guess = config.max_new_tokens // 2 if unlabelled else 0
-    largest = max(plan, key=lambda batch: _shape(renderings, batch, guess)[0])
-    area, width, labels = _shape(renderings, largest, guess)
+    # No row may have a view; the weights count all the same.
+    shapes = (_shape(renderings, batch, guess) for batch in plan)
+    area, width, labels = max(shapes, default=(1, 1, 1))
     cost = _cost(one, area // width, width, labels)
     speed = measure_speed(one.model.config, one.model.dtype, one.model.device, min(area, 2048))
     tokens = sum(_shape(renderings, batch, guess)[0] for batch in lacking)

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Example, candidates_of, views_of
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.gain import pruning_gain
 
 ROW_STAGES = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example, candidates_of
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.statistics import wilson_interval
 
 ALL, UNNAMED = "all", "no source"

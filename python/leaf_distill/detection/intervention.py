@@ -20,8 +20,8 @@ from typing import Final
 
 import numpy as np
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Example, Floats, Range, Role
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import changed, replacement
 from leaf_distill.detection.spans import normalize
 from leaf_distill.detection.substitution import Vocabulary
@@ -91,7 +91,8 @@ def interventions(
         example: an aligned row.
         units: token ranges, such as those of `shortlist`.
         config: `draws` replacements are drawn for a unit, or it is left out where that is 0 or
-            where the vocabulary has no replacement. With the row_id, `seed` decides the draws.
+            where the vocabulary has no replacement. With the row_id and the segment, `seed` decides
+            the draws.
         vocabulary: the words that replacements are drawn from; needed unless `draws` is 0.
     """
     changes: list[tuple[int, Example]] = []

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Answer, Example, Role, remaining
 from leaf_distill.detection.answers import ANSWER_SHOWN, UNGRADED, Decoding, PromptedModel, answer
 from leaf_distill.detection.cache import RowCache
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.grading.code import FAILED as FAILED_PROGRAMS
 
 FAILED = ("wrong", "no_answer")
@@ -141,7 +141,7 @@ class Judge:
             text = candidate.answers["teacher"].text
             if self.config.guard == "agreement":
                 candidate.answer = text  # the changed prompt may have another answer than the row
-            elif candidate.tests is None:
+            elif self.config.grade != "code":
                 candidate.answer = candidate.gold
             candidate.completion, candidate.reply = text, None
 

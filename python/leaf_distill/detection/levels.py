@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example, Rendering, UnusableRow
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.data.segments import split_response
+from leaf_distill.detection.config import DetectConfig
 
 
 def analyzed_turns(example: Example, turns: str) -> tuple[int, ...]:
@@ -71,8 +71,8 @@ def _response_views(example: Example, config: DetectConfig) -> Iterator[Example]
             segment=segment,
             prefix=text[:border],
             completion=text[border:],
-            # A row without an answer is graded against its whole completion.
-            answer=example.gold if example.tests is None else example.answer,
+            # A row without an answer is graded against its whole completion, or by its tests.
+            answer=example.answer if config.grade == "code" else example.gold,
         )
 
 
@@ -101,13 +101,19 @@ def render_view(renderer: Renderer, view: Example, config: DetectConfig) -> Rend
 
 
 def end_with_views(example: Example) -> None:
-    """Let a row leave that has views of which none is left, with the outcome that came last."""
+    """Let a row leave that has views of which none is left, with the outcome that came last.
+
+    The row was rendered and marked itself: where its views were not, it leaves at detection.
+    """
     if example.outcome is not None or not example.views:
         return
     outcomes = [view.outcome for view in example.views]
     if all(outcome is not None for outcome in outcomes):
         stages = ("render", "predict", "mark", "detect", "prune", "validate")
-        example.outcome = max(
+        stage, reason, detail = max(
             (outcome for outcome in outcomes if outcome is not None),
             key=lambda outcome: stages.index(outcome.stage),
         )
+        if stage in stages[:3]:
+            stage, reason = "detect", f"response_{reason}"
+        example.leave(stage, reason, detail)

@@ -182,7 +182,7 @@ def _messages(values: Sequence[Sequence[Message] | None]) -> pa.Array:
 
 
 def write_samples(directory: Path, scored: Sequence[Example]) -> Path:
-    """Write samples.parquet: one row for each scored row, with everything that was measured."""
+    """Write samples.parquet: a row for each scored row or view of one, with what was measured."""
     path = directory / "samples.parquet"
     write_table(path, _table([_sample(example) for example in scored], SAMPLES))
     return path

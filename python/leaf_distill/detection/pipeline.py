@@ -19,7 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leaf_distill.config import DetectConfig, json_object, need, package_versions
+from leaf_distill.config import json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import ROLES, Example, Floats, Role, UnusableRow, remaining
 from leaf_distill.data.prompt import Renderer
@@ -39,6 +39,7 @@ from leaf_distill.detection.arms import (
     explain_replacement,
     is_unchanged,
 )
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import propose
 from leaf_distill.detection.estimate import estimate, show_estimate
 from leaf_distill.detection.funnel import funnel, outcomes_table, show_funnel
@@ -90,10 +91,11 @@ def detect(
 
     NAME is the strategy, and each setting of detection that is not the default. The arm has
     dataset.parquet and dataset.jsonl (every usable original, each followed by its counterfactuals),
-    samples.parquet (what was measured on each scored row), outcomes.parquet (where each row and
-    candidate left, and why) and funnel.json. A row without an answer is graded against its
-    completion. With `dry_run` nothing is written: the result names the files that the run would
-    write, and its funnel has the entry `estimate` alone.
+    candidates.parquet and candidates.jsonl (every changed prompt, accepted or not, with the answers
+    to it), samples.parquet (what was measured on each scored row or view of one), outcomes.parquet
+    (where each row, view and candidate left, and why) and funnel.json. A row without an answer is
+    graded against its completion. With `dry_run` nothing is written: the result names the files
+    that the run would write, and its funnel has the entry `estimate` alone.
 
     Under torchrun or `accelerate launch` the processes share the models' passes and the grading.
     All return the result; the first writes it.

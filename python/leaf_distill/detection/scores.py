@@ -26,7 +26,7 @@ def score_saliency(
 ) -> None:
     """Set `norms[role]`, on the domain, and `nll[role]` of each example.
 
-    A loss or norm that is not finite stays so; `find_spans` then takes the row out.
+    A loss or norm that is not finite stays so; `align` then takes the row out.
     """
     renderings = [example.renderings[scored.role] for example in examples]
     values = _passes("saliency", scored, renderings, config, cache)

@@ -55,7 +55,7 @@ class _Cut:
         for start, stop in ranges:
             if not 0 <= start < stop <= len(text):
                 raise ValueError(
-                    f"ranges must be non-empty and within {len(text)} characters, "
+                    f"ranges: must be non-empty and within {len(text)} characters, "
                     f"got {(start, stop)}"
                 )
             self.gone[start:stop] = b"\x01" * (stop - start)

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 
 import leaf_ext
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Example, Floats, Mask, Range
 from leaf_distill.detection.alignment import pool
+from leaf_distill.detection.config import DetectConfig
 
 ROWS_A_CALL = 256
 """Rows that share one padded call of the op; the results do not depend on it."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Example, Floats, Role
 from leaf_distill.detection.alignment import pool
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.intervention import interventions, shortlist, suspicion_of
 from leaf_distill.detection.judge import Judge
 from leaf_distill.detection.scores import score_intervention, score_perplexity
@@ -23,7 +23,7 @@ def set_suspicion(
 ) -> None:
     """Set `suspicion` of aligned examples for the scores that do not come from gradients.
 
-    An example whose values are not finite leaves.
+    An example with a log-probability that is not finite leaves.
 
     "lens" is |log p_student - log p_teacher| of each prompt token, of forward passes alone (LENS,
     arXiv 2601.21244, with the teacher as the reference). "intervention" changes the words that the
@@ -34,10 +34,6 @@ def set_suspicion(
         _set_lens(judge, examples, config)
     elif config.score == "intervention":
         _set_interventions(judge, examples, config, vocabulary)
-    for example in examples:
-        if example.suspicion is not None and not np.isfinite(example.suspicion).all():
-            detail = f"a token's score {config.score} is NaN or infinite"
-            example.leave("detect", "score_not_finite", detail)
 
 
 def _set_lens(judge: Judge, examples: Sequence[Example], config: DetectConfig) -> None:

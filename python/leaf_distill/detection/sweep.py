@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import (
     ROLES,
     Answer,
@@ -34,6 +33,7 @@ from leaf_distill.detection.cells import (
     count,
     empty_cells,
 )
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.curves import deletion_curves, summarize_curves
 from leaf_distill.detection.gain import AFTER_MARKING
 from leaf_distill.detection.judge import JUDGES, Judge
@@ -186,20 +186,23 @@ class _Sweep(Run):
         """Return the mean curves of each score and model, less those of random ranks."""
         with open_cache(config) as self.cache:
             self._begin(arm, config)
-            find_spans(self._measured, config)
+            changed = {name: replace(config, score=name) for name in scores}  # type: ignore[arg-type]
+            for one in changed.values():
+                self._with_suspicion(one, self._measured)
+            known = [self._suspicion[name].keys() for name in scores]
+            views = [one for one in self._measured if all(id(one) in ids for ids in known)]
+            find_spans(views, config)
             draw = np.random.default_rng(config.seed)
-            views = self._measured
             ranks = {
                 "student's gradient": [one.norms["student"] for one in views],
                 "teacher's gradient, low": [-one.norms["teacher"] for one in views],
                 "random": [draw.random(len(one.norms["student"]), np.float32) for one in views],
             }
             for name in scores:
-                score: Any = name
-                changed = replace(config, score=score)
-                pairs = [evidence(one) for one in self._with_suspicion(changed, views)]
-                gaps = [normalize(student) - normalize(teacher) for teacher, student in pairs]
-                ranks[name] = gaps
+                pairs = [evidence(one) for one in self._with_suspicion(changed[name], views)]
+                ranks[name] = [
+                    normalize(student) - normalize(teacher) for teacher, student in pairs
+                ]
             found = [
                 curve
                 for role in reversed(ROLES)
@@ -210,21 +213,28 @@ class _Sweep(Run):
     def _begin(self, arm: Path, config: DetectConfig) -> None:
         self._measured = self._scored(arm, config)
         self._verdicts: dict[object, Verdict | None] = {}
-        self._suspicion: dict[str, list[Floats | None]] = {}
+        self._suspicion: dict[str, dict[int, Floats | None]] = {}
         self.config = config
         self.judge = Judge(self.pair, config, self.cache, self._clock)
 
     def _with_suspicion(self, config: DetectConfig, views: Sequence[Example]) -> list[Example]:
-        """Return views as they were before spans were looked for, with the values of a score."""
+        """Return views as they were before spans were looked for, with the values of a score.
+
+        Those without values, since one is not finite, are left out.
+        """
         if config.score not in self._suspicion:
             copies = [replace(one, suspicion=None) for one in self._measured]
             self._set_suspicion(copies, config)
-            self._suspicion[config.score] = [one.suspicion for one in copies]
-        values = zip(self._measured, self._suspicion[config.score], strict=True)
-        by_view = {id(view): value for view, value in values}
+            self._suspicion[config.score] = {
+                id(one): copy.suspicion
+                for one, copy in zip(self._measured, copies, strict=True)
+                if copy.outcome is None
+            }
+        values = self._suspicion[config.score]
         return [
-            replace(one, candidates=[], notes=[], spans=(), suspicion=by_view[id(one)])
+            replace(one, candidates=[], notes=[], spans=(), suspicion=values[id(one)])
             for one in views
+            if id(one) in values
         ]
 
     def _scored(self, arm: Path, config: DetectConfig) -> list[Example]:

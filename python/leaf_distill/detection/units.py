@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 
-from leaf_distill.config import Unit
 from leaf_distill.data.example import Range
 from leaf_distill.data.sentences import (
     ABBREVIATION,
@@ -22,6 +21,7 @@ from leaf_distill.data.sentences import (
     protected,
     sentence_borders,
 )
+from leaf_distill.detection.config import Unit
 from leaf_distill.detection.seams import tidy as tidy
 
 CURRENCY = "$\u20ac\xa3\xa5\u20b9\u20a9\u20bd\u20ba\u20bf\u0e3f\uffe5\uffe1\uff04\xa2"
@@ -80,7 +80,7 @@ def widen(
     """
     find = {"token": None, "word": words, "clause": clauses, "sentence": sentences}
     if unit not in find:
-        raise ValueError(f"unit must be one of {', '.join(find)}, got {unit!r}")
+        raise ValueError(f"unit: must be one of {', '.join(find)}, got {unit!r}")
     within = [
         (max(start, low), min(stop, high))
         for low, high in parts

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Example, Role, views_of
 from leaf_distill.data.template import template_differences
 from leaf_distill.detection.answers import PromptedModel, gold_warning
+from leaf_distill.detection.config import DetectConfig
 
 
 def nothing_usable(examples: Sequence[Example]) -> ValueError:

@@ -15,18 +15,12 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from leaf_distill.config import (
-    AnswerOptions,
-    CompareConfig,
-    DetectConfig,
-    json_object,
-    need,
-    package_versions,
-)
+from leaf_distill.config import AnswerOptions, json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Mask
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import detect
-from leaf_distill.evaluation.config import EvaluateConfig
+from leaf_distill.evaluation.config import CompareConfig, EvaluateConfig
 from leaf_distill.evaluation.evaluate import evaluate
 from leaf_distill.evaluation.measure import check_directory
 from leaf_distill.evaluation.tables import check_table, printed_table

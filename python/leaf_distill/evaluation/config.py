@@ -1,4 +1,4 @@
-"""Settings of `leaf evaluate`, `leaf analyze` and `leaf sweep`."""
+"""Settings of `leaf evaluate`, `leaf compare`, `leaf analyze` and `leaf sweep`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from typing import get_args
 from leaf_distill.config import (
     GRADES,
     MODEL,
+    ROWS,
     GradeRule,
     GradingOptions,
     RowOptions,
-    Score,
-    SpanRule,
-    Strategy,
-    Unit,
     about,
     check_answer_options,
     check_drawing,
@@ -23,6 +20,7 @@ from leaf_distill.config import (
     documented,
     need,
 )
+from leaf_distill.detection.config import Score, SpanRule, Strategy, Unit
 from leaf_distill.evaluation.benchmarks import BENCHMARKS, SUITES
 
 
@@ -117,6 +115,33 @@ def _check_benchmarks(config: EvaluateConfig) -> None:
             f"{name}: must not be given with --benchmark, got {getattr(config, name)!r}; a "
             "benchmark has its own, and a YAML file as --benchmark may have others"
         )
+
+
+@documented
+@dataclass(frozen=True)
+class CompareConfig:
+    """Settings of `leaf compare`, beside those of `leaf detect` and `leaf distill`."""
+
+    arms: list[str] = field(
+        default_factory=lambda: ["kd", "span", "random_spans"],
+        metadata=about(
+            "the arms: kd (originals alone), and strategies of `leaf detect` "
+            "(default: kd span random_spans)"
+        ),
+    )
+    eval_dataset: str = field(
+        default="", metadata=about(f"problems on which every student is evaluated: {ROWS}")
+    )
+    eval_split: str = field(default="test", metadata=about("split of the evaluation dataset"))
+
+    def __post_init__(self) -> None:
+        choices = ("kd", *get_args(Strategy))
+        for arm in self.arms:
+            if arm not in choices:
+                raise ValueError(f"arms: must be of {', '.join(choices)}, got {arm!r}")
+        if len(set(self.arms)) != len(self.arms) or set(self.arms) <= {"kd"}:
+            listed = " ".join(self.arms)
+            raise ValueError(f"arms: must be different, one of them no kd, got {listed!r}")
 
 
 @documented

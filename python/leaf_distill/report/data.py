@@ -12,8 +12,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leaf_distill.config import TURNS
 from leaf_distill.data.example import Example, Role
+from leaf_distill.detection.config import TURNS
 from leaf_distill.detection.levels import analyzed_turns
 from leaf_distill.detection.output import SAMPLES
 from leaf_distill.io import read_json, reading

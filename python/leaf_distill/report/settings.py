@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
 
-from leaf_distill.config import DetectConfig, PairOptions, RowOptions
+from leaf_distill.config import PairOptions, RowOptions
+from leaf_distill.detection.config import DetectConfig
 
 SCORES = {
     "gap": (

@@ -124,7 +124,7 @@ def test_what_cannot_be_split_gives_fewer_borders() -> None:
 
 
 def test_fewer_than_one_part_is_refused() -> None:
-    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n: must be at least 1, got 0"):
         split_response("One. Two.", 0)
 
 

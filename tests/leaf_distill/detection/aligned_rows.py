@@ -9,11 +9,11 @@ from typing import Any
 
 import detect_pair
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import ROLES, Example, Role
 from leaf_distill.detection.answers import PromptedModel, prompted_model
 from leaf_distill.detection.cache import RowCache
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.scores import score_saliency
 from leaf_distill.detection.spans import align
 from leaf_distill.models.loading import LazyModel

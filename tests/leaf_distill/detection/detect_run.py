@@ -9,7 +9,8 @@ from typing import Any
 import detect_pair
 import pyarrow.parquet as pq
 
-from leaf_distill.config import DetectConfig
+from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.funnel import VIEWS
 from leaf_distill.detection.pipeline import DetectResult, detect
 
 ROWS = detect_pair.make_rows()
@@ -58,7 +59,8 @@ def check_sums(result: DetectResult, total: int) -> None:
     own = {line["row_id"]: line for line in reversed(outcomes) if line["candidate_id"] < 0}
     views = sum(key[2] < 0 for key in keys) - len(own)
     assert len(own) == total and len(keys) == total + views + cuts[0]
-    assert views == sum(reasons(result, "views").values()) + sum(
+    left = sum(count for unit in VIEWS for count in reasons(result, unit).values())
+    assert views == left + sum(
         line["reason"] == "kept" and line is not own[line["row_id"]] and line["candidate_id"] < 0
         for line in outcomes
     )

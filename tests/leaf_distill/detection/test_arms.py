@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from detect_run import ROWS, run, table
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.source import find_arm
 from leaf_distill.detection.arms import arm_name
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.io import StoreError, locked
 
 

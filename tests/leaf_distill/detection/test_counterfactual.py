@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example
-from leaf_distill.detection.counterfactual import cut, merge, propose
+from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.counterfactual import cut, merge, propose, replacement
+from leaf_distill.detection.substitution import Vocabulary
 
 TEXT = "tom has 7 apples and the sticker says 8 so how many apples does tom have now"
 WORDS = TEXT.split()
@@ -146,6 +148,18 @@ def test_the_draw_depends_on_seed_and_row_only(strategy: str) -> None:
     assert len({str(cuts) for cuts in first}) > 1
 
 
+def test_the_views_of_a_row_draw_on_their_own() -> None:
+    def draw(row_id: int, segment: int) -> tuple[Any, ...]:
+        found = detection([(3, 5), (9, 10)], row_id=row_id)
+        found.segment, found.prefix = segment, TEXT
+        items, _ = candidates(found, strategy="random_tokens")
+        return items[0].cut
+
+    assert [draw(row_id, 1) for row_id in range(8)] == [draw(row_id, 1) for row_id in range(8)]
+    assert [draw(row_id, 1) for row_id in range(8)] != [draw(row_id, 2) for row_id in range(8)]
+    assert [draw(row_id, 0) for row_id in range(8)] != [draw(row_id, 1) for row_id in range(8)]
+
+
 @pytest.mark.parametrize(
     ("words", "spans", "reason"),
     [
@@ -221,3 +235,13 @@ def test_cut_removes_exactly_these_characters(text: str, data: st.DataObject) ->
 def test_ranges_that_cannot_be_cut_are_an_error(ranges: list[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="ranges: must be sorted"):
         cut("a sentence", ranges)
+
+
+def test_a_word_is_replaced_at_the_border_of_its_message() -> None:
+    turns = ({"role": "user", "content": "pay 11"}, {"role": "user", "content": "22 coins"})
+    found = Example(0, turns, "7", turns=(0, 1))
+    assert found.text == "pay 1122 coins"
+    vocabulary = Vocabulary(["he has 33", "she has 44"])
+    draw = random.Random(0)
+    assert replacement(found, (4, 6), vocabulary, draw) in ("33", "44")
+    assert replacement(found, (6, 8), vocabulary, draw) in ("33", "44")

@@ -41,6 +41,16 @@ def test_what_the_cache_has_is_not_estimated(pair: dict[str, str], tmp_path: Pat
     assert after["seconds"] == {"saliency": 0.0, "answers": 0.0, "answers_at_most": 0.0}
 
 
+def test_no_response_that_can_be_divided_is_nothing_to_score(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    found = run(pair, tmp_path, dry_run=True, level="response").funnel["estimate"]
+    assert [found["models"][role]["scores"] for role in pair] == [0, 0]
+    assert found["seconds"]["saliency"] == 0 and found["models"]["student"]["answers"] == len(ROWS)
+    done = run(pair, tmp_path, level="response")
+    assert {line["reason"] for line in done.funnel["left"]} >= {"response_not_divided"}
+
+
 @pytest.mark.slow
 def test_the_memory_of_a_real_run_is_within_a_quarter_of_its_estimate(tmp_path: Path) -> None:
     config = LlamaConfig(

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from detect_run import CONFOUNDED, ROWS, run, table
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Answer, Example
 from leaf_distill.data.tests import Tests
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.funnel import funnel, show_funnel
 from leaf_distill.detection.gain import pruning_gain
 from leaf_distill.detection.pipeline import DetectResult

@@ -88,7 +88,7 @@ def test_a_row_whose_values_are_not_finite_leaves(pair: dict[str, str], tmp_path
         judge = Judge(models, config, cache, lambda stage: nullcontext())
         judge.use = lambda role: models[role]  # type: ignore[method-assign,index]  # stays loaded
         set_suspicion(judge, [broken, whole], config)
-        assert broken.outcome is not None and broken.outcome.reason == "score_not_finite"
+        assert broken.outcome is not None and broken.outcome.reason == "student_not_finite"
         assert whole.outcome is None and np.isfinite(whole.suspicion).all()
 
 

@@ -14,11 +14,11 @@ import response_pair
 from detect_run import check_sums, reasons, table
 from distill_pair import make_config
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Example
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.data.segments import split_response
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.levels import render_view, set_views
 from leaf_distill.detection.pipeline import DetectResult
 from leaf_distill.models import loading

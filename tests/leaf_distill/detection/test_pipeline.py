@@ -16,9 +16,9 @@ from datasets import Dataset
 from detect_run import CONFOUNDED, ROWS, check_sums, counts, reasons, run, table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Example
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.output import write_dataset
 from leaf_distill.detection.pipeline import DetectResult, detect
 from leaf_distill.models import loading

@@ -17,9 +17,9 @@ import pytest
 from detect_run import run, settings
 from real_servers import ABSENT, PYTHON, RealServer, counting, running
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Answer, Example
 from leaf_distill.detection.answers import answer, open_cache, prompted_model
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.server import connect

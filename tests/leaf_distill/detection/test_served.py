@@ -19,10 +19,10 @@ import pytest
 from detect_run import CONFOUNDED, ROWS, check_sums, reasons, run, settings, table
 from small_server import NAME, SmallServer, serving, status
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Example
 from leaf_distill.detection.answers import Decoding, answer, open_cache, prompted_model
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult
 from leaf_distill.detection.served import make_request
 from leaf_distill.models import server as client

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example, Rendering, remaining
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.spans import align, characters, find_spans, normalize
 
 LOW, HIGH = 0.01, 5.0

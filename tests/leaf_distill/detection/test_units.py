@@ -119,7 +119,7 @@ def test_an_emoji_or_a_mark_is_never_split_by_a_widened_cut() -> None:
 
 
 def test_an_unknown_unit_is_refused() -> None:
-    with pytest.raises(ValueError, match="unit must be one of token, word, clause, sentence"):
+    with pytest.raises(ValueError, match="unit: must be one of token, word, clause, sentence"):
         widen("a", [(0, 1)], "line", [(0, 1)])  # type: ignore[arg-type]
 
 

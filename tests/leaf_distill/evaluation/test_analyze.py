@@ -15,7 +15,7 @@ import pytest
 from detect_pair import make_rows, write_rows
 
 from leaf_distill.cli import main
-from leaf_distill.config import DetectConfig
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult, detect
 from leaf_distill.evaluation.analyze import analyze
 from leaf_distill.evaluation.arms import read_arms

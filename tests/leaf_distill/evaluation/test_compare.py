@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from leaf_distill.config import CompareConfig, DetectConfig
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.evaluation.compare import CompareResult, compare, distill_equally
+from leaf_distill.evaluation.config import CompareConfig
 from leaf_distill.statistics import paired_bootstrap
 from leaf_distill.training.config import DistillArguments, LeafConfig
 

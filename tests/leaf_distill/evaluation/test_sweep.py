@@ -14,8 +14,8 @@ import pytest
 from detect_pair import make_rows, write_rows
 
 from leaf_distill.cli import main
-from leaf_distill.config import DetectConfig
 from leaf_distill.detection.cells import Cell, Setting
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult, detect
 from leaf_distill.evaluation.config import SweepConfig
 from leaf_distill.evaluation.sweep import SweepResult, propose_threshold, sweep

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import ROLES, Answer, Example, Range, Role
 from leaf_distill.detection.arms import arm_name
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import cut, propose
 from leaf_distill.detection.funnel import funnel
 from leaf_distill.detection.output import write_dataset, write_samples

@@ -14,8 +14,8 @@ import pytest
 from html_page import Element, Page
 from report_run import CONFIG, RIGHT, add_cut, propose_cuts, scored, write_run
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Answer, Example, Role
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.io import StoreError
 from leaf_distill.report import write_report
 from leaf_distill.report.data import choose
