@@ -187,8 +187,8 @@ def _check(candidate: Example, example: Example, seen: set[str]) -> None:
     text = candidate.text
     if not all(text[first:last].strip() for first, last in candidate.parts):
         candidate.leave("prune", "empty_after_cut", "the cut leaves nothing of a turn")
-    elif text.strip() == example.text.strip():
-        candidate.leave("prune", "unchanged", "the cut changes whitespace at the ends only")
+    elif "".join(text.split()) == "".join(example.text.split()):
+        candidate.leave("prune", "unchanged", "the cut changes whitespace only")
     elif text in seen:
         candidate.leave("prune", "duplicate", "another cut of this row leaves the same text")
 

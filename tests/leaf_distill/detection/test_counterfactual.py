@@ -221,3 +221,10 @@ def test_cut_removes_exactly_these_characters(text: str, data: st.DataObject) ->
 def test_ranges_that_cannot_be_cut_are_an_error(ranges: list[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="ranges: must be sorted"):
         cut("a sentence", ranges)
+
+
+def test_a_cut_that_leaves_all_but_a_blank_is_no_candidate() -> None:
+    # The sentence keeps its full stop, so that nothing but the blank before it would go.
+    found = detection([(2, 3)], words=["Tom", "left", ".", "Ann", "stays"])
+    kept, left = candidates(found)
+    assert kept == [] and [one.outcome and one.outcome.reason for one in left] == ["unchanged"]
