@@ -229,3 +229,31 @@ def test_a_real_run_at_both_levels_with_substitutes(
         # The models answered the whole prompt before the row was divided into levels.
         assert "wrong" in article.find("tbody")[0].find("tr")[0].text
     assert page.root.find("ins")
+
+
+def test_levels_that_left_are_said_apart_from_the_rows(tmp_path: Path) -> None:
+    left = [
+        {"stage": "mark", "reason": "student_right", "count": 3, "unit": "rows"},
+        {"stage": "mark", "reason": "student_right", "count": 8, "unit": "beginnings"},
+        {"stage": "validate", "reason": "no_valid_cut", "count": 2, "unit": "prompts"},
+    ]
+    arm = write_run(tmp_path, [scored(0, "one")], config=replace(CONFIG, level="both"), left=left)
+    page = Page(write_report(arm))
+    items = [item.text for item in page.root.find("table", cls="funnel")[0].find("li")]
+    assert items == ["3 student right"]
+    assert "Prompts that left: 2 no valid cut." in page.root.text
+    assert "Beginnings of responses that left: 8 student right." in page.root.text
+    assert (
+        "may"
+        not in Page(write_report(write_run(tmp_path / "plain", [scored(0, "one")])))
+        .root.find("section")[0]
+        .text
+    )
+
+
+def test_the_original_has_a_line_only_where_it_was_answered(tmp_path: Path) -> None:
+    example = add_cut(scored(0, "one two", answers={}), [(0, 3)])
+    page = page_of(tmp_path, example, select="all")
+    assert "the whole prompt" not in page.root.text and page.root.find("tr", cls="kept")
+    asked = add_cut(scored(0, "one two"), [(0, 3)])
+    assert "the whole prompt" in page_of(tmp_path / "asked", asked).root.text
