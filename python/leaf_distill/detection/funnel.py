@@ -30,6 +30,9 @@ ROW_STAGES = {
 
 KEPT = "kept counterfactuals"
 
+TIED = "\N{NO-BREAK SPACE}"
+"""A blank at which no line ends; it is printed as a plain one."""
+
 VIEWS = {"prompts": "prompts", "beginnings": "beginnings of responses"}
 """The levels of a row, in words. One may leave while another keeps the row in."""
 
@@ -153,14 +156,16 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
         _say(console, f"note: {note.replace('_', ' ')}: {count}")
     for warning in warnings:
         _say(console, f"note: {warning}", style="yellow")
-    times = ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
+    times = ", ".join(f"{name}{TIED}{value:.1f}" for name, value in summary["seconds"].items())
     _say(console, f"seconds: {times}")
 
 
 def _say(console: Console, text: str, style: str = "") -> None:
     """Print text in lines that end between words; a long path stays whole."""
     lines = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
-    console.print(lines, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        lines.replace(TIED, " "), style=style, markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def views_that_left(left: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:

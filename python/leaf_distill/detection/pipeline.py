@@ -379,7 +379,7 @@ class Run:
         if not is_unchanged(arm, summary):  # else the seconds stay those of the passes
             write_json(arm / "funnel.json", summary)
         show_funnel(summary, [*warnings, *replaced])
-        print(f"The dataset is {dataset}; samples, outcomes and funnel are beside it")
+        print(f"The dataset is {dataset}\nSamples, outcomes and funnel are beside it")
         return DetectResult(self.root, arm, dataset, samples, outcomes, summary)
 
     def _warnings(self) -> list[str]:

@@ -130,18 +130,15 @@ def _prepare(view: dict[str, Any], turns: str) -> dict[str, Any]:
     for one in view["candidates"]:
         borders = (at for part in one["cut"] for at in part)
         one["inside_word"] = any(_inside_word(text, at) for at in borders)
-    prompts = (view, *view["candidates"])
+    asked = _asked(view, *view["candidates"])
     columns = ("teacher_saliency", "student_saliency", "score")
     numbers = zip(*(map(_float, view[name]) for name in columns), strict=True)
     marked = zip(view["offsets"], numbers, view["confounder"], strict=True)
     analyzed, names = _messages(view, turns)
     return view | {
         "name": _name(int(view["segment"])),
-        "asked": [
-            role
-            for role in MODELS
-            if any(one[f"{role}_{of}"] is not None for one in prompts for of in _REPLY)
-        ],
+        "asked": asked,
+        "answered": bool(_asked(view)),
         "context": _context(_turns(view), analyzed),
         "names": names,
         "tokens": [
@@ -184,7 +181,14 @@ def _messages(view: Mapping[str, Any], turns: str) -> tuple[set[int], dict[int, 
     return set(row.places), dict(zip(starts, names, strict=True))
 
 
-_REPLY = ("answer", "verdict")
+def _asked(*prompts: Mapping[str, Any]) -> list[Role]:
+    """Return the models that answered any of some prompts."""
+    of = ("answer", "verdict")
+    return [
+        role
+        for role in MODELS
+        if any(one[f"{role}_{name}"] is not None for one in prompts for name in of)
+    ]
 
 
 def _inside_word(text: str, at: int) -> bool:

@@ -191,8 +191,8 @@ def cut_excerpt(
         if high - low > context // 2:
             add(at, low)
             passed = [one for one in sorted(messages) if low <= one < high]
-            pieces.append(Piece(hidden=high - low))
             pieces += [Piece(message=messages[one]) for one in passed[-1:]]
+            pieces.append(Piece(hidden=high - low))
             add(high, start)
         else:
             add(at, start)

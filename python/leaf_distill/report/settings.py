@@ -166,10 +166,8 @@ def _searched(settings: Mapping[str, Any]) -> str:
 
 
 def _threshold(settings: Mapping[str, Any]) -> str:
-    words = " and ".join(
-        f"score at most {number(value)}{name and ' in '}{name}"
-        for name, value in thresholds(settings)
-    )
+    parts = (f"{number(value)}{name and ' in '}{name}" for name, value in thresholds(settings))
+    words = f"score at most {' and '.join(parts)}"
     if settings["rule"] == "quantile":
         lowest, cap = number(100 * settings["threshold"]), number(settings["cap"])
         if settings["level"] != "instruction":

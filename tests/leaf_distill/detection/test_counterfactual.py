@@ -245,3 +245,10 @@ def test_a_word_is_replaced_at_the_border_of_its_message() -> None:
     draw = random.Random(0)
     assert replacement(found, (4, 6), vocabulary, draw) in ("33", "44")
     assert replacement(found, (6, 8), vocabulary, draw) in ("33", "44")
+
+
+def test_a_cut_that_leaves_all_but_a_blank_is_no_candidate() -> None:
+    # The sentence keeps its full stop, so that nothing but the blank before it would go.
+    found = detection([(2, 3)], words=["Tom", "left", ".", "Ann", "stays"])
+    kept, left = candidates(found)
+    assert kept == [] and [one.outcome and one.outcome.reason for one in left] == ["unchanged"]

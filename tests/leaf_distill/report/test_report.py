@@ -188,10 +188,15 @@ def test_earlier_messages_are_shown_whole(tmp_path: Path) -> None:
     )
     samples = page.samples()
     shown = samples[0].find("details", cls="aside")[0].text
-    for part in ("2 earlier messages", "system Be brief.", "assistant", '"city": "Ulm"'):
+    for part in (
+        "2 other messages of the prompt",
+        "system Be brief.",
+        "assistant",
+        '"city": "Ulm"',
+    ):
         assert part in shown
     assert "text in place of a list" in samples[1].text
-    assert "earlier message" not in samples[2].text
+    assert "of the prompt" not in samples[2].text
 
 
 def test_empty_run(tmp_path: Path) -> None:

@@ -64,3 +64,36 @@ def test_excerpt_breaks_no_word_where_there_are_spaces() -> None:
         (" five six", False, 0),
         ("", False, 21),
     ]
+
+
+def test_excerpt_shows_what_stands_in_place_of_a_cut() -> None:
+    pieces = cut_excerpt("one two three", [(4, 7), (8, 13)], ["six", ""])
+    assert [(p.text, p.cut, p.inserted) for p in pieces] == [
+        ("one ", False, ""),
+        ("two", True, ""),
+        ("", False, "six"),
+        (" ", False, ""),
+        ("three", True, ""),
+    ]
+
+
+def test_messages_are_named_where_they_begin() -> None:
+    names = {0: "first", 8: "second"}
+    text = "one two three four"
+    cells = [cell for part in heat(text, [], [(4, 13)], [], names) for cell in part.cells]
+    assert [(cell.text, cell.message) for cell in cells] == [
+        ("one ", "first"),
+        ("two ", ""),
+        ("three", "second"),
+        (" four", ""),
+    ]
+    pieces = cut_excerpt(text, [(8, 13)], messages=names)
+    assert [(p.message, p.text) for p in pieces] == [
+        ("first", ""),
+        ("", "one two "),
+        ("second", ""),
+        ("", "three"),
+        ("", " four"),
+    ]
+    far = cut_excerpt("x" * 50 + "y" * 60 + "cut", [(110, 113)], messages={0: "a", 50: "b"})
+    assert [p.message or p.hidden or p.text for p in far] == ["b", 78, "y" * 32, "cut"]
