@@ -35,6 +35,7 @@ Edit = Literal["delete", "substitute"]
 Guard = Literal["grader", "agreement"]
 Preset = Literal["paper", "release"]
 Validate = Literal["both", "teacher", "none"]
+Quantization = Literal["int8", "bnb8", "nf4"]
 
 PACKAGES = ("leaf-distill", "torch", "transformers", "datasets", "pyarrow")
 """The packages whose versions are written beside results."""
@@ -99,7 +100,12 @@ class ModelOptions:
         ),
     )
     device: str = field(
-        default="auto", metadata=about("device of the models: auto, cpu, cuda, cuda:1, ...")
+        default="auto",
+        metadata=about(
+            "device of the models: auto, cpu, cuda, cuda:1, ..., or balanced: a model that is too "
+            "large for one GPU is spread over all, and the rest over the CPU's memory and the disk "
+            "(several GPUs are untested)"
+        ),
     )
     trust_remote_code: bool = field(
         default=False, metadata=about("run Python code that a model brings along")
@@ -320,6 +326,13 @@ class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
         ),
     )
     seed: int = field(default=0, metadata=about("seed of the random controls"))
+    teacher_quantization: Quantization | None = field(
+        default=None,
+        metadata=about(
+            "round the weights of a teacher in a directory or on the hub as they are loaded: int8 "
+            "(torchao), bnb8 or nf4 (8 and 4 bits of bitsandbytes)"
+        ),
+    )
     dry_run: bool = field(
         default=False,
         metadata=about("print what the run will take in memory and time, and write nothing"),

@@ -31,6 +31,7 @@ from leaf_distill.io import digest, user_directory
 from leaf_distill.models.generation import Draws, generate
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import default_batch_tokens
+from leaf_distill.models.quantization import weight_itemsize
 from leaf_distill.models.server import Server, connect
 from leaf_distill.ranks import current
 
@@ -53,10 +54,12 @@ class PromptedModel:
 
     @cached_property
     def identity(self) -> list[object]:
-        """Fingerprint and dtype of the weights, tokenizer, end tokens: for keys of the cache."""
+        """Fingerprint and form of the weights, tokenizer, end tokens: for keys of the cache."""
+        quantized = [self.model.quantization] if self.model.quantization else []
         return [
             self.model.fingerprint,
             self.model.dtype,
+            *quantized,
             tokenizer_fingerprint(self.renderer.tokenizer),
             self.renderer.end_ids,
         ]
@@ -87,7 +90,13 @@ class PromptedModel:
         if config.max_batch_tokens is not None:
             return config.max_batch_tokens
         model = self.model
-        return default_batch_tokens(model.config, model.dtype, model.device, answers=answers)
+        return default_batch_tokens(
+            model.config,
+            model.dtype,
+            model.device,
+            answers=answers,
+            weight_itemsize=weight_itemsize(model.dtype, model.quantization),
+        )
 
 
 @dataclass(frozen=True)

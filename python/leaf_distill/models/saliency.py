@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,11 @@ import torch
 
 import leaf_ext
 from leaf_distill.data.example import Rendering
-from leaf_distill.models.checks import eval_mode
+from leaf_distill.models.checks import eval_mode, input_device
 from leaf_distill.models.label_logits import (
     LabelBatch,
     at_head,
     check_label_ids,
-    input_device,
     label_losses,
     label_output,
     widened,
@@ -137,7 +136,8 @@ def _check_labels(model: PreTrainedModel, rows: Sequence[Rendering]) -> None:
 def _saliency(model: PreTrainedModel, rows: Sequence[Rendering]) -> list[Saliency]:
     embedding = model.get_input_embeddings()
     batch = LabelBatch(rows, input_device(model))
-    with leaf_ext.capture_embedding_grad(embedding) as captured, torch.enable_grad():
+    capture = leaf_ext.capture_embedding_grad(embedding)
+    with capture as captured, torch.enable_grad(), _fetched_twice(model):
         loss = _mean_losses(model, batch, len(rows))
         scaled = loss.sum() * _LOSS_SCALE
     try:
@@ -204,7 +204,8 @@ def _losses_from_states(model: PreTrainedModel, batch: LabelBatch) -> torch.Tens
     if not captured or expected.shape[:2] != (1, 1):
         return None
     (states,) = captured
-    first, expected = logits(states[:1]), widened(expected[0])
+    first = logits(states[:1])
+    expected = widened(expected[0]).to(first.device)  # several devices give it to the first
     # In float16 and bfloat16 the model rounds after each step of its transform.
     tolerance = 4 * torch.finfo(states.dtype).eps
     if first.shape != expected.shape or not torch.allclose(
@@ -214,6 +215,16 @@ def _losses_from_states(model: PreTrainedModel, batch: LabelBatch) -> torch.Tens
     size = max(1, _LOGITS_A_CHUNK // first.shape[-1])
     chunks = zip(torch.split(states, size), torch.split(batch.label, size), strict=True)
     return torch.cat([label_losses(logits(chunk), label) for chunk, label in chunks])
+
+
+def _fetched_twice(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Keep nothing on the GPU for the backward pass, if not all of the weights fit there.
+
+    Else each weight that the forward pass fetches would stay until the backward pass needs it.
+    """
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    offloaded = len(places) > 1 and bool(places & {"cpu", "disk"})
+    return torch.autograd.graph.save_on_cpu() if offloaded else nullcontext()
 
 
 @contextmanager
