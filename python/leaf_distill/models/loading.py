@@ -253,6 +253,7 @@ def load_model(
     if "device_map" not in options:
         model = model.to(target)
     if folder is not None:
+        model.requires_grad_(False)  # each pass makes the weights anew that are elsewhere
         weakref.finalize(model, folder.cleanup)
     warm_up()
     check_causal(model, name)

@@ -230,7 +230,9 @@ def _fetched_twice(model: PreTrainedModel) -> AbstractContextManager[Any]:
 @contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
     """Use eval mode and no gradient for any weight; both are put back as they were."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    # An offloaded weight, which is replaced with each pass, is left as it is.
+    stored = (weight for weight in model.parameters() if weight.device.type != "meta")
+    trained = [weight for weight in stored if weight.requires_grad]
     with eval_mode(model):
         try:
             for weight in trained:
