@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from leaf_distill.models.memory import EXACT
 
@@ -96,6 +99,45 @@ def quantization_config(quantization: str, dtype: str) -> Any:
     # It warns of its 16-bit products at every call.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return make(load_in_8bit=True)
+
+
+def light_backward(model: Any) -> AbstractContextManager[Any]:
+    """Let a forward pass keep rounded weights for the backward pass, and not their float form.
+
+    torchao's linear layers keep the whole model in its own dtype otherwise, which takes more memory
+    than a model that is not rounded. bitsandbytes needs no help.
+    """
+    rounded = any(hasattr(weight, "__tensor_flatten__") for weight in model.parameters())
+    return _LightLinear() if rounded else nullcontext()
+
+
+class _LightLinear(TorchFunctionMode):
+    """Replaces the product with a rounded weight by `_RoundedProduct`."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is linear and len(args) > 1 and hasattr(args[1], "__tensor_flatten__"):
+            product: Any = _RoundedProduct  # apply is untyped
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            return product.apply(args[0], args[1], bias)
+        return func(*args, **(kwargs or {}))
+
+
+class _RoundedProduct(torch.autograd.Function):
+    """A linear layer with frozen weights, which are made floats again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        context: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        context.save_for_backward(weight)
+        return linear(states, weight, bias)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = context.saved_tensors
+        return gradients[0] @ weight.dequantize().to(gradients[0].dtype), None, None
 
 
 def is_exact(dtype: str, quantization: str | None) -> bool:

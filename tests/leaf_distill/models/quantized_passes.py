@@ -34,6 +34,29 @@ ROWS = [
 ]
 
 
+def size(tensor: Any) -> int:
+    """Return the bytes of a tensor, or of those that a rounded one consists of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(size(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+    return int(tensor.numel() * tensor.element_size())
+
+
+def kept(model: Any, rows: list[Any]) -> int:
+    """Return the bytes that the forward pass of a saliency keeps beside the weights."""
+    weights = {part.untyped_storage()._cdata for part in model.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = size(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        saliency(model, rows)
+    return sum(found.values())
+
+
 def passes(lazy: LazyModel) -> dict[str, Any]:
     """Return the norms and likelihoods of each row, interventions on the first, and answers."""
     model, renderer = lazy.load(), Renderer(lazy.tokenizer)
@@ -58,8 +81,9 @@ def passes(lazy: LazyModel) -> dict[str, Any]:
         "nll": [values.tolist() for values in token_nll(model, rows)],
         "kl": answer_kl(model, rows[0], [np.delete(prompts[0], at) for at in places]).tolist(),
         "answers": [one.text for one in answers],
+        "kept": kept(model, rows[:1]),
         "graded": [bool(weight.grad is not None) for weight in model.parameters()],
-        "megabytes": model.get_memory_footprint() / 1e6,
+        "megabytes": sum(map(size, model.parameters())) / 1e6,
         "fingerprint": LazyModel(model, processing_class=lazy.tokenizer).fingerprint,
     }
 

@@ -201,4 +201,5 @@ def test_rounded_weights_of_a_real_model_give_nearly_its_norms(
     assert np.corrcoef(whole["kl"], rounded["kl"])[0, 1] > 0.7
     assert "Paris" in rounded["answers"][2]
     assert rounded["megabytes"] < megabytes < whole["megabytes"]
+    assert rounded["kept"] < 1.1 * whole["kept"]  # no weight in its own dtype
     assert not any(rounded["graded"]) and rounded["fingerprint"] != whole["fingerprint"]
