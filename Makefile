@@ -34,7 +34,7 @@ demo: $(BUILT)
 test: $(DEV)
 	pytest
 
-test-slow: $(VENV)/.smollm2 $(VENV)/.oracles $(VENV)/.harness $(VENV)/.trl $(VENV)/.servers
+test-slow: $(VENV)/.smollm2 $(VENV)/.oracles $(VENV)/.harness $(VENV)/.trl $(VENV)/.servers $(VENV)/.quantize
 	pytest -m slow
 
 bench: $(DEV)
@@ -153,6 +153,13 @@ $(VENV)/.trl: $(DEV)
 	python -m venv $(VENV)/trl
 	$(call SEE_OURS,$(VENV)/trl)
 	$(VENV)/trl/bin/pip install -q 'trl==1.16.0'
+	touch $@
+
+# Quantized teachers, in such an environment too: what imports torchao where it is found stays as it is.
+$(VENV)/.quantize: $(DEV)
+	python -m venv $(VENV)/quantize
+	$(call SEE_OURS,$(VENV)/quantize)
+	$(VENV)/quantize/bin/pip install -q 'torchao==0.18.0' 'bitsandbytes==0.50.2'
 	touch $@
 
 # Servers that give answers, `transformers serve` and llama.cpp's, in such an environment too.

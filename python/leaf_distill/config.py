@@ -81,7 +81,12 @@ class ModelOptions:
         ),
     )
     device: str = field(
-        default="auto", metadata=about("device of the models: auto, cpu, cuda, cuda:1, ...")
+        default="auto",
+        metadata=about(
+            "device of the models: auto, cpu, cuda, cuda:1, ..., or balanced: a model that is too "
+            "large for one GPU is spread over all, and the rest over the CPU's memory and the disk "
+            "(several GPUs are untested)"
+        ),
     )
     trust_remote_code: bool = field(
         default=False, metadata=about("run Python code that a model brings along")

@@ -33,6 +33,7 @@ from leaf_distill.io import digest, user_directory
 from leaf_distill.models.generation import Draws, generate
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import default_batch_tokens
+from leaf_distill.models.quantization import weight_itemsize
 from leaf_distill.models.server import Server, connect
 from leaf_distill.ranks import current
 
@@ -55,10 +56,12 @@ class PromptedModel:
 
     @cached_property
     def identity(self) -> list[object]:
-        """Fingerprint and dtype of the weights, tokenizer, end tokens: for keys of the cache."""
+        """Fingerprint and form of the weights, tokenizer, end tokens: for keys of the cache."""
+        quantized = [self.model.quantization] if self.model.quantization else []
         return [
             self.model.fingerprint,
             self.model.dtype,
+            *quantized,
             tokenizer_fingerprint(self.renderer.tokenizer),
             self.renderer.end_ids,
         ]
@@ -91,7 +94,13 @@ class PromptedModel:
         """
         model, most = self.model, config.max_batch_tokens
         if most is None:
-            most = default_batch_tokens(model.config, model.dtype, model.device, answers=answers)
+            most = default_batch_tokens(
+                model.config,
+                model.dtype,
+                model.device,
+                answers=answers,
+                weight_itemsize=weight_itemsize(model.dtype, model.quantization),
+            )
         return int(current().least(np.asarray([most], dtype=np.int64))[0])
 
 

@@ -24,7 +24,7 @@ NAMING: Final = (
     *("level", "segments", "target", "turns", "score", "shortlist", "draws"),
     *("threshold", "response_threshold", "rule", "cap", "teacher_max", "join_gap", "min_length"),
     *("widen", "edit", "relabel", "guard", "agreement", "cross_branch"),
-    *("select", "completion_source", "validate"),
+    *("select", "completion_source", "validate", "teacher_quantization"),
 )
 """Settings that, beside the strategy, make an arm of their own; where it draws, also the seed."""
 

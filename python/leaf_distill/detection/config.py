@@ -40,6 +40,7 @@ Edit = Literal["delete", "substitute"]
 Guard = Literal["grader", "agreement"]
 Preset = Literal["paper", "release"]
 Validate = Literal["both", "teacher", "none"]
+Quantization = Literal["int8", "bnb8", "nf4"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"widen": "token"},
@@ -189,6 +190,13 @@ class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
     seed: int = field(
         default=0,
         metadata=about("seed of all that is drawn: random controls, replacements, answers"),
+    )
+    teacher_quantization: Quantization | None = field(
+        default=None,
+        metadata=about(
+            "round the weights of a teacher in a directory or on the hub as they are loaded: int8 "
+            "(torchao), bnb8 or nf4 (8 and 4 bits of bitsandbytes)"
+        ),
     )
     dry_run: bool = field(
         default=False,

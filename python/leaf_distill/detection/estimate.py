@@ -149,10 +149,12 @@ def _shape(
 def _cost(one: PromptedModel, rows: int, tokens: int, labels: int) -> PassCost:
     config, dtype = one.model.config, one.model.dtype
     try:
-        return saliency_cost(config, dtype, rows, tokens, labels)
+        return saliency_cost(
+            config, dtype, rows, tokens, labels, quantization=one.model.quantization
+        )
     except Exception as error:  # an architecture raises whatever its forward raises
         logger.info("%s is estimated from its sizes: %s", one.model.name, error)
-        return rough_cost(config, dtype, rows, tokens, labels)
+        return rough_cost(config, dtype, rows, tokens, labels, quantization=one.model.quantization)
 
 
 def _known(config: DetectConfig, keys: Sequence[str]) -> set[str]:

@@ -129,6 +129,7 @@ def detect(
             device=config.device,
             trust_remote_code=config.trust_remote_code,
             argument=role,
+            quantization=config.teacher_quantization if role == "teacher" else None,
         )
     run = Run(config, models, config.dataset if dataset is None else dataset)
     return run.dry_run() if config.dry_run else run.run()

@@ -14,7 +14,6 @@ from leaf_distill.detection.answers import PromptedModel
 from leaf_distill.detection.cache import RowCache, compute_missing
 from leaf_distill.io import digest
 from leaf_distill.models.intervention import answer_kl
-from leaf_distill.models.memory import EXACT
 from leaf_distill.models.saliency import completion_nll, saliency, token_nll
 
 VERSION: Final = 2
@@ -115,7 +114,7 @@ def _interventions(
     for at, row in enumerate(rows):
         batches.setdefault(row, []).append(at)
     plan = [batches[row] for row in sorted(batches, key=lambda row: -len(originals[row]))]
-    max_tokens, exact = scored.batch_tokens(config), scored.model.dtype in EXACT
+    max_tokens, exact = scored.batch_tokens(config), scored.model.exact
     keys = [""] * len(prompts)
     for row, batch in batches.items():
         one, shape = originals[row], ""
@@ -162,7 +161,7 @@ def _passes(
 ) -> list[Floats]:
     """Return the float32 values of each rendering, from the cache or a pass of the model."""
     plan, keys = plan_passes(kind, scored, renderings, config)
-    exact = scored.model.dtype in EXACT
+    exact = scored.model.exact
 
     def compute(batch: list[int]) -> list[bytes]:
         part, model = [renderings[at] for at in batch], scored.model.load()
@@ -193,7 +192,7 @@ def plan_passes(
     lengths = [len(rendering) for rendering in renderings]
     plan = plan_batches(lengths, max_tokens=scored.batch_tokens(config))
     shape: dict[int, list[int]] = {}
-    if scored.model.dtype not in EXACT:
+    if not scored.model.exact:
         # 16-bit kernels of another batch shape or device change norms by up to 2 % of the largest.
         device = 0 if scored.model.device.type == "cpu" else 1
         shape = {at: [len(batch), lengths[batch[0]], device] for batch in plan for at in batch}

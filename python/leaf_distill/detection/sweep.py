@@ -127,6 +127,7 @@ def _sweep(arm: Path, config: DetectConfig, *, load: bool = False) -> _Sweep:
                 device=config.device,
                 trust_remote_code=config.trust_remote_code,
                 argument=role,
+                quantization=config.teacher_quantization if role == "teacher" else None,
                 fingerprint=None if load else names[role]["sha256"],
             )
             for role in ROLES

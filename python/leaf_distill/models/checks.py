@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from leaf_distill.models.quantization import rounding
+
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
 
@@ -28,6 +30,15 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def input_device(model: Any) -> torch.device:
+    """Return the device where token ids go: of the input embedding, or where it is brought."""
+    embedding = model.get_input_embeddings()
+    device: torch.device = next(embedding.parameters()).device
+    if device.type == "meta":  # offloaded by accelerate, whose hook fetches it for each pass
+        device = torch.device(embedding._hf_hook.execution_device)
+    return device
 
 
 def max_positions(config: Any) -> int | None:
@@ -63,7 +74,7 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     mask = torch.stack([torch.ones_like(first)] * 2 + [(~late).long()])
     batch = _probe(model, name, ids, mask)[:, ~late].double()
     alone = _probe(model, name, ids[:1, ~late], mask[:1, ~late]).double()[0]
-    eps = torch.finfo(model.dtype).eps
+    eps = rounding(model)
     pairs = [(batch[0], batch[1], max(2e-5, eps), "the tokens after it")]
     # Rows of one batch are computed alike. Another shape of the batch rounds differently, which in
     # 16 bits can choose other experts.
@@ -95,7 +106,7 @@ def pads_in_front(model: Any) -> bool:
     """
     if model not in _pads:
         # In 16 bits another length of the row rounds differently, which can choose other experts.
-        tolerance = 1e-4 if torch.finfo(model.dtype).eps < 1e-5 else 0.05
+        tolerance = 1e-4 if rounding(model) < 1e-5 else 0.05
         rows, length = embedding_rows(model), min(8, (max_positions(model.config) or 8) - 2)
         if rows < 2 or length < 2:
             return False
@@ -105,7 +116,7 @@ def pads_in_front(model: Any) -> bool:
         padded, _ = _answer(model, ids, kept)
         alone, answered = _answer(model, ids[kept], kept[kept])
         forward = model(input_ids=answered[None, :-1], use_cache=False).logits[0, -2:].double()
-        if model.dtype.itemsize > 2 and not _agree(alone, forward, 1e-3):
+        if rounding(model) < 1e-5 and not _agree(alone, forward, 1e-3):
             raise ValueError(
                 "model: must answer with the logits of its forward pass, got "
                 f"{type(model).__name__}, which numbers or masks its tokens otherwise when it "
@@ -129,8 +140,8 @@ def _answer(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Te
     from transformers import GenerationConfig
 
     output = model.generate(
-        input_ids=ids[None].to(model.device),
-        attention_mask=mask[None].long().to(model.device),
+        input_ids=ids[None].to(input_device(model)),
+        attention_mask=mask[None].long().to(input_device(model)),
         generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=2,
             do_sample=False,
@@ -148,8 +159,8 @@ def _probe(
     try:
         with eval_mode(model):
             output = model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                input_ids=ids.to(input_device(model)),
+                attention_mask=mask.to(input_device(model)),
                 use_cache=False,
             )
         logits: torch.Tensor = output.logits

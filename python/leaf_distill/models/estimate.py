@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import torch
 
+from leaf_distill.models.quantization import weight_itemsize
+
 _TIMED: Final = 0.3
 """Seconds for which the machine's arithmetic is timed."""
 _STEP_OVERHEAD: Final = 0.3e-3
@@ -38,7 +40,14 @@ class Speed:
 
 
 def saliency_cost(
-    config: Any, dtype: str, rows: int, tokens: int, labels: int, *, trust_remote_code: bool = False
+    config: Any,
+    dtype: str,
+    rows: int,
+    tokens: int,
+    labels: int,
+    *,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> PassCost:
     """Return the cost of a saliency pass over `rows` of `tokens` each, with `labels` in all.
 
@@ -85,12 +94,28 @@ def saliency_cost(
             logits.float().sum().backward()
         made = logits.numel()
     size = sum(one.numel() * one.element_size() for one in stored)
+    if quantization is not None:
+        layers = {
+            module.weight
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear) and module is not head
+        }
+        less = torch.finfo(model.dtype).bits / 8 - weight_itemsize(dtype, quantization)
+        size -= int(less * sum(weight.numel() for weight in layers))
     # The logits, in float32 too where they are not, and the same once more for their gradient.
     return PassCost(size, sum(kept.values()) + made * (8 if dtype == "float32" else 12),
                     int(counter.get_total_flops()))  # fmt: skip
 
 
-def rough_cost(config: Any, dtype: str, rows: int, tokens: int, labels: int) -> PassCost:
+def rough_cost(
+    config: Any,
+    dtype: str,
+    rows: int,
+    tokens: int,
+    labels: int,
+    *,
+    quantization: str | None = None,
+) -> PassCost:
     """Return the cost of a saliency pass from the sizes in a configuration."""
     text = config.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or 1024)
@@ -101,7 +126,8 @@ def rough_cost(config: Any, dtype: str, rows: int, tokens: int, labels: int) -> 
     tied = 1 if getattr(text, "tie_word_embeddings", False) else 2
     kept = rows * tokens * layers * (6 * hidden + 3 * inner) * itemsize + labels * vocabulary * 12
     flops = 4 * (rows * tokens * body + labels * hidden * vocabulary)
-    return PassCost((body + tied * vocabulary * hidden) * itemsize, kept, flops)
+    weights = body * weight_itemsize(dtype, quantization) + tied * vocabulary * hidden * itemsize
+    return PassCost(int(weights), kept, flops)
 
 
 def answer_bytes(config: Any, dtype: str, tokens: int) -> int:

@@ -15,7 +15,13 @@ import numpy as np
 import torch
 
 from leaf_distill.data.example import Answer
-from leaf_distill.models.checks import check_ids, eval_mode, max_positions, pads_in_front
+from leaf_distill.models.checks import (
+    check_ids,
+    eval_mode,
+    input_device,
+    max_positions,
+    pads_in_front,
+)
 from leaf_distill.models.memory import with_smaller_batches
 
 if TYPE_CHECKING:  # seconds to import
@@ -169,10 +175,11 @@ def _batch(
     if draws is not None:
         processors.append(_Draw(draws.temperature, draws.top_p, seeds, width, max_new_tokens))
     stops = _Stops(tokenizer, stop, len(prompts), width) if stop else None
+    device = input_device(model)
     engine: Any = model  # its generate() is untyped
     output = engine.generate(
-        input_ids=torch.from_numpy(np.stack(ids)).long().to(model.device),
-        attention_mask=(torch.arange(width) >= width - lengths[:, None]).long().to(model.device),
+        input_ids=torch.from_numpy(np.stack(ids)).long().to(device),
+        attention_mask=(torch.arange(width) >= width - lengths[:, None]).long().to(device),
         generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max_new_tokens,
             do_sample=False,  # _Draw leaves one token to choose

@@ -35,12 +35,6 @@ class LabelBatch:
         return states[self.row.to(states.device), self.position.to(states.device)]
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Return the device of the model's input embedding, where token ids go."""
-    device: torch.device = next(model.get_input_embeddings().parameters()).device
-    return device
-
-
 def check_label_ids(model: PreTrainedModel, rows: Sequence[Rendering]) -> None:
     """Raise ValueError for the first row with a token without an embedding or without a logit."""
     check_ids(model, [row.input_ids for row in rows], "renderings")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import tempfile
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,12 +22,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from leaf_distill.models.checks import check_causal, max_positions, warm_up
+from leaf_distill.models.checks import check_causal, input_device, max_positions, warm_up
 from leaf_distill.models.placement import (
+    BALANCED,
     check_dtype,
     check_in_memory,
     resolve_device,
     resolve_dtype,
+)
+from leaf_distill.models.quantization import (
+    check_quantization,
+    is_exact,
+    quantization_config,
 )
 from leaf_distill.models.source import (
     ModelSource,
@@ -61,12 +69,15 @@ class LazyModel:
         argument: how messages call the model, such as "student".
         fingerprint: of the content, where it is known. The weights are then never read, and need
             not be there.
+        quantization: a name of METHODS, by which the weights are rounded as they are loaded.
 
     Attributes:
         name: of the source, for messages.
         config, tokenizer: as transformers reads them; the tokenizer is a fast one.
         dtype: the resolved dtype, such as "float32".
         device: the resolved device.
+        quantization: as it was given.
+        exact: whether a row's values do not depend on its batch beyond rounding in float32.
         max_positions: the longest sequence that the model takes, None where it names no limit.
 
     Raises:
@@ -83,21 +94,28 @@ class LazyModel:
         trust_remote_code: bool = False,
         argument: str = "model",
         fingerprint: str | None = None,
+        quantization: str | None = None,
     ) -> None:
         self.argument = argument
         self._known = fingerprint
         check_dtype(dtype)
         self._trust = trust_remote_code
+        self.quantization = quantization
         self._source: ModelSource | None = None
         self._model: PreTrainedModel | None = None
         self._checked = True  # by `load_model`
         if isinstance(source, torch.nn.Module):
             self._model = source
             self._checked = False
+            if quantization is not None:
+                raise ValueError(
+                    f"{argument}_quantization: must be left out for a model in memory, got "
+                    f"{quantization!r}; load the model with it"
+                )
             self.name = str(getattr(source, "name_or_path", "") or type(source).__name__)
             self.config: Any = source.config
             self.dtype = check_in_memory(source, self.name, dtype, device)
-            self.device = source.device
+            self.device = input_device(source)
         elif not isinstance(source, str | os.PathLike):
             raise ValueError(
                 f"source: must be a name or a transformers model, got {source!r}; name a directory"
@@ -110,7 +128,13 @@ class LazyModel:
                     self._source, trust_remote_code, weights=fingerprint is None
                 )
             self.device = resolve_device(device)
+            self._place = BALANCED if device == BALANCED else str(self.device)
             self.dtype = _resolve_dtype(self._source, dtype, self.config, self.device)
+            if quantization is not None:
+                read = fingerprint is None
+                check_quantization(quantization, self._source, self.config, argument, weights=read)
+        in_8_bits = getattr(source, "is_loaded_in_8bit", False)
+        self.exact = is_exact(self.dtype, "bnb8" if in_8_bits else quantization)
         self.max_positions = max_positions(self.config)
         if processing_class is None:
             with named(argument):
@@ -159,8 +183,9 @@ class LazyModel:
                 self._model = load_model(
                     self.name,
                     dtype=self.dtype,
-                    device=str(self.device),
+                    device=self._place,
                     trust_remote_code=self._trust,
+                    quantization=self.quantization,
                 )
             elif not self._checked:
                 warm_up()
@@ -185,6 +210,7 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     trainable_adapter: bool = False,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode, and check that it is one.
 
@@ -197,9 +223,11 @@ def load_model(
         trust_remote_code: whether code that comes with the model may run.
         trainable_adapter: makes an adapter a `peft.PeftModel` that can be trained on. Otherwise the
             adapter is merged into its base model.
+        quantization: a name of METHODS, by which the weights are rounded.
 
     Returns:
-        The model on its device.
+        The model on its device. With the device "balanced", a model that is too large for one GPU
+        is spread over all of them, the CPU's memory and the disk.
 
     Raises:
         ValueError: the path is missing, the model is of another kind, weights are missing, or the
@@ -208,10 +236,25 @@ def load_model(
     check_dtype(dtype)
     target = resolve_device(device)
     source = locate_model(name)
-    dtype = _resolve_dtype(source, dtype, _load_config(source, trust_remote_code), target)
+    config = _load_config(source, trust_remote_code)
+    dtype = _resolve_dtype(source, dtype, config, target)
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        check_quantization(quantization, source, config, "model")
+        options["quantization_config"] = quantization_config(quantization, dtype)
+    if device == BALANCED or quantization is not None:  # rounded weights are best not moved
+        options["device_map"] = BALANCED if device == BALANCED else {"": target}
+    # For weights on the disk that are not in the checkpoint as they are in the model.
+    folder = tempfile.TemporaryDirectory(prefix="leaf-offloaded-") if device == BALANCED else None
+    if folder is not None:
+        options["offload_folder"] = folder.name
     with without_progress_bars():
-        model = _read(source, dtype, trust_remote_code, trainable_adapter)
-    model = model.to(target)
+        model = _read(source, dtype, trust_remote_code, trainable_adapter, options)
+    if "device_map" not in options:
+        model = model.to(target)
+    if folder is not None:
+        model.requires_grad_(False)  # each pass makes the weights anew that are elsewhere
+        weakref.finalize(model, folder.cleanup)
     warm_up()
     check_causal(model, name)
     return cast("PreTrainedModel", model)
@@ -255,10 +298,12 @@ def _resolve_dtype(source: ModelSource, dtype: str, config: Any, device: torch.d
     return resolve_dtype(dtype, config, device)
 
 
-def _read(source: ModelSource, dtype: str, trust: bool, trainable: bool) -> Any:
+def _read(
+    source: ModelSource, dtype: str, trust: bool, trainable: bool, options: Mapping[str, Any]
+) -> Any:
     if source.base is not None:
-        return _add_adapter(_read(source.base, dtype, trust, False), source, trainable)
-    arguments = dict(source.arguments)
+        return _add_adapter(_read(source.base, dtype, trust, False, options), source, trainable)
+    arguments = {**source.arguments, **options}
     if source.gguf_file is not None:  # packed weights can be neither trained nor saved
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:

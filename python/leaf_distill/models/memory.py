@@ -30,7 +30,12 @@ _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 def default_batch_tokens(
-    config: Any, dtype: str, device: torch.device | str, *, answers: bool = False
+    config: Any,
+    dtype: str,
+    device: torch.device | str,
+    *,
+    answers: bool = False,
+    weight_itemsize: float | None = None,
 ) -> int:
     """Return how many tokens, padding included, one batch should hold on a device.
 
@@ -39,6 +44,7 @@ def default_batch_tokens(
         dtype: the name of the dtype of its weights.
         device: the device that it will run on.
         answers: whether the model answers, without gradients.
+        weight_itemsize: bytes of a linear layer's weight, where they are quantized.
 
     Returns:
         Half of the tokens that fit beside the weights by a cautious estimate, of a forward and
@@ -49,14 +55,26 @@ def default_batch_tokens(
     if device.type == "cuda":
         # The whole memory, not what is free: the plan of the batches must be the same in a rerun.
         total = torch.cuda.get_device_properties(device).total_memory
-        return batch_tokens(config, total, itemsize, answers=answers)
+        return batch_tokens(
+            config, total, itemsize, answers=answers, weight_itemsize=weight_itemsize
+        )
     # Where results depend on the plan, it must not depend on what else is running.
     memory = free_memory() if dtype in EXACT else machine_memory()
     most = CPU_ANSWER_TOKENS if answers else CPU_BATCH_TOKENS
-    return min(most, batch_tokens(config, memory, itemsize, answers=answers))
+    fitting = batch_tokens(
+        config, memory, itemsize, answers=answers, weight_itemsize=weight_itemsize
+    )
+    return min(most, fitting)
 
 
-def batch_tokens(config: Any, free: int, itemsize: int, *, answers: bool = False) -> int:
+def batch_tokens(
+    config: Any,
+    free: int,
+    itemsize: int,
+    *,
+    answers: bool = False,
+    weight_itemsize: float | None = None,
+) -> int:
     """Return how many tokens fit into half of the memory that the weights leave of `free` bytes.
 
     Args:
@@ -64,13 +82,15 @@ def batch_tokens(config: Any, free: int, itemsize: int, *, answers: bool = False
         free: bytes of memory, weights included.
         itemsize: bytes of a value of the model's dtype.
         answers: whether the model answers, without gradients.
+        weight_itemsize: bytes of a linear layer's weight, where they are quantized.
     """
     text = config.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or 1024)
     layers = int(getattr(text, "num_hidden_layers", 0) or 24)
     inner = _number(text, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden
     vocabulary = int(text.vocab_size)
-    weights = layers * (4 * hidden * hidden + 3 * hidden * inner) + 2 * vocabulary * hidden
+    layer_weights = layers * (4 * hidden * hidden + 3 * hidden * inner)
+    weights = layer_weights * (weight_itemsize or itemsize) + 2 * vocabulary * hidden * itemsize
     if answers:
         # The cache of keys and values, which is copied as it grows, and one layer's states.
         heads = _number(text, "num_attention_heads") or 1
@@ -81,7 +101,7 @@ def batch_tokens(config: Any, free: int, itemsize: int, *, answers: bool = False
         # A layer keeps about 16 values of its width and 4 of its inner width for the backward pass.
         # A label's logits exist in the model's dtype, in float32, and as the gradients of both.
         a_token = layers * (16 * hidden + 4 * inner) * itemsize + vocabulary * (8 + 2 * itemsize)
-    return min(max((free - weights * itemsize) // 2 // a_token, _FEWEST), _MOST)
+    return min(max(int((free - weights) / 2) // a_token, _FEWEST), _MOST)
 
 
 def machine_memory() -> int:

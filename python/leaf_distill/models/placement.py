@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16", "float64")
+BALANCED: Final = "balanced"
 _NATIVE: Final = {
     "bfloat16": ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"),
     "float16": ("avx512_fp16", "amx_fp16", "avx10_2", "fp16_arith"),
@@ -47,12 +48,21 @@ def resolve_device(device: str) -> torch.device:
 
     Args:
         device: "cpu", "cuda:1" and so on; "cuda" is this process's GPU (LOCAL_RANK says which), and
-            "auto" the same, or the CPU if there is none.
+            "auto" the same, or the CPU if there is none. "balanced" is the first GPU, or the CPU:
+            `load_model` goes on from there to the others. Several GPUs are untested.
 
     Raises:
-        ValueError: the device is unknown, or a GPU that is not there.
+        ValueError: the device is unknown, a GPU that is not there, or "balanced" for one of several
+            processes.
     """
     own = os.environ.get("LOCAL_RANK")
+    if device == BALANCED:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise ValueError(
+                "device: must be one device for each of several processes, got 'balanced', which "
+                "takes all GPUs; start a single process, or give --device auto"
+            )
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -62,7 +72,9 @@ def resolve_device(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device: must be 'auto', 'cpu' or 'cuda[:N]', got {device!r}") from error
+        raise ValueError(
+            f"device: must be 'auto', 'cpu', 'cuda[:N]' or 'balanced', got {device!r}"
+        ) from error
     count = torch.cuda.device_count()
     if resolved.type == "cuda" and (resolved.index or 0) >= count:
         raise ValueError(

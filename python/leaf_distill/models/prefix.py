@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from leaf_distill.data.example import Ids, Rendering
-from leaf_distill.models.checks import embedding_rows, max_positions
-from leaf_distill.models.label_logits import LabelBatch, input_device, label_output
+from leaf_distill.models.checks import embedding_rows, input_device, max_positions
+from leaf_distill.models.label_logits import LabelBatch, label_output
+from leaf_distill.models.quantization import rounding
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
@@ -112,7 +113,7 @@ def _probe(model: PreTrainedModel) -> bool:
     finite = whole.isfinite()
     if not bool(finite.any()) or not torch.equal(finite, reused.isfinite()):
         return False
-    tolerance = max(1e-4, 8 * torch.finfo(model.dtype).eps) * float(whole[finite].abs().max())
+    tolerance = max(1e-4, 8 * rounding(model)) * float(whole[finite].abs().max())
     return float((whole - reused)[finite].abs().max()) <= tolerance
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +15,18 @@ import torch
 
 import leaf_ext
 from leaf_distill.data.example import Rendering
-from leaf_distill.models.checks import eval_mode
+from leaf_distill.models.checks import eval_mode, input_device
 from leaf_distill.models.label_logits import (
     LabelBatch,
     at_head,
     check_label_ids,
-    input_device,
     label_losses,
     label_output,
     widened,
 )
 from leaf_distill.models.lm_head import finish_logits, logit_transform
 from leaf_distill.models.memory import with_smaller_batches
+from leaf_distill.models.quantization import light_backward
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
@@ -137,7 +137,9 @@ def _check_labels(model: PreTrainedModel, rows: Sequence[Rendering]) -> None:
 def _saliency(model: PreTrainedModel, rows: Sequence[Rendering]) -> list[Saliency]:
     embedding = model.get_input_embeddings()
     batch = LabelBatch(rows, input_device(model))
-    with leaf_ext.capture_embedding_grad(embedding) as captured, torch.enable_grad():
+    capture = leaf_ext.capture_embedding_grad(embedding)
+    keeping = _fetched_twice(model), light_backward(model)
+    with capture as captured, torch.enable_grad(), keeping[0], keeping[1]:
         loss = _mean_losses(model, batch, len(rows))
         scaled = loss.sum() * _LOSS_SCALE
     try:
@@ -204,7 +206,8 @@ def _losses_from_states(model: PreTrainedModel, batch: LabelBatch) -> torch.Tens
     if not captured or expected.shape[:2] != (1, 1):
         return None
     (states,) = captured
-    first, expected = logits(states[:1]), widened(expected[0])
+    first = logits(states[:1])
+    expected = widened(expected[0]).to(first.device)  # several devices give it to the first
     # In float16 and bfloat16 the model rounds after each step of its transform.
     tolerance = 4 * torch.finfo(states.dtype).eps
     if first.shape != expected.shape or not torch.allclose(
@@ -216,10 +219,22 @@ def _losses_from_states(model: PreTrainedModel, batch: LabelBatch) -> torch.Tens
     return torch.cat([label_losses(logits(chunk), label) for chunk, label in chunks])
 
 
+def _fetched_twice(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Keep nothing on the GPU for the backward pass, if not all of the weights fit there.
+
+    Else each weight that the forward pass fetches would stay until the backward pass needs it.
+    """
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    offloaded = len(places) > 1 and bool(places & {"cpu", "disk"})
+    return torch.autograd.graph.save_on_cpu() if offloaded else nullcontext()
+
+
 @contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
     """Use eval mode and no gradient for any weight; both are put back as they were."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    # An offloaded weight, which is replaced with each pass, is left as it is.
+    stored = (weight for weight in model.parameters() if weight.device.type != "meta")
+    trained = [weight for weight in stored if weight.requires_grad]
     with eval_mode(model):
         try:
             for weight in trained:

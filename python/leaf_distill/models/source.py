@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,16 +135,31 @@ def fingerprint_in_memory(model: Any) -> str:
         for incidental in ("_name_or_path", "transformers_version"):
             settings.pop(incidental, None)
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in _plain(sorted(model.state_dict().items())):
         if not isinstance(tensor, torch.Tensor):  # the settings of a quantization
             digest.update(f"{name} {tensor!r}\n".encode())
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"model: must have all weights of a model in memory there, got {name!r} offloaded "
+                "in it; give the name of its directory, with the device balanced"
+            )
         flat = tensor.detach().reshape(-1)
         step = max(1, -(-flat.numel() * flat.element_size() // _MEBIBYTE))
         sample = flat[(flat.numel() - 1) % step :: step].cpu().contiguous()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain(tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield tensors, and in place of a quantized one those that it consists of."""
+    for name, tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts, _ = tensor.__tensor_flatten__()
+            yield from _plain((f"{name}.{part}", getattr(tensor, part)) for part in parts)
+        else:
+            yield name, tensor
 
 
 def unreadable(what: str, name: str, error: Exception) -> str:
