@@ -58,7 +58,8 @@ def check_sums(result: DetectResult, total: int) -> None:
     own = {line["row_id"]: line for line in reversed(outcomes) if line["candidate_id"] < 0}
     views = sum(key[2] < 0 for key in keys) - len(own)
     assert len(own) == total and len(keys) == total + views + cuts[0]
-    assert views == sum(reasons(result, "views").values()) + sum(
+    gone = [sum(reasons(result, unit).values()) for unit in ("prompts", "beginnings")]
+    assert views == sum(gone) + sum(
         line["reason"] == "kept" and line is not own[line["row_id"]] and line["candidate_id"] < 0
         for line in outcomes
     )
