@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from leaf_distill import cli
-from leaf_distill.config import DetectConfig
+from leaf_distill.detection.config import DetectConfig
 
 RELABEL: dict[str, Any] = {"relabel": True}
 AGREEMENT: dict[str, Any] = {"relabel": True, "guard": "agreement"}

@@ -13,7 +13,7 @@ import torch
 from detect_run import ROWS, check_sums, counts, reasons, run, table
 from transformers import AutoModelForCausalLM
 
-from leaf_distill.config import DetectConfig
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult, detect
 
 CONTROLS = (

@@ -16,8 +16,8 @@ import torch
 from detect_run import CONFOUNDED, ROWS, check_sums, counts, reasons, run, table
 from transformers import AutoModelForCausalLM
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.detection.alignment import pool
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult
 from leaf_distill.training.config import DistillArguments
 from leaf_distill.training.distill import distill

@@ -15,10 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Rendering
 from leaf_distill.detection.answers import prompted_model
 from leaf_distill.detection.arms import arm_name
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.models.checks import input_device
 from leaf_distill.models.estimate import rough_cost, saliency_cost
 from leaf_distill.models.generation import generate

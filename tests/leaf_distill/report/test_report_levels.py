@@ -13,8 +13,8 @@ import pytest
 from html_page import Element, Page
 from report_run import CONFIG, add_cut, judge, scored, write_run
 
-from leaf_distill.config import DetectConfig
 from leaf_distill.data.example import Example, Range
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import changed
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.report import write_report
