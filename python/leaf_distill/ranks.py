@@ -265,8 +265,12 @@ def reports() -> bool:
 
 def cores() -> int:
     """Return the cores of this machine for each of the processes that were launched on it."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _launched() else 1
-    return max(1, (os.cpu_count() or 1) // max(1, here))
+    return max(1, (os.cpu_count() or 1) // processes())
+
+
+def processes() -> int:
+    """Return how many of the processes that were launched run on this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if _launched() else 1
 
 
 def together(function: Callable[P, T]) -> Callable[P, T]:

@@ -33,6 +33,7 @@ class Judge:
         config: the settings.
         cache: where answers and verdicts are kept.
         clock: measures the seconds of a stage, as a context manager.
+        check: lets a candidate leave that cannot be trained on with its new completion.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Judge:
         config: DetectConfig,
         cache: RowCache,
         clock: Callable[[str], AbstractContextManager[None]],
+        check: Callable[[Example], None] = lambda candidate: None,
     ) -> None:
         self.pair, self.config, self.cache, self.clock = pair, config, cache, clock
+        self.check = check
 
     def use(self, role: Role | None) -> PromptedModel:
         """Return the role's model, after the weights of the other one are released."""
@@ -144,6 +147,7 @@ class Judge:
             elif self.config.grade != "code":
                 candidate.answer = candidate.gold
             candidate.completion, candidate.reply = text, None
+            self.check(candidate)
 
     def _leave_unless_agreed(self, candidates: Sequence[Example]) -> None:
         """Draw more answers of the teacher; most must be graded right against its greedy one."""

@@ -193,7 +193,7 @@ class Run:
     def run(self) -> DetectResult:
         lock = nullcontext() if current().rank or self.config.dry_run else locked(self.root)
         with lock, open_cache(self.config) as self.cache, count_halvings() as self.halvings:
-            self.judge = Judge(self.pair, self.config, self.cache, self._clock)
+            self.judge = self._judge(self.config)
             usable = self._label()
             if not usable:
                 raise nothing_usable(self.examples)
@@ -217,6 +217,9 @@ class Run:
             for example in marked:
                 end_with_views(example)
             return current().from_first(lambda: self._write(usable, scored))
+
+    def _judge(self, config: DetectConfig) -> Judge:
+        return Judge(self.pair, config, self.cache, self._clock, self._check_labels)
 
     @property
     def _grades(self) -> bool:
@@ -296,14 +299,22 @@ class Run:
                 except UnusableRow as problem:
                     example.leave("render", problem.reason, problem.detail)
                 else:
-                    self._check_length(example)
+                    self._check_length(example, "render")
         return list(remaining(examples))
 
-    def _check_length(self, example: Example) -> None:
+    def _check_labels(self, candidate: Example) -> None:
+        """Render a candidate with its completion; it leaves where that cannot be trained on."""
+        try:
+            render_for(self.pair, candidate, Renderer.render)
+        except UnusableRow as problem:
+            candidate.leave("validate", problem.reason, problem.detail)
+        else:
+            self._check_length(candidate, "validate")
+
+    def _check_length(self, example: Example, stage: str) -> None:
         prompt = max(int((~one.loss_mask).sum()) for one in example.renderings.values())
         whole = max(len(one) for one in example.renderings.values())
         limit = f"of the {self.limit} tokens that max_length and the models allow"
-        stage = "render" if example.candidate_id < 0 else "prune"
         if prompt >= self.limit:
             example.leave(stage, "prompt_too_long", f"the prompt has {prompt} {limit}")
         elif whole > self.limit:
@@ -352,7 +363,7 @@ class Run:
         except UnusableRow as problem:
             candidate.leave("prune", "not_renderable", problem.detail)
         else:
-            self._check_length(candidate)
+            self._check_length(candidate, "prune")
 
     def _write(self, usable: Sequence[Example], scored: Sequence[Example]) -> DetectResult:
         arm = self.root / "arms" / arm_name(self.config)

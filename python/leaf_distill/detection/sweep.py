@@ -36,7 +36,7 @@ from leaf_distill.detection.cells import (
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.curves import deletion_curves, summarize_curves
 from leaf_distill.detection.gain import AFTER_MARKING
-from leaf_distill.detection.judge import JUDGES, Judge
+from leaf_distill.detection.judge import JUDGES
 from leaf_distill.detection.levels import analyzed_turns, set_views
 from leaf_distill.detection.pipeline import Run
 from leaf_distill.detection.scores import score_saliency
@@ -216,7 +216,7 @@ class _Sweep(Run):
         self._verdicts: dict[object, Verdict | None] = {}
         self._suspicion: dict[str, dict[int, Floats | None]] = {}
         self.config = config
-        self.judge = Judge(self.pair, config, self.cache, self._clock)
+        self.judge = self._judge(config)
 
     def _with_suspicion(self, config: DetectConfig, views: Sequence[Example]) -> list[Example]:
         """Return views as they were before spans were looked for, with the values of a score.
@@ -272,7 +272,7 @@ class _Sweep(Run):
         before: Mapping[Place, set[int]],
     ) -> None:
         self.config = config
-        self.judge = Judge(self.pair, config, self.cache, self._clock)
+        self.judge = self._judge(config)
         response = cell.setting.level == "response"
         own = [one for one in self._measured if bool(one.segment) == response]
         fresh = self._with_suspicion(config, own)

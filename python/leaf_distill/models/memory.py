@@ -13,6 +13,8 @@ from typing import Any, Final, TypeVar
 
 import torch
 
+from leaf_distill.ranks import processes
+
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -59,7 +61,7 @@ def default_batch_tokens(
             config, total, itemsize, answers=answers, weight_itemsize=weight_itemsize
         )
     # Where results depend on the plan, it must not depend on what else is running.
-    memory = free_memory() if dtype in EXACT else machine_memory()
+    memory = free_memory() // processes() if dtype in EXACT else machine_memory()
     most = CPU_ANSWER_TOKENS if answers else CPU_BATCH_TOKENS
     fitting = batch_tokens(
         config, memory, itemsize, answers=answers, weight_itemsize=weight_itemsize

@@ -76,6 +76,12 @@ def test_a_cpu_without_the_memory_gets_smaller_batches(monkeypatch: pytest.Monke
     # The 2.2 billion weights take 9 GB in float32, and a token of an answer 1.7 MB.
     assert 256 <= answers("float32") < 2000
     assert answers("bfloat16") == CPU_ANSWER_TOKENS  # by the whole memory
+    alone = answers("float32")
+    monkeypatch.setattr(memory, "free_memory", lambda: 22 * GIB)
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert answers("float32") == alone  # each of two processes has half
 
 
 def test_free_memory_is_part_of_the_machines() -> None:
