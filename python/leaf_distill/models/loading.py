@@ -34,6 +34,7 @@ from leaf_distill.models.quantization import (
     check_quantization,
     is_exact,
     quantization_config,
+    stay_differentiable,
 )
 from leaf_distill.models.source import (
     ModelSource,
@@ -188,6 +189,7 @@ class LazyModel:
                     quantization=self.quantization,
                 )
             elif not self._checked:
+                stay_differentiable(self._model)
                 warm_up()
                 check_causal(self._model, self.name)
         self._checked = True
@@ -255,6 +257,7 @@ def load_model(
     if folder is not None:
         model.requires_grad_(False)  # each pass makes the weights anew that are elsewhere
         weakref.finalize(model, folder.cleanup)
+    stay_differentiable(model)
     warm_up()
     check_causal(model, name)
     return cast("PreTrainedModel", model)

@@ -41,6 +41,9 @@ METHODS: Final = {
 }
 
 
+_PACKS: Final = "support_avx512bf16_for_cpu"
+
+
 def check_quantization(
     quantization: str, source: ModelSource, config: Any, argument: str, *, weights: bool = True
 ) -> None:
@@ -138,6 +141,27 @@ class _RoundedProduct(torch.autograd.Function):
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = context.saved_tensors
         return gradients[0] @ weight.dequantize().to(gradients[0].dtype), None, None
+
+
+def stay_differentiable(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for a product that has no gradient.
+
+    On CPUs with bfloat16 products it does so in the first pass that asks for none, and a later
+    backward pass would silently leave these layers out.
+    """
+    for module in model.modules():
+        if hasattr(module, _PACKS):
+            setattr(module, _PACKS, False)
+
+
+def check_differentiable(model: Any) -> None:
+    """Raise ValueError for a model whose 4-bit weights are packed for answers on a CPU."""
+    states = (getattr(weight, "quant_state", None) for weight in model.parameters())
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        raise ValueError(
+            f"model: must have weights with a gradient, got {type(model).__name__}, whose 4-bit "
+            "weights bitsandbytes has packed for answers on this CPU; load the model anew"
+        )
 
 
 def is_exact(dtype: str, quantization: str | None) -> bool:

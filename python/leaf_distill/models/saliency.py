@@ -26,7 +26,7 @@ from leaf_distill.models.label_logits import (
 )
 from leaf_distill.models.lm_head import finish_logits, logit_transform
 from leaf_distill.models.memory import with_smaller_batches
-from leaf_distill.models.quantization import light_backward
+from leaf_distill.models.quantization import check_differentiable, light_backward
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
@@ -73,6 +73,7 @@ def saliency(model: PreTrainedModel, renderings: Sequence[Rendering]) -> list[Sa
             no gradient in eval mode.
     """
     _check_labels(model, renderings)
+    check_differentiable(model)
     with _frozen(model):
         try:
             return with_smaller_batches(renderings, partial(_saliency, model)) if renderings else []

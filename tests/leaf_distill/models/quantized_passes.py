@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaf_distill.data.example import Example
+from leaf_distill.data.example import Example, Rendering
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.models.generation import generate
 from leaf_distill.models.intervention import answer_kl
-from leaf_distill.models.loading import LazyModel
+from leaf_distill.models.loading import LazyModel, load_model
 from leaf_distill.models.saliency import saliency, token_nll
 
 ROWS = [
@@ -41,7 +41,7 @@ def size(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def kept(model: Any, rows: list[Any]) -> int:
+def kept(model: Any, rows: list[Rendering]) -> int:
     """Return the bytes that the forward pass of a saliency keeps beside the weights."""
     weights = {part.untyped_storage()._cdata for part in model.parameters()}
     found: dict[int, int] = {}
@@ -57,13 +57,39 @@ def kept(model: Any, rows: list[Any]) -> int:
     return sum(found.values())
 
 
-def passes(lazy: LazyModel) -> dict[str, Any]:
-    """Return the norms and likelihoods of each row, interventions on the first, and answers."""
-    model, renderer = lazy.load(), Renderer(lazy.tokenizer)
-    rows = [
+def with_floats(lazy: LazyModel, rounded: Any) -> list[list[float]]:
+    """Return the norms of a plain model that has the values of the rounded weights."""
+    plain = load_model(lazy.name, device="cpu", dtype="float32")
+    values = dict(rounded.named_parameters())
+    for name, weight in plain.named_parameters():
+        value = values[name]
+        if hasattr(value, "quant_state"):
+            from bitsandbytes.functional import dequantize_4bit
+
+            value = dequantize_4bit(value.data, value.quant_state)
+        elif hasattr(value, "dequantize") and hasattr(value, "__tensor_flatten__"):
+            value = value.dequantize()
+        weight.data = value.detach().to(weight.dtype)
+    return norms(plain, render(lazy))
+
+
+def render(lazy: LazyModel) -> list[Rendering]:
+    renderer = Renderer(lazy.tokenizer)
+    return [
         renderer.render(Example(at, ({"role": "user", "content": prompt},), answer))
         for at, (prompt, answer) in enumerate(ROWS)
     ]
+
+
+def norms(model: Any, rows: list[Rendering]) -> list[list[float]]:
+    found = zip(saliency(model, rows), rows, strict=True)
+    return [one.norms[row.domain].tolist() for one, row in found]
+
+
+def passes(lazy: LazyModel) -> dict[str, Any]:
+    """Return the norms and likelihoods of each row, interventions on the first, and answers."""
+    model, renderer = lazy.load(), Renderer(lazy.tokenizer)
+    rows = render(lazy)
     prompts = [row.input_ids[~row.loss_mask] for row in rows]
     places = np.flatnonzero(rows[0].domain)
     answers = generate(
@@ -74,10 +100,9 @@ def passes(lazy: LazyModel) -> dict[str, Any]:
         max_new_tokens=12,
     )
     return {
-        "norms": [
-            found.norms[row.domain].tolist()
-            for found, row in zip(saliency(model, rows), rows, strict=True)
-        ],
+        "norms": norms(model, rows),
+        # LLM.int8 rounds the states too, so that no plain model is the same.
+        "plain": [] if lazy.quantization in (None, "bnb8") else with_floats(lazy, model),
         "nll": [values.tolist() for values in token_nll(model, rows)],
         "kl": answer_kl(model, rows[0], [np.delete(prompts[0], at) for at in places]).tolist(),
         "answers": [one.text for one in answers],

@@ -175,7 +175,7 @@ def smollm2_directory(smollm2_path: str, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "correlation", "off", "megabytes"),
-    [("int8", 0.97, 0.05, 250), ("bnb8", 0.9, 0.1, 250), ("nf4", 0.5, 1.0, 190)],
+    [("int8", 0.99, 0.1, 250), ("bnb8", 0.93, 0.1, 250), ("nf4", 0.6, 1.2, 190)],
 )
 def test_rounded_weights_of_a_real_model_give_nearly_its_norms(
     smollm2_directory: Path,
@@ -196,10 +196,13 @@ def test_rounded_weights_of_a_real_model_give_nearly_its_norms(
     whole, rounded = (json.loads(line[7:])[name] for name in ("whole", "rounded"))
     for one, other in zip(whole["norms"], rounded["norms"], strict=True):
         assert correlation < np.corrcoef(one, other)[0, 1] < 1 - 1e-9
+    assert len(rounded["plain"]) == (0 if method == "bnb8" else 3)
+    for one, other in zip(rounded["plain"], rounded["norms"], strict=False):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-3 * max(one))
     for one, other in zip(whole["nll"], rounded["nll"], strict=True):
         assert abs(np.mean(one) - np.mean(other)) < off
     assert np.corrcoef(whole["kl"], rounded["kl"])[0, 1] > 0.7
-    assert "Paris" in rounded["answers"][2]
+    assert "France" in rounded["answers"][2]
     assert rounded["megabytes"] < megabytes < whole["megabytes"]
     assert rounded["kept"] < 1.1 * whole["kept"]  # no weight in its own dtype
     assert not any(rounded["graded"]) and rounded["fingerprint"] != whole["fingerprint"]
