@@ -174,7 +174,9 @@ class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
             "drawn ones (where a changed prompt may have another answer)"
         ),
     )
-    agreement: int = field(default=5, metadata=about("answers drawn for the guard agreement"))
+    agreement: int = field(
+        default=5, metadata=about("answers drawn for the guard agreement, at temperature 0.7")
+    )
     cross_branch: bool = field(
         default=False,
         metadata=about(
