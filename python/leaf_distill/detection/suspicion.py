@@ -40,15 +40,13 @@ def _set_lens(judge: Judge, examples: Sequence[Example], config: DetectConfig) -
     teacher = score_perplexity(judge.use("teacher"), examples, config, judge.cache)
     student = score_perplexity(judge.use("student"), examples, config, judge.cache)
     for example, theirs, ours in zip(examples, teacher, student, strict=True):
-        values: dict[Role, Floats] = {"student": ours, "teacher": theirs}
-        broken = [role for role in ROLES if not np.isfinite(values[role]).all()]
-        if broken:
-            detail = f"the {broken[0]}'s log-probability of a token is NaN or infinite"
-            example.leave("detect", f"{broken[0]}_not_finite", detail)
-            continue
         offsets = [example.renderings[role].offsets for role in ("teacher", "student")]
         inside = [one[one[:, 0] >= 0] for one in offsets]
         example.suspicion = np.abs(ours - pool(theirs, *inside))
+        for role, values in (("student", ours), ("teacher", theirs)):
+            if not np.isfinite(values).all():
+                detail = f"the {role}'s log-probability of a token is NaN or infinite"
+                example.leave("detect", f"{role}_not_finite", detail)
 
 
 def _set_interventions(
