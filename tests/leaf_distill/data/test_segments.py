@@ -9,6 +9,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from real_data import data_file
+from text_friends import TEXTS, texts
 
 from leaf_distill.data.segments import split_response
 from leaf_distill.data.sentences import (
@@ -19,8 +21,6 @@ from leaf_distill.data.sentences import (
     sentence_borders,
     sentences,
 )
-from tests.leaf_distill.real_data import data_file
-from tests.leaf_distill.text_friends import TEXTS, texts
 
 
 def parts(text: str, n: int) -> list[str]:

@@ -12,11 +12,11 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_data import data_file
+from text_friends import TEXTS
 
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.units import words
-from tests.leaf_distill.real_data import data_file
-from tests.leaf_distill.text_friends import TEXTS
 
 PROMPTS = (
     "Yesterday Anna had 12 apples and 3.5 kg of pears, and she paid $1,200 in 1999.",
@@ -125,7 +125,7 @@ def test_a_clause_of_the_prompt_itself_is_never_taken() -> None:
 def test_the_result_depends_on_the_draw_and_not_on_the_order_of_hashes() -> None:
     program = (
         "import random\n"
-        "from tests.leaf_distill.detection.test_substitution import PROMPTS, VOCABULARY as v\n"
+        "from test_substitution import PROMPTS, VOCABULARY as v\n"
         "print([v.replace(p, (0, len(p)), random.Random(s), clause=c)\n"
         "       for p in PROMPTS for s in range(9) for c in (True, False)])\n"
         "print([v.replace('so Anna had 99', (3, 14), random.Random(s)) for s in range(9)])"
@@ -133,7 +133,7 @@ def test_the_result_depends_on_the_draw_and_not_on_the_order_of_hashes() -> None
     outputs = {
         subprocess.run(
             [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONHASHSEED": seed},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
             check=True,
             capture_output=True,
             text=True,

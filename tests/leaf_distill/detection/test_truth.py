@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_data import data_file
+from text_friends import marked
 
 from leaf_distill.detection.truth import distractors, tokens_inside
-from tests.leaf_distill.real_data import data_file
-from tests.leaf_distill.text_friends import marked
 
 
 @pytest.mark.parametrize(
