@@ -37,10 +37,8 @@ def distractors(plain: str, adversarial: str) -> Distractors:
     whole, with its punctuation mark; of any other clause, the words that were put in.
     """
     old, new = _pieces(plain), _pieces(adversarial)
-    matcher = SequenceMatcher(None, [_key(plain, one) for one in old], [], autojunk=False)
-    matcher.set_seq2([_key(adversarial, one) for one in new])
-    kept = {block.b + at for block in matcher.get_matching_blocks() for at in range(block.size)}
-    matched = {block.a + at for block in matcher.get_matching_blocks() for at in range(block.size)}
+    pairs = _matches([_key(plain, one) for one in old], [_key(adversarial, one) for one in new])
+    matched, kept = {one for one, _ in pairs}, {other for _, other in pairs}
     lost = sum(at not in matched and _is_word(plain, one) for at, one in enumerate(old))
     added = np.zeros(len(adversarial), dtype=np.bool_)
     for at, (start, stop) in enumerate(new):
@@ -55,6 +53,22 @@ def distractors(plain: str, adversarial: str) -> Distractors:
         if mostly and not (digits & ~added)[clause].any():
             inside[clause] = True
     return Distractors(_runs(inside), lost)
+
+
+def _matches(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the positions of equal words, in order.
+
+    The common beginning and end are taken first, so that one insertion is always found whole, also
+    between sentences that are repeated.
+    """
+    most = min(len(old), len(new))
+    first = next((at for at in range(most) if old[at] != new[at]), most)
+    last = next((at for at in range(most - first) if old[-1 - at] != new[-1 - at]), most - first)
+    middle = old[first : len(old) - last], new[first : len(new) - last]
+    blocks = SequenceMatcher(None, *middle, autojunk=False).get_matching_blocks()
+    pairs = [(at, at) for at in range(first)]
+    pairs += [(first + one.a + at, first + one.b + at) for one in blocks for at in range(one.size)]
+    return pairs + [(len(old) - at, len(new) - at) for at in range(last, 0, -1)]
 
 
 def tokens_inside(offsets: NDArray[np.int64], ranges: Sequence[Range]) -> Mask:
