@@ -420,11 +420,18 @@ def test_columns_of_other_names_are_mapped() -> None:
     assert (example.text, example.completion, example.source) == ("Add.", "...", "me")
 
 
-def test_the_source_of_a_row_is_read_where_it_is_text() -> None:
+def test_the_source_of_a_row_is_read_where_it_is_text_or_a_whole_number() -> None:
     row = {"prompt": "a", "completion": "b"}
-    given = [{"source": "math"}, {"data_source": "code"}, {"source": 3}, {"source": " "}, {}]
+    given = [
+        {"source": "math"},
+        {"data_source": "code"},
+        {"source": 3},
+        {"source": 0.5},
+        {"source": " "},
+        {},
+    ]
     sources = [one({**row, **fields}).source for fields in given]
-    assert sources == ["math", "code", None, None, None]
+    assert sources == ["math", "code", "3", None, None, None]
 
 
 @pytest.mark.slow

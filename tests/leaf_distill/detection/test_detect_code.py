@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from real_data import data_file
 
+import leaf_distill
 from leaf_distill import DetectConfig, detect
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.grading.code import CodeGrader
@@ -99,7 +100,7 @@ def test_a_row_whose_tests_do_not_work_leaves_before_a_model_is_asked(tmp_path: 
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assets = Path(detect.__globals__["__file__"]).parents[1] / "demo" / "assets"
+    assets = Path(leaf_distill.__file__).parent / "demo" / "assets"
     run = detect(
         DetectConfig(
             student=str(assets / "student"),
