@@ -169,7 +169,7 @@ def test_slow_tokenizer_is_refused(tmp_path):
 def test_settings_are_checked(saved):
     with pytest.raises(ValueError, match=r"^dtype: must be one of auto, float32, .* got 'half'"):
         load_model(str(saved), dtype="half")
-    with pytest.raises(ValueError, match=r"^device: must be 'auto', 'cpu' or .* got 'gpu'"):
+    with pytest.raises(ValueError, match=r"^device: must be 'auto', 'cpu', .* got 'gpu'"):
         resolve_device("gpu")
     with pytest.raises(ValueError, match=r"^device: must be one of the \d+ GPUs .*'cuda:99'"):
         resolve_device("cuda:99")
