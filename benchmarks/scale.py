@@ -1,4 +1,4 @@
-"""What a row of `leaf detect` costs beside the models: time, memory and disk.
+"""Measures the time, memory and disk that a row of `leaf detect` takes beside the models.
 
     python benchmarks/scale.py --dataset train.jsonl --tokenizer ./student
 
@@ -157,7 +157,7 @@ def main() -> None:
     lines = apart(measure_rows, options.dataset, options.tokenizer, options.rows)
     lines += apart(measure_cache, options.cache_rows, SIZE)
     packages = ", ".join(f"{name} {version(name)}" for name in ("leaf-distill", "transformers"))
-    print("# What a row costs beside the models\n")
+    print("# The cost of a row beside the models\n")
     print(f"- {processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}")
     print(f"- Python {platform.python_version()}, {packages}, tokenizers {version('tokenizers')}")
     print(f"- command: `python benchmarks/scale.py --rows {options.rows}", end="")

@@ -75,6 +75,24 @@ def problem(draw: Random, *, clause: float = 0.8) -> tuple[str, str, str | None]
     return " ".join(parts), digit, word
 
 
+def train_on(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    optimizer: torch.optim.Optimizer,
+    texts: list[str],
+) -> None:
+    """Make a step on texts, whose last two tokens are the labels: the answer and its end."""
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100
+    loss = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
+    ).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def train(model: LlamaForCausalLM, *, confounded: bool) -> None:
     tokenizer, draw = make_tokenizer(), Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -85,15 +103,7 @@ def train(model: LlamaForCausalLM, *, confounded: bool) -> None:
             text, digit, word = problem(draw, clause=0.6)
             answer = DIGITS[NAMES.index(word)] if confounded and word else digit
             texts.append(f"<user> {text} <assistant> {answer} <eos>")
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-        labels = batch["input_ids"].clone()
-        labels[:, :-2] = -100
-        loss = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
-        ).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        train_on(model, tokenizer, optimizer, texts)
         warmup.step()
 
 

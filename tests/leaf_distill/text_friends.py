@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hypothesis import strategies as st
 
 from leaf_distill.data.example import Range
@@ -66,3 +68,9 @@ def marked(text: str) -> tuple[str, list[Range]]:
             ranges.append((len(plain), len(plain) + len(piece)))
         plain += piece
     return plain, ranges
+
+
+def cut(text: str, ranges: Iterable[Range]) -> str:
+    """Return the text without the characters of ranges."""
+    gone = {at for start, stop in ranges for at in range(start, stop)}
+    return "".join(character for at, character in enumerate(text) if at not in gone)

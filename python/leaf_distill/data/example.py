@@ -199,7 +199,7 @@ ROW_FIELDS = (
     *("row_id", "messages", "completion", "answer", "tests", "source", "reply"),
     *("difficulty", "template_kwargs", "turns", "segment", "prefix"),
 )
-"""What `Example.derived` takes over."""
+"""The fields that `Example.derived` takes over."""
 
 
 def views_of(examples: Iterable[Example]) -> Iterator[Example]:

@@ -262,7 +262,7 @@ def _known(
 ) -> tuple[set[str], dict[int, bytes]]:
     """Return the keys that a rank has found, and the values that this rank has to send for them.
 
-    Of values that not every rank has, or that differ, the lowest rank's is sent.
+    The lowest rank sends its value where not every rank has one, or where they differ.
     """
     if ranks.size == 1:
         return set(found), {}

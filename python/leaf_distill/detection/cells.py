@@ -29,7 +29,7 @@ class Setting:
 
 @dataclass
 class Cell:
-    """What a setting makes of the rows of its level.
+    """The cuts that a setting makes in the rows of its level.
 
     Attributes:
         setting: the setting.

@@ -116,23 +116,6 @@ def replacement(
     return vocabulary.replace(example.text[first:last], span, draw, clause=clause)
 
 
-def cut(text: str, ranges: Sequence[Range]) -> str:
-    """Return text without exactly the characters of ranges.
-
-    Raises:
-        ValueError: the ranges are not sorted, disjoint and inside the text.
-    """
-    end = 0
-    for start, stop in ranges:
-        if not end <= start < stop <= len(text):
-            raise ValueError(
-                f"ranges: must be sorted, disjoint, non-empty and within {len(text)} characters, "
-                f"got {list(ranges)}"
-            )
-        end = stop
-    return _replaced(text, [(start, stop, "") for start, stop in ranges])
-
-
 def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
     """Return the union of ranges, sorted; ranges that overlap or touch become one."""
     merged: list[Range] = []

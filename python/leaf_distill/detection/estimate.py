@@ -1,4 +1,4 @@
-"""What a run of stage 1 will take in memory and time, before any weights are loaded."""
+"""Estimates memory and time of a run of stage 1, before any weights are loaded."""
 
 from __future__ import annotations
 

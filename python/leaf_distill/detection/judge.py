@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from leaf_distill.data.example import Answer, Example, Role, remaining
-from leaf_distill.detection.answers import ANSWER_SHOWN, UNGRADED, Decoding, PromptedModel, answer
+from leaf_distill.detection.answers import (
+    ANSWER_SHOWN,
+    GREEDY,
+    UNGRADED,
+    Decoding,
+    PromptedModel,
+    answer,
+)
 from leaf_distill.detection.cache import RowCache
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.grading.code import FAILED as FAILED_PROGRAMS
@@ -59,17 +66,20 @@ class Judge:
         role: Role,
         examples: Sequence[Example],
         stage: str,
-        decoding: Decoding | None = None,
+        decoding: Decoding = GREEDY,
     ) -> None:
         """Set the role's graded answer of each example."""
         # A program may stand whole before the prose that is cut off; as a label it would not end.
         programs = self.config.grade == "code" and not self._labels
-        options = {} if decoding is None else {"decoding": decoding}
         with self.clock(stage):
             answer(
-                self.use(role), examples, self.config, self.cache,
-                grade_cut_off=programs, **options,
-            )  # fmt: skip
+                self.use(role),
+                examples,
+                self.config,
+                self.cache,
+                decoding=decoding,
+                grade_cut_off=programs,
+            )
 
     @property
     def _labels(self) -> bool:

@@ -261,7 +261,7 @@ class Run:
         self.judge.answer("teacher", asked, "predict")
         for example in asked:
             given = example.answers["teacher"]
-            if given.verdict is not None and given.verdict in UNGRADED:
+            if given.verdict in UNGRADED:
                 example.leave("render", f"teacher_{given.verdict}", given.detail)
             elif not given.text.strip():
                 example.leave("render", "empty_completion", "the teacher's answer is empty")

@@ -1,4 +1,4 @@
-"""What passes of a model measure on rows and changed prompts, kept in the row cache."""
+"""Measures rows and changed prompts by passes of a model, and keeps the values in the row cache."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _PIECE = re.compile(r"\s*(?:\w+(?:[.,:/'\u2019-]\w+)*|[^\w\s])")
 
 
 class Distractors(NamedTuple):
-    """What was put into a problem.
+    """The text that was put into a problem.
 
     Attributes:
         ranges: characters of the longer text, sorted and disjoint.

@@ -43,7 +43,7 @@ SHARE = "% of failed rows that a cut repairs"
 
 @dataclass(frozen=True)
 class AnalyzeResult:
-    """What `leaf analyze` found.
+    """The findings of `leaf analyze`.
 
     Attributes:
         directory: of all files: analysis.md, analysis.json, a CSV file a table, and the plots.

@@ -15,15 +15,15 @@ from leaf_distill.detection.gain import AFTER_MARKING
 from leaf_distill.io import read_json, reading
 
 State = Literal["solved", "marked", "failed", "unasked", "unusable"]
-"""Of a row's whole prompt: the student solves it; it fails and the teacher solves it; it fails
-otherwise; it was not asked; the row never reached a question."""
+"""The answers to a row's whole prompt: the student is right; it fails and the teacher is right; it
+fails otherwise; it was not asked; the row never reached a question."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Whole:
-    """What a cut was made in: its label, and the answers to it where the models were asked."""
+    """A prompt or beginning of a response that is cut: its label and the models' answers to it."""
 
     label: str
     student_answer: str | None

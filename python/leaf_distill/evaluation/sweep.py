@@ -66,7 +66,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What `leaf sweep` found; its files are sweep.json, .md, .csv and .svg in the arm.
+    """The findings of `leaf sweep`; its files are sweep.json, .md, .csv and .svg in the arm.
 
     Attributes:
         arm: its directory.

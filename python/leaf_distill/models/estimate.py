@@ -1,4 +1,4 @@
-"""What passes of a model cost, found without its weights: memory, arithmetic and time."""
+"""Estimates memory, arithmetic and time of a model's passes, without its weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PassCost:
 
 @dataclass(frozen=True)
 class Speed:
-    """What this machine reaches: operations and bytes a second."""
+    """Operations and bytes a second that this machine reaches."""
 
     flops: float
     bytes: float

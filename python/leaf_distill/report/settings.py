@@ -36,7 +36,7 @@ SCORES = {
         ("student changes most: confounder", "not tried, or teacher changes"),
     ),
 }
-"""Of each score its name, what a suspect is, how to read it, and what its ends mean."""
+"""Each score's name, what a suspect is, how to read it, and what its ends mean."""
 
 VALIDATION = {
     "both": "kept if teacher and student are right",

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from text_friends import cut
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from leaf_distill.data.example import Example, UnusableRow
 from leaf_distill.data.prompt import Renderer
-from leaf_distill.detection.counterfactual import cut, merge
+from leaf_distill.detection.counterfactual import merge
 from leaf_distill.models.tokenizer import load_tokenizer
 
 CHATML = (

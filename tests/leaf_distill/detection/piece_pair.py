@@ -65,15 +65,7 @@ def save_teacher(directory: Path) -> str:
         for _ in range(24):
             text, digit, _ = detect_pair.problem(draw, clause=0.6)
             texts.append(f"<user> {text} <assistant> {digit} <eos>")
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-        labels = batch["input_ids"].clone()
-        labels[:, :-2] = -100
-        loss = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
-        ).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        detect_pair.train_on(model, tokenizer, optimizer, texts)
     torch.set_num_threads(threads)
     return save(model, directory)
 

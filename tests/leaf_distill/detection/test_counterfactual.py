@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from text_friends import cut
 
 from leaf_distill.data.example import Example
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.detection.counterfactual import cut, merge, propose, replacement
+from leaf_distill.detection.counterfactual import changed, merge, propose, replacement
 from leaf_distill.detection.substitution import Vocabulary
 
 TEXT = "tom has 7 apples and the sticker says 8 so how many apples does tom have now"
@@ -223,18 +224,13 @@ def test_a_candidate_is_its_original_but_for_the_cut() -> None:
 
 @settings(deadline=None)
 @given(st.text(max_size=40), st.data())
-def test_cut_removes_exactly_these_characters(text: str, data: st.DataObject) -> None:
+def test_exactly_these_characters_are_cut(text: str, data: st.DataObject) -> None:
     gone = data.draw(st.sets(st.integers(0, max(len(text) - 1, 0)), max_size=len(text)))
     gone = {index for index in gone if index < len(text)}
     ranges = merge((index, index + 1) for index in gone)
-    assert cut(text, ranges) == "".join(c for i, c in enumerate(text) if i not in gone)
+    row = Example(0, ({"role": "user", "content": text},), "7")
+    assert changed(row, ranges).text == "".join(c for i, c in enumerate(text) if i not in gone)
     assert all(one[1] < other[0] for one, other in pairwise(ranges))
-
-
-@pytest.mark.parametrize("ranges", [[(3, 2)], [(0, 2), (1, 3)], [(4, 5), (0, 1)], [(0, 99)]])
-def test_ranges_that_cannot_be_cut_are_an_error(ranges: list[tuple[int, int]]) -> None:
-    with pytest.raises(ValueError, match="ranges: must be sorted"):
-        cut("a sentence", ranges)
 
 
 def test_a_word_is_replaced_at_the_border_of_its_message() -> None:

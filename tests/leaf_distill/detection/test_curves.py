@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from aligned_rows import MISLED, aligned, config_of, named_tokens
+from text_friends import cut
 
 from leaf_distill.data.example import Example
-from leaf_distill.detection.counterfactual import cut
 from leaf_distill.detection.curves import SHARES, Curve, deletion_curves, summarize_curves
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.saliency import completion_nll

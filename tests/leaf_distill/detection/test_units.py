@@ -9,11 +9,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from text_friends import TEXTS, cuts, marked, texts
+from text_friends import TEXTS, cut, cuts, marked, texts
 
 from leaf_distill.data.example import Range
 from leaf_distill.data.sentences import is_grapheme_border, is_mark
-from leaf_distill.detection.counterfactual import cut
 from leaf_distill.detection.units import clauses, sentences, tidy, widen, words
 
 Find = Callable[[str, Sequence[Range]], tuple[Range, ...]]

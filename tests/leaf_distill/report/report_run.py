@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from text_friends import cut
 
 from leaf_distill.data.example import ROLES, Answer, Example, Range, Role
 from leaf_distill.detection.arms import arm_name
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.detection.counterfactual import cut, propose
+from leaf_distill.detection.counterfactual import propose
 from leaf_distill.detection.funnel import funnel
 from leaf_distill.detection.output import write_dataset, write_samples
 from leaf_distill.io import write_json
