@@ -263,7 +263,13 @@ class _Sweep(Run):
                 "run it again"
             ) from error
         align(views)
-        return list(remaining(views))
+        scored = list(remaining(views))
+        if not scored:
+            raise ValueError(
+                f"run_dir: must be an arm with scored rows, got {arm}, which has none; its "
+                "funnel.json says where its rows left"
+            )
+        return scored
 
     def _fill(
         self,

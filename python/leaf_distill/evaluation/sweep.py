@@ -92,7 +92,7 @@ def sweep(config: SweepConfig) -> SweepResult:
 
     Raises:
         ValueError: there is no such arm, the cache lacks its measurements, or other files are in
-            the way.
+            the way; or no row of the arm has scores.
         StoreError: a file cannot be written.
     """
     arm = find_arm(user_directory(config.run_dir, "run_dir").absolute())
@@ -110,6 +110,11 @@ def sweep(config: SweepConfig) -> SweepResult:
         "widen": config.widenings or [own.widen],
     }
     swept = sweep_arm(arm, own, config.thresholds, grid)
+    if not swept.cells:
+        raise ValueError(
+            f"cache_dir: must hold what `leaf detect` measured for {arm}, got one without it: "
+            f"{' '.join(swept.missing)}"
+        )
     levels = dict.fromkeys(cell.setting.level for cell in swept.cells)
     marked = own.select != "all"
     proposals = [

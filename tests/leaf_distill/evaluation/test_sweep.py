@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from detect_pair import make_rows, write_rows
+from detect_pair import make_rows, misled, write_rows
 
 from leaf_distill.cli import main
 from leaf_distill.detection.cells import Cell, Setting
@@ -294,3 +294,35 @@ def test_thin_evidence_is_called_so() -> None:
     assert "cannot be told from the arm's own setting" in doubts
     assert propose_threshold([made(0.1, [1.0], known=0)]).cell is None
     assert propose_threshold(cells, marked=False).cell is None
+
+
+def small(pair: dict[str, str], root: Path, **changes: Any) -> DetectResult:
+    """A run on a few rows, in seconds."""
+    rows = changes.pop("rows", ROWS[:12])
+    settings: dict[str, Any] = {
+        **{**pair, "dataset": write_rows(root / "rows.jsonl", rows), "grade": "exact"},
+        **{"output_dir": str(root / "run"), "cache_dir": str(root / "cache"), "max_new_tokens": 4},
+    }
+    return detect(DetectConfig(**{**settings, **changes}))
+
+
+def test_an_arm_without_scored_rows_is_refused_before_a_file_is_written(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    arm = small(pair, tmp_path, rows=[row for row in ROWS if not misled(row)][:3])
+    assert samples(arm) == []
+    with pytest.raises(ValueError, match=r"^run_dir: must be an arm with scored rows, got .*span"):
+        sweep(SweepConfig(run_dir=str(arm.arm)))
+    assert not list(arm.arm.glob("sweep*"))
+
+
+def test_a_cache_that_lacks_the_score_of_the_arm_is_refused_before_a_file_is_written(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    unasked = {"select": "all", "validate": "none", "rows": ROWS[:3]}
+    arm = small(pair, tmp_path, **unasked, score="lens")
+    other = str(tmp_path / "other")
+    small(pair, tmp_path, **unasked, cache_dir=other)
+    with pytest.raises(ValueError, match=r"^cache_dir: must hold what .* lens needs model passes"):
+        sweep(SweepConfig(run_dir=str(arm.arm), cache_dir=other))
+    assert not list(arm.arm.glob("sweep*"))
