@@ -281,9 +281,12 @@ class _Sweep(Run):
         self.judge = self._judge(config)
         response = cell.setting.level == "response"
         own = [one for one in self._measured if bool(one.segment) == response]
-        fresh = self._with_suspicion(config, own)
+        # A run measures perplexity on both levels at once, and 16-bit values are of their batches.
+        together = config.strategy == "perplexity"
+        fresh = self._with_suspicion(config, self._measured if together else own)
         find_spans(fresh, config)
         self._propose(fresh)
+        fresh = [one for one in fresh if bool(one.segment) == response]
         count(cell, fresh, before)
         self._look_up(cell, fresh)
 

@@ -326,3 +326,29 @@ def test_a_cache_that_lacks_the_score_of_the_arm_is_refused_before_a_file_is_wri
     with pytest.raises(ValueError, match=r"^cache_dir: must hold what .* lens needs model passes"):
         sweep(SweepConfig(run_dir=str(arm.arm), cache_dir=other))
     assert not list(arm.arm.glob("sweep*"))
+
+
+def test_a_sweep_finds_the_perplexity_of_both_levels_in_16_bits(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [
+        {**row, "completion": f"{row['prompt']} ann has {row['answer']} apples ."}
+        for row in ROWS[:8]
+    ]
+    arm = small(
+        pair,
+        tmp_path,
+        rows=rows,
+        **{"level": "both", "strategy": "perplexity", "dtype": "bfloat16", "max_length": 60},
+        **{"select": "all", "validate": "none"},
+    )
+    result = sweep(
+        SweepConfig(run_dir=str(arm.arm), thresholds=[0.1], strategies=["perplexity", "span"])
+    )
+    own = {one.setting.level: one for one in result.cells if one.current}
+    assert set(own) == {"instruction", "response"}
+    for level, found in own.items():
+        views = [one for one in samples(arm) if bool(one["segment"]) == (level == "response")]
+        assert found.overlap == 1
+        assert found.spans == sum(len(one["spans"]) for one in views) > 0
+        assert found.kept == sum(one["kept"] for view in views for one in view["candidates"]) > 0
