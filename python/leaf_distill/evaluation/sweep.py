@@ -161,7 +161,8 @@ def _doubts(best: Cell, cells: Sequence[Cell], ready: Sequence[Cell]) -> Iterato
         )
     current = next((one for one in ready if one.current), None)
     if current is not None and current is not best:
-        shares = [(current.shares[row], best.shares[row]) for row in best.shares]
+        # A score that is not finite takes its rows out of its own cells alone.
+        shares = [(current.shares.get(row), share) for row, share in best.shares.items()]
         pairs = [(one, two) for one, two in shares if one is not None and two is not None]
         change = estimated_difference([one for one, _ in pairs], [two for _, two in pairs])
         if change is not None and change.low <= 0:

@@ -352,3 +352,12 @@ def test_a_sweep_finds_the_perplexity_of_both_levels_in_16_bits(
         assert found.overlap == 1
         assert found.spans == sum(len(one["spans"]) for one in views) > 0
         assert found.kept == sum(one["kept"] for view in views for one in view["candidates"]) > 0
+
+
+def test_rows_that_one_of_two_scores_could_not_measure_are_left_out_of_the_comparison() -> None:
+    current, best = made(0.05, [0.0] * 40, current=True), made(0.10, [1.0] * 40)
+    del current.shares[3]
+    for cells in ([current, best], [best, current]):
+        found = propose_threshold(cells)
+        assert found.cell is best
+        assert not any("cannot be told" in doubt for doubt in found.doubts)
