@@ -138,6 +138,12 @@ def propose_threshold(cells: Sequence[Cell], *, marked: bool = True) -> Proposal
     if not marked:
         doubt = "its arm cuts rows that the student solves too; sweep one of select student_wrong"
         return Proposal(level, None, None, [doubt])
+    if not any(one.shares for one in cells):
+        doubt = (
+            "its arm does not ask whether the student is right on a cut; sweep one of validate "
+            "both and without relabel"
+        )
+        return Proposal(level, None, None, [doubt])
     ready = [
         one
         for one in cells

@@ -361,3 +361,18 @@ def test_rows_that_one_of_two_scores_could_not_measure_are_left_out_of_the_compa
         found = propose_threshold(cells)
         assert found.cell is best
         assert not any("cannot be told" in doubt for doubt in found.doubts)
+
+
+def test_an_arm_that_does_not_ask_the_student_on_cuts_is_not_told_to_try_more_thresholds(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    for changes in ({"validate": "teacher"}, {"validate": "none"}, {"relabel": True}):
+        arm = small(pair, tmp_path, **changes)
+        assert samples(arm)
+        result = sweep(
+            SweepConfig(run_dir=str(arm.arm), thresholds=[0.1], strategies=["span", "collective"])
+        )
+        (proposal,) = result.proposals
+        (doubt,) = proposal.doubts
+        assert proposal.cell is None
+        assert "sweep one of validate both and without relabel" in doubt
