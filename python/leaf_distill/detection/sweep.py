@@ -118,20 +118,7 @@ def arm_curves(
 
 def _sweep(arm: Path, config: DetectConfig, *, load: bool = False) -> _Sweep:
     """Return a run on an arm's rows with its two models, known by their content alone or not."""
-    names = read_json(arm.parent.parent / "run.json")
-    with reading(arm.parent.parent / "run.json"):
-        models: dict[Role, LazyModel] = {
-            role: LazyModel(
-                getattr(config, role) or names[role]["name"],
-                dtype=config.dtype,
-                device=config.device,
-                trust_remote_code=config.trust_remote_code,
-                argument=role,
-                quantization=config.teacher_quantization if role == "teacher" else None,
-                fingerprint=None if load else names[role]["sha256"],
-            )
-            for role in ROLES
-        }
+    models = _models(arm, config, load=load)
     # These say how the original rows were read, and dataset.parquet has them as they were then.
     rows = replace(config, columns=None, max_rows=None, completion_source="dataset", **NO_SERVER)
     run = _Sweep(rows, models, str(arm / "dataset.parquet"))
@@ -141,6 +128,38 @@ def _sweep(arm: Path, config: DetectConfig, *, load: bool = False) -> _Sweep:
             silent = _Silent(role, "", str(served[role]), 1, 1.0)
             run.pair[role] = replace(run.pair[role], server=silent)
     return run
+
+
+def _models(arm: Path, config: DetectConfig, *, load: bool) -> dict[Role, LazyModel]:
+    """Return the models of an arm's run; errors name the options of `leaf sweep`."""
+    path = arm.parent.parent / "run.json"
+    run = read_json(path)
+    with reading(path):
+        known = {role: (str(run[role]["name"]), str(run[role]["sha256"])) for role in ROLES}
+    models: dict[Role, LazyModel] = {}
+    for role, (name, fingerprint) in known.items():
+        given = getattr(config, role)
+        if not given:
+            raise ValueError(
+                f"{role}: must be given for a run whose {role} was in memory, got nothing; give "
+                f"--{role}, where its tokenizer is"
+            )
+        models[role] = LazyModel(
+            given,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            argument=role,
+            quantization=config.teacher_quantization if role == "teacher" else None,
+            fingerprint=None if load else fingerprint,
+        )
+        if models[role].fingerprint != fingerprint:
+            raise ValueError(
+                f"{role}: must have the content of the run's {role}, {name}, got {given} with "
+                f"another one; give --{role}, where that model is, or leave out --curves (a model "
+                "in memory and its files count as two)"
+            )
+    return models
 
 
 class _Silent(Server):

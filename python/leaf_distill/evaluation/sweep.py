@@ -96,7 +96,7 @@ def sweep(config: SweepConfig) -> SweepResult:
         StoreError: a file cannot be written.
     """
     arm = find_arm(user_directory(config.run_dir, "run_dir").absolute())
-    check_table(arm, STEM, "sweep")
+    check_table(arm, STEM, "sweep", argument="run_dir")
     moved = {
         name: value
         for name in ("student", "teacher", "cache_dir")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from detect_pair import make_rows, misled, write_rows
+from detect_pair import make_rows, make_tokenizer, misled, write_rows
+from transformers import AutoModelForCausalLM
 
 from leaf_distill.cli import main
 from leaf_distill.detection.cells import Cell, Setting
@@ -376,3 +377,37 @@ def test_an_arm_that_does_not_ask_the_student_on_cuts_is_not_told_to_try_more_th
         (doubt,) = proposal.doubts
         assert proposal.cell is None
         assert "sweep one of validate both and without relabel" in doubt
+
+
+def test_errors_name_options_of_the_sweep(run: Run, pair: dict[str, str], tmp_path: Path) -> None:
+    arm = run.arms[0].arm
+    short: dict[str, Any] = {"thresholds": [0.4], "strategies": ["span"]}
+    copy = shutil.copytree(run.arms[0].run_directory, tmp_path / "run") / "arms" / arm.name
+    (copy / "sweep.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"^run_dir: .*sweep\.json or sweep\.md .*; delete them$"):
+        sweep(SweepConfig(run_dir=str(copy), **short))
+    assert (copy / "sweep.json").read_text() == "mine"
+    with pytest.raises(ValueError, match=r"^student: must be .*nowhere.*, which does not exist"):
+        sweep(SweepConfig(run_dir=str(arm), **short, student=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=r"^student: must have the content .*; give --student"):
+        sweep(SweepConfig(run_dir=str(arm), **short, student=pair["teacher"], curves=True))
+
+
+def test_a_sweep_of_models_in_memory_asks_where_their_tokenizers_are(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    config = DetectConfig(
+        output_dir=str(tmp_path / "run"),
+        cache_dir=str(tmp_path / "cache"),
+        grade="exact",
+        max_new_tokens=4,
+    )
+    models = {role: AutoModelForCausalLM.from_pretrained(path) for role, path in pair.items()}
+    arm = detect(config, dataset=ROWS[:12], **models, processing_class=make_tokenizer()).arm
+    short: dict[str, Any] = {"run_dir": str(arm), "thresholds": [0.1], "strategies": ["span"]}
+    with pytest.raises(ValueError, match=r"^student: must be given for .* in memory.*--student"):
+        sweep(SweepConfig(**short))
+    with pytest.raises(ValueError, match=r"^teacher: must be given for .* in memory.*--teacher"):
+        sweep(SweepConfig(**short, student=pair["student"]))
+    (own,) = sweep(SweepConfig(**short, **pair)).cells
+    assert own.current and own.known == own.candidates > 0
