@@ -111,7 +111,7 @@ def arm_curves(
         ValueError, StoreError: as `sweep_arm`; or a model is another one than that of the run.
     """
     try:
-        return _sweep(arm, config, load=load).curves(arm, config, scores)
+        return _sweep(arm, config, load=load).curves(arm, config, scores, load=load)
     except NotLoaded:
         return None
 
@@ -201,7 +201,7 @@ class _Sweep(Run):
         return Swept(found, advice, config)
 
     def curves(
-        self, arm: Path, config: DetectConfig, scores: Sequence[str]
+        self, arm: Path, config: DetectConfig, scores: Sequence[str], *, load: bool
     ) -> list[dict[str, Any]]:
         """Return the mean curves of each score and model, less those of random ranks."""
         with open_cache(config) as self.cache:
@@ -211,7 +211,6 @@ class _Sweep(Run):
                 self._with_suspicion(one, self._measured)
             known = [self._suspicion[name].keys() for name in scores]
             views = [one for one in self._measured if all(id(one) in ids for ids in known)]
-            find_spans(views, config)
             draw = np.random.default_rng(config.seed)
             ranks = {
                 "student's gradient": [one.norms["student"] for one in views],
@@ -223,12 +222,27 @@ class _Sweep(Run):
                 ranks[name] = [
                     normalize(student) - normalize(teacher) for teacher, student in pairs
                 ]
+            if not load:
+                self._look_for_losses(views, ranks)
             found = [
                 curve
                 for role in reversed(ROLES)
                 for curve in deletion_curves(self.judge.use(role), views, ranks, config, self.cache)
             ]
         return summarize_curves(found, reference="random")
+
+    def _look_for_losses(
+        self, views: Sequence[Example], ranks: Mapping[str, Sequence[Floats]]
+    ) -> None:
+        """Raise NotLoaded where the first view has no curve in the cache, as after most runs.
+
+        The prompts of all views take long to render. In 16 bits there is no short way: the loss of
+        one view is known by the batch of all.
+        """
+        first = {name: rows[:1] for name, rows in ranks.items()}
+        for role in ROLES:
+            if self.pair[role].model.exact:
+                deletion_curves(self.judge.use(role), views[:1], first, self.config, self.cache)
 
     def _begin(self, arm: Path, config: DetectConfig) -> None:
         self._measured = self._scored(arm, config)

@@ -15,9 +15,12 @@ from detect_pair import make_rows, make_tokenizer, misled, write_rows
 from transformers import AutoModelForCausalLM
 
 from leaf_distill.cli import main
+from leaf_distill.data.example import Example, Rendering
+from leaf_distill.detection.answers import PromptedModel
 from leaf_distill.detection.cells import Cell, Setting
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult, detect
+from leaf_distill.detection.sweep import arm_curves, read_settings
 from leaf_distill.evaluation.config import SweepConfig
 from leaf_distill.evaluation.sweep import SweepResult, propose_threshold, sweep
 
@@ -195,8 +198,9 @@ def test_the_thresholds_of_the_two_levels_have_cells_of_their_own(
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_curves_are_measured_where_models_may_be_loaded_and_kept_for_the_next_sweep(
-    pair: dict[str, str], tmp_path: Path
+    pair: dict[str, str], tmp_path: Path, dtype: str
 ) -> None:
     places = {role: str(shutil.copytree(path, tmp_path / role)) for role, path in pair.items()}
     arm = detect(
@@ -207,15 +211,16 @@ def test_curves_are_measured_where_models_may_be_loaded_and_kept_for_the_next_sw
             cache_dir=str(tmp_path / "cache"),
             grade="exact",
             max_new_tokens=4,
+            dtype=dtype,
         )
     )
-    small: dict[str, Any] = {"run_dir": str(arm.arm), "thresholds": [0.1], "strategies": ["span"]}
-    assert sweep(SweepConfig(**small)).curves is None
-    measured = sweep(SweepConfig(**small, curves=True)).curves
+    short: dict[str, Any] = {"run_dir": str(arm.arm), "thresholds": [0.1], "strategies": ["span"]}
+    assert sweep(SweepConfig(**short)).curves is None
+    measured = sweep(SweepConfig(**short, curves=True)).curves
     assert measured is not None
     for place in places.values():
         (Path(place) / "model.safetensors").unlink()
-    assert sweep(SweepConfig(**small)).curves == measured
+    assert sweep(SweepConfig(**short)).curves == measured
     names = {"gap", "random", "student's gradient", "teacher's gradient, low"}
     assert {one["score"] for one in measured} == names
     assert len(measured) == len(names) * 2 * 2  # models and kinds
@@ -411,3 +416,19 @@ def test_a_sweep_of_models_in_memory_asks_where_their_tokenizers_are(
         sweep(SweepConfig(**short, student=pair["student"]))
     (own,) = sweep(SweepConfig(**short, **pair)).cells
     assert own.current and own.known == own.candidates > 0
+
+
+def test_one_row_tells_that_the_cache_has_no_curves(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: set[int] = set()
+    prompt = PromptedModel.prompt
+
+    def watched(self: PromptedModel, example: Example) -> Rendering:
+        rendered.add(example.row_id)
+        return prompt(self, example)
+
+    monkeypatch.setattr(PromptedModel, "prompt", watched)
+    arm = run.arms[0].arm
+    assert arm_curves(arm, read_settings(arm), ["gap"], load=False) is None
+    assert len(rendered) == 1
