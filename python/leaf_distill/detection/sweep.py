@@ -8,19 +8,17 @@ the cache, because some arm has asked for them, the cut is validated as well.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from leaf_distill.data.example import (
     ROLES,
     Answer,
     Example,
     Floats,
-    Role,
     remaining,
     views_of,
 )
@@ -28,21 +26,20 @@ from leaf_distill.detection.answers import open_cache
 from leaf_distill.detection.cells import (
     Cell,
     Place,
-    characters_of,
     configured,
     count,
     empty_cells,
 )
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.curves import deletion_curves, summarize_curves
-from leaf_distill.detection.gain import AFTER_MARKING
 from leaf_distill.detection.judge import JUDGES
 from leaf_distill.detection.levels import analyzed_turns, set_views
 from leaf_distill.detection.pipeline import Run
 from leaf_distill.detection.scores import score_saliency
 from leaf_distill.detection.spans import align, evidence, find_spans, normalize
-from leaf_distill.io import read_json, reading
-from leaf_distill.models.loading import LazyModel, NotLoaded
+from leaf_distill.detection.swept_arm import cut_characters, models_of, searched_places
+from leaf_distill.io import read_json
+from leaf_distill.models.loading import NotLoaded
 from leaf_distill.models.protocol import Request
 from leaf_distill.models.server import Server
 
@@ -59,21 +56,6 @@ class Swept:
     cells: Sequence[Cell]
     missing: Sequence[str]
     config: DetectConfig
-
-
-def read_settings(arm: Path, **changes: Any) -> DetectConfig:
-    """Return the settings of an arm, for its own rows as they stand in dataset.parquet.
-
-    Raises:
-        ValueError: funnel.json cannot be read, or has no such settings.
-    """
-    settings = read_json(arm / "funnel.json").get("settings")
-    with reading(arm / "funnel.json"):
-        known = {item.name for item in fields(DetectConfig)}
-        given = {name: value for name, value in (settings or {}).items() if name in known}
-        # A preset's values are among the settings, and must not come back over a change.
-        given |= {"preset": None, "output_dir": str(arm.parent.parent)}
-        return DetectConfig(**{**given, **changes})
 
 
 def sweep_arm(
@@ -118,7 +100,7 @@ def arm_curves(
 
 def _sweep(arm: Path, config: DetectConfig, *, load: bool = False) -> _Sweep:
     """Return a run on an arm's rows with its two models, known by their content alone or not."""
-    models = _models(arm, config, load=load)
+    models = models_of(arm, config, load=load)
     # These say how the original rows were read, and dataset.parquet has them as they were then.
     rows = replace(config, columns=None, max_rows=None, completion_source="dataset", **NO_SERVER)
     run = _Sweep(rows, models, str(arm / "dataset.parquet"))
@@ -128,38 +110,6 @@ def _sweep(arm: Path, config: DetectConfig, *, load: bool = False) -> _Sweep:
             silent = _Silent(role, "", str(served[role]), 1, 1.0)
             run.pair[role] = replace(run.pair[role], server=silent)
     return run
-
-
-def _models(arm: Path, config: DetectConfig, *, load: bool) -> dict[Role, LazyModel]:
-    """Return the models of an arm's run; errors name the options of `leaf sweep`."""
-    path = arm.parent.parent / "run.json"
-    run = read_json(path)
-    with reading(path):
-        known = {role: (str(run[role]["name"]), str(run[role]["sha256"])) for role in ROLES}
-    models: dict[Role, LazyModel] = {}
-    for role, (name, fingerprint) in known.items():
-        given = getattr(config, role)
-        if not given:
-            raise ValueError(
-                f"{role}: must be given for a run whose {role} was in memory, got nothing; give "
-                f"--{role}, where its tokenizer is"
-            )
-        models[role] = LazyModel(
-            given,
-            dtype=config.dtype,
-            device=config.device,
-            trust_remote_code=config.trust_remote_code,
-            argument=role,
-            quantization=config.teacher_quantization if role == "teacher" else None,
-            fingerprint=None if load else fingerprint,
-        )
-        if models[role].fingerprint != fingerprint:
-            raise ValueError(
-                f"{role}: must have the content of the run's {role}, {name}, got {given} with "
-                f"another one; give --{role}, where that model is, or leave out --curves (a model "
-                "in memory and its files count as two)"
-            )
-    return models
 
 
 class _Silent(Server):
@@ -188,7 +138,7 @@ class _Sweep(Run):
             self._begin(arm, config)
             found: list[Cell] = []
             missing: list[str] = []
-            before = _cuts(arm)
+            before = cut_characters(arm)
             for cell in empty_cells(config, thresholds, grid, self._measured):
                 setting = cell.setting
                 try:
@@ -273,7 +223,7 @@ class _Sweep(Run):
 
     def _scored(self, arm: Path, config: DetectConfig) -> list[Example]:
         """Return the views of the arm's rows that have scores, with what was measured."""
-        searched = _searched(arm)
+        searched = searched_places(arm)
         for example in remaining(self.examples):
             example.turns = analyzed_turns(example, config.turns)
             set_views(example, config)
@@ -354,36 +304,6 @@ class _Sweep(Run):
                 verdict = given.verdict if given else None
                 self._verdicts[key] = verdict, candidate.outcome is None
         return self._verdicts[key]
-
-
-def _searched(arm: Path) -> set[tuple[int, int | None]]:
-    """Return the rows (with None) and views whose saliency was measured."""
-    stages: dict[tuple[int, int | None], str] = {}
-    divided: set[int] = set()
-    with reading(arm / "outcomes.parquet"):
-        for line in pq.read_table(arm / "outcomes.parquet").to_pylist():
-            if line["candidate_id"] < 0:  # a view stands behind its row
-                stages.setdefault((line["row_id"], None), line["stage"])
-                stages[line["row_id"], line["segment"]] = line["stage"]
-                divided |= {line["row_id"]} if line["segment"] is None else set()
-    return {
-        place
-        for place, stage in stages.items()
-        if stage in (*AFTER_MARKING, "dataset") or (place[1] is None and place[0] in divided)
-    }
-
-
-def _cuts(arm: Path) -> dict[Place, set[int]]:
-    """Return the characters that the arm's candidates cut, of each of its views."""
-    with reading(arm / "samples.parquet"):
-        columns = ["row_id", "segment", "candidates"]
-        samples = pq.read_table(arm / "samples.parquet", columns=columns).to_pylist()
-        return {
-            (one["row_id"], one["segment"]): characters_of(
-                part for candidate in one["candidates"] for part in candidate["cut"]
-            )
-            for one in samples
-        }
 
 
 def _missing(name: str) -> str:

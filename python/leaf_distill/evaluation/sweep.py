@@ -11,7 +11,8 @@ from rich.console import Console
 
 from leaf_distill.data.source import find_arm
 from leaf_distill.detection.cells import Cell, Setting
-from leaf_distill.detection.sweep import arm_curves, read_settings, sweep_arm
+from leaf_distill.detection.sweep import arm_curves, sweep_arm
+from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.charts import curve_chart
 from leaf_distill.evaluation.config import SweepConfig
 from leaf_distill.evaluation.sheets import (

@@ -20,7 +20,8 @@ from leaf_distill.detection.answers import PromptedModel
 from leaf_distill.detection.cells import Cell, Setting
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult, detect
-from leaf_distill.detection.sweep import arm_curves, read_settings
+from leaf_distill.detection.sweep import arm_curves
+from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.config import SweepConfig
 from leaf_distill.evaluation.sweep import SweepResult, propose_threshold, sweep
 
