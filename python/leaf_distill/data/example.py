@@ -92,6 +92,15 @@ class Rendering:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def __getitem__(self, tokens: slice | Mask) -> Rendering:
+        """Return a part of it: a range of its tokens, or those where a mask is True."""
+        return Rendering(
+            self.input_ids[tokens],
+            self.loss_mask[tokens],
+            self.offsets[tokens],
+            self.prunable[tokens],
+        )
+
 
 @dataclass(eq=False)
 class Example:

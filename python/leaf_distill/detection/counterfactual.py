@@ -127,6 +127,16 @@ def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
     return tuple(merged)
 
 
+def tidied(example: Example, ranges: Sequence[Range]) -> tuple[Range, ...]:
+    """Return sorted, disjoint ranges of a row's text, tidied in each message (see `tidy`)."""
+    found: list[Range] = []
+    for first, last in example.parts:
+        inside = [(start - first, stop - first) for start, stop in ranges if first <= start < last]
+        cut = tidy(example.text[first:last], inside) if inside else ()
+        found += [(start + first, stop + first) for start, stop in cut]
+    return tuple(found)
+
+
 def _edits(
     example: Example,
     ranges: tuple[Range, ...],
@@ -136,7 +146,7 @@ def _edits(
 ) -> Iterator[tuple[tuple[Range, ...], tuple[str, ...]]]:
     """Yield what to delete, or each draw of what to put in its place."""
     if config.edit == "delete":
-        yield _tidied(example, ranges), ()
+        yield tidied(example, ranges), ()
         return
     assert vocabulary is not None
     clause = config.widen in ("clause", "sentence")
@@ -149,16 +159,6 @@ def _edits(
         if found:
             kept, inserted = zip(*found, strict=True)
             yield tuple(kept), tuple(inserted)
-
-
-def _tidied(example: Example, ranges: Sequence[Range]) -> tuple[Range, ...]:
-    """Tidy the cut of each message for itself."""
-    tidied: list[Range] = []
-    for first, last in example.parts:
-        inside = [(start - first, stop - first) for start, stop in ranges if first <= start < last]
-        found = tidy(example.text[first:last], inside) if inside else ()
-        tidied += [(start + first, stop + first) for start, stop in found]
-    return tuple(tidied)
 
 
 def _mean_score(example: Example, spans: Sequence[Range]) -> float:

@@ -22,10 +22,10 @@ import numpy as np
 
 from leaf_distill.data.example import ROLES, Example, Floats, Range, Role
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.detection.counterfactual import changed, replacement
+from leaf_distill.detection.counterfactual import changed, replacement, tidied
 from leaf_distill.detection.spans import normalize
 from leaf_distill.detection.substitution import Vocabulary
-from leaf_distill.detection.units import tidy, words
+from leaf_distill.detection.units import words
 
 STUDENT_FLOOR: Final = 0.01
 TEACHER_FLOOR: Final = 0.1
@@ -108,7 +108,7 @@ def interventions(
         drawn = [other for other in texts if other is not None]
         changes += [(index, changed(example, [one], [other])) for other in dict.fromkeys(drawn)]
         if not drawn:
-            changes.append((index, changed(example, _tidied(example, one))))
+            changes.append((index, changed(example, tidied(example, [one]))))
     return changes
 
 
@@ -158,9 +158,3 @@ def _characters(example: Example, unit: Range, whole: Sequence[Range]) -> Range:
     low, high = int(covered[:, 0].min()), int(covered[:, 1].max())
     touched = [one for one in whole if one[0] < high and low < one[1]]
     return (touched[0][0], touched[-1][1]) if touched else (low, high)
-
-
-def _tidied(example: Example, one: Range) -> tuple[Range, ...]:
-    first, last = next(part for part in example.parts if part[0] <= one[0] < part[1])
-    found = tidy(example.text[first:last], [(one[0] - first, one[1] - first)])
-    return tuple((start + first, stop + first) for start, stop in found)

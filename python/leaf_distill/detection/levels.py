@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from leaf_distill.data.example import Example, Rendering, UnusableRow
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.data.segments import split_response
@@ -90,14 +88,7 @@ def render_view(renderer: Renderer, view: Example, config: DetectConfig) -> Rend
     if end >= len(view.completion):
         return renderer.render(view)
     part = view.derived(completion=view.completion[:end], answer=view.gold)
-    rendering = renderer.render(part)
-    inside = np.arange(len(rendering)) < len(rendering) - 1  # the part has no end token
-    return Rendering(
-        rendering.input_ids[inside],
-        rendering.loss_mask[inside],
-        rendering.offsets[inside],
-        rendering.prunable[inside],
-    )
+    return renderer.render(part)[:-1]  # the part has no end token
 
 
 def end_with_views(example: Example) -> None:

@@ -42,7 +42,8 @@ def score_perplexity(
     The values of either model are kept for all uses of them: the control "perplexity" and the score
     "lens" share the student's.
     """
-    renderings = [_prompt_only(example.renderings[scored.role]) for example in examples]
+    wholes = [example.renderings[scored.role] for example in examples]
+    renderings = [whole[~whole.loss_mask] for whole in wholes]
     values = _passes("perplexity", scored, renderings, config, cache)
     return [value[one.domain] for one, value in zip(renderings, values, strict=True)]
 
@@ -140,16 +141,6 @@ def _interventions(
         whole_batches=not exact,
     )
     return [float(np.frombuffer(value, dtype="<f4")[0]) for value in values]
-
-
-def _prompt_only(rendering: Rendering) -> Rendering:
-    inside = ~rendering.loss_mask
-    return Rendering(
-        rendering.input_ids[inside],
-        rendering.loss_mask[inside],
-        rendering.offsets[inside],
-        rendering.prunable[inside],
-    )
 
 
 def _passes(

@@ -8,19 +8,17 @@ the cache, because some arm has asked for them, the cut is validated as well.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from leaf_distill.data.example import (
     ROLES,
     Answer,
     Example,
     Floats,
-    Role,
     remaining,
     views_of,
 )
@@ -28,21 +26,20 @@ from leaf_distill.detection.answers import open_cache
 from leaf_distill.detection.cells import (
     Cell,
     Place,
-    characters_of,
     configured,
     count,
     empty_cells,
 )
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.curves import deletion_curves, summarize_curves
-from leaf_distill.detection.gain import AFTER_MARKING
 from leaf_distill.detection.judge import JUDGES
 from leaf_distill.detection.levels import analyzed_turns, set_views
 from leaf_distill.detection.pipeline import Run
 from leaf_distill.detection.scores import score_saliency
 from leaf_distill.detection.spans import align, evidence, find_spans, normalize
-from leaf_distill.io import read_json, reading
-from leaf_distill.models.loading import LazyModel, NotLoaded
+from leaf_distill.detection.swept_arm import cut_characters, models_of, searched_places
+from leaf_distill.io import read_json
+from leaf_distill.models.loading import NotLoaded
 from leaf_distill.models.protocol import Request
 from leaf_distill.models.server import Server
 
@@ -59,21 +56,6 @@ class Swept:
     cells: Sequence[Cell]
     missing: Sequence[str]
     config: DetectConfig
-
-
-def read_settings(arm: Path, **changes: Any) -> DetectConfig:
-    """Return the settings of an arm, for its own rows as they stand in dataset.parquet.
-
-    Raises:
-        ValueError: funnel.json cannot be read, or has no such settings.
-    """
-    settings = read_json(arm / "funnel.json").get("settings")
-    with reading(arm / "funnel.json"):
-        known = {item.name for item in fields(DetectConfig)}
-        given = {name: value for name, value in (settings or {}).items() if name in known}
-        # A preset's values are among the settings, and must not come back over a change.
-        given |= {"preset": None, "output_dir": str(arm.parent.parent)}
-        return DetectConfig(**{**given, **changes})
 
 
 def sweep_arm(
@@ -111,27 +93,14 @@ def arm_curves(
         ValueError, StoreError: as `sweep_arm`; or a model is another one than that of the run.
     """
     try:
-        return _sweep(arm, config, load=load).curves(arm, config, scores)
+        return _sweep(arm, config, load=load).curves(arm, config, scores, load=load)
     except NotLoaded:
         return None
 
 
 def _sweep(arm: Path, config: DetectConfig, *, load: bool = False) -> _Sweep:
     """Return a run on an arm's rows with its two models, known by their content alone or not."""
-    names = read_json(arm.parent.parent / "run.json")
-    with reading(arm.parent.parent / "run.json"):
-        models: dict[Role, LazyModel] = {
-            role: LazyModel(
-                getattr(config, role) or names[role]["name"],
-                dtype=config.dtype,
-                device=config.device,
-                trust_remote_code=config.trust_remote_code,
-                argument=role,
-                quantization=config.teacher_quantization if role == "teacher" else None,
-                fingerprint=None if load else names[role]["sha256"],
-            )
-            for role in ROLES
-        }
+    models = models_of(arm, config, load=load)
     # These say how the original rows were read, and dataset.parquet has them as they were then.
     rows = replace(config, columns=None, max_rows=None, completion_source="dataset", **NO_SERVER)
     run = _Sweep(rows, models, str(arm / "dataset.parquet"))
@@ -169,7 +138,7 @@ class _Sweep(Run):
             self._begin(arm, config)
             found: list[Cell] = []
             missing: list[str] = []
-            before = _cuts(arm)
+            before = cut_characters(arm)
             for cell in empty_cells(config, thresholds, grid, self._measured):
                 setting = cell.setting
                 try:
@@ -182,7 +151,7 @@ class _Sweep(Run):
         return Swept(found, advice, config)
 
     def curves(
-        self, arm: Path, config: DetectConfig, scores: Sequence[str]
+        self, arm: Path, config: DetectConfig, scores: Sequence[str], *, load: bool
     ) -> list[dict[str, Any]]:
         """Return the mean curves of each score and model, less those of random ranks."""
         with open_cache(config) as self.cache:
@@ -192,7 +161,6 @@ class _Sweep(Run):
                 self._with_suspicion(one, self._measured)
             known = [self._suspicion[name].keys() for name in scores]
             views = [one for one in self._measured if all(id(one) in ids for ids in known)]
-            find_spans(views, config)
             draw = np.random.default_rng(config.seed)
             ranks = {
                 "student's gradient": [one.norms["student"] for one in views],
@@ -204,12 +172,27 @@ class _Sweep(Run):
                 ranks[name] = [
                     normalize(student) - normalize(teacher) for teacher, student in pairs
                 ]
+            if not load:
+                self._look_for_losses(views, ranks)
             found = [
                 curve
                 for role in reversed(ROLES)
                 for curve in deletion_curves(self.judge.use(role), views, ranks, config, self.cache)
             ]
         return summarize_curves(found, reference="random")
+
+    def _look_for_losses(
+        self, views: Sequence[Example], ranks: Mapping[str, Sequence[Floats]]
+    ) -> None:
+        """Raise NotLoaded where the first view has no curve in the cache, as after most runs.
+
+        The prompts of all views take long to render. In 16 bits there is no short way: the loss of
+        one view is known by the batch of all.
+        """
+        first = {name: rows[:1] for name, rows in ranks.items()}
+        for role in ROLES:
+            if self.pair[role].model.exact:
+                deletion_curves(self.judge.use(role), views[:1], first, self.config, self.cache)
 
     def _begin(self, arm: Path, config: DetectConfig) -> None:
         self._measured = self._scored(arm, config)
@@ -240,7 +223,7 @@ class _Sweep(Run):
 
     def _scored(self, arm: Path, config: DetectConfig) -> list[Example]:
         """Return the views of the arm's rows that have scores, with what was measured."""
-        searched = _searched(arm)
+        searched = searched_places(arm)
         for example in remaining(self.examples):
             example.turns = analyzed_turns(example, config.turns)
             set_views(example, config)
@@ -263,7 +246,13 @@ class _Sweep(Run):
                 "run it again"
             ) from error
         align(views)
-        return list(remaining(views))
+        scored = list(remaining(views))
+        if not scored:
+            raise ValueError(
+                f"run_dir: must be an arm with scored rows, got {arm}, which has none; its "
+                "funnel.json says where its rows left"
+            )
+        return scored
 
     def _fill(
         self,
@@ -275,9 +264,12 @@ class _Sweep(Run):
         self.judge = self._judge(config)
         response = cell.setting.level == "response"
         own = [one for one in self._measured if bool(one.segment) == response]
-        fresh = self._with_suspicion(config, own)
+        # A run measures perplexity on both levels at once, and 16-bit values are of their batches.
+        together = config.strategy == "perplexity"
+        fresh = self._with_suspicion(config, self._measured if together else own)
         find_spans(fresh, config)
         self._propose(fresh)
+        fresh = [one for one in fresh if bool(one.segment) == response]
         count(cell, fresh, before)
         self._look_up(cell, fresh)
 
@@ -312,36 +304,6 @@ class _Sweep(Run):
                 verdict = given.verdict if given else None
                 self._verdicts[key] = verdict, candidate.outcome is None
         return self._verdicts[key]
-
-
-def _searched(arm: Path) -> set[tuple[int, int | None]]:
-    """Return the rows (with None) and views whose saliency was measured."""
-    stages: dict[tuple[int, int | None], str] = {}
-    divided: set[int] = set()
-    with reading(arm / "outcomes.parquet"):
-        for line in pq.read_table(arm / "outcomes.parquet").to_pylist():
-            if line["candidate_id"] < 0:  # a view stands behind its row
-                stages.setdefault((line["row_id"], None), line["stage"])
-                stages[line["row_id"], line["segment"]] = line["stage"]
-                divided |= {line["row_id"]} if line["segment"] is None else set()
-    return {
-        place
-        for place, stage in stages.items()
-        if stage in (*AFTER_MARKING, "dataset") or (place[1] is None and place[0] in divided)
-    }
-
-
-def _cuts(arm: Path) -> dict[Place, set[int]]:
-    """Return the characters that the arm's candidates cut, of each of its views."""
-    with reading(arm / "samples.parquet"):
-        columns = ["row_id", "segment", "candidates"]
-        samples = pq.read_table(arm / "samples.parquet", columns=columns).to_pylist()
-        return {
-            (one["row_id"], one["segment"]): characters_of(
-                part for candidate in one["candidates"] for part in candidate["cut"]
-            )
-            for one in samples
-        }
 
 
 def _missing(name: str) -> str:

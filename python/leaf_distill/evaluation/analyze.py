@@ -122,19 +122,30 @@ def _curves(
     arms: Sequence[Arm], repaired: Mapping[str, Estimate | None]
 ) -> dict[str, list[tuple[float, Estimate]]]:
     """Return the arms that differ in their threshold alone as curves, where there are two."""
-    curves: dict[str, list[tuple[float, Estimate]]] = {}
+    groups: list[tuple[Arm, list[tuple[float, Estimate]]]] = []
     for arm in arms:
         if (value := repaired[arm.name]) is not None:
-            point = float(arm.settings[threshold_of(arm)]), value
-            curves.setdefault(_curve_name(arm), []).append(point)
-    return {name: curve for name, curve in curves.items() if curve[1:]}
+            name = threshold_of(arm)
+            alike = (curve for head, curve in groups if head.differs_in(arm) <= {name})
+            curve = next(alike, None)
+            if curve is None:
+                curve = []
+                groups.append((arm, curve))
+            curve.append((float(arm.settings[name]), value))
+    curves: dict[str, list[tuple[float, Estimate]]] = {}
+    for head, curve in groups:
+        if curve[1:]:
+            name = _curve_name(head)
+            # Settings that are in no name, such as max_rows, may make two curves of one.
+            curves[f"{head.name}, {level(head)}" if name in curves else name] = curve
+    return curves
 
 
 def _curve_name(arm: Arm) -> str:
-    """Return the name of an arm without its threshold."""
+    """Return the name of an arm without its threshold, where the name has it."""
     name = threshold_of(arm)
-    rest = arm.name.replace(f"-{name}-{arm.settings[name]:g}", "")
-    return f"{rest}, {level(arm)}"
+    value = str(arm.settings[name]).removesuffix(".0")
+    return f"{arm.name.replace(f'-{name}-{value}', '')}, {level(arm)}"
 
 
 def _write(result: AnalyzeResult, charts: Mapping[str, str], arms: Sequence[str]) -> None:

@@ -49,7 +49,10 @@ HARM = (
 def gains(arms: Sequence[Arm]) -> Sheet:
     """Return how many marked rows a cut repairs, for each arm and group of rows (Figure 1)."""
     lines = [
-        _gain(group, arm) for group in _groups(arms) for arm in arms if arm.marks and _asked(arm)
+        _gain(group, arm)
+        for group in _groups(arms)
+        for arm in arms
+        if arm.marks and arm.asks_student
     ]
     title = "Failed rows that cutting alone repairs (Figure 1)"
     return Sheet("gain", title, lines, GAIN, detail=("group", "with cuts", "cuts"))
@@ -108,7 +111,7 @@ def _with_controls(arms: Sequence[Arm]) -> Iterable[tuple[Arm, Arm]]:
                 if other.settings["strategy"] == strategy
                 and arm.differs_in(other) <= {"strategy", "seed"}
                 and arm.marks
-                and _asked(arm)
+                and arm.asks_student
             ]
             if found:
                 yield from ((arm, control) for control in found)
@@ -121,7 +124,7 @@ def missing_controls(arms: Sequence[Arm]) -> list[str]:
     controlled = {arm.name for arm, _ in _with_controls(arms)}
     for arm in arms:
         strategy = arm.settings["strategy"]
-        if strategy not in CONTROLS or not arm.marks or not _asked(arm):
+        if strategy not in CONTROLS or not arm.marks or not arm.asks_student:
             continue
         if arm.name not in controlled:
             sentences.append(
@@ -141,7 +144,7 @@ def harm(arms: Sequence[Arm]) -> Sheet:
     lines: list[dict[str, Value]] = []
     for arm in arms:
         answered = next((one for one in arms if arm.differs_in(one) == {"select"}), None)
-        if arm.marks or answered is None or not answered.marks or not _asked(arm):
+        if arm.marks or answered is None or not answered.marks or not arm.asks_student:
             continue
         for group in _groups([answered]):
             rows = _within(group, answered.of("solved", "marked", "failed"))
@@ -190,7 +193,7 @@ def _overview(arm: Arm) -> dict[str, Value]:
     kept = sum(cut.kept for cut in cuts)
     shares = [cut.characters / row.length for row in hit for cut in row.cuts]
     repaired: Estimate | None = None
-    if arm.marks and _asked(arm):
+    if arm.marks and arm.asks_student:
         repaired = estimate([row.share_right for row in arm.of("marked")])
     return {
         "arm": arm.name,
@@ -218,10 +221,6 @@ def level(arm: Arm) -> str:
     name = str(arm.settings.get("level", "instruction"))
     segments = arm.settings.get("segments")
     return name if name == "instruction" or not segments else f"{name}, {segments} segments"
-
-
-def _asked(arm: Arm) -> bool:
-    return arm.asks_student
 
 
 def _within(group: str, rows: Iterable[Row]) -> list[Row]:

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from leaf_distill.data.source import find_arm
 from leaf_distill.detection.cells import Cell, Setting
-from leaf_distill.detection.sweep import arm_curves, read_settings, sweep_arm
+from leaf_distill.detection.sweep import arm_curves, sweep_arm
+from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.charts import curve_chart
 from leaf_distill.evaluation.config import SweepConfig
 from leaf_distill.evaluation.sheets import (
@@ -92,11 +93,11 @@ def sweep(config: SweepConfig) -> SweepResult:
 
     Raises:
         ValueError: there is no such arm, the cache lacks its measurements, or other files are in
-            the way.
+            the way; or no row of the arm has scores.
         StoreError: a file cannot be written.
     """
     arm = find_arm(user_directory(config.run_dir, "run_dir").absolute())
-    check_table(arm, STEM, "sweep")
+    check_table(arm, STEM, "sweep", argument="run_dir")
     moved = {
         name: value
         for name in ("student", "teacher", "cache_dir")
@@ -110,6 +111,11 @@ def sweep(config: SweepConfig) -> SweepResult:
         "widen": config.widenings or [own.widen],
     }
     swept = sweep_arm(arm, own, config.thresholds, grid)
+    if not swept.cells:
+        raise ValueError(
+            f"cache_dir: must hold what `leaf detect` measured for {arm}, got one without it: "
+            f"{' '.join(swept.missing)}"
+        )
     levels = dict.fromkeys(cell.setting.level for cell in swept.cells)
     marked = own.select != "all"
     proposals = [
@@ -132,6 +138,12 @@ def propose_threshold(cells: Sequence[Cell], *, marked: bool = True) -> Proposal
     level: str = cells[0].setting.level
     if not marked:
         doubt = "its arm cuts rows that the student solves too; sweep one of select student_wrong"
+        return Proposal(level, None, None, [doubt])
+    if not any(one.shares for one in cells):
+        doubt = (
+            "its arm does not ask whether the student is right on a cut; sweep one of validate "
+            "both and without relabel"
+        )
         return Proposal(level, None, None, [doubt])
     ready = [
         one
@@ -156,7 +168,8 @@ def _doubts(best: Cell, cells: Sequence[Cell], ready: Sequence[Cell]) -> Iterato
         )
     current = next((one for one in ready if one.current), None)
     if current is not None and current is not best:
-        shares = [(current.shares[row], best.shares[row]) for row in best.shares]
+        # A score that is not finite takes its rows out of its own cells alone.
+        shares = [(current.shares.get(row), share) for row, share in best.shares.items()]
         pairs = [(one, two) for one, two in shares if one is not None and two is not None]
         change = estimated_difference([one for one, _ in pairs], [two for _, two in pairs])
         if change is not None and change.low <= 0:

@@ -28,13 +28,22 @@ def printed_table(title: str, lines: Iterable[Sequence[str]], *, caption: str = 
     return table
 
 
-def check_table(root: Path, stem: str, command: str) -> None:
-    """Raise ValueError where STEM.json and STEM.md of a command would replace other files."""
+def check_table(root: Path, stem: str, command: str, *, argument: str = "output_dir") -> None:
+    """Raise ValueError where STEM.json and STEM.md of a command would replace other files.
+
+    Args:
+        root: the directory of both.
+        stem: their name.
+        command: of `leaf`, which writes them.
+        argument: the option that names the directory; another than output_dir names an input.
+    """
     names = f"{stem}.json", f"{stem}.md"
     written = any(os.path.lexists(root / name) for name in names)
     if written and not is_of(root / names[0], command):
+        must, cure = f"be new or of an earlier `leaf {command}`", ", or give another output_dir"
+        if argument != "output_dir":
+            must, cure = f"have files of an earlier `leaf {command}` or none", ""
         raise ValueError(
-            f"output_dir: must be new or of an earlier `leaf {command}`, got {root}, whose "
-            f"{names[0]} or {names[1]} is damaged or of something else; delete them, or give "
-            "another output_dir"
+            f"{argument}: must {must}, got {root}, whose {names[0]} or {names[1]} is damaged or of "
+            f"something else; delete them{cure}"
         )

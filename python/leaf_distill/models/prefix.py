@@ -60,13 +60,7 @@ def run_behind(
     """
     if prefix is None:
         start = 0
-    parts = [
-        Rendering(
-            row.input_ids[start:], row.loss_mask[start:], row.offsets[start:], row.prunable[start:]
-        )
-        for row in rows
-    ]
-    batch = LabelBatch(parts, input_device(model))
+    batch = LabelBatch([row[start:] for row in rows], input_device(model))
     if prefix is not None and start:
         mask = batch.arguments["attention_mask"]
         whole = torch.cat([mask.new_ones(len(rows), start), mask], dim=1)

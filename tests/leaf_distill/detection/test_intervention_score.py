@@ -30,7 +30,8 @@ from leaf_distill.detection.judge import Judge
 from leaf_distill.detection.scores import score_intervention, score_perplexity
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.suspicion import set_suspicion
-from leaf_distill.detection.sweep import read_settings, sweep_arm
+from leaf_distill.detection.sweep import sweep_arm
+from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.models.loading import LazyModel
 
 

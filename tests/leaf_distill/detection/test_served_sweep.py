@@ -10,7 +10,8 @@ from detect_run import run
 from small_server import SmallServer, serving
 
 from leaf_distill.detection.cells import Cell
-from leaf_distill.detection.sweep import read_settings, sweep_arm
+from leaf_distill.detection.sweep import sweep_arm
+from leaf_distill.detection.swept_arm import read_settings
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,44 @@ def test_thresholds_stand_side_by_side_with_what_they_hit_and_keep(
     assert "thresholds.svg" in {path.name for path in directory.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("common", "thresholds"),
+    [
+        ({}, (0.15, 0.02000001)),  # more digits than a plot shows
+        (
+            {"turns": ",".join(map(str, range(1, 100)))},
+            (0.15, 0.02),
+        ),  # a name that ends in a digest
+    ],
+    ids=["digits", "long name"],
+)
+def test_arms_that_differ_in_their_threshold_alone_are_a_curve_whatever_their_names(
+    arms: dict[str, DetectResult],
+    tmp_path: Path,
+    common: dict[str, Any],
+    thresholds: tuple[float, float],
+) -> None:
+    settings = {**arms["span"].funnel["settings"], "preset": None, **common}
+    names = []
+    for value in thresholds:
+        changes = {"threshold": value, "output_dir": str(tmp_path / "run")}
+        names.append(detect(DetectConfig(**{**settings, **changes})).arm.name)
+    assert len(set(names)) == 2
+    found = analyze(AnalyzeConfig(run_dir=str(tmp_path / "run")))
+    (plot,) = found.directory.glob("thresholds.svg")
+    assert plot.read_text().count("<circle") == 2
+
+
+def test_arms_that_differ_in_more_than_their_threshold_are_no_curve(
+    arms: dict[str, DetectResult], tmp_path: Path
+) -> None:
+    settings = {**arms["span"].funnel["settings"], "output_dir": str(tmp_path / "run")}
+    for changes in ({}, {"threshold": 0.02, "max_rows": 20}):
+        detect(DetectConfig(**{**settings, **changes}))
+    found = analyze(AnalyzeConfig(run_dir=str(tmp_path / "run")))
+    assert not list(found.directory.glob("thresholds.svg"))
+
+
 def test_similarity_is_that_of_the_answers_before_and_after_the_cut(
     arms: dict[str, DetectResult], studied: tuple[Path, dict[str, Any]]
 ) -> None:

@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from detect_pair import make_rows, write_rows
+from detect_pair import make_rows, make_tokenizer, misled, write_rows
+from transformers import AutoModelForCausalLM
 
 from leaf_distill.cli import main
+from leaf_distill.data.example import Example, Rendering
+from leaf_distill.detection.answers import PromptedModel
 from leaf_distill.detection.cells import Cell, Setting
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult, detect
+from leaf_distill.detection.sweep import arm_curves
+from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.config import SweepConfig
 from leaf_distill.evaluation.sweep import SweepResult, propose_threshold, sweep
 
@@ -194,8 +199,9 @@ def test_the_thresholds_of_the_two_levels_have_cells_of_their_own(
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_curves_are_measured_where_models_may_be_loaded_and_kept_for_the_next_sweep(
-    pair: dict[str, str], tmp_path: Path
+    pair: dict[str, str], tmp_path: Path, dtype: str
 ) -> None:
     places = {role: str(shutil.copytree(path, tmp_path / role)) for role, path in pair.items()}
     arm = detect(
@@ -206,15 +212,16 @@ def test_curves_are_measured_where_models_may_be_loaded_and_kept_for_the_next_sw
             cache_dir=str(tmp_path / "cache"),
             grade="exact",
             max_new_tokens=4,
+            dtype=dtype,
         )
     )
-    small: dict[str, Any] = {"run_dir": str(arm.arm), "thresholds": [0.1], "strategies": ["span"]}
-    assert sweep(SweepConfig(**small)).curves is None
-    measured = sweep(SweepConfig(**small, curves=True)).curves
+    short: dict[str, Any] = {"run_dir": str(arm.arm), "thresholds": [0.1], "strategies": ["span"]}
+    assert sweep(SweepConfig(**short)).curves is None
+    measured = sweep(SweepConfig(**short, curves=True)).curves
     assert measured is not None
     for place in places.values():
         (Path(place) / "model.safetensors").unlink()
-    assert sweep(SweepConfig(**small)).curves == measured
+    assert sweep(SweepConfig(**short)).curves == measured
     names = {"gap", "random", "student's gradient", "teacher's gradient, low"}
     assert {one["score"] for one in measured} == names
     assert len(measured) == len(names) * 2 * 2  # models and kinds
@@ -294,3 +301,135 @@ def test_thin_evidence_is_called_so() -> None:
     assert "cannot be told from the arm's own setting" in doubts
     assert propose_threshold([made(0.1, [1.0], known=0)]).cell is None
     assert propose_threshold(cells, marked=False).cell is None
+
+
+def small(pair: dict[str, str], root: Path, **changes: Any) -> DetectResult:
+    """A run on a few rows, in seconds."""
+    rows = changes.pop("rows", ROWS[:12])
+    settings: dict[str, Any] = {
+        **{**pair, "dataset": write_rows(root / "rows.jsonl", rows), "grade": "exact"},
+        **{"output_dir": str(root / "run"), "cache_dir": str(root / "cache"), "max_new_tokens": 4},
+    }
+    return detect(DetectConfig(**{**settings, **changes}))
+
+
+def test_an_arm_without_scored_rows_is_refused_before_a_file_is_written(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    arm = small(pair, tmp_path, rows=[row for row in ROWS if not misled(row)][:3])
+    assert samples(arm) == []
+    with pytest.raises(ValueError, match=r"^run_dir: must be an arm with scored rows, got .*span"):
+        sweep(SweepConfig(run_dir=str(arm.arm)))
+    assert not list(arm.arm.glob("sweep*"))
+
+
+def test_a_cache_that_lacks_the_score_of_the_arm_is_refused_before_a_file_is_written(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    unasked = {"select": "all", "validate": "none", "rows": ROWS[:3]}
+    arm = small(pair, tmp_path, **unasked, score="lens")
+    other = str(tmp_path / "other")
+    small(pair, tmp_path, **unasked, cache_dir=other)
+    with pytest.raises(ValueError, match=r"^cache_dir: must hold what .* lens needs model passes"):
+        sweep(SweepConfig(run_dir=str(arm.arm), cache_dir=other))
+    assert not list(arm.arm.glob("sweep*"))
+
+
+def test_a_sweep_finds_the_perplexity_of_both_levels_in_16_bits(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [
+        {**row, "completion": f"{row['prompt']} ann has {row['answer']} apples ."}
+        for row in ROWS[:8]
+    ]
+    arm = small(
+        pair,
+        tmp_path,
+        rows=rows,
+        **{"level": "both", "strategy": "perplexity", "dtype": "bfloat16", "max_length": 60},
+        **{"select": "all", "validate": "none"},
+    )
+    result = sweep(
+        SweepConfig(run_dir=str(arm.arm), thresholds=[0.1], strategies=["perplexity", "span"])
+    )
+    own = {one.setting.level: one for one in result.cells if one.current}
+    assert set(own) == {"instruction", "response"}
+    for level, found in own.items():
+        views = [one for one in samples(arm) if bool(one["segment"]) == (level == "response")]
+        assert found.overlap == 1
+        assert found.spans == sum(len(one["spans"]) for one in views) > 0
+        assert found.kept == sum(one["kept"] for view in views for one in view["candidates"]) > 0
+
+
+def test_rows_that_one_of_two_scores_could_not_measure_are_left_out_of_the_comparison() -> None:
+    current, best = made(0.05, [0.0] * 40, current=True), made(0.10, [1.0] * 40)
+    del current.shares[3]
+    for cells in ([current, best], [best, current]):
+        found = propose_threshold(cells)
+        assert found.cell is best
+        assert not any("cannot be told" in doubt for doubt in found.doubts)
+
+
+def test_an_arm_that_does_not_ask_the_student_on_cuts_is_not_told_to_try_more_thresholds(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    for changes in ({"validate": "teacher"}, {"validate": "none"}, {"relabel": True}):
+        arm = small(pair, tmp_path, **changes)
+        assert samples(arm)
+        result = sweep(
+            SweepConfig(run_dir=str(arm.arm), thresholds=[0.1], strategies=["span", "collective"])
+        )
+        (proposal,) = result.proposals
+        (doubt,) = proposal.doubts
+        assert proposal.cell is None
+        assert "sweep one of validate both and without relabel" in doubt
+
+
+def test_errors_name_options_of_the_sweep(run: Run, pair: dict[str, str], tmp_path: Path) -> None:
+    arm = run.arms[0].arm
+    short: dict[str, Any] = {"thresholds": [0.4], "strategies": ["span"]}
+    copy = shutil.copytree(run.arms[0].run_directory, tmp_path / "run") / "arms" / arm.name
+    (copy / "sweep.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"^run_dir: .*sweep\.json or sweep\.md .*; delete them$"):
+        sweep(SweepConfig(run_dir=str(copy), **short))
+    assert (copy / "sweep.json").read_text() == "mine"
+    with pytest.raises(ValueError, match=r"^student: must be .*nowhere.*, which does not exist"):
+        sweep(SweepConfig(run_dir=str(arm), **short, student=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=r"^student: must have the content .*; give --student"):
+        sweep(SweepConfig(run_dir=str(arm), **short, student=pair["teacher"], curves=True))
+
+
+def test_a_sweep_of_models_in_memory_asks_where_their_tokenizers_are(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    config = DetectConfig(
+        output_dir=str(tmp_path / "run"),
+        cache_dir=str(tmp_path / "cache"),
+        grade="exact",
+        max_new_tokens=4,
+    )
+    models = {role: AutoModelForCausalLM.from_pretrained(path) for role, path in pair.items()}
+    arm = detect(config, dataset=ROWS[:12], **models, processing_class=make_tokenizer()).arm
+    short: dict[str, Any] = {"run_dir": str(arm), "thresholds": [0.1], "strategies": ["span"]}
+    with pytest.raises(ValueError, match=r"^student: must be given for .* in memory.*--student"):
+        sweep(SweepConfig(**short))
+    with pytest.raises(ValueError, match=r"^teacher: must be given for .* in memory.*--teacher"):
+        sweep(SweepConfig(**short, student=pair["student"]))
+    (own,) = sweep(SweepConfig(**short, **pair)).cells
+    assert own.current and own.known == own.candidates > 0
+
+
+def test_one_row_tells_that_the_cache_has_no_curves(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: set[int] = set()
+    prompt = PromptedModel.prompt
+
+    def watched(self: PromptedModel, example: Example) -> Rendering:
+        rendered.add(example.row_id)
+        return prompt(self, example)
+
+    monkeypatch.setattr(PromptedModel, "prompt", watched)
+    arm = run.arms[0].arm
+    assert arm_curves(arm, read_settings(arm), ["gap"], load=False) is None
+    assert len(rendered) == 1
