@@ -165,8 +165,13 @@ def page(best: dict[tuple[str, str], dict[str, float]], arguments: argparse.Name
         f"{arguments.rounds} rounds, each contender in a fresh process, in turn",
         f"- command: `python {command}`",
         "",
-        "| model | contender | seconds | CPU seconds | MiB above the weights | time / ours | "
-        "MiB / ours |",
+        "`ours`: the passes of `leaf detect`. `bare`: one forward pass, and one backward pass to "
+        "the embeddings, with full logits or those at the labels, and so many tokens a batch. "
+        "`release`: the loop of the paper's authors with its faults mended, one row at a time, "
+        "with gradients of all weights.",
+        "",
+        "| model | contender | seconds | CPU seconds | MiB above the weights | "
+        "CPU seconds / ours | MiB / ours |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for (role, contender), found in best.items():

@@ -98,6 +98,7 @@ class PromptedModel:
                 model.config,
                 model.dtype,
                 model.device,
+                free=model.free_memory,
                 answers=answers,
                 weight_itemsize=weight_itemsize(model.dtype, model.quantization),
             )

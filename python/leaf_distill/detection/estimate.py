@@ -7,7 +7,7 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from rich.console import Console
 
@@ -19,7 +19,6 @@ from leaf_distill.detection.scores import plan_passes
 from leaf_distill.io import user_directory
 from leaf_distill.models.estimate import (
     PassCost,
-    Speed,
     answer_bytes,
     answer_seconds,
     measure_speed,
@@ -28,9 +27,6 @@ from leaf_distill.models.estimate import (
 )
 
 logger = logging.getLogger(__name__)
-
-_EFFICIENCY: Final = 0.75
-"""The share of a matrix product's speed that a whole pass reaches."""
 
 
 def estimate(
@@ -51,7 +47,8 @@ def estimate(
         For each model `weights`, `memory` at its largest, `passes` and the `scores` and `answers`
         that the cache lacks; `memory` of the process, in which one model is at a time; the seconds
         of `saliency`; and those of answers as long as the completions (`answers`) and of
-        `max_new_tokens` (`answers_at_most`). Answers to cut prompts are not counted.
+        `max_new_tokens` (`answers_at_most`). What a server answers, and answers to cut prompts,
+        are not counted; nor are the passes of other scores than `gap`.
     """
     models: dict[str, dict[str, Any]] = {}
     seconds = {"saliency": 0.0, "answers": 0.0, "answers_at_most": 0.0}
@@ -88,53 +85,61 @@ def _of_model(
     # No row may have a view; the weights count all the same.
     shapes = (_shape(renderings, batch, guess) for batch in plan)
     area, width, labels = max(shapes, default=(1, 1, 1))
-    cost = _cost(one, area // width, width, labels)
-    speed = measure_speed(one.model.config, one.model.dtype, one.model.device, min(area, 2048))
+    trust = config.trust_remote_code
+    cost = _cost(one, area // width, width, labels, trust_remote_code=trust)
+    lengths = _answers(one, rows, config)
+    speed = measure_speed(
+        one.model.config,
+        one.model.dtype,
+        one.model.device,
+        tokens=min(area, 2048),
+        rows=max(map(len, lengths), default=1),
+    )
     tokens = sum(_shape(renderings, batch, guess)[0] for batch in lacking)
-    seconds["saliency"] += cost.flops * tokens / area / (speed.flops * _EFFICIENCY)
-    asked = _answers(one, rows, config, cost, speed, seconds)
-    answering = answer_bytes(one.model.config, one.model.dtype, asked["tokens"])
+    seconds["saliency"] += cost.flops * tokens / area / speed.flops
+    largest = 0
+    for batch in lengths:
+        rows_, prompt, longest = len(batch), *map(max, zip(*batch, strict=True))
+        largest = max(largest, rows_ * (prompt + config.max_new_tokens))
+        for name, steps in (("answers", longest), ("answers_at_most", config.max_new_tokens)):
+            seconds[name] += answer_seconds(
+                *(one.model.config, one.model.dtype, cost.weights, rows_, prompt),
+                min(steps or config.max_new_tokens, config.max_new_tokens),
+                speed,
+            )
+    answering = answer_bytes(one.model.config, one.model.dtype, largest)
     peak = max(cost.kept if lacking else 0, answering)
-    idle = not lacking and not asked["missing"]
     return {
         "weights": cost.weights,
-        "memory": 0 if idle else cost.weights + peak,
+        "memory": cost.weights + peak if lacking or lengths else 0,
         "passes": len(lacking),
         "scores": sum(map(len, lacking)),
-        "answers": asked["missing"],
+        "answers": sum(map(len, lengths)),
     }
 
 
 def _answers(
-    one: PromptedModel,
-    rows: Sequence[Example],
-    config: DetectConfig,
-    cost: PassCost,
-    speed: Speed,
-    seconds: dict[str, float],
-) -> dict[str, int]:
-    """Return how many rows' answers are missing, and the tokens of their largest batch."""
+    one: PromptedModel, rows: Sequence[Example], config: DetectConfig
+) -> list[list[tuple[int, int]]]:
+    """Return the tokens of prompt and completion of each missing answer, by batch."""
     needed = config.select != "all" or (
         one.role == "teacher" and config.completion_source == "teacher"
     )
-    if not needed:
-        return {"missing": 0, "tokens": 0}
-    prompts = [prompt_ids(row, one.role) for row in rows]
+    if not needed or one.server is not None:
+        return []
+    asked = [row for row in rows if row.given.get(one.role) is None]
+    prompts = [prompt_ids(row, one.role) for row in asked]
     plan, keys = plan_answers(one, prompts, config)
     known = _known(config, keys)
-    batches = [[at for at in batch if keys[at] not in known] for batch in plan]
-    batches = [batch for batch in batches if batch]
-    largest = 0
-    for batch in batches:
-        longest = max(int(rows[at].renderings[one.role].loss_mask.sum()) for at in batch)
-        for name, steps in (
-            ("answers", min(longest or config.max_new_tokens, config.max_new_tokens)),
-            ("answers_at_most", config.max_new_tokens),
-        ):
-            seconds[name] += answer_seconds(one.model.config, cost.weights, steps, speed)
-        width = max(len(prompts[at]) for at in batch) + config.max_new_tokens
-        largest = max(largest, width * len(batch))
-    return {"missing": sum(map(len, batches)), "tokens": largest}
+    batches = [
+        [
+            (len(prompts[at]), int(asked[at].renderings[one.role].loss_mask.sum()))
+            for at in batch
+            if keys[at] not in known
+        ]
+        for batch in plan
+    ]
+    return [batch for batch in batches if batch]
 
 
 def _shape(
@@ -146,11 +151,15 @@ def _shape(
     return width * len(batch), width, labels
 
 
-def _cost(one: PromptedModel, rows: int, tokens: int, labels: int) -> PassCost:
+def _cost(
+    one: PromptedModel, rows: int, tokens: int, labels: int, *, trust_remote_code: bool
+) -> PassCost:
     config, dtype = one.model.config, one.model.dtype
     try:
         return saliency_cost(
-            config, dtype, rows, tokens, labels, quantization=one.model.quantization
+            *(config, dtype, rows, tokens, labels),
+            trust_remote_code=trust_remote_code,
+            quantization=one.model.quantization,
         )
     except Exception as error:  # an architecture raises whatever its forward raises
         logger.info("%s is estimated from its sizes: %s", one.model.name, error)
@@ -198,5 +207,6 @@ def show_estimate(found: Mapping[str, Any], *, rows: int, usable: int) -> None:
     if times["answers_at_most"]:
         say(
             f"answers: {times['answers']:.0f} s if they are as long as the completions, at most "
-            f"{times['answers_at_most']:.0f} s; answers to cut prompts come on top"
+            f"{times['answers_at_most']:.0f} s"
         )
+    say("on top come answers to cut prompts, those of servers, and passes of other scores than gap")

@@ -12,6 +12,8 @@ from leaf_distill.models.quantization import weight_itemsize
 
 _TIMED: Final = 0.3
 """Seconds for which the machine's arithmetic is timed."""
+_EFFICIENCY: Final = 0.75
+"""The share of a matrix product's speed that a whole pass reaches."""
 _STEP_OVERHEAD: Final = 0.3e-3
 """Seconds that Python takes for a layer in one step of an answer."""
 
@@ -33,10 +35,17 @@ class PassCost:
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations and bytes a second that this machine reaches."""
+    """What this machine reaches in a second.
+
+    Attributes:
+        flops: operations of a whole pass.
+        bytes: bytes that are read.
+        weight_bytes: bytes of weights that are read and multiplied by a few rows.
+    """
 
     flops: float
     bytes: float
+    weight_bytes: float
 
 
 def saliency_cost(
@@ -132,22 +141,45 @@ def rough_cost(
 
 def answer_bytes(config: Any, dtype: str, tokens: int) -> int:
     """Return the bytes of the keys and values of `tokens`, and of their copy as they grow."""
+    return 2 * tokens * _token_bytes(config, dtype)
+
+
+def answer_seconds(
+    config: Any, dtype: str, weights: int, rows: int, prompt: int, steps: int, speed: Speed
+) -> float:
+    """Return the seconds in which a batch of prompts is read and answered.
+
+    Args:
+        config, dtype: of the model.
+        weights: its bytes.
+        rows: how many prompts.
+        prompt: tokens of the longest.
+        steps: tokens of the longest answer. Each step reads the weights, and the keys and values
+            so far three times: to attend to them, and to write them anew with one token more.
+        speed: of the machine.
+    """
+    layers = int(config.get_text_config().num_hidden_layers)
+    itemsize = int(getattr(torch, dtype).itemsize)
+    reading = 2 * weights / itemsize * rows * prompt / speed.flops
+    cached = rows * (prompt + steps / 2) * _token_bytes(config, dtype)
+    step = weights / speed.weight_bytes + 3 * cached / speed.bytes + layers * _STEP_OVERHEAD
+    return reading + steps * step
+
+
+def _token_bytes(config: Any, dtype: str) -> int:
+    """Return the bytes of one token's keys and values in all layers."""
     text = config.get_text_config()
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     heads = int(getattr(text, "num_attention_heads", 0) or 1)
     shared = int(getattr(text, "num_key_value_heads", 0) or heads)
     width = int(getattr(text, "head_dim", 0) or hidden // heads)
-    return 2 * layers * shared * width * int(getattr(torch, dtype).itemsize) * tokens
+    return 2 * layers * shared * width * int(getattr(torch, dtype).itemsize)
 
 
-def answer_seconds(config: Any, weights: int, steps: int, speed: Speed) -> float:
-    """Return the seconds of `steps` steps of answering, each of which reads all weights."""
-    layers = int(config.get_text_config().num_hidden_layers)
-    return steps * (weights / speed.bytes + layers * _STEP_OVERHEAD)
-
-
-def measure_speed(config: Any, dtype: str, device: torch.device, tokens: int) -> Speed:
-    """Time a product of the model's shape, and the reading of a matrix for one vector."""
+def measure_speed(
+    config: Any, dtype: str, device: torch.device, *, tokens: int, rows: int
+) -> Speed:
+    """Time a product of the model's shape with `tokens`, and of a large matrix with `rows`."""
     text = config.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or 1024)
     inner = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
@@ -155,10 +187,16 @@ def measure_speed(config: Any, dtype: str, device: torch.device, tokens: int) ->
     states, weight = torch.ones(tokens, hidden, **options), torch.ones(inner, hidden, **options)
     # Larger than the caches, as the weights of a model are.
     large = torch.ones(max(1, (1 << 27) // (hidden * weight.element_size())), hidden, **options)
-    product = _seconds(lambda: torch.nn.functional.linear(states, weight), device)
-    reading = _seconds(lambda: torch.nn.functional.linear(states[:1], large), device)
     size = large.numel() * large.element_size()
-    return Speed(2 * tokens * hidden * inner / product, size / reading)
+
+    def seconds(states: torch.Tensor, weight: torch.Tensor) -> float:
+        return _seconds(lambda: torch.nn.functional.linear(states, weight), device)
+
+    return Speed(
+        flops=_EFFICIENCY * 2 * tokens * hidden * inner / seconds(states, weight),
+        bytes=size / seconds(states[:1], large),
+        weight_bytes=size / seconds(torch.ones(rows, hidden, **options), large),
+    )
 
 
 def _seconds(work: Any, device: torch.device) -> float:

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from leaf_distill.models.checks import check_causal, input_device, max_positions, warm_up
+from leaf_distill.models.memory import free_memory
 from leaf_distill.models.placement import (
     BALANCED,
     check_dtype,
@@ -80,6 +81,8 @@ class LazyModel:
         quantization: as it was given.
         exact: whether a row's values do not depend on its batch beyond rounding in float32.
         max_positions: the longest sequence that the model takes, None where it names no limit.
+        free_memory: bytes of this machine's memory that were free before the weights were loaded.
+            A run plans all its batches by it, whichever model is loaded at that time.
 
     Raises:
         ValueError: one of these cannot be read, or does not fit.
@@ -137,6 +140,10 @@ class LazyModel:
         in_8_bits = getattr(source, "is_loaded_in_8bit", False)
         self.exact = is_exact(self.dtype, "bnb8" if in_8_bits else quantization)
         self.max_positions = max_positions(self.config)
+        own = self._model.parameters() if self._model is not None else ()
+        self.free_memory = free_memory() + sum(
+            weight.nbytes for weight in own if weight.device.type == "cpu"
+        )
         if processing_class is None:
             with named(argument):
                 processing_class = self._load_tokenizer()

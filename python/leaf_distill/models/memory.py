@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CPU_BATCH_TOKENS: Final = 384
+CPU_BATCH_TOKENS: Final = 320
 """Larger batches are no faster on a CPU, and take memory in proportion."""
 CPU_ANSWER_TOKENS: Final = 8192
 """While a model answers, every step reads all weights, for one row as for many."""
@@ -36,6 +36,7 @@ def default_batch_tokens(
     dtype: str,
     device: torch.device | str,
     *,
+    free: int | None = None,
     answers: bool = False,
     weight_itemsize: float | None = None,
 ) -> int:
@@ -45,12 +46,14 @@ def default_batch_tokens(
         config: the configuration of a model that is to be loaded.
         dtype: the name of the dtype of its weights.
         device: the device that it will run on.
+        free: bytes of this machine's memory for the model, its weights included; None: what is
+            free now.
         answers: whether the model answers, without gradients.
         weight_itemsize: bytes of a linear layer's weight, where they are quantized.
 
     Returns:
         Half of the tokens that fit beside the weights by a cautious estimate, of a forward and
-        backward pass or of answers; between 256 and 65,536, on a CPU at most 384 or, for answers,
+        backward pass or of answers; between 256 and 65,536, on a CPU at most 320 or, for answers,
         8192.
     """
     device, itemsize = torch.device(device), getattr(torch, dtype).itemsize
@@ -61,7 +64,10 @@ def default_batch_tokens(
             config, total, itemsize, answers=answers, weight_itemsize=weight_itemsize
         )
     # Where results depend on the plan, it must not depend on what else is running.
-    memory = free_memory() // processes() if dtype in EXACT else machine_memory()
+    if dtype not in EXACT:
+        memory = machine_memory()
+    else:
+        memory = (free_memory() if free is None else free) // processes()
     most = CPU_ANSWER_TOKENS if answers else CPU_BATCH_TOKENS
     fitting = batch_tokens(
         config, memory, itemsize, answers=answers, weight_itemsize=weight_itemsize
@@ -121,7 +127,8 @@ def free_memory() -> int:
         free = min(free, int(line.split()[1]) * 1024)
     with contextlib.suppress(OSError, ValueError):
         if limit := _limit():
-            free = min(free, limit - int((_CGROUP / "memory.current").read_text()))
+            used = int((_CGROUP / "memory.current").read_text())
+            free = min(free, limit - used + _file_cache())
     return max(0, free)
 
 
@@ -131,6 +138,14 @@ def _limit() -> int | None:
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
             return int((_CGROUP / name).read_text())
     return None
+
+
+def _file_cache() -> int:
+    """Return the bytes of files that a container's memory holds and gives up when it is full."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        return int(next(one for one in lines if one.startswith("inactive_file ")).split()[1])
+    return 0
 
 
 class Halvings:

@@ -62,7 +62,7 @@ def test_other_errors_pass() -> None:
 
 
 def test_the_default_on_a_cpu() -> None:
-    assert default_batch_tokens(LlamaConfig(**SIZES), "float32", "cpu") == CPU_BATCH_TOKENS == 384
+    assert default_batch_tokens(LlamaConfig(**SIZES), "float32", "cpu") == CPU_BATCH_TOKENS == 320
     answers = default_batch_tokens(LlamaConfig(**SIZES), "float32", "cpu", answers=True)
     assert answers == CPU_ANSWER_TOKENS == 8192
 
@@ -82,6 +82,14 @@ def test_a_cpu_without_the_memory_gets_smaller_batches(monkeypatch: pytest.Monke
     for name, value in {**launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert answers("float32") == alone  # each of two processes has half
+
+
+def test_weights_that_are_loaded_are_not_subtracted_twice() -> None:
+    def answers(free: int) -> int:
+        return default_batch_tokens(BILLION, "float32", "cpu", free=free, answers=True)
+
+    assert 256 <= answers(11 * GIB) < 2000
+    assert answers(64 * GIB) == CPU_ANSWER_TOKENS
 
 
 def test_free_memory_is_part_of_the_machines() -> None:

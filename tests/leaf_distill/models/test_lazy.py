@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import build
+from architectures import SIZES, build
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
+from leaf_distill.models import memory as machine_memory
 from leaf_distill.models.loading import LazyModel, load_model
 from leaf_distill.models.placement import _NATIVE, resolve_dtype
 
@@ -184,3 +185,12 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(
     with (directory / "modeling_custom.py").open("a") as file:
         file.write("# changed\n")
     assert LazyModel(str(directory), trust_remote_code=True).fingerprint != first
+
+
+def test_the_free_memory_of_a_model_includes_its_weights(make_tokenizer):
+    free = machine_memory.free_memory()
+    sizes = {**SIZES, "hidden_size": 512, "vocab_size": 200_000}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))  # 0.8 GB
+    weights = sum(weight.nbytes for weight in model.parameters())
+    lazy = LazyModel(model, processing_class=make_tokenizer())
+    assert abs(lazy.free_memory - free) < weights / 2
