@@ -258,7 +258,7 @@ class Run:
         if self.config.completion_source == "dataset":
             return self._render(self.examples, whole=True)
         asked = self._render(self.examples, whole=False)
-        self.judge.answer("teacher", asked, "predict")
+        self.judge.answer("teacher", asked, "predict", graded=self._grades)
         for example in asked:
             given = example.answers["teacher"]
             if given.verdict in UNGRADED:
