@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
-from torch.distributed import HashStore
+from rank_threads import on_each
 
 from leaf_distill import ranks
 from leaf_distill.ranks import RankError, Ranks
-
-
-def on_each(size: int, run: Callable[[Any], Any]) -> list[Any]:
-    """Return what `run` gives on each of the ranks; an error of `run` is its result."""
-    store = HashStore()
-
-    def start(rank: int) -> Any:
-        joined = ranks._Joined(store, rank, size)
-        try:
-            return run(joined)
-        except RuntimeError as error:
-            joined.fail()
-            return error
-        finally:
-            joined.close()
-
-    with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(start, range(size)))
 
 
 @pytest.fixture(autouse=True)
