@@ -235,7 +235,8 @@ class Run:
             raise nothing_usable(self.examples)
         views = self._views(usable) if whole else usable
         found = estimate(self.pair, usable, views, self.config)
-        show_estimate(found, rows=len(self.examples), usable=len(usable))
+        if current().rank == 0:
+            show_estimate(found, rows=len(self.examples), usable=len(usable))
         arm = self.root / "arms" / arm_name(self.config)
         dataset, samples, outcomes = (
             arm / f"{name}.parquet" for name in ("dataset", "samples", "outcomes")
