@@ -216,6 +216,7 @@ class Run:
                 self.judge.use(None)
             for example in marked:
                 end_with_views(example)
+            self.halved = self._halved_batches()
             return current().from_first(lambda: self._write(usable, scored))
 
     def _judge(self, config: DetectConfig) -> Judge:
@@ -366,6 +367,12 @@ class Run:
         else:
             self._check_length(candidate, "prune")
 
+    def _halved_batches(self) -> int:
+        """Return how many batches ran in halves, on all ranks together."""
+        ranks = current()
+        counts = ranks.exchange({ranks.rank: str(self.halvings.count).encode()})
+        return sum(map(int, counts.values()))
+
     def _write(self, usable: Sequence[Example], scored: Sequence[Example]) -> DetectResult:
         arm = self.root / "arms" / arm_name(self.config)
         write_json(self.root / "run.json", self.run_json)
@@ -385,7 +392,7 @@ class Run:
             "dataset_sha256": hashlib.sha256(dataset.read_bytes()).hexdigest(),
             "templates": warnings,
             "versions": package_versions(),
-            "halved_batches": self.halvings.count,
+            "halved_batches": self.halved,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
         replaced = explain_replacement(arm, summary)
@@ -398,9 +405,9 @@ class Run:
     def _warnings(self) -> list[str]:
         """Return what a user should know before using the result."""
         found = warnings_of(self.examples, self.config, self.pair)
-        if self.halvings.count:
+        if self.halved:
             found.append(
-                f"{self.halvings.count} batches were too large for the memory and ran in halves; "
+                f"{self.halved} batches were too large for the memory and ran in halves; "
                 "nothing is missing. A lower max_batch_tokens avoids this."
             )
         if self.earlier:
