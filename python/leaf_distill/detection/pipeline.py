@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from leaf_distill.config import json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
-from leaf_distill.data.example import ROLES, Example, Floats, Role, UnusableRow, remaining
+from leaf_distill.data.example import (
+    ROLES,
+    Example,
+    Floats,
+    Rendering,
+    Role,
+    UnusableRow,
+    remaining,
+)
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.detection.answers import (
     UNGRADED,
@@ -314,7 +322,7 @@ class Run:
             self._check_length(candidate, "validate")
 
     def _check_length(self, example: Example, stage: str) -> None:
-        prompt = max(int((~one.loss_mask).sum()) for one in example.renderings.values())
+        prompt = max(map(_prompt_length, example.renderings.values()))
         whole = max(len(one) for one in example.renderings.values())
         limit = f"of the {self.limit} tokens that max_length and the models allow"
         if prompt >= self.limit:
@@ -355,13 +363,17 @@ class Run:
             )
             ids[example.row_id] += len(example.candidates)
             for candidate in remaining(example.candidates):
-                self._render_candidate(candidate)
+                self._render_candidate(candidate, example)
             if example.candidates and not any(remaining(example.candidates)):
                 example.leave("prune", "no_usable_cut", "no cut leaves a usable prompt")
 
-    def _render_candidate(self, candidate: Example) -> None:
+    def _render_candidate(self, candidate: Example, view: Example) -> None:
         try:
             render_for(self.pair, candidate, Renderer.prompt)
+            if not self.config.relabel and _is_longer(candidate, view):
+                # The view fits with its completion, but this prompt may not. A new completion is
+                # checked when it is there.
+                render_for(self.pair, candidate, Renderer.render)
         except UnusableRow as problem:
             candidate.leave("prune", "not_renderable", problem.detail)
         else:
@@ -418,3 +430,15 @@ class Run:
                 "the student's tokens, and `leaf distill` cannot train on this pair."
             )
         return found
+
+
+def _is_longer(candidate: Example, view: Example) -> bool:
+    """Whether the changed prompt has more tokens than the view's, for one of the models."""
+    return any(
+        _prompt_length(one) > _prompt_length(view.renderings[role])
+        for role, one in candidate.renderings.items()
+    )
+
+
+def _prompt_length(rendering: Rendering) -> int:
+    return int((~rendering.loss_mask).sum())
