@@ -139,6 +139,21 @@ def test_a_rank_that_computes_for_long_is_waited_for(monkeypatch: pytest.MonkeyP
     assert on_each(2, run) == [{0: b"x", 1: b"x"}] * 2
 
 
+def test_the_first_rank_does_not_wait_for_one_that_fails_as_it_leaves() -> None:
+    def run(joined: Any) -> None:
+        if joined.rank == 0:
+            joined.leave()
+            return
+        joined._meet()  # as the others, but it fails before it has left
+        joined.fail()
+        time.sleep(0.5)
+        joined._add("gone", 1)
+
+    error, _ = on_each(2, run)
+    assert isinstance(error, RankError)
+    assert "another process of this run has failed" in str(error)
+
+
 def test_a_process_alone_does_all_and_starts_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ranks.LAUNCHED:
         monkeypatch.delenv(name, raising=False)
