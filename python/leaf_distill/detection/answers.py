@@ -66,10 +66,6 @@ class PromptedModel:
             self.renderer.end_ids,
         ]
 
-    def render(self, example: Example) -> Rendering:
-        """Render prompt and completion; UnusableRow as the renderer's, or for an unknown token."""
-        return self.known(self.renderer.render(example))
-
     def prompt(self, example: Example) -> Rendering:
         """Render the prompt alone; UnusableRow as the renderer's, or for an unknown token."""
         return self.known(self.renderer.prompt(example))
