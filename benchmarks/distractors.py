@@ -129,7 +129,7 @@ def score_rows(
         judge = Judge(pair, config, cache, lambda stage: nullcontext())
         for role in reversed(ROLES):
             for example in examples:
-                example.renderings[role] = pair[role].render(example)
+                example.renderings[role] = pair[role].renderer.render(example)
             score_saliency(judge.use(role), examples, config, cache)
         align(examples)
         aligned = list(remaining(examples))

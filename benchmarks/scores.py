@@ -80,10 +80,10 @@ def measure(
     scored = prompted_model("student", LazyModel(arguments.model, device="cpu"), config)
     examples = load_examples(arguments.dataset, max_rows=20 * arguments.rows)
     vocabulary = Vocabulary(example.text for example in examples)
-    short = [one for one in examples if len(scored.render(one)) <= arguments.max_tokens]
+    short = [one for one in examples if len(scored.renderer.render(one)) <= arguments.max_tokens]
     model, times, lengths = scored.model.load(), {}, []
     for number, example in enumerate(short[: arguments.rows]):
-        row = scored.render(example)
+        row = scored.renderer.render(example)
         changes = prompts(scored, example, vocabulary, arguments.units, arguments.draws)
         calls: dict[str, Callable[[], Any]] = {
             BASE: lambda row=row: saliency(model, [row]),

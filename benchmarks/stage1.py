@@ -54,7 +54,7 @@ def worker(contender: str, directory: str, arguments: argparse.Namespace) -> dic
     examples = load_examples(
         arguments.dataset, columns=json.loads(arguments.columns), max_rows=arguments.rows
     )
-    rows = [model.render(example) for example in examples]
+    rows = [model.renderer.render(example) for example in examples]
     loaded: Any = model.model.load()
     size = {OURS: model.batch_tokens(DetectConfig()), RELEASE: 1}.get(contender)
     size = int(contender.split()[-1]) if size is None else size

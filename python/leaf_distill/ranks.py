@@ -153,6 +153,7 @@ class _Joined(Ranks):
         self._meet()
         gone = self._add("gone", 1)
         while self.rank == 0 and gone < self.size:
+            self._check()
             time.sleep(0.02)
             gone = self._add("gone", 0)
 

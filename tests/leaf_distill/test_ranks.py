@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
-from torch.distributed import HashStore
+from rank_threads import on_each
 
 from leaf_distill import ranks
 from leaf_distill.ranks import RankError, Ranks
-
-
-def on_each(size: int, run: Callable[[Any], Any]) -> list[Any]:
-    """Return what `run` gives on each of the ranks; an error of `run` is its result."""
-    store = HashStore()
-
-    def start(rank: int) -> Any:
-        joined = ranks._Joined(store, rank, size)
-        try:
-            return run(joined)
-        except RuntimeError as error:
-            joined.fail()
-            return error
-        finally:
-            joined.close()
-
-    with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(start, range(size)))
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +137,21 @@ def test_a_rank_that_computes_for_long_is_waited_for(monkeypatch: pytest.MonkeyP
         return joined.exchange({joined.rank: b"x"})
 
     assert on_each(2, run) == [{0: b"x", 1: b"x"}] * 2
+
+
+def test_the_first_rank_does_not_wait_for_one_that_fails_as_it_leaves() -> None:
+    def run(joined: Any) -> None:
+        if joined.rank == 0:
+            joined.leave()
+            return
+        joined._meet()  # as the others, but it fails before it has left
+        joined.fail()
+        time.sleep(0.5)
+        joined._add("gone", 1)
+
+    error, _ = on_each(2, run)
+    assert isinstance(error, RankError)
+    assert "another process of this run has failed" in str(error)
 
 
 def test_a_process_alone_does_all_and_starts_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,8 @@ class Renderer:
         text = prompt.rest if example.prefix else self._completion(example, prompt)
         if not text.strip():
             raise UnusableRow("empty_completion", "the completion is empty")
-        labels = np.asarray([*self._completion_ids(prompt, text), self._end_id], dtype=np.int32)
+        ids, _ = self._tokens_behind(prompt, text)
+        labels = np.asarray([*ids, self._end_id], dtype=np.int32)
         behind = np.ones(len(labels), dtype=np.bool_)
         head = prompt.rendering
         return Rendering(
@@ -267,9 +268,6 @@ class Renderer:
             text = bare.removesuffix(next(end for end in self._ends if bare.endswith(end)))
             _note(example, "end_token_stripped")
         return text
-
-    def _completion_ids(self, prompt: _Prompt, text: str) -> list[int]:
-        return self._tokens_behind(prompt, text)[0]
 
     def _tokens_behind(self, prompt: _Prompt, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokenize a text behind a prompt; return its ids and their characters in it.

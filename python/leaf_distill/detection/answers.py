@@ -66,10 +66,6 @@ class PromptedModel:
             self.renderer.end_ids,
         ]
 
-    def render(self, example: Example) -> Rendering:
-        """Render prompt and completion; UnusableRow as the renderer's, or for an unknown token."""
-        return self.known(self.renderer.render(example))
-
     def prompt(self, example: Example) -> Rendering:
         """Render the prompt alone; UnusableRow as the renderer's, or for an unknown token."""
         return self.known(self.renderer.prompt(example))
@@ -228,6 +224,7 @@ def answer(
     cache: RowCache,
     *,
     decoding: Decoding = GREEDY,
+    graded: bool = True,
     grade_cut_off: bool = False,
 ) -> None:
     """Set `answers[role]` of each example to the model's answer with its verdict.
@@ -238,20 +235,22 @@ def answer(
         examples: rows or candidates with a rendering for the model's role. Where a row brings an
             answer along, `given`, the model is not asked.
         decoding: greedy or drawn. The n-th row with the same prompt has the prompt's n-th draw.
+        graded: whether the examples have what answers are graded against; otherwise an answer keeps
+            the verdict None.
         grade_cut_off: whether an answer that is right before it is cut off is "right".
 
     Raises:
         ServerError: the model's server gives no answers.
     """
     given = _answers(asked, examples, config, cache, decoding)
-    gradable = (None, "cut_off") if grade_cut_off else (None,)
-    ungraded = [at for at, one in enumerate(given) if one.verdict in gradable]
-    judged = grade_answers(
-        [(examples[at], examples[at].prefix + given[at].text) for at in ungraded], config, cache
-    )
-    for at, (verdict, detail) in zip(ungraded, judged, strict=True):
-        if given[at].verdict is None or verdict == "right":
-            given[at] = replace(given[at], verdict=verdict, detail=detail)
+    if graded:
+        gradable = (None, "cut_off") if grade_cut_off else (None,)
+        ungraded = [at for at, one in enumerate(given) if one.verdict in gradable]
+        texts = [(examples[at], examples[at].prefix + given[at].text) for at in ungraded]
+        judged = grade_answers(texts, config, cache)
+        for at, (verdict, detail) in zip(ungraded, judged, strict=True):
+            if given[at].verdict is None or verdict == "right":
+                given[at] = replace(given[at], verdict=verdict, detail=detail)
     for example, one in zip(examples, given, strict=True):
         example.answers[asked.role] = one
 

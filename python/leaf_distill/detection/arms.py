@@ -33,7 +33,7 @@ LONGEST_NAME: Final = 200
 
 INCIDENTAL: Final = (
     *("student", "teacher", "output_dir"),
-    *("cache_dir", "device", "max_batch_tokens", "grade_timeout", "preset", "dry_run"),
+    *("cache_dir", "device", "max_batch_tokens", "preset", "dry_run"),
     *("server_concurrency", "server_timeout"),
 )
 """Settings that change no result beyond rounding; the two models are known by their content."""

@@ -201,7 +201,7 @@ def _lacking(
 def store_missing(
     cache: RowCache,
     keys: Sequence[str],
-    ask: Callable[[Sequence[int]], Iterable[tuple[int, bytes]]],
+    ask: Callable[[Sequence[int], bool], Iterable[tuple[int, bytes]]],
     *,
     description: str,
     keep: Callable[[bytes], bool],
@@ -213,7 +213,8 @@ def store_missing(
     Args:
         cache: where values are looked up and stored.
         keys: one for each row; rows of equal content may share a key, and are asked for once.
-        ask: yields positions in `keys` with their values, in any order, for the positions given.
+        ask: yields positions in `keys` with their values, in any order, for the positions given. It
+            is also told whether any value is known already.
         description: what the progress says.
         keep: whether a value is stored; the others are asked for again by the next run.
 
@@ -233,7 +234,7 @@ def store_missing(
     missing = [first[key] for key in unique if key not in known][ranks.rank :: ranks.size]
     if missing:
         with Progress(len(missing), description, shown=ranks.rank == 0) as progress:
-            for at, value in ask(missing):
+            for at, value in ask(missing, bool(known)):
                 found[keys[at]] = value
                 if keep(value):
                     found |= cache.put({keys[at]: value})

@@ -67,8 +67,10 @@ class Judge:
         examples: Sequence[Example],
         stage: str,
         decoding: Decoding = GREEDY,
+        *,
+        graded: bool = True,
     ) -> None:
-        """Set the role's graded answer of each example."""
+        """Set the role's answer of each example, with a verdict where it is graded."""
         # A program may stand whole before the prose that is cut off; as a label it would not end.
         programs = self.config.grade == "code" and not self._labels
         with self.clock(stage):
@@ -78,6 +80,7 @@ class Judge:
                 self.config,
                 self.cache,
                 decoding=decoding,
+                graded=graded,
                 grade_cut_off=programs,
             )
 

@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from leaf_distill.config import json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
-from leaf_distill.data.example import ROLES, Example, Floats, Role, UnusableRow, remaining
+from leaf_distill.data.example import (
+    ROLES,
+    Example,
+    Floats,
+    Rendering,
+    Role,
+    UnusableRow,
+    remaining,
+)
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.detection.answers import (
     UNGRADED,
@@ -216,6 +224,7 @@ class Run:
                 self.judge.use(None)
             for example in marked:
                 end_with_views(example)
+            self.halved = self._halved_batches()
             return current().from_first(lambda: self._write(usable, scored))
 
     def _judge(self, config: DetectConfig) -> Judge:
@@ -235,7 +244,8 @@ class Run:
             raise nothing_usable(self.examples)
         views = self._views(usable) if whole else usable
         found = estimate(self.pair, usable, views, self.config)
-        show_estimate(found, rows=len(self.examples), usable=len(usable))
+        if current().rank == 0:
+            show_estimate(found, rows=len(self.examples), usable=len(usable))
         arm = self.root / "arms" / arm_name(self.config)
         dataset, samples, outcomes = (
             arm / f"{name}.parquet" for name in ("dataset", "samples", "outcomes")
@@ -258,7 +268,7 @@ class Run:
         if self.config.completion_source == "dataset":
             return self._render(self.examples, whole=True)
         asked = self._render(self.examples, whole=False)
-        self.judge.answer("teacher", asked, "predict")
+        self.judge.answer("teacher", asked, "predict", graded=self._grades)
         for example in asked:
             given = example.answers["teacher"]
             if given.verdict in UNGRADED:
@@ -312,7 +322,7 @@ class Run:
             self._check_length(candidate, "validate")
 
     def _check_length(self, example: Example, stage: str) -> None:
-        prompt = max(int((~one.loss_mask).sum()) for one in example.renderings.values())
+        prompt = max(map(_prompt_length, example.renderings.values()))
         whole = max(len(one) for one in example.renderings.values())
         limit = f"of the {self.limit} tokens that max_length and the models allow"
         if prompt >= self.limit:
@@ -353,17 +363,27 @@ class Run:
             )
             ids[example.row_id] += len(example.candidates)
             for candidate in remaining(example.candidates):
-                self._render_candidate(candidate)
+                self._render_candidate(candidate, example)
             if example.candidates and not any(remaining(example.candidates)):
                 example.leave("prune", "no_usable_cut", "no cut leaves a usable prompt")
 
-    def _render_candidate(self, candidate: Example) -> None:
+    def _render_candidate(self, candidate: Example, view: Example) -> None:
         try:
             render_for(self.pair, candidate, Renderer.prompt)
+            if not self.config.relabel and _is_longer(candidate, view):
+                # The view fits with its completion, but this prompt may not. A new completion is
+                # checked when it is there.
+                render_for(self.pair, candidate, Renderer.render)
         except UnusableRow as problem:
             candidate.leave("prune", "not_renderable", problem.detail)
         else:
             self._check_length(candidate, "prune")
+
+    def _halved_batches(self) -> int:
+        """Return how many batches ran in halves, on all ranks together."""
+        ranks = current()
+        counts = ranks.exchange({ranks.rank: str(self.halvings.count).encode()})
+        return sum(map(int, counts.values()))
 
     def _write(self, usable: Sequence[Example], scored: Sequence[Example]) -> DetectResult:
         arm = self.root / "arms" / arm_name(self.config)
@@ -384,7 +404,7 @@ class Run:
             "dataset_sha256": hashlib.sha256(dataset.read_bytes()).hexdigest(),
             "templates": warnings,
             "versions": package_versions(),
-            "halved_batches": self.halvings.count,
+            "halved_batches": self.halved,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
         replaced = explain_replacement(arm, summary)
@@ -397,9 +417,9 @@ class Run:
     def _warnings(self) -> list[str]:
         """Return what a user should know before using the result."""
         found = warnings_of(self.examples, self.config, self.pair)
-        if self.halvings.count:
+        if self.halved:
             found.append(
-                f"{self.halvings.count} batches were too large for the memory and ran in halves; "
+                f"{self.halved} batches were too large for the memory and ran in halves; "
                 "nothing is missing. A lower max_batch_tokens avoids this."
             )
         if self.earlier:
@@ -410,3 +430,15 @@ class Run:
                 "the student's tokens, and `leaf distill` cannot train on this pair."
             )
         return found
+
+
+def _is_longer(candidate: Example, view: Example) -> bool:
+    """Whether the changed prompt has more tokens than the view's, for one of the models."""
+    return any(
+        _prompt_length(one) > _prompt_length(view.renderings[role])
+        for role, one in candidate.renderings.items()
+    )
+
+
+def _prompt_length(rendering: Rendering) -> int:
+    return int((~rendering.loss_mask).sum())

@@ -52,8 +52,7 @@ def served_answers(
         for one, key in zip(requests, keys, strict=True):
             one.body["seed"] = int(key[:8], 16) >> 1  # all servers take 31 bits
 
-    def ask(missing: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        proven = len(missing) < len(set(keys))
+    def ask(missing: Sequence[int], proven: bool) -> Iterator[tuple[int, bytes]]:
         answers = server.answers([requests[at] for at in missing], proven=proven)
         with closing(answers):
             for at, one in answers:

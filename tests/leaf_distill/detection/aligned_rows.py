@@ -41,7 +41,7 @@ def aligned(
     with RowCache(root) as cache:
         for role, model in models.items():
             for example in examples:
-                example.renderings[role] = model.render(example)
+                example.renderings[role] = model.renderer.render(example)
             score_saliency(model, examples, config, cache)
         align(examples)
         yield models, examples, cache

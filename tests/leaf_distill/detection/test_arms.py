@@ -81,6 +81,15 @@ def test_a_replaced_arm_says_what_was_there(
     assert (arm / "report.html").read_text() == "a page"
 
 
+def test_the_seconds_that_grading_may_take_decide_results(
+    pair: dict[str, str], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(pair, copied, grade_timeout=9.0, server_timeout=9.0)
+    output = " ".join(capsys.readouterr().out.split())
+    (sentence,) = re.findall(r"Earlier results of this arm, which had (.*), are replaced", output)
+    assert "grade_timeout 5.0" in sentence and "server_timeout" not in sentence
+
+
 def test_other_models_are_refused_one_a_line(pair: dict[str, str], copied: Path) -> None:
     swapped = {"student": pair["teacher"], "teacher": pair["student"]}
     with pytest.raises(ValueError) as caught:

@@ -64,7 +64,7 @@ def test_values_equal_the_loss_on_each_cut_text(pair: dict[str, str], tmp_path: 
                 gone = sorted(order[: int(np.ceil(share * len(order) - 0.5))])
                 text = cut(example.text, [tuple(example.offsets[token]) for token in gone])
                 messages = ({**example.messages[-1], "content": text},)
-                other = student.render(example.derived(messages=messages))
+                other = student.renderer.render(example.derived(messages=messages))
                 assert nll == pytest.approx(completion_nll(model, [other])[0], rel=1e-5, abs=1e-6)
             assert curve.nll[0] == pytest.approx(example.nll["student"], rel=1e-5, abs=1e-6)
 

@@ -14,7 +14,10 @@ from detect_run import CONFOUNDED, ROWS, check_sums, reasons, run, table
 from distill_pair import make_config
 from transformers import AutoModelForCausalLM
 
+from leaf_distill.data.collator import render_examples
 from leaf_distill.data.dataset import load_examples
+from leaf_distill.data.example import ROLES
+from leaf_distill.data.prompt import Renderer
 from leaf_distill.detection.pipeline import DetectResult
 from leaf_distill.training.config import DistillArguments
 from leaf_distill.training.distill import distill
@@ -151,6 +154,29 @@ def test_a_crossed_row_may_have_the_teachers_new_answer(pair: dict[str, str], ro
     for line in made(result):
         assert text_of(line) == LABELED[line["row_id"]]["prompt"]
         assert text_of(line, "completion") == line["answer"]
+
+
+def test_a_longer_prompt_must_fit_together_with_its_completion(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    length = 33  # of every row: 30 words, two marks of the template and the end token
+    rows = [
+        {**row, "completion": " ".join([row["answer"]] * (30 - len(row["prompt"].split())))}
+        for row in ROWS
+    ]
+    options = {"select": "all", "validate": "none", "edit": "substitute", "widen": "clause"}
+    result = run(pair, tmp_path, rows, max_length=length, **options)
+    check_sums(result, len(ROWS))
+    assert reasons(result, "candidates")["completion_too_long"] and made(result)
+    kept = load_examples(result.dataset)
+    renderer = Renderer(detect_pair.make_tokenizer())
+    render_examples(
+        kept,
+        dict.fromkeys(ROLES, renderer),
+        max_length=length,
+        embedding_rows=dict.fromkeys(ROLES, len(detect_pair.WORDS)),
+    )
+    assert [one.outcome for one in kept] == [None] * len(kept)
 
 
 @pytest.mark.parametrize("name", ["substituted", "relabeled", "agreed", "crossed"])

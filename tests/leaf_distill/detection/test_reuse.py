@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,14 @@ import detect_pair
 import pytest
 import torch
 from detect_run import CONFOUNDED, ROWS, check_sums, reasons, run, settings, table
+from rank_threads import on_each
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from leaf_distill.detection import answers, scores
-from leaf_distill.detection.pipeline import DetectResult
+from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.pipeline import DetectResult, detect
 from leaf_distill.models import loading, saliency
+from leaf_distill.ranks import current
 
 
 @pytest.fixture
@@ -332,3 +336,35 @@ def test_a_run_that_lacks_memory_halves_its_batches_and_says_so(
     assert result.funnel["halved_batches"] >= 2 and finished.funnel["halved_batches"] == 0
     assert f"{result.funnel['halved_batches']} batches were too large" in capsys.readouterr().out
     assert result.dataset.read_bytes() == finished.dataset.read_bytes()
+
+
+def test_the_halved_batches_of_all_processes_are_counted(
+    pair: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    passes, begun = saliency._saliency, threading.Event()
+    halved: list[int] = []
+
+    def limited(model: Any, rows: Any) -> Any:
+        if current().rank == 0:
+            assert begun.wait(60)  # so that the second gets a batch
+        elif len(rows) > 2:
+            halved.append(len(rows))
+            begun.set()
+            torch.empty(1 << 50)  # the allocator's own error
+        return passes(model, rows)
+
+    monkeypatch.setattr(saliency, "_saliency", limited)
+    config = DetectConfig(**settings(pair, tmp_path, select="all", validate="none"))
+    # Loaded beforehand: transformers cannot do so in two threads.
+    models = [{role: loading.load_model(path) for role, path in pair.items()} for _ in range(2)]
+
+    def work(joined: Any) -> DetectResult:
+        tokenizer = detect_pair.make_tokenizer()
+        return detect(config, **models[joined.rank], processing_class=tokenizer)
+
+    first, second = on_each(2, work, monkeypatch)
+    assert first.funnel["halved_batches"] == second.funnel["halved_batches"] == len(halved) > 0
+    assert f"{len(halved)} batches were too large" in capsys.readouterr().out

@@ -17,6 +17,7 @@ import detect_pair
 import pyarrow.parquet as pq
 import pytest
 from detect_run import CONFOUNDED, ROWS, check_sums, reasons, run, settings, table
+from rank_threads import on_each
 from small_server import NAME, SmallServer, serving, status
 
 from leaf_distill.data.dataset import load_examples
@@ -243,6 +244,25 @@ def test_a_row_that_the_server_cannot_take_leaves_with_its_words(
     again = run(pair, tmp_path, **options)  # the server may have been mended meanwhile
     assert 2 <= asked(servers) <= 4
     assert "student_too_long" not in reasons(again)
+
+
+def test_a_server_that_refuses_everything_ends_several_processes_too(
+    pair: dict[str, str],
+    servers: dict[str, SmallServer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    servers["teacher"].troubles = [status(400, "no")] * 100
+    config = DetectConfig(**pair, cache_dir=str(tmp_path), grade="exact")
+    server = Server("teacher", servers["teacher"].url, NAME, 4, 5.0)
+
+    def ask(joined: Any) -> None:
+        one = prompted_model("teacher", LazyModel(pair["teacher"]), config, server)
+        with open_cache(config) as cache:
+            answer(one, load_examples(detect_pair.make_rows(60)), config, cache)
+
+    errors = [str(one) for one in on_each(2, ask, monkeypatch)]
+    assert any("must give an answer to one of 20 requests" in error for error in errors), errors
 
 
 def test_completions_may_come_from_the_teachers_server(

@@ -125,6 +125,12 @@ def test_two_processes_with_a_cache_each_do_what_one_does(
     assert not any(one["initialized"] for one in done.ranks.values())
 
 
+def test_the_first_process_alone_prints_the_estimate(pair: dict[str, str], tmp_path: Path) -> None:
+    done = launch(torchrun(2), pair, tmp_path, dry_run=True)
+    assert done.status == 0, done.errors
+    assert done.output.count("Estimate of the run") == 1 and not (tmp_path / "run").exists()
+
+
 def test_an_error_of_one_process_ends_all_with_its_sentence(
     pair: dict[str, str], tmp_path: Path
 ) -> None:
