@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CPU_BATCH_TOKENS: Final = 320
+CPU_BATCH_TOKENS: Final = 384
 """Larger batches are no faster on a CPU, and take memory in proportion."""
 CPU_ANSWER_TOKENS: Final = 8192
 """While a model answers, every step reads all weights, for one row as for many."""
@@ -53,7 +53,7 @@ def default_batch_tokens(
 
     Returns:
         Half of the tokens that fit beside the weights by a cautious estimate, of a forward and
-        backward pass or of answers; between 256 and 65,536, on a CPU at most 320 or, for answers,
+        backward pass or of answers; between 256 and 65,536, on a CPU at most 384 or, for answers,
         8192.
     """
     device, itemsize = torch.device(device), getattr(torch, dtype).itemsize
