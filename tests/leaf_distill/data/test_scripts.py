@@ -86,7 +86,7 @@ TEXTS = st.one_of(
         max_size=16,
     ),
 )
-DROPPED = {"Mn", "Mc", "Me", "Cf", "Cc", "Zs", "Zl", "Zp"}
+DROPPED = {"Mn", "Mc", "Me", "Cf", "Cc", "Co", "Cn", "Zs", "Zl", "Zp"}
 
 
 def _train(backend: Tokenizer, trainer: Any) -> Tokenizer:
@@ -236,6 +236,7 @@ CHOICES = st.tuples(st.integers(0, 30), st.integers(1, 3))
 @given(text=TEXTS, choice=CHOICES)
 @example(text="z\u0334\u0321 x", choice=(0, 1))
 @example(text="a\u0301 b\u0301", choice=(1, 1))
+@example(text="\ue000", choice=(0, 1))  # WordPiece drops characters for private use
 def test_built_tokenizers(built: dict[str, Renderer], text: str, choice: tuple[int, int]) -> None:
     for name, renderer in built.items():
         check(name, renderer, text, choice)
