@@ -263,7 +263,7 @@ def _answers(
     decoding: Decoding,
 ) -> list[Answer]:
     """Return the answer that a row brings along, else that of the server, else of the model."""
-    own = [_given(asked.role, example) for example in examples]
+    own = [given_answer(asked.role, example) for example in examples]
     rest = [example for example, text in zip(examples, own, strict=True) if text is None]
     if asked.server is not None:
         found = iter(served_answers(asked, asked.server, rest, config, cache, decoding))
@@ -280,7 +280,7 @@ def _answers(
     return answers
 
 
-def _given(role: Role, example: Example) -> str | None:
+def given_answer(role: Role, example: Example) -> str | None:
     """Return the answer that a row brings along, to its prompt as it is."""
     as_it_is = example.branch == "original" and not example.prefix
     return example.given.get(role) if as_it_is else None

@@ -12,7 +12,12 @@ from typing import Any
 from rich.console import Console
 
 from leaf_distill.data.example import ROLES, Example, Rendering, Role
-from leaf_distill.detection.answers import PromptedModel, plan_answers, prompt_ids
+from leaf_distill.detection.answers import (
+    PromptedModel,
+    given_answer,
+    plan_answers,
+    prompt_ids,
+)
 from leaf_distill.detection.cache import FILE, RowCache, default_cache_directory
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.scores import plan_passes
@@ -85,8 +90,7 @@ def _of_model(
     # No row may have a view; the weights count all the same.
     shapes = (_shape(renderings, batch, guess) for batch in plan)
     area, width, labels = max(shapes, default=(1, 1, 1))
-    trust = config.trust_remote_code
-    cost = _cost(one, area // width, width, labels, trust_remote_code=trust)
+    cost = _cost(one, area // width, width, labels, config.trust_remote_code)
     lengths = _answers(one, rows, config)
     speed = measure_speed(
         one.model.config,
@@ -99,11 +103,11 @@ def _of_model(
     seconds["saliency"] += cost.flops * tokens / area / speed.flops
     largest = 0
     for batch in lengths:
-        rows_, prompt, longest = len(batch), *map(max, zip(*batch, strict=True))
-        largest = max(largest, rows_ * (prompt + config.max_new_tokens))
+        size, prompt, longest = len(batch), *map(max, zip(*batch, strict=True))
+        largest = max(largest, size * (prompt + config.max_new_tokens))
         for name, steps in (("answers", longest), ("answers_at_most", config.max_new_tokens)):
             seconds[name] += answer_seconds(
-                *(one.model.config, one.model.dtype, cost.weights, rows_, prompt),
+                *(one.model.config, one.model.dtype, cost.weights, size, prompt),
                 min(steps or config.max_new_tokens, config.max_new_tokens),
                 speed,
             )
@@ -127,7 +131,7 @@ def _answers(
     )
     if not needed or one.server is not None:
         return []
-    asked = [row for row in rows if row.given.get(one.role) is None]
+    asked = [row for row in rows if given_answer(one.role, row) is None]
     prompts = [prompt_ids(row, one.role) for row in asked]
     plan, keys = plan_answers(one, prompts, config)
     known = _known(config, keys)
@@ -151,14 +155,12 @@ def _shape(
     return width * len(batch), width, labels
 
 
-def _cost(
-    one: PromptedModel, rows: int, tokens: int, labels: int, *, trust_remote_code: bool
-) -> PassCost:
+def _cost(one: PromptedModel, rows: int, tokens: int, labels: int, trusted: bool) -> PassCost:
     config, dtype = one.model.config, one.model.dtype
     try:
         return saliency_cost(
             *(config, dtype, rows, tokens, labels),
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trusted,
             quantization=one.model.quantization,
         )
     except Exception as error:  # an architecture raises whatever its forward raises
@@ -209,4 +211,4 @@ def show_estimate(found: Mapping[str, Any], *, rows: int, usable: int) -> None:
             f"answers: {times['answers']:.0f} s if they are as long as the completions, at most "
             f"{times['answers_at_most']:.0f} s"
         )
-    say("on top come answers to cut prompts, those of servers, and passes of other scores than gap")
+    say("not counted: answers to cut prompts, answers of servers, passes of other scores than gap")

@@ -1,4 +1,4 @@
-"""What a sweep reads of an arm: its settings, its models, and what was searched and cut."""
+"""Reads an arm for a sweep: its settings, its models, the places that were searched and cut."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class PassCost:
 
 @dataclass(frozen=True)
 class Speed:
-    """What this machine reaches in a second.
+    """The speed of this machine, by the second.
 
     Attributes:
         flops: operations of a whole pass.

@@ -52,6 +52,13 @@ def test_no_response_that_can_be_divided_is_nothing_to_score(
     assert {line["reason"] for line in done.funnel["left"]} >= {"response_not_divided"}
 
 
+def test_answers_that_rows_bring_along_cost_nothing(pair: dict[str, str], tmp_path: Path) -> None:
+    rows = [{**row, "student_answer": "1"} for row in ROWS[:5]] + ROWS[5:]
+    models = run(pair, tmp_path, rows, dry_run=True).funnel["estimate"]["models"]
+    assert models["student"]["answers"] == len(ROWS) - 5
+    assert models["teacher"]["answers"] == len(ROWS)
+
+
 def test_no_second_of_a_run_is_counted_twice(pair: dict[str, str], tmp_path: Path) -> None:
     start = time.monotonic()
     seconds = run(pair, tmp_path).funnel["seconds"]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import SIZES, build
+from architectures import build
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from leaf_distill.models import memory as machine_memory
+from leaf_distill.detection.answers import prompted_model
+from leaf_distill.detection.config import DetectConfig
 from leaf_distill.models.loading import LazyModel, load_model
 from leaf_distill.models.placement import _NATIVE, resolve_dtype
 
@@ -187,10 +188,15 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(
     assert LazyModel(str(directory), trust_remote_code=True).fingerprint != first
 
 
-def test_the_free_memory_of_a_model_includes_its_weights(make_tokenizer):
-    free = machine_memory.free_memory()
-    sizes = {**SIZES, "hidden_size": 512, "vocab_size": 200_000}
-    model = LlamaForCausalLM(LlamaConfig(**sizes))  # 0.8 GB
-    weights = sum(weight.nbytes for weight in model.parameters())
+def test_the_free_memory_of_a_model_includes_its_weights(make_model, make_tokenizer, monkeypatch):
+    monkeypatch.setattr("leaf_distill.models.loading.free_memory", lambda: 1000)
+    model = make_model()
     lazy = LazyModel(model, processing_class=make_tokenizer())
-    assert abs(lazy.free_memory - free) < weights / 2
+    assert lazy.free_memory == 1000 + sum(weight.nbytes for weight in model.parameters())
+
+
+def test_the_batches_of_a_run_stay_as_they_were_planned(saved, monkeypatch):
+    asked = prompted_model("student", LazyModel(str(saved), device="cpu"), DetectConfig())
+    planned = asked.batch_tokens(DetectConfig())
+    monkeypatch.setattr("leaf_distill.models.memory.free_memory", lambda: 0)  # weights take all
+    assert asked.batch_tokens(DetectConfig()) == planned > 256
