@@ -7,7 +7,8 @@ TEACHER and STUDENT are model directories; `examples/smollm2.py` makes a pair. T
 
 ours: `leaf_distill.models.saliency.saliency` with the batches of `leaf detect`.
 bare: a forward pass and a backward pass to the input embeddings, weights frozen, nothing else; at
-    several batch sizes, with full logits or with logits at the labels alone. The best one counts.
+    several batch sizes; with full logits and an attention mask, as one writes it first, or with
+    logits at the labels alone and no mask, which padding at the end needs none of. The best counts.
 release: the official loop with its faults mended: one row at a time, weights with gradients that
     are never set to zero, full logits.
 
@@ -108,15 +109,11 @@ def contender_pass(contender: str, model: Any) -> Callable[[Sequence[Any]], obje
         batch = pad(rows)
         ids, at = batch["input_ids"], batch["loss_mask"]
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-        arguments = {
-            "inputs_embeds": embedded,
-            "attention_mask": batch["attention_mask"],
-            "use_cache": False,
-        }
+        arguments = {"inputs_embeds": embedded, "use_cache": False}
         if labels_only:
             logits = model.lm_head(model.model(**arguments).last_hidden_state[at])
         else:
-            logits = model(**arguments).logits[at]
+            logits = model(**arguments, attention_mask=batch["attention_mask"]).logits[at]
         loss = cross_entropy(logits.float(), ids.roll(-1, 1)[at], reduction="sum")
         (gradient,) = torch.autograd.grad(loss, embedded)
         return gradient.norm(dim=-1).numpy()
@@ -166,7 +163,8 @@ def page(best: dict[tuple[str, str], dict[str, float]], arguments: argparse.Name
         f"- command: `python {command}`",
         "",
         "`ours`: the passes of `leaf detect`. `bare`: one forward pass, and one backward pass to "
-        "the embeddings, with full logits or those at the labels, and so many tokens a batch. "
+        "the embeddings, with full logits and a mask or logits at the labels and no mask, and so "
+        "many tokens a batch. "
         "`release`: the loop of the paper's authors with its faults mended, one row at a time, "
         "with gradients of all weights.",
         "",

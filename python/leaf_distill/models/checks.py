@@ -53,7 +53,7 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     """Check that the logits of earlier tokens do not depend on later tokens or padding.
 
     An encoder, or a model that reads its prompt in both directions, loads as a causal model too,
-    but its likelihoods mean nothing. The check takes two forward passes of at most 8 tokens. It
+    but its likelihoods mean nothing. The check takes a few forward passes of at most 8 tokens. It
     leaves padding out in float16 and bfloat16.
 
     Args:
@@ -70,16 +70,16 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     late = torch.arange(length) >= length // 2
     first = torch.arange(1, length + 1) * rows // (length + 2)
     other = torch.where(late, (first + max(1, rows // 2)) % rows, first)
-    ids = torch.stack([first, other, first])
-    mask = torch.stack([torch.ones_like(first)] * 2 + [(~late).long()])
-    batch = _probe(model, name, ids, mask)[:, ~late].double()
-    alone = _probe(model, name, ids[:1, ~late], mask[:1, ~late]).double()[0]
+    # Likelihoods are computed without a mask, training and answers with one.
+    changed = _probe(model, name, torch.stack([first, other]))[:, ~late].double()
     eps = rounding(model)
-    pairs = [(batch[0], batch[1], max(2e-5, eps), "the tokens after it")]
+    pairs = [(changed[0], changed[1], max(2e-5, eps), "the tokens after it")]
     # Rows of one batch are computed alike. Another shape of the batch rounds differently, which in
     # 16 bits can choose other experts.
     if eps < 1e-5:
-        pairs.append((batch[2], alone, 1e-4, "the padding after it"))
+        masked = _probe(model, name, first[None], (~late).long()[None])[0, ~late].double()
+        alone = _probe(model, name, first[None, ~late])[0].double()
+        pairs.append((masked, alone, 1e-4, "the padding after it"))
     for one, other_one, tolerance, reason in pairs:
         finite = one.isfinite() & other_one.isfinite()
         if not finite.any():
@@ -154,15 +154,13 @@ def _answer(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Te
 
 
 def _probe(
-    model: PreTrainedModel, name: str, ids: torch.Tensor, mask: torch.Tensor
+    model: PreTrainedModel, name: str, ids: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
+    device = input_device(model)
+    masked = {} if mask is None else {"attention_mask": mask.to(device)}
     try:
         with eval_mode(model):
-            output = model(
-                input_ids=ids.to(input_device(model)),
-                attention_mask=mask.to(input_device(model)),
-                use_cache=False,
-            )
+            output = model(input_ids=ids.to(device), use_cache=False, **masked)
         logits: torch.Tensor = output.logits
         if logits.shape[:2] != ids.shape:
             raise ValueError(f"it makes logits of the shape {tuple(logits.shape)}")

@@ -21,14 +21,19 @@ _LOGITS_A_CHUNK: Final = 1 << 22
 
 
 class LabelBatch:
-    """Right-padded rows on a device, and their L labels."""
+    """Right-padded rows on a device, and their L labels.
+
+    There is no attention mask: a causal model's tokens do not read the padding behind them. With
+    one, attention would take slower kernels, and memory for the mask.
+    """
 
     def __init__(self, rows: Sequence[Rendering], device: torch.device) -> None:
         padded = {name: tensor.to(device) for name, tensor in pad(rows).items()}
         self.row, self.position = padded.pop("loss_mask").nonzero(as_tuple=True)  # int64 [L]
         self.label = padded["input_ids"][self.row, self.position + 1]  # int64 [L]
         self.shape = padded["input_ids"].shape
-        self.arguments: dict[str, Any] = {**padded, "use_cache": False}  # of the forward
+        # The arguments of the forward.
+        self.arguments: dict[str, Any] = {"input_ids": padded["input_ids"], "use_cache": False}
 
     def at_labels(self, states: torch.Tensor) -> torch.Tensor:
         """Return the states or logits [L, *] that predict the labels, of [B, T, *]."""

@@ -27,7 +27,11 @@ CPU_ANSWER_TOKENS: Final = 8192
 EXACT: Final = ("float32", "float64")
 """Dtypes in which a row's values do not depend on the shape of its batch beyond rounding."""
 _FEWEST: Final = 256
-_MOST: Final = 65536
+_MOST: Final = 1 << 16
+_MOST_OF_ANSWERS: Final = 1 << 19
+"""A step takes hardly longer for more rows; but a run that is killed loses the batch's answers."""
+_SHORTEST: Final = 128
+"""Tokens of a row with its answer, for the logits that each row has."""
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
@@ -53,8 +57,8 @@ def default_batch_tokens(
 
     Returns:
         Half of the tokens that fit beside the weights by a cautious estimate, of a forward and
-        backward pass or of answers; between 256 and 65,536, on a CPU at most 384 or, for answers,
-        8192.
+        backward pass or of answers; at least 256, and at most 65,536 or, for answers, 524,288; on
+        a CPU at most 384 or, for answers, 8192.
     """
     device, itemsize = torch.device(device), getattr(torch, dtype).itemsize
     if device.type == "cuda":
@@ -105,11 +109,14 @@ def batch_tokens(
         shared = _number(text, "num_key_value_heads") or heads
         width = _number(text, "head_dim") or hidden // heads
         a_token = (4 * layers * shared * width + 6 * hidden + 3 * inner) * itemsize
+        # A row's logits are in float32, and twice more while a token is drawn.
+        a_token += vocabulary * 12 // _SHORTEST
     else:
         # A layer keeps about 16 values of its width and 4 of its inner width for the backward pass.
         # A label's logits exist in the model's dtype, in float32, and as the gradients of both.
         a_token = layers * (16 * hidden + 4 * inner) * itemsize + vocabulary * (8 + 2 * itemsize)
-    return min(max(int((free - weights) / 2) // a_token, _FEWEST), _MOST)
+    most = _MOST_OF_ANSWERS if answers else _MOST
+    return min(max(int((free - weights) / 2) // a_token, _FEWEST), most)
 
 
 def machine_memory() -> int:

@@ -62,10 +62,8 @@ def run_behind(
         start = 0
     batch = LabelBatch([row[start:] for row in rows], input_device(model))
     if prefix is not None and start:
-        mask = batch.arguments["attention_mask"]
-        whole = torch.cat([mask.new_ones(len(rows), start), mask], dim=1)
         cache = _beginning(prefix, start, len(rows))
-        batch.arguments |= {"attention_mask": whole, "use_cache": True, prefix.name: cache}
+        batch.arguments |= {"use_cache": True, prefix.name: cache}
     return label_output(model, batch)[0]
 
 
