@@ -356,6 +356,11 @@ def measure_detect(run: Run) -> None:
         for name, options in (
             ("saliency", ("--select", "all", "--validate", "none")),
             ("answers", ("--max_rows", "6" if run.tiny else "256", "--max_new_tokens", "128")),
+            (
+                "intervention",
+                ("--score", "intervention", "--select", "all", "--validate", "none")
+                + ("--max_rows", "4" if run.tiny else "24"),
+            ),
         ):
             out = folder / name
             for dry in (("--dry_run",), ()):

@@ -26,7 +26,7 @@ from leaf_distill.models.loading import load_model
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_shipped_pair_passes_its_gates_again(name):
     stored = json.loads((ASSETS / "pair.json").read_text())[name]["gates"]
-    model = load_model(str(ASSETS / name)).eval()
+    model = load_model(str(ASSETS / name), device="cpu").eval()
     measured = train_pair.check_gates(model, name, build_tokenizer())
     assert all(gate["passed"] for gate in measured)
     for ours, theirs in zip(measured, stored, strict=True):
@@ -72,7 +72,7 @@ def test_a_pair_that_fails_is_not_written(tmp_path, monkeypatch):
 
 def test_gates_are_bounds(monkeypatch):
     """A gate is the accuracy of its own model and kind against both of its bounds."""
-    model, tokenizer = load_model(str(ASSETS / "student")).eval(), build_tokenizer()
+    model, tokenizer = load_model(str(ASSETS / "student"), device="cpu").eval(), build_tokenizer()
     accuracy = train_pair.accuracy(model, tokenizer, "misaligned")
     gates = [
         train_pair.Gate(model="student", kind="misaligned", at_least=accuracy, at_most=accuracy),
@@ -87,7 +87,7 @@ def test_gates_are_bounds(monkeypatch):
 
 def test_label_logits_are_the_models_own():
     """What is trained on are the completion and the end token, in spite of padding."""
-    tokenizer, model = build_tokenizer(), load_model(str(ASSETS / "teacher")).eval()
+    tokenizer, model = build_tokenizer(), load_model(str(ASSETS / "teacher"), device="cpu").eval()
     problems = make_problems(6, seed=3, mix={"clean": 1.0, "misaligned": 1.0})
     with torch.inference_mode():
         logits, targets = train_pair.label_logits(model, *train_pair.encode(problems, tokenizer))
@@ -186,7 +186,7 @@ def test_pruning_counts_cuts_and_prompts():
 
 
 def test_perplexity_is_the_models_own_loss():
-    model = load_model(run.STUDENT).eval()
+    model = load_model(run.STUDENT, device="cpu").eval()
     (problem,) = make_problems(1, seed=0, mix={"misaligned": 1.0})
     sample = {
         "row_id": 0,
@@ -277,7 +277,7 @@ def test_demo_compares_all_arms_at_equal_compute(small_demo):
         assert rows == pytest.approx(run.ROWS_A_STEP, abs=1)
         assert arm["tokens"] == pytest.approx(kd["tokens"], rel=0.1)
         student = load_model(str(arm["model"]))
-        assert student.num_parameters() == load_model(run.STUDENT).num_parameters()
+        assert student.num_parameters() == load_model(run.STUDENT, device="cpu").num_parameters()
 
 
 def test_demo_evaluates_before_and_after(small_demo):

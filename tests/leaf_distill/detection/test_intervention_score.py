@@ -207,13 +207,14 @@ def test_tokens_outside_the_shortlist_have_the_lowest_score(
 def test_stage_1_runs_with_the_score(pair: dict[str, str], tmp_path: Path) -> None:
     result = detect_run.run(pair, tmp_path, MISLED, score="intervention", validate="teacher")
     lines = [one for one in detect_run.table(result.dataset) if one["branch"] == "counterfactual"]
-    cut = [line["spans"][0] for line in lines if line["spans"]]
-    by_row = {index: row["prompt"] for index, row in enumerate(MISLED)}
-    gone = [
-        by_row[line["row_id"]][one["start"] : one["stop"]]
-        for line, one in zip(lines, cut, strict=True)
-    ]
-    assert gone and sum(text.strip() in detect_pair.NAMES for text in gone) >= 0.8 * len(gone)
+    cut: dict[int, list[str]] = {}
+    for line in lines:
+        for one in line["spans"]:
+            text = MISLED[line["row_id"]]["prompt"][one["start"] : one["stop"]].strip()
+            cut.setdefault(line["row_id"], []).append(text)
+    named = [any(text in detect_pair.NAMES for text in texts) for texts in cut.values()]
+    assert len(named) >= len(MISLED) // 2 and sum(named) >= 0.9 * len(named)
+    assert sum(map(len, cut.values())) < 2 * len(cut)
 
 
 def test_a_sweep_draws_the_replacements_of_its_arm(pair: dict[str, str], tmp_path: Path) -> None:
