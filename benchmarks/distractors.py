@@ -343,7 +343,7 @@ def page(rows: Sequence[Row], demo: Sequence[Row], args: argparse.Namespace, tot
     parts = [
         "# Known distractors: which scores find them",
         f"    python benchmarks/distractors.py FOLDER --student {names[0]} --teacher {names[1]} "
-        f"--rows {args.rows}",
+        f"--rows {args.rows}" + (f" --scores {' '.join(args.scores)}" if args.scores else ""),
         f"Versions: {versions}; CPU. {args.about}".strip(),
         "## PROBLEMATHIC",
         f"{len(rows)} of the {total} simple problems that are their plain form with insertions, "

@@ -248,69 +248,57 @@ def measure_generation(run: Run) -> None:
 
     A random model hardly ever ends an answer: 1 % of its tokens end one here, drawn by chance.
     """
-    for name, dtype, count in (("student-1b", "bfloat16", 256), ("student-1b", "float32", 64)):
-        model = run.model(name, dtype)
-        vocabulary = model.config.vocab_size
-        words = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(
-                WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0")
-            )
+    model = run.model("student-1b")
+    dtype = str(model.dtype).removeprefix("torch.")
+    vocabulary = int(model.config.vocab_size)
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(
+            WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0")
         )
-        draw = np.random.default_rng(0)
-        ends = sorted(draw.choice(np.arange(3, vocabulary), vocabulary // 100, False).tolist())
-        count, new = (6, 8) if run.tiny else (count, 256)
-        rows = rows_of(run, count, 48 if run.tiny else 600, vocabulary)
-        prompts = [row.input_ids.tolist() for row in rows]
-        config = GenerationConfig(
-            max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=0
+    )
+    draw = np.random.default_rng(0)
+    ends = sorted(draw.choice(np.arange(3, vocabulary), vocabulary // 100, False).tolist())
+    count, new = (6, 8) if run.tiny else (256, 256)
+    rows = rows_of(run, count, 48 if run.tiny else 600, vocabulary)
+    prompts = [row.input_ids.tolist() for row in rows]
+    config = GenerationConfig(
+        max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=0
+    )
+    # By default the pages take 90 % of the memory, and filling a CPU's takes a minute.
+    paging = ContinuousBatchingConfig(page_size=32, num_blocks=16) if run.tiny else None
+
+    def buckets() -> list[list[int]]:
+        size = default_batch_tokens(model.config, dtype, run.device, answers=True)
+        answers: dict[int, Any] = {}
+        for batch in plan_batches([len(one) + new for one in prompts], max_tokens=size):
+            part = [prompts[at] for at in batch]
+            made = generate(model, words, part, end_ids=ends, max_new_tokens=new)
+            answers.update(zip(batch, made, strict=True))
+        return [[int(word[1:]) for word in answers[at].text.split()] for at in range(len(prompts))]
+
+    def continuous() -> list[list[int]]:
+        made = model.generate_batch(
+            inputs=prompts, generation_config=config, continuous_batching_config=paging
         )
-        # By default the pages take 90 % of the memory, and filling a CPU's takes a minute.
-        paging = ContinuousBatchingConfig(page_size=32, num_blocks=16) if run.tiny else None
-        kept: dict[str, list[list[int]]] = {}
+        return [list(one.generated_tokens) for one in made.values()]
 
-        def buckets(model: Any = model, prompts: Any = prompts, new: int = new) -> Any:
-            size = default_batch_tokens(
-                model.config, dtype, run.device, answers=True  # noqa: B023
-            )  # fmt: skip
-            plan = plan_batches([len(one) + new for one in prompts], max_tokens=size)
-            answers: dict[int, Any] = {}
-            for batch in plan:
-                part = [prompts[at] for at in batch]
-                made = generate(
-                    model, words, part, end_ids=ends, max_new_tokens=new  # noqa: B023
-                )  # fmt: skip
-                answers.update(zip(batch, made, strict=True))
-            return [
-                [int(word[1:]) for word in answers[at].text.split()] for at in range(len(prompts))
-            ]
-
-        def continuous(model: Any = model, prompts: Any = prompts) -> Any:
-            made = model.generate_batch(
-                inputs=prompts,
-                generation_config=config,  # noqa: B023
-                continuous_batching_config=paging,  # noqa: B023
-            )
-            return [list(one.generated_tokens) for one in made.values()]
-
-        for what, work in (("length buckets", buckets), ("continuous batching", continuous)):
-            try:
-                made, seconds, peak = run.timed(work)
-            except Exception as error:  # whatever this version raises is the result
-                run.note("generation", f"{what}, {dtype}", error=f"{error!r:.300}")
-                continue
-            kept[what] = [[t for t in one if t not in set(ends)] for one in made]
-            tokens = sum(map(len, kept[what]))
-            run.note(
-                "generation", f"{what}, {dtype}", prompts=len(made), tokens=tokens,
-                tokens_s=round(tokens / seconds), seconds=round(seconds, 2),
-                peak_gb=round(peak, 2), attention=model.config._attn_implementation,
-            )  # fmt: skip
-        if len(kept) == 2:
-            equal = sum(a == b for a, b in zip(*kept.values(), strict=True))
-            run.note("generation", f"equal answers, {dtype}", equal=equal, of=len(prompts))
-        del model
-        if run.device == "cuda":
-            torch.cuda.empty_cache()
+    kept: dict[str, list[list[int]]] = {}
+    for what, work in (("length buckets", buckets), ("continuous batching", continuous)):
+        try:
+            made, seconds, peak = run.timed(work)
+        except Exception as error:  # whatever this version raises is the result
+            run.note("generation", what, error=f"{error!r:.300}")
+            continue
+        kept[what] = [[t for t in one if t not in set(ends)] for one in made]
+        tokens = sum(map(len, kept[what]))
+        run.note(
+            "generation", what, prompts=len(made), tokens=tokens,
+            tokens_s=round(tokens / seconds), seconds=round(seconds, 2),
+            peak_gb=round(peak, 2), attention=model.config._attn_implementation,
+        )  # fmt: skip
+    if len(kept) == 2:
+        equal = sum(a == b for a, b in zip(*kept.values(), strict=True))
+        run.note("generation", "equal answers", equal=equal, of=len(prompts))
 
 
 def save_pair(run: Run, folder: Path) -> None:
@@ -358,16 +346,18 @@ def measure_detect(run: Run) -> None:
             ("answers", ("--max_rows", "6" if run.tiny else "256", "--max_new_tokens", "128")),
             (
                 "intervention",
-                ("--score", "intervention", "--select", "all", "--validate", "none")
-                + ("--max_rows", "4" if run.tiny else "24"),
+                (
+                    *("--score", "intervention", "--select", "all", "--validate", "none"),
+                    *("--max_rows", "4" if run.tiny else "24"),
+                ),
             ),
         ):
             out = folder / name
             for dry in (("--dry_run",), ()):
                 start = time.perf_counter()
                 command = [*common, *options, *dry, "--output_dir", str(out)]
-                done = subprocess.run(
-                    command, env=os.environ | PATHS, capture_output=True, text=True,
+                done = subprocess.run(  # elsewhere than in the sources, which may have no build
+                    command, cwd=folder, env=os.environ | PATHS, capture_output=True, text=True,
                     timeout=max(10.0, min(150.0, run.left())),
                 )  # fmt: skip
                 what = f"{name}, dry run" if dry else name

@@ -22,12 +22,19 @@ _pads: Final[weakref.WeakKeyDictionary[Any, bool]] = weakref.WeakKeyDictionary()
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, and restore each module's mode afterwards."""
+    """Put every module in eval mode, and restore each module's mode afterwards.
+
+    Attention leaves cuDNN out meanwhile. It plans anew for each shape, which takes longer than a
+    step of an answer does, and nearly every step and batch has another shape.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    planning = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     try:
         model.eval()
+        torch.backends.cuda.enable_cudnn_sdp(False)
         yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(planning)
         for module, training in modes:
             module.training = training
 

@@ -8,14 +8,15 @@ from typing import Any, Final
 
 import torch
 
+from leaf_distill.models.label_logits import LOGITS_A_CHUNK
 from leaf_distill.models.quantization import weight_itemsize
 
 _TIMED: Final = 0.3
 """Seconds for which the machine's arithmetic is timed."""
-_EFFICIENCY: Final = 0.75
+_EFFICIENCY: Final = {"cpu": 0.75, "cuda": 0.45}
 """The share of a matrix product's speed that a whole pass reaches."""
-_STEP_OVERHEAD: Final = 0.3e-3
-"""Seconds that Python takes for a layer in one step of an answer."""
+_LAYER_SECONDS: Final = {"cpu": 0.3e-3, "cuda": 1e-3}
+"""On a GPU with the launches, which the other values do not hide."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ class Speed:
         flops: operations of a whole pass.
         bytes: bytes that are read.
         weight_bytes: bytes of weights that are read and multiplied by a few rows.
+        layer_seconds: seconds that Python takes for a layer in one step of an answer.
     """
 
     flops: float
     bytes: float
     weight_bytes: float
+    layer_seconds: float
 
 
 def saliency_cost(
@@ -111,9 +114,8 @@ def saliency_cost(
         }
         less = torch.finfo(model.dtype).bits / 8 - weight_itemsize(dtype, quantization)
         size -= int(less * sum(weight.numel() for weight in layers))
-    # The logits, in float32 too where they are not, and the same once more for their gradient.
-    return PassCost(size, sum(kept.values()) + made * (8 if dtype == "float32" else 12),
-                    int(counter.get_total_flops()))  # fmt: skip
+    kept_bytes = sum(kept.values()) + logit_bytes(made, dtype)
+    return PassCost(size, kept_bytes, int(counter.get_total_flops()))
 
 
 def rough_cost(
@@ -133,10 +135,20 @@ def rough_cost(
     vocabulary, itemsize = int(text.vocab_size), int(getattr(torch, dtype).itemsize)
     body = layers * (4 * hidden * hidden + 3 * hidden * inner)
     tied = 1 if getattr(text, "tie_word_embeddings", False) else 2
-    kept = rows * tokens * layers * (6 * hidden + 3 * inner) * itemsize + labels * vocabulary * 12
+    kept = rows * tokens * layers * (6 * hidden + 3 * inner) * itemsize
+    kept += logit_bytes(labels * vocabulary, dtype)
     flops = 4 * (rows * tokens * body + labels * hidden * vocabulary)
     weights = body * weight_itemsize(dtype, quantization) + tied * vocabulary * hidden * itemsize
     return PassCost(int(weights), kept, flops)
+
+
+def logit_bytes(logits: int, dtype: str) -> int:
+    """Return the bytes of so many logits in a saliency.
+
+    Their gradient takes the place of the float32 ones; in 16 bits there is a copy beside them. Sums
+    of powers take two chunks.
+    """
+    return logits * (4 if dtype == "float32" else 6) + 8 * min(logits, LOGITS_A_CHUNK)
 
 
 def answer_bytes(config: Any, dtype: str, tokens: int) -> int:
@@ -162,7 +174,7 @@ def answer_seconds(
     itemsize = int(getattr(torch, dtype).itemsize)
     reading = 2 * weights / itemsize * rows * prompt / speed.flops
     cached = rows * (prompt + steps / 2) * _token_bytes(config, dtype)
-    step = weights / speed.weight_bytes + 3 * cached / speed.bytes + layers * _STEP_OVERHEAD
+    step = weights / speed.weight_bytes + 3 * cached / speed.bytes + layers * speed.layer_seconds
     return reading + steps * step
 
 
@@ -184,18 +196,21 @@ def measure_speed(
     hidden = int(getattr(text, "hidden_size", 0) or 1024)
     inner = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
     options = {"dtype": getattr(torch, dtype), "device": device}
+    kind = "cpu" if device.type == "cpu" else "cuda"
     states, weight = torch.ones(tokens, hidden, **options), torch.ones(inner, hidden, **options)
-    # Larger than the caches, as the weights of a model are.
-    large = torch.ones(max(1, (1 << 27) // (hidden * weight.element_size())), hidden, **options)
+    # Larger than the caches, as the weights of a model are; odd sizes take slow kernels on a GPU.
+    rows_of_large = (1 << 27) // (hidden * weight.element_size()) // 256 * 256
+    large = torch.ones(max(256, rows_of_large), hidden, **options)
     size = large.numel() * large.element_size()
 
     def seconds(states: torch.Tensor, weight: torch.Tensor) -> float:
         return _seconds(lambda: torch.nn.functional.linear(states, weight), device)
 
     return Speed(
-        flops=_EFFICIENCY * 2 * tokens * hidden * inner / seconds(states, weight),
+        flops=_EFFICIENCY[kind] * 2 * tokens * hidden * inner / seconds(states, weight),
         bytes=size / seconds(states[:1], large),
         weight_bytes=size / seconds(torch.ones(rows, hidden, **options), large),
+        layer_seconds=_LAYER_SECONDS[kind],
     )
 
 

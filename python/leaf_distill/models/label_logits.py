@@ -17,7 +17,8 @@ if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
 
 _LOGITS: Final = "the number of the model's logits"
-_LOGITS_A_CHUNK: Final = 1 << 22
+LOGITS_A_CHUNK: Final = 1 << 22
+"""Logits whose powers are summed up at a time."""
 
 
 class LabelBatch:
@@ -89,7 +90,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        size = max(1, _LOGITS_A_CHUNK // max(1, logits.shape[-1]))
+        size = max(1, LOGITS_A_CHUNK // max(1, logits.shape[-1]))
         total = torch.cat([part.logsumexp(-1) for part in torch.split(logits, size)])
         context.save_for_backward(logits, label, total)
         return total - logits.gather(-1, label[:, None])[:, 0]

@@ -17,6 +17,7 @@ import leaf_ext
 from leaf_distill.data.example import Rendering
 from leaf_distill.models.checks import eval_mode, input_device
 from leaf_distill.models.label_logits import (
+    LOGITS_A_CHUNK,
     LabelBatch,
     at_head,
     check_label_ids,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:  # seconds to import
 
 _LOSS_SCALE: Final = 1024.0
 """A mean loss has gradients below float16's smallest number; a power of two rounds nothing."""
-_LOGITS_A_CHUNK: Final = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +215,7 @@ def _losses_from_states(model: PreTrainedModel, batch: LabelBatch) -> torch.Tens
         first, expected, rtol=tolerance, atol=tolerance, equal_nan=True
     ):
         return None
-    size = max(1, _LOGITS_A_CHUNK // first.shape[-1])
+    size = max(1, LOGITS_A_CHUNK // first.shape[-1])
     chunks = zip(torch.split(states, size), torch.split(batch.label, size), strict=True)
     return torch.cat([label_losses(logits(chunk), label) for chunk, label in chunks])
 

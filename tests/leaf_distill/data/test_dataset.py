@@ -386,7 +386,7 @@ def test_two_csv_columns_of_one_name(tmp_path: Path) -> None:
         ("rows.jsonl", b'{"a": ' + b"[" * 100_000, "line 1: must be valid JSON"),
         ("rows.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: must be valid JSON"),
         ("rows.jsonl.gz", b"no gzip", "rows.jsonl.gz: must be a readable file"),
-        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "must be a readable file"),
+        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "must be a readable"),
         ("rows.parquet", b"PAR1", "rows.parquet: must be a Parquet file"),
         ("rows.csv", b"prompt,completion\na,b,c\n", "line 2: must have 2 cells"),
         ("rows.txt", b"a", "must end in .jsonl, .json, .csv, .parquet"),

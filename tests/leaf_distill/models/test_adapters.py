@@ -18,6 +18,10 @@ from leaf_distill.models.tokenizer import load_tokenizer
 IDS = torch.tensor([[11, 12, 13, 14]])
 
 
+def on_cpu(path):
+    return load_model(str(path), device="cpu")
+
+
 @pytest.fixture
 def adapter(tmp_path, make_model, make_tokenizer):
     """An adapter directory beside its base model; the adapter changes the logits."""
@@ -37,10 +41,10 @@ def set_base(adapter, base):
 
 
 def test_an_adapter_is_merged_into_its_base(adapter):
-    base = load_model(str(adapter.parent / "base"))
+    base = on_cpu(adapter.parent / "base")
     plain = base(IDS).logits
     expected = PeftModel.from_pretrained(base, adapter)(IDS).logits
-    lazy = LazyModel(str(adapter))
+    lazy = LazyModel(str(adapter), device="cpu")
     assert (lazy.dtype, lazy.max_positions) == ("float32", 128)
     merged = lazy.load()
     assert type(merged).__name__ == "LlamaForCausalLM" and not merged.training
@@ -50,11 +54,11 @@ def test_an_adapter_is_merged_into_its_base(adapter):
 
 
 def test_an_adapter_can_be_trained_on(adapter):
-    model = load_model(str(adapter), trainable_adapter=True)
+    model = load_model(str(adapter), device="cpu", trainable_adapter=True)
     assert isinstance(model, PeftModel)
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert trained and all("lora_" in name for name in trained)
-    torch.testing.assert_close(model(IDS).logits, load_model(str(adapter))(IDS).logits)
+    torch.testing.assert_close(model(IDS).logits, on_cpu(adapter)(IDS).logits)
     whole = load_model(str(adapter.parent / "base"), trainable_adapter=True)
     assert type(whole).__name__ == "LlamaForCausalLM"
 
@@ -68,12 +72,12 @@ def test_the_tokenizer_is_the_adapters_or_the_bases(adapter, make_tokenizer):
 def test_an_adapter_on_an_adapter(adapter, tmp_path):
     torch.manual_seed(4)
     lora = LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
-    second = get_peft_model(load_model(str(adapter)), lora)
+    second = get_peft_model(on_cpu(adapter), lora)
     expected = second(IDS).logits
     second.save_pretrained(tmp_path / "second")
     set_base(tmp_path / "second", str(adapter))
     torch.testing.assert_close(
-        load_model(str(tmp_path / "second"))(IDS).logits, expected, rtol=1e-5, atol=1e-5
+        on_cpu(tmp_path / "second")(IDS).logits, expected, rtol=1e-5, atol=1e-5
     )
     assert model_fingerprint(str(tmp_path / "second")) != model_fingerprint(str(adapter))
 
@@ -96,9 +100,7 @@ def test_copies_have_one_fingerprint_wherever_they_lie(adapter, tmp_path):
     shutil.copytree(tmp_path / "base", elsewhere / "the-base")
     set_base(elsewhere / "adapter", "../the-base")  # beside the adapter
     assert model_fingerprint(str(elsewhere / "adapter")) == model_fingerprint(str(adapter))
-    assert torch.equal(
-        load_model(str(elsewhere / "adapter"))(IDS).logits, load_model(str(adapter))(IDS).logits
-    )
+    assert torch.equal(on_cpu(elsewhere / "adapter")(IDS).logits, on_cpu(adapter)(IDS).logits)
 
 
 def test_a_missing_base_is_named_with_its_adapter(adapter, tmp_path):

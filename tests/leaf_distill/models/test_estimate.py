@@ -34,13 +34,14 @@ def test_the_flops_of_a_pass_are_those_of_its_products() -> None:
 
 def test_the_time_of_answers_counts_every_step_and_prompt() -> None:
     config = LlamaConfig(**{**SIZES, "num_hidden_layers": 0})  # no overhead, nothing is cached
-    speed = Speed(flops=1e6, bytes=1e9, weight_bytes=1e5)
+    speed = Speed(flops=1e6, bytes=1e9, weight_bytes=1e5, layer_seconds=1.0)
     # 4000 bytes are 1000 weights: 2 operations each for 3 x 10 tokens, and 5 readings.
     assert answer_seconds(config, "float32", 4000, 3, 10, 5, speed) == pytest.approx(0.06 + 0.2)
 
 
 def test_keys_and_values_make_long_answers_slower() -> None:
-    config, speed = LlamaConfig(**SIZES), Speed(flops=1e18, bytes=1e3, weight_bytes=1e18)
+    config = LlamaConfig(**SIZES)
+    speed = Speed(flops=1e18, bytes=1e3, weight_bytes=1e18, layer_seconds=0.0)
     times = [answer_seconds(config, "float32", 0, rows, 0, 10_000, speed) for rows in (1, 3)]
     assert times[1] == pytest.approx(3 * times[0], rel=0.01)
     # A layer keeps a key and a value of the model's width for each head; read, read, written.

@@ -98,7 +98,8 @@ def test_equals_whole_sequences_in_float64(name: str) -> None:
         found = answer_kl(model, rendering, prompts, max_tokens=max_tokens)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-    assert found[-2] == 0 and (np.delete(found, -2) > 0).all() and found.max() > 1e-4
+    # Changes that a window hides, or that nothing attends to, move nothing.
+    assert found[-2] == 0 and (found >= 0).all() and (found > 0).sum() > 6 and found.max() > 1e-4
 
 
 @pytest.mark.parametrize("name", [*REUSING, *WHOLE])

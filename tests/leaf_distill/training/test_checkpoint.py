@@ -37,6 +37,13 @@ class _Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class _Began(TrainerCallback):
+    """Keeps the step that training went on from."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.at = state.global_step
+
+
 SAVING = {
     "save_strategy": "steps",
     "save_steps": 1,
@@ -63,10 +70,11 @@ def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path: Path, killed_afte
     killed.add_callback(_Kill(killed_after))
     with pytest.raises(KeyboardInterrupt):
         killed.train()
-    resumed = dropout_trainer(tmp_path / "killed")
+    resumed, began = dropout_trainer(tmp_path / "killed"), _Began()
+    resumed.add_callback(began)
     resumed.train(resume_from_checkpoint=True)
     # The kill came before that step was saved.
-    assert resumed._initial_global_step == killed_after - 1
+    assert began.at == killed_after - 1
     assert resumed.state.global_step == 6
     assert_same(weights(resumed.model), weights(straight.model))
     assert losses(resumed)[killed_after - 1 :] == losses(straight)[killed_after - 1 :]
@@ -93,10 +101,11 @@ def test_half_a_checkpoint_is_passed_over_and_said(
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:cut])
-    resumed = dropout_trainer(tmp_path, max_steps=4)
+    resumed, began = dropout_trainer(tmp_path, max_steps=4), _Began()
+    resumed.add_callback(began)
     with caplog.at_level(logging.WARNING, logger="leaf_distill"):
         resumed.train(resume_from_checkpoint=True)
-    assert resumed._initial_global_step == 2
+    assert began.at == 2
     assert f"checkpoint-3 is not whole ({name}" in caplog.text
     file.unlink(missing_ok=True)
     with pytest.raises(
@@ -124,8 +133,9 @@ def test_flipped_bits_are_found_and_the_older_checkpoint_is_taken(
             assert find_checkpoint(True, tmp_path).endswith("checkpoint-2")
         assert f"checkpoint-3 is not whole ({name} is damaged)" in caplog.text
         file.write_bytes(good)
+    resumed.add_callback(began := _Began())
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._initial_global_step == 3
+    assert began.at == 3
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_taken(tmp_path: Path) -> None:
