@@ -52,6 +52,19 @@ def test_each_module_gets_its_mode_back() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_passes_leave_cudnns_attention_out_and_put_the_choice_back(before: bool) -> None:
+    known = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        with pytest.raises(KeyError), eval_mode(build()):
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            raise KeyError
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(known)
+
+
 FIRST_BATCH = """
 import hashlib, sys, numpy as np
 from leaf_distill.data.example import Rendering
