@@ -5,7 +5,8 @@
 
 TEACHER and STUDENT are model directories; `examples/smollm2.py` makes a pair. The contenders:
 
-ours: `leaf_distill.models.saliency.saliency` with the batches of `leaf detect`.
+ours: `leaf_distill.models.saliency.saliency` with the batches of `leaf detect`; `ours 512` with
+    batches of 512 tokens.
 bare: a forward pass and a backward pass to the input embeddings, weights frozen, nothing else; at
     several batch sizes; with full logits and an attention mask, as one writes it first, or with
     logits at the labels alone and no mask, which padding at the end needs none of. The best counts.
@@ -87,7 +88,7 @@ def contender_pass(contender: str, model: Any) -> Callable[[Sequence[Any]], obje
     from leaf_distill.data.collator import pad
     from leaf_distill.models.saliency import saliency
 
-    if contender == OURS:
+    if contender.split()[0] == OURS:
         return lambda rows: saliency(model, rows)
     if contender == RELEASE:
 

@@ -10,6 +10,7 @@ import torch
 
 from leaf_distill.models.label_logits import LOGITS_A_CHUNK
 from leaf_distill.models.quantization import weight_itemsize
+from leaf_distill.models.recompute import LeanProducts
 
 _TIMED: Final = 0.3
 """Seconds for which the machine's arithmetic is timed."""
@@ -101,6 +102,7 @@ def saliency_cost(
         with (
             FlopCounterMode(display=False) as counter,
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            LeanProducts(),
         ):
             logits = model(inputs_embeds=states, use_cache=False).logits
             logits.float().sum().backward()

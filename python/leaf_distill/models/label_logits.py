@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
 
 _LOGITS: Final = "the number of the model's logits"
-LOGITS_A_CHUNK: Final = 1 << 22
+LOGITS_A_CHUNK: Final = 1 << 20
 """Logits whose powers are summed up at a time."""
 
 
@@ -69,7 +69,8 @@ def label_output(model: PreTrainedModel, batch: LabelBatch) -> tuple[torch.Tenso
     with nullcontext() if head is None else at_head(head, batch.shape, gather):
         output = model(**batch.arguments)
     logits: torch.Tensor = output.logits
-    return logits[0] if gathered else batch.at_labels(logits), output
+    # Not logits[0], whose backward pass makes a tensor of zeros first.
+    return logits.flatten(0, 1) if gathered else batch.at_labels(logits), output
 
 
 def label_losses(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

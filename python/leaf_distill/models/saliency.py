@@ -28,6 +28,7 @@ from leaf_distill.models.label_logits import (
 from leaf_distill.models.lm_head import finish_logits, logit_transform
 from leaf_distill.models.memory import with_smaller_batches
 from leaf_distill.models.quantization import check_differentiable, light_backward
+from leaf_distill.models.recompute import LeanProducts
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
@@ -139,8 +140,8 @@ def _saliency(model: PreTrainedModel, rows: Sequence[Rendering]) -> list[Salienc
     embedding = model.get_input_embeddings()
     batch = LabelBatch(rows, input_device(model))
     capture = leaf_ext.capture_embedding_grad(embedding)
-    keeping = _fetched_twice(model), light_backward(model)
-    with capture as captured, torch.enable_grad(), keeping[0], keeping[1]:
+    fetching, light = _fetched_twice(model), light_backward(model)
+    with capture as captured, torch.enable_grad(), fetching, light, LeanProducts():
         loss = _mean_losses(model, batch, len(rows))
         scaled = loss.sum() * _LOSS_SCALE
     try:
