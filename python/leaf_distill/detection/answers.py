@@ -354,7 +354,11 @@ def gold_warning(golds: Sequence[str], config: AnswerOptions) -> list[str]:
         return []
     kinds = gold_kinds(others)
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    advice = " Only the same text is right; a short `answer` helps." if kinds["text"] else ""
+    advice = (
+        " A text is right only as a whole; give such rows a short `answer`."
+        if kinds["text"]
+        else ""
+    )
     return [f"{len(others)} of {len(golds)} golds {what}: {listed}.{advice}"]
 
 

@@ -55,10 +55,10 @@ def estimate(
     Returns:
         For each model `weights`, `memory` at its largest, `passes` and the `scores` that the cache
         lacks, likewise `answer_passes` and `answers`, and `little_room`, a sentence (or None) about
-        prompts with little room for an answer; `memory` of the process, in which one model is at a time; the seconds
-        of `saliency`; and those of answers as long as the completions (`answers`) and of
-        `max_new_tokens` (`answers_at_most`). What a server answers, and answers to cut prompts,
-        are not counted; nor are the passes of other scores than `gap`.
+        prompts with little room for an answer; `memory` of the process, in which one model is at a
+        time; the seconds of `saliency`; and those of answers as long as the completions (`answers`)
+        and of `max_new_tokens` (`answers_at_most`). What a server answers, and answers to cut
+        prompts, are not counted; nor are the passes of other scores than `gap`.
     """
     models: dict[str, dict[str, Any]] = {}
     seconds = {"saliency": 0.0, "answers": 0.0, "answers_at_most": 0.0}
@@ -219,7 +219,7 @@ def show_estimate(
         say(
             f"{role}: weights {one['weights'] / 1e9:.2f} GB, at its largest "
             f"{one['memory'] / 1e9:.2f} GB; {one['scores']} saliencies in {one['passes']} passes "
-            f"and {one['answers']} answers in {one['answer_passes']} that the cache lacks"
+            f"and {one['answers']} answers in {one['answer_passes']} batches that the cache lacks"
         )
     gpu = f", and {found['gpu_memory'] / 1e9:.2f} GB of the GPU's" if found["gpu_memory"] else ""
     say(f"memory: {found['memory'] / 1e9:.2f} GB in all, one model at a time{gpu}")
@@ -231,9 +231,10 @@ def show_estimate(
             f"{times['answers_at_most']:.0f} s"
         )
     say("not counted: answers to cut prompts, answers of servers, passes of other scores than gap")
-    room = (
-        f"{role}: {one['little_room']}"
-        for role, one in found["models"].items()
-        if one["little_room"]
+    roles: dict[str, list[str]] = {}
+    for role, one in found["models"].items():
+        if one["little_room"]:
+            roles.setdefault(one["little_room"], []).append(role)
+    show_notes(
+        console, [*warnings, *(f"{' and '.join(who)}: {said}" for said, who in roles.items())]
     )
-    show_notes(console, [*warnings, *room])

@@ -410,8 +410,8 @@ class Run:
             write_json(arm / "funnel.json", summary)
         show_funnel(summary, [*warnings, *replaced])
         print(
-            f"The dataset is {dataset}\nBeside it: dataset.jsonl with the same rows, the "
-            "candidates, samples, outcomes and the funnel"
+            f"The dataset is {dataset}\nBeside it: dataset.jsonl (the same rows), candidates, "
+            "samples, outcomes, funnel"
         )
         return DetectResult(self.root, arm, dataset, samples, outcomes, summary)
 

@@ -30,9 +30,9 @@ def little_room(lengths: Sequence[int], limit: int | None, max_new_tokens: int) 
         return None
     return (
         f"{short} of {len(lengths)} prompts have room for fewer than max_new_tokens "
-        f"({max_new_tokens}) in its {limit} positions, and are answered apart from the others, "
-        f"which is slow. All have room for --max_new_tokens {limit - max(lengths)}; a lower "
-        "--max_length leaves long ones out"
+        f"({max_new_tokens}) in the model's {limit} positions, and are answered apart, which is "
+        f"slow. All have room for --max_new_tokens {limit - max(lengths)}; a lower --max_length "
+        "leaves long ones out"
     )
 
 

@@ -82,7 +82,7 @@ def unknown_tokens(examples: Sequence[Example], pair: Mapping[Role, PromptedMode
             roles.setdefault(f"{count / total:.0%}".replace("%", " %"), []).append(f"{role}'s")
     return [
         f"{share} of the prompts' tokens are unknown to the {' and the '.join(names)} tokenizer: "
-        "no model can read them; choose models that know these words."
+        "each is read as the same token; choose models that know these words."
         for share, names in roles.items()
     ]
 

@@ -295,7 +295,7 @@ def test_an_answer_is_enough_where_no_completion_is_needed(tmp_path: Path, promp
         ),
         ({"id": "a-1", "question": "What?", "reply": "4"}, {"prompt": "question"}),
         ({"answer": "4", "task": "What is it?"}, {"prompt": "task", "completion": "answer"}),
-        ({"messages": [], "note": "n"}, {"prompt": "messages", "completion": "note"}),
+        ({"problem": ["a"], "note": "n"}, {"prompt": "problem", "completion": "note"}),
     ],
 )
 def test_a_mapping_is_proposed_with_the_columns_that_are_there(

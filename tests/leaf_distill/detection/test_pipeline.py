@@ -221,7 +221,7 @@ def test_the_command_names_the_report_as_the_next_step(
     words = [f"--{name}={value}" for name, value in settings(pair, copied).items()]
     assert main(["detect", *words]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"Next: leaf report --run_dir {copied / 'run/arms/span-exact'}"
+    assert last == f"Next: leaf report --run_dir {copied / 'run/arms/span-threshold-0.15'}"
     assert main(["detect", *words, "--dry_run"]) == 0
     assert "leaf report" not in capsys.readouterr().out
 
