@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -75,6 +76,14 @@ def _hidden(configs: Sequence[type]) -> frozenset[str]:
     return frozenset()
 
 
+def _run_detect(config: Any) -> None:
+    from leaf_distill.detection.pipeline import detect
+
+    result = detect(config)
+    if not config.dry_run and is_first():
+        print(f"Next: leaf report --run_dir {shlex.quote(str(result.arm))}")
+
+
 def _run_report(config: Any) -> None:
     from leaf_distill.report import write_report
 
@@ -125,7 +134,7 @@ COMMANDS = {
         "leaf detect --student ./student --teacher ./teacher --dataset train.jsonl "
         "--output_dir runs/math",
         ("detection.config:DetectConfig",),
-        "detection.pipeline:detect",
+        _run_detect,
         KEPT,
     ),
     "distill": Command(

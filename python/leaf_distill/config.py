@@ -5,9 +5,11 @@ A command has one dataclass, in its own room where it has one.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import math
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -270,7 +272,9 @@ def json_object(value: dict[str, Any] | str | None, name: str) -> dict[str, Any]
         try:
             mapping = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name}: must be a JSON object, got {value!r} ({error})") from None
+            raise ValueError(
+                f"{name}: must be a JSON object, got {value!r} ({error}){_as_json(value, name)}"
+            ) from None
     if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
         raise ValueError(f"{name}: must be a JSON object, got {value!r}")
     try:
@@ -278,6 +282,16 @@ def json_object(value: dict[str, Any] | str | None, name: str) -> dict[str, Any]
     except (ValueError, RecursionError) as error:  # half of a surrogate pair, or a circle
         raise ValueError(f"{name}: must be a JSON object, got {value!r} ({error})") from None
     return mapping
+
+
+def _as_json(value: str, name: str) -> str:
+    """Return a hint how a Python dict, whose quotes are single ones, is written as JSON."""
+    try:
+        mapping = ast.literal_eval(value)
+        text = json.dumps(mapping, ensure_ascii=False) if isinstance(mapping, dict) else ""
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return ""
+    return f"; put double quotes inside single ones: --{name} {shlex.quote(text)}" if text else ""
 
 
 def need(config: Any, *names: str) -> None:

@@ -32,6 +32,10 @@ from leaf_distill.training.config import DistillArguments, LeafConfig
         ({"max_new_tokens": 2**63}, "max_new_tokens: must be from 1 to 2147483647"),
         ({"grade_timeout": 0.0}, "grade_timeout: must be seconds above 0"),
         ({"columns": "prompt=question"}, "columns: must be a JSON object"),
+        (
+            {"columns": "{'prompt': 'Frage'}"},
+            """put double quotes inside single ones: --columns '{"prompt": "Frage"}'""",
+        ),
         ({"columns": "[" * 100_000}, "columns: must be a JSON object"),
         ({"columns": '{"prompt": 3}'}, "columns: must map text to text"),
         ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs: must be a JSON object, got"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from numbers import Number
@@ -93,10 +95,11 @@ def load_examples(
     if all(one.outcome is not None and one.outcome.reason in UNREAD for one in examples):
         layouts = ", ".join("/".join(layout) for layout in LAYOUTS)
         also = "" if need_completion else " (an answer may stand for the second)"
-        second = "completion" if need_completion else "answer"
+        proposed = _proposed(records[0], names, need_completion)
         raise ValueError(
-            f"dataset: {named(source)}: must have the columns {layouts}{also}, got {names}; map "
-            f'yours with --columns \'{{"prompt": "question", "{second}": "answer"}}\''
+            f"dataset: {named(source)}: must have columns of a known layout, got {names}; map "
+            f"yours with --columns, as in {shlex.quote(proposed)}. The "
+            f"layouts are {layouts}{also}"
         )
     read_branches(examples, records)
     if max_rows is None:
@@ -109,24 +112,45 @@ def load_examples(
 def _mapping(names: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
     """Return the column of each field: the given one, or the column with the field's name."""
     for field, column in columns.items():
-        if field not in FIELDS:
-            raise ValueError(
-                f"columns: must map the fields {sorted(FIELDS)}, got {field!r}"
-                f"{_meant(field, FIELDS)}"
-            )
-        if column not in names:
-            raise ValueError(
-                f"columns: must name columns of the dataset, {list(names)}, got {column!r} for "
-                f"{field!r}{_meant(column, names)}"
-            )
+        if field in FIELDS and column in names:
+            continue
+        known = field in FIELDS
+        got = f"{column!r} for {field!r}" if known else f"the field {field!r}"
+        listed = f"The columns are {list(names)}" if known else f"The fields are {sorted(FIELDS)}"
+        raise ValueError(
+            f"columns: must map fields to columns of the dataset, got {got}"
+            f"{_hint(field, column, names)} {listed}"
+        )
     taken = set(columns.values())
     same_name = {name: name for name in names if name in FIELDS and name not in taken}
     return {**same_name, **columns}
 
 
-def _meant(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _hint(field: str, column: str, names: Sequence[str]) -> str:
+    """Return the end of a sentence: what was meant by a mapping that cannot be, or a full stop."""
+    if field in names and column in FIELDS:
+        return f"; did you mean {_json({column: field})}?"
+    word, words = (column, names) if field in FIELDS else (field, sorted(FIELDS))
+    if close := difflib.get_close_matches(word, words, n=1):
+        return f"; did you mean {close[0]!r}?"
+    return f"; map it as in {_json({'prompt': column})}." if column in names else "."
+
+
+def _proposed(record: Record, names: Sequence[str], need_completion: bool) -> str:
+    """Return a mapping of two columns as JSON: a guess that shows how one is written."""
+    names = names or ["question", "answer"]
+    texts = [name for name in names if isinstance(record.get(name), str)] or names
+    begins = {layout[0] for layout in LAYOUTS}
+    sentences = (name for name in texts if " " in str(record.get(name)).strip())
+    prompt = next((name for name in names if name in begins), next(sentences, texts[0]))
+    at = names.index(prompt)
+    others = [name for name in (*names[at + 1 :], *names[:at]) if name in texts]
+    second = "completion" if need_completion else "answer"
+    return _json({"prompt": prompt, second: next(iter(others), prompt)})
+
+
+def _json(mapping: Mapping[str, str]) -> str:
+    return json.dumps(mapping, ensure_ascii=False)
 
 
 def _read(

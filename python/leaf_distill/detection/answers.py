@@ -25,9 +25,10 @@ from leaf_distill.detection.cache import (
     default_cache_directory,
     numbered,
 )
+from leaf_distill.detection.room import warn_of_little_room
 from leaf_distill.detection.served import served_answers
 from leaf_distill.detection.verdicts import PROGRAMS_A_GRADING, batches, grade_answers
-from leaf_distill.grading import gold_kinds
+from leaf_distill.grading import gold_kind, gold_kinds, has_number
 from leaf_distill.grading.code import CodeGrader
 from leaf_distill.io import digest, user_directory
 from leaf_distill.models.generation import Draws, generate
@@ -188,11 +189,13 @@ def open_cache(config: GradingOptions) -> RowCache:
     return RowCache(user_directory(own or default_cache_directory(), "cache_dir"))
 
 
-def leave_without_gold(examples: Sequence[Example], config: AnswerOptions, cache: RowCache) -> None:
+def leave_without_gold(
+    examples: Sequence[Example], config: AnswerOptions, cache: RowCache | None
+) -> None:
     """Mark the rows that have nothing to grade an answer against.
 
     That is an answer or a completion; or for `grade` "code" tests that work: those of a row with a
-    reference solution are run on it.
+    reference solution are run on it, unless `cache` is None.
     """
     rows = list(remaining(examples))
     if config.grade != "code":
@@ -204,6 +207,8 @@ def leave_without_gold(examples: Sequence[Example], config: AnswerOptions, cache
     for example in rows:
         if example.tests is None:
             example.leave("rows", "no_tests", "no column with tests for a program")
+    if cache is None:
+        return
     tested = [(example, example.tests) for example in remaining(rows) if example.tests]
     ranks, problems = current(), dict[int, bytes]()
     with CodeGrader(timeout_s=config.grade_timeout, store=cache) as grader:
@@ -298,6 +303,7 @@ def _generate(
     drawn = decoding.temperature > 0
 
     def compute(batch: list[int]) -> list[bytes]:
+        warn_of_little_room(asked.model, list(map(len, prompts)), config.max_new_tokens)
         answers = generate(
             asked.model.load(),
             asked.renderer.tokenizer,
@@ -335,18 +341,25 @@ def plan_answers(
 
 
 def gold_warning(golds: Sequence[str], config: AnswerOptions) -> list[str]:
-    """Return a sentence where golds are no mathematics although answers are graded as such."""
-    if config.grade != "math":
+    """Return a sentence where `grade` finds in golds no mathematics, or no number, to compare."""
+    if config.grade == "math":
+        others = [gold for gold in golds if gold_kind(gold) not in ("math", "number")]
+        what = "are no mathematics and are graded as what they are"
+    elif config.grade == "number":
+        others = [gold for gold in golds if not has_number(gold)]
+        what = "have no number and are compared as words"
+    else:
         return []
-    kinds = gold_kinds(golds)
-    others = {kind: count for kind, count in kinds.items() if kind not in ("math", "number")}
     if not others:
         return []
-    listed = ", ".join(f"{count} {kind}" for kind, count in others.items())
-    return [
-        f"{sum(others.values())} of {len(golds)} golds are no mathematics and are graded as what "
-        f"they are: {listed}."
-    ]
+    kinds = gold_kinds(others)
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    advice = (
+        " A text is right only as a whole; give such rows a short `answer`."
+        if kinds["text"]
+        else ""
+    )
+    return [f"{len(others)} of {len(golds)} golds {what}: {listed}.{advice}"]
 
 
 def prompt_ids(example: Example, role: Role) -> list[int]:

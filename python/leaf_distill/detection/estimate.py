@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from leaf_distill.detection.answers import (
 )
 from leaf_distill.detection.cache import FILE, RowCache, default_cache_directory
 from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.funnel import UNUSED, show_left, show_notes
+from leaf_distill.detection.room import little_room
 from leaf_distill.detection.scores import plan_passes
 from leaf_distill.io import user_directory
 from leaf_distill.models.estimate import (
@@ -30,6 +33,7 @@ from leaf_distill.models.estimate import (
     rough_cost,
     saliency_cost,
 )
+from leaf_distill.models.generation import room_for_answer
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +53,12 @@ def estimate(
         config: the settings.
 
     Returns:
-        For each model `weights`, `memory` at its largest, `passes` and the `scores` and `answers`
-        that the cache lacks; `memory` of the process, in which one model is at a time; the seconds
-        of `saliency`; and those of answers as long as the completions (`answers`) and of
-        `max_new_tokens` (`answers_at_most`). What a server answers, and answers to cut prompts,
-        are not counted; nor are the passes of other scores than `gap`.
+        For each model `weights`, `memory` at its largest, `passes` and the `scores` that the cache
+        lacks, likewise `answer_passes` and `answers`, and `little_room`, a sentence (or None) about
+        prompts with little room for an answer; `memory` of the process, in which one model is at a
+        time; the seconds of `saliency`; and those of answers as long as the completions (`answers`)
+        and of `max_new_tokens` (`answers_at_most`). What a server answers, and answers to cut
+        prompts, are not counted; nor are the passes of other scores than `gap`.
     """
     models: dict[str, dict[str, Any]] = {}
     seconds = {"saliency": 0.0, "answers": 0.0, "answers_at_most": 0.0}
@@ -91,41 +96,48 @@ def _of_model(
     shapes = (_shape(renderings, batch, guess) for batch in plan)
     area, width, labels = max(shapes, default=(1, 1, 1))
     cost = _cost(one, area // width, width, labels, config.trust_remote_code)
-    lengths = _answers(one, rows, config)
+    asked = _answers(one, rows, config)
     speed = measure_speed(
         one.model.config,
         one.model.dtype,
         one.model.device,
         tokens=min(area, 2048),
-        rows=max(map(len, lengths), default=1),
+        rows=max((len(batch) for _, batch in asked), default=1),
     )
     tokens = sum(_shape(renderings, batch, guess)[0] for batch in lacking)
     seconds["saliency"] += cost.flops * tokens / area / speed.flops
     largest = 0
-    for batch in lengths:
+    for room, batch in asked:
         size, prompt, longest = len(batch), *map(max, zip(*batch, strict=True))
-        largest = max(largest, size * (prompt + config.max_new_tokens))
-        for name, steps in (("answers", longest), ("answers_at_most", config.max_new_tokens)):
+        largest = max(largest, size * (prompt + room))
+        for name, steps in (("answers", longest), ("answers_at_most", room)):
             seconds[name] += answer_seconds(
                 *(one.model.config, one.model.dtype, cost.weights, size, prompt),
-                min(steps or config.max_new_tokens, config.max_new_tokens),
+                min(steps or room, room),
                 speed,
             )
     answering = answer_bytes(one.model.config, one.model.dtype, largest)
     peak = max(cost.kept if lacking else 0, answering)
+    prompts = [prompt for _, batch in asked for prompt, _ in batch]
     return {
         "weights": cost.weights,
-        "memory": cost.weights + peak if lacking or lengths else 0,
+        "memory": cost.weights + peak if lacking or asked else 0,
         "passes": len(lacking),
         "scores": sum(map(len, lacking)),
-        "answers": sum(map(len, lengths)),
+        "answer_passes": len(asked),
+        "answers": len(prompts),
+        "little_room": little_room(prompts, one.model.max_positions, config.max_new_tokens),
     }
 
 
 def _answers(
     one: PromptedModel, rows: Sequence[Example], config: DetectConfig
-) -> list[list[tuple[int, int]]]:
-    """Return the tokens of prompt and completion of each missing answer, by batch."""
+) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Return the batches of missing answers: the most new tokens, and of each row its tokens.
+
+    These are those of the prompt and of the completion. A batch is answered in parts whose prompts
+    leave the same room.
+    """
     needed = config.select != "all" or (
         one.role == "teacher" and config.completion_source == "teacher"
     )
@@ -135,15 +147,17 @@ def _answers(
     prompts = [prompt_ids(row, one.role) for row in asked]
     plan, keys = plan_answers(one, prompts, config)
     known = _known(config, keys)
-    batches = [
-        [
-            (len(prompts[at]), int(asked[at].renderings[one.role].loss_mask.sum()))
-            for at in batch
-            if keys[at] not in known
-        ]
-        for batch in plan
-    ]
-    return [batch for batch in batches if batch]
+    parts: list[tuple[int, list[tuple[int, int]]]] = []
+    for batch in plan:
+        by_room: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for at in batch:
+            if keys[at] not in known:
+                length = len(prompts[at])
+                room = room_for_answer(length, one.model.max_positions, config.max_new_tokens)
+                labels = int(asked[at].renderings[one.role].loss_mask.sum())
+                by_room[room].append((length, labels))
+        parts += by_room.items()
+    return parts
 
 
 def _shape(
@@ -188,19 +202,24 @@ def _resident() -> int:
         return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def show_estimate(found: Mapping[str, Any], *, rows: int, usable: int) -> None:
-    """Print an estimate."""
+def show_estimate(
+    found: Mapping[str, Any], examples: Sequence[Example], warnings: Sequence[str]
+) -> None:
+    """Print an estimate, the rows that will leave and why, and what else is known before."""
     console = Console()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    say(f"Estimate of the run, which is not started: {usable} of {rows} rows are usable")
+    left = [one.outcome for one in examples if one.outcome and one.outcome.stage in UNUSED]
+    usable = f"{len(examples) - len(left)} of {len(examples)} rows are usable"
+    say(f"Estimate of the run, which is not started: {usable}")
+    show_left(console, examples)
     for role, one in found["models"].items():
         say(
             f"{role}: weights {one['weights'] / 1e9:.2f} GB, at its largest "
             f"{one['memory'] / 1e9:.2f} GB; {one['scores']} saliencies in {one['passes']} passes "
-            f"and {one['answers']} answers that the cache lacks"
+            f"and {one['answers']} answers in {one['answer_passes']} batches that the cache lacks"
         )
     gpu = f", and {found['gpu_memory'] / 1e9:.2f} GB of the GPU's" if found["gpu_memory"] else ""
     say(f"memory: {found['memory'] / 1e9:.2f} GB in all, one model at a time{gpu}")
@@ -212,3 +231,10 @@ def show_estimate(found: Mapping[str, Any], *, rows: int, usable: int) -> None:
             f"{times['answers_at_most']:.0f} s"
         )
     say("not counted: answers to cut prompts, answers of servers, passes of other scores than gap")
+    roles: dict[str, list[str]] = {}
+    for role, one in found["models"].items():
+        if one["little_room"]:
+            roles.setdefault(one["little_room"], []).append(role)
+    show_notes(
+        console, [*warnings, *(f"{' and '.join(who)}: {said}" for said, who in roles.items())]
+    )

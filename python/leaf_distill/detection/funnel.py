@@ -28,6 +28,9 @@ ROW_STAGES = {
 }
 """The name of the rows that did not leave at a stage, in the order of the stages."""
 
+UNUSED = ("rows", "render")
+"""The stages at which rows leave that are not in the dataset."""
+
 KEPT = "kept counterfactuals"
 
 TIED = "\N{NO-BREAK SPACE}"
@@ -154,10 +157,29 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
         _say(console, f"{name} that left: {', '.join(reasons)}")
     for note, count in summary["notes"].items():
         _say(console, f"note: {note.replace('_', ' ')}: {count}")
-    for warning in warnings:
-        _say(console, f"note: {warning}", style="yellow")
+    show_notes(console, warnings)
     times = ", ".join(f"{name}{TIED}{value:.1f}" for name, value in summary["seconds"].items())
     _say(console, f"seconds: {times}")
+
+
+def show_notes(console: Console, warnings: Iterable[str]) -> None:
+    """Print what the reader should know before using a result, or before starting a run."""
+    for warning in warnings:
+        _say(console, f"note: {warning}", style="yellow")
+
+
+def show_left(console: Console, examples: Sequence[Example]) -> None:
+    """Print why rows left that no model was asked yet, most frequent first, with one example."""
+    for name, stages in (("left", UNUSED), ("left at this level, if marked", ("detect",))):
+        gone = [one for one in examples if one.outcome and one.outcome.stage in stages]
+        if not gone:
+            continue
+        counts = Counter(one.outcome.reason for one in gone if one.outcome)
+        listed = ", ".join(
+            f"{count} {reason.replace('_', ' ')}" for reason, count in counts.most_common()
+        )
+        detail = gone[0].outcome.detail if gone[0].outcome else ""
+        _say(console, f"{name}: {listed}; row {gone[0].row_id}: {detail}")
 
 
 def _say(console: Console, text: str, style: str = "") -> None:

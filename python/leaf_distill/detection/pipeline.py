@@ -50,7 +50,7 @@ from leaf_distill.detection.arms import (
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import propose
 from leaf_distill.detection.estimate import estimate, show_estimate
-from leaf_distill.detection.funnel import funnel, outcomes_table, show_funnel
+from leaf_distill.detection.funnel import UNUSED, funnel, outcomes_table, show_funnel
 from leaf_distill.detection.judge import Judge
 from leaf_distill.detection.levels import analyzed_turns, end_with_views, render_view, set_views
 from leaf_distill.detection.output import write_dataset, write_samples
@@ -58,7 +58,7 @@ from leaf_distill.detection.scores import score_perplexity, score_saliency
 from leaf_distill.detection.spans import align, find_spans
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.suspicion import set_suspicion
-from leaf_distill.detection.warnings import nothing_usable, warnings_of
+from leaf_distill.detection.warnings import nothing_usable, warnings_before, warnings_of
 from leaf_distill.io import locked, make_directory, user_directory, write_json, write_table
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import count_halvings
@@ -67,10 +67,6 @@ from leaf_distill.ranks import current, together
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-UNUSED = ("rows", "render")
-"""The stages at which rows leave that are not in the dataset."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +234,8 @@ class Run:
     def dry_run(self) -> DetectResult:
         """Print what the run will take; nothing is computed by a model, and nothing written."""
         self._find_turns()
+        if self._grades:
+            leave_without_gold(self.examples, self.config, None)
         whole = self.config.completion_source == "dataset"
         usable = self._render(self.examples, whole=whole)
         if not usable:
@@ -245,7 +243,7 @@ class Run:
         views = self._views(usable) if whole else usable
         found = estimate(self.pair, usable, views, self.config)
         if current().rank == 0:
-            show_estimate(found, rows=len(self.examples), usable=len(usable))
+            show_estimate(found, self.examples, self._warnings_before())
         arm = self.root / "arms" / arm_name(self.config)
         dataset, samples, outcomes = (
             arm / f"{name}.parquet" for name in ("dataset", "samples", "outcomes")
@@ -411,17 +409,25 @@ class Run:
         if not is_unchanged(arm, summary):  # else the seconds stay those of the passes
             write_json(arm / "funnel.json", summary)
         show_funnel(summary, [*warnings, *replaced])
-        print(f"The dataset is {dataset}\nSamples, outcomes and funnel are beside it")
+        print(
+            f"The dataset is {dataset}\nBeside it: dataset.jsonl (the same rows), candidates, "
+            "samples, outcomes, funnel"
+        )
         return DetectResult(self.root, arm, dataset, samples, outcomes, summary)
 
     def _warnings(self) -> list[str]:
         """Return what a user should know before using the result."""
-        found = warnings_of(self.examples, self.config, self.pair)
+        found = self._warnings_before() + warnings_of(self.examples, self.config, self.pair)
         if self.halved:
             found.append(
                 f"{self.halved} batches were too large for the memory and ran in halves; "
                 "nothing is missing. A lower max_batch_tokens avoids this."
             )
+        return found
+
+    def _warnings_before(self) -> list[str]:
+        """Return what is known before a model is asked."""
+        found = warnings_before(self.examples, self.config, self.pair)
         if self.earlier:
             found.append(f"{self.earlier} counterfactuals of an earlier run were left out.")
         if self.different:

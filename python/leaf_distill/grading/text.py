@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Literal
 
 from leaf_distill.grading.answer import (
@@ -78,12 +79,17 @@ def grade_exact(gold: str, prediction: str) -> Verdict:
 
 def grade_number(gold: str, prediction: str) -> Verdict:
     """Compare the last numbers of two texts, or of their answers in a box or after `####`."""
-    wanted, found = (last_number(_joined(_marked(text))) for text in (gold, prediction))
+    wanted, found = map(_final_number, (gold, prediction))
     if wanted is None:
         return grade_words(gold, prediction)
     if found is None:
         return "no_answer"
     return "right" if wanted == found else "wrong"
+
+
+def has_number(gold: str) -> bool:
+    """Return whether `grade_number` finds a number in a gold answer."""
+    return _final_number(gold) is not None
 
 
 def grade_words(gold: str, prediction: str) -> Verdict:
@@ -111,6 +117,10 @@ def unwrapped(text: str) -> str:
 def _marked(text: str) -> str:
     answer = marked_answer(text)
     return answer.text if answer else text.strip()
+
+
+def _final_number(text: str) -> Decimal | None:
+    return last_number(_joined(_marked(text)))
 
 
 def _joined(text: str) -> str:

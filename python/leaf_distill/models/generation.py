@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,10 +24,6 @@ from leaf_distill.models.memory import with_smaller_batches
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-_warned: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -61,9 +55,8 @@ def generate(
     """Answer prompts as one left-padded batch, in eval mode.
 
     Prompts whose answer might outgrow the model's positions are answered apart from the others,
-    with fewer new tokens; this is logged once for a model. Prompts of one length are a batch of
-    their own where padding would change the model's logits. A batch too large for the memory runs
-    in halves.
+    with fewer new tokens. Prompts of one length are a batch of their own where padding would change
+    the model's logits. A batch too large for the memory runs in halves.
 
     Args:
         model, tokenizer: a causal language model and its tokenizer.
@@ -92,10 +85,8 @@ def generate(
                 f"prompts[{index}]: must have at least 1 token and leave room for an answer in "
                 f"the model's {limit} positions, got {len(prompt)} tokens"
             )
-        room = min(max_new_tokens, limit - len(prompt)) if limit else max_new_tokens
-        groups[room, len(prompt)].append(index)
+        groups[room_for_answer(len(prompt), limit, max_new_tokens), len(prompt)].append(index)
     check_ids(model, prompts, "prompts")
-    _warn_of_little_room(model, min(groups, default=(max_new_tokens, 0))[0], max_new_tokens)
     ends = sorted({*end_ids, *_end_ids(model)})
     answers: dict[int, Answer] = {}
     with eval_mode(model), _default_settings(model):
@@ -111,26 +102,17 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
+def room_for_answer(prompt: int, limit: int | None, max_new_tokens: int) -> int:
+    """Return the most new tokens behind a prompt's, in a model with so many positions."""
+    return min(max_new_tokens, limit - prompt) if limit else max_new_tokens
+
+
 def _merged(groups: Mapping[tuple[int, int], list[int]]) -> dict[tuple[int, int], list[int]]:
     """Return the prompts by room alone, in their order."""
     merged: dict[tuple[int, int], list[int]] = defaultdict(list)
     for (room, _), group in groups.items():
         merged[room, 0] += group
     return {key: sorted(group) for key, group in merged.items()}
-
-
-def _warn_of_little_room(model: PreTrainedModel, room: int, max_new_tokens: int) -> None:
-    if room == max_new_tokens or model in _warned:
-        return
-    _warned.add(model)
-    logger.warning(
-        "%s: prompts with room for fewer than max_new_tokens (%d) in its %s positions, here for "
-        "%d, are answered apart from the others, which is slow; lower max_new_tokens or max_length",
-        str(getattr(model, "name_or_path", "") or type(model).__name__),
-        max_new_tokens,
-        max_positions(model.config),
-        room,
-    )
 
 
 @contextmanager

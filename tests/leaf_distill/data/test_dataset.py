@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from decimal import Decimal
@@ -278,10 +279,33 @@ def test_an_answer_is_enough_where_no_completion_is_needed(tmp_path: Path, promp
     good, bad = load_examples(source, need_completion=False)
     assert (good.completion, good.answer) == ("", "2")
     assert bad.outcome is not None and bad.outcome.reason == "empty_completion"
-    with pytest.raises(ValueError, match="must have the columns prompt/completion"):
+    with pytest.raises(ValueError, match=r"must have columns of .* prompt/completion"):
         load_examples(source)
-    with pytest.raises(ValueError, match=r"must have the columns .*an answer may stand"):
+    with pytest.raises(ValueError, match=r"must have columns of .*an answer may stand"):
         load_examples([{prompt: "1 + 1?", "title": "x"}], need_completion=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "proposed"),
+    [
+        ({"Q": "What is it?", "reply": "4"}, {"prompt": "Q", "completion": "reply"}),
+        (
+            {"id": "a-1", "n": 3, "task": "What is it?", "said": "4"},
+            {"prompt": "task", "completion": "said"},
+        ),
+        ({"id": "a-1", "question": "What?", "reply": "4"}, {"prompt": "question"}),
+        ({"answer": "4", "task": "What is it?"}, {"prompt": "task", "completion": "answer"}),
+        ({"problem": ["a"], "note": "n"}, {"prompt": "problem", "completion": "note"}),
+    ],
+)
+def test_a_mapping_is_proposed_with_the_columns_that_are_there(
+    row: dict[str, Any], proposed: dict[str, str]
+) -> None:
+    with pytest.raises(ValueError, match="map yours with --columns") as caught:
+        load_examples([row])
+    found = json.loads(re.findall("'([{].*?})'", str(caught.value))[0])
+    assert found.items() >= proposed.items() and set(found.values()) <= set(row)
+    assert str(caught.value).index("map yours") < str(caught.value).index("instruction/output")
 
 
 # -- sources ---------------------------------------------------------------------------------------
@@ -414,9 +438,12 @@ def test_bad_arguments(tmp_path: Path) -> None:
     source = write(tmp_path, [{"question": "q", "completion": "c"}])
     for columns, message in (
         ({"prompt": "quest"}, "got 'quest' for 'prompt'; did you mean 'question'?"),
-        ({"promt": "question"}, "got 'promt'; did you mean 'prompt'?"),
+        ({"promt": "question"}, "got the field 'promt'; did you mean 'prompt'? The fields are ["),
+        ({"question": "prompt"}, """; did you mean {"prompt": "question"}? The columns are ["""),
+        ({"q": "question"}, """got the field 'q'; map it as in {"prompt": "question"}. The f"""),
+        ({"prompt": "zzz"}, "got 'zzz' for 'prompt'. The columns are ['question', 'completion']"),
     ):
-        with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        with pytest.raises(ValueError, match=re.escape(message)):
             load_examples(source, columns=columns)
     with pytest.raises(ValueError, match="max_rows: must be at least 1, got 0"):
         load_examples(source, max_rows=0)

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import detect_pair
 import pytest
-from detect_run import ROWS, run, settings
+from detect_run import ROWS, counts, reasons, run, settings
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from leaf_distill.models import generation
+
+LABELS = {"completion_source": "teacher", "select": "all", "validate": "none"}
+
+
+def dry(capsys: pytest.CaptureFixture[str], *args: Any, **changes: Any) -> str:
+    """Return what a dry run prints, in one line."""
+    capsys.readouterr()
+    run(*args, dry_run=True, **changes)
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_an_estimate_loads_no_weights_and_writes_nothing(
@@ -50,6 +63,106 @@ def test_no_response_that_can_be_divided_is_nothing_to_score(
     assert found["seconds"]["saliency"] == 0 and found["models"]["student"]["answers"] == len(ROWS)
     done = run(pair, tmp_path, level="response")
     assert {line["reason"] for line in done.funnel["left"]} >= {"response_not_divided"}
+
+
+def test_rows_that_leave_are_listed_with_their_reasons(
+    pair: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    silent = {"role": "assistant", "content": "", "tool_calls": [call]}
+    rows: list[dict[str, Any]] = [
+        *ROWS[:4],
+        {"prompt": "tom has 3 apples .", "completion": ""},
+        {"prompt": "ann has 3 apples .", "completion": " "},
+        {"prompt": "rain is loud . " * 12, "completion": "3"},
+        {"messages": [{"role": "user", "content": ROWS[4]["prompt"]}, silent]},
+    ]
+    output = dry(capsys, pair, tmp_path, rows)
+    assert "4 of 8 rows are usable" in output
+    assert "left: 2 empty completion, 1 prompt too long, 1 no gold; row 4: the comp" in output
+    assert output.count("left:") == 1
+    done = run(pair, tmp_path, rows)
+    assert counts(done)[:2] == [8, 4]
+    assert [reasons(done)[name] for name in ("empty_completion", "prompt_too_long", "no_gold")] == [
+        *(2, 1, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grade", "golds", "sentence"),
+    [
+        ("math", "rain is loud is the sticker", "3 of 8 golds are no mathematics"),
+        ("number", "rain is loud is the sticker", "3 of 8 golds have no number and are compared"),
+        ("number", "be", "as words: 3 word."),
+        ("exact", "rain is loud is the sticker", None),
+        ("math", "7", None),
+    ],
+)
+def test_golds_that_are_no_numbers_are_counted(
+    pair: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    grade: str,
+    golds: str,
+    sentence: str | None,
+) -> None:
+    rows = [{**row, "answer": golds} for row in ROWS[:3]] + ROWS[3:8]
+    output = dry(capsys, pair, tmp_path, rows, grade=grade)
+    assert sentence in output if sentence else "golds" not in output
+    assert ("A text is right only as a whole" in output) == (
+        "sticker" in golds and grade != "exact"
+    )
+    assert "golds" not in dry(capsys, pair, tmp_path, rows, grade=grade, preset="release")
+
+
+def test_prompts_that_a_tokenizer_does_not_know_are_told(
+    pair: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strange = [{**row, "prompt": f"combien vaut {row['prompt']}"} for row in ROWS]
+    assert "unknown" not in dry(capsys, pair, tmp_path, strange, max_length=39)
+    strange = [{**row, "prompt": f"combien vaut tout cela {row['answer']} ?"} for row in ROWS[:6]]
+    sentence = "83 % of the prompts' tokens are unknown to the student's and the teacher's tokenize"
+    assert sentence in dry(capsys, pair, tmp_path, strange)
+    run(pair, tmp_path, strange)
+    assert sentence in " ".join(capsys.readouterr().out.split())
+
+
+def test_prompts_with_little_room_are_costed_as_they_are_answered(
+    pair: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    room = {"max_new_tokens": 25, "max_batch_tokens": 400, **LABELS}
+    output = dry(capsys, pair, tmp_path, **room)
+    told = re.search(r"teacher: (\d+) of 24 prompts have room for fewer than max_new_tok", output)
+    assert told and 0 < int(told[1]) < 24
+    models = run(pair, tmp_path, dry_run=True, **room).funnel["estimate"]["models"]
+    batches, original = [], generation._batch
+
+    def counted(*args: Any, **options: Any) -> Any:
+        batches.append(options["max_new_tokens"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(generation, "_batch", counted)
+    run(pair, tmp_path, **room)
+    assert models["teacher"]["answer_passes"] == len(batches) > len(set(batches)) > 1
+    assert models["student"]["answer_passes"] == 0
+
+
+def test_little_room_is_logged_once_for_a_model_with_a_number_that_avoids_it(
+    pair: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(pair, tmp_path, max_new_tokens=30)  # asked on rows, and on changed prompts
+    said = [record.getMessage() for record in caplog.records if "have room" in record.getMessage()]
+    assert [line.split(": ")[0] for line in said] == [pair["student"], pair["teacher"]]
+    numbers = re.findall(r"All have room for --max_new_tokens (\d+)", said[0])
+    assert len(numbers) == 1
+    caplog.clear()
+    run(pair, tmp_path, max_new_tokens=int(numbers[0]))
+    assert not caplog.records
+    run(pair, tmp_path, max_new_tokens=int(numbers[0]) + 1)
+    assert any("have room" in record.getMessage() for record in caplog.records)
 
 
 def test_answers_that_rows_bring_along_cost_nothing(pair: dict[str, str], tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from leaf_distill.data.example import Example
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.data.segments import split_response
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.detection.levels import render_view, set_views
+from leaf_distill.detection.levels import end_with_views, render_view, set_views
 from leaf_distill.detection.pipeline import DetectResult
+from leaf_distill.detection.warnings import nothing_scored
 from leaf_distill.models import loading
 from leaf_distill.training.config import DistillArguments
 from leaf_distill.training.distill import distill
@@ -246,6 +247,30 @@ def test_a_response_of_one_sentence_has_no_view(
     check_sums(result, len(rows))
     assert reasons(result)["response_not_divided"] == 1
     assert result.funnel["notes"]["response_not_divided"] == 1
+
+
+def test_marked_rows_without_a_view_are_no_fault_of_the_grading(
+    pair: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = detect_run.ROWS
+    marked = sum(detect_run.CONFOUNDED)
+    result = detect_run.run(pair, tmp_path, rows, level="response")
+    (note,) = result.funnel["templates"]
+    assert f"the {marked} marked rows left as {marked} response not divided. A resp" in note
+    assert "--level instruction" in note and "--grade" not in note
+    assert "No row is left to search" in capsys.readouterr().out
+    result = detect_run.run(pair, tmp_path, rows, level="response", select="all", validate="none")
+    assert f"the {len(rows)} usable rows left as" in result.funnel["templates"][0]
+
+
+def test_beginnings_from_which_the_student_goes_on_rightly_are_told() -> None:
+    example = Example(0, ({"role": "user", "content": "1 + 1?"},), "2.\n2", answer="2")
+    example.views = [example.derived(segment=1, prefix="2.\n", completion="2")]
+    example.views[0].leave("mark", "student_right", "the answer ends '2'")
+    end_with_views(example)
+    (note,) = nothing_scored([example], DetectConfig(level="response"))
+    assert "the 1 marked rows left as 1 response student right" in note
+    assert "more --segments" in note and "border" not in note
 
 
 def test_the_teachers_responses_are_divided_too(self_misled: dict[str, str], root: Path) -> None:

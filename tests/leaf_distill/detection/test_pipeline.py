@@ -13,9 +13,10 @@ import detect_pair
 import pytest
 import torch
 from datasets import Dataset
-from detect_run import CONFOUNDED, ROWS, check_sums, counts, reasons, run, table
+from detect_run import CONFOUNDED, ROWS, check_sums, counts, reasons, run, settings, table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from leaf_distill.cli import main
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Example
 from leaf_distill.detection.config import DetectConfig
@@ -211,6 +212,18 @@ def test_the_last_line_says_where_the_results_are(
     output = capsys.readouterr().out
     assert str(result.dataset) in output.replace("\n", "")
     assert "student right" in output and "kept counterfactuals" in output
+    assert all(name in output for name in ("dataset.jsonl", "candidates", "samples", "funnel"))
+
+
+def test_the_command_names_the_report_as_the_next_step(
+    pair: dict[str, str], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--{name}={value}" for name, value in settings(pair, copied).items()]
+    assert main(["detect", *words]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"Next: leaf report --run_dir {copied / 'run/arms/span-threshold-0.15'}"
+    assert main(["detect", *words, "--dry_run"]) == 0
+    assert "leaf report" not in capsys.readouterr().out
 
 
 def test_rows_leave_with_their_last_candidate(pair: dict[str, str], copied: Path) -> None:

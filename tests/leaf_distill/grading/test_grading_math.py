@@ -9,7 +9,7 @@ import pytest
 from grading_friends import FALSE_FRIENDS, TRUE_FRIENDS
 from real_data import data_file
 
-from leaf_distill.grading import Grader, gold_kind, gold_kinds
+from leaf_distill.grading import Grader, gold_kind, gold_kinds, has_number
 
 # Two rows of GSM8K (MIT License, Copyright (c) 2021 OpenAI).
 GSM8K = [
@@ -191,6 +191,19 @@ def test_kinds_are_counted():
         "math": 1,
         "word": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("gold", "found"),
+    [
+        ("about 3,5", True),
+        ("so it is 0\n#### no", False),
+        (r"\boxed{1{,}000}", True),
+        ("ten", False),
+    ],
+)
+def test_golds_without_a_number(gold, found):
+    assert has_number(gold) is found
 
 
 def rows(name: str) -> list[dict[str, object]]:

@@ -152,19 +152,6 @@ def test_positions_are_never_outgrown(make_model, tokenizer):
         generate(model, tokenizer, [[1], [1] * 48], max_new_tokens=1)
 
 
-def test_little_room_is_logged_once_for_a_model(make_model, tokenizer, caplog):
-    model = make_model("gpt2")
-    prompts = [PROMPTS[0], list(range(20, 60)), list(range(20, 65))]
-    for _ in range(2):
-        generate(model, tokenizer, prompts, max_new_tokens=12)
-    (record,) = caplog.records
-    assert (
-        "max_new_tokens (12) in its 48 positions, here for 3, are answered apart"
-        in record.getMessage()
-    )
-    assert "lower max_new_tokens" in record.getMessage()
-
-
 @pytest.mark.parametrize("pad", ["outside the embedding", "none"])
 def test_padding_is_a_token_that_the_model_has(make_model, make_tokenizer, pad):
     tokenizer = make_tokenizer()
