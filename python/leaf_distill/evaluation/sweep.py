@@ -78,7 +78,7 @@ def sweep(config: SweepConfig) -> SweepResult:
             the way; or no row of the arm has scores.
         StoreError: a file cannot be written.
     """
-    arm = find_arm(user_directory(config.run_dir, "run_dir").absolute())
+    arm = find_arm(user_directory(config.run_dir, "run_dir").absolute(), "run_dir")
     check_table(arm, STEM, "sweep", argument="run_dir")
     moved = {
         name: value
@@ -119,8 +119,9 @@ def _sheet(cells: Sequence[Cell]) -> Sheet:
     lines = [_line(cell) for cell in cells]
     fixed = tuple(name for name in ("level", "score", "rule", "widen") if name not in varied)
     title = "Settings of detection, tried without a model"
-    wide = ("rows", "candidates") if len(varied) > 1 else ()
-    return Sheet(STEM, title, lines, NOTE, detail=(*fixed, "spans a row", *wide))
+    wide = ("candidates",) if varied else ()
+    detail = (*fixed, "rows", "spans a row", "overlap", "known", *wide)
+    return Sheet(STEM, title, lines, NOTE, detail=detail)
 
 
 def _marked(sheet: Sheet) -> Sheet:
@@ -250,7 +251,7 @@ def _write(result: SweepResult, missing: Sequence[str]) -> None:
     console = Console()
     for level in dict.fromkeys(line["level"] for line in marked.lines):
         lines = [line for line in marked.lines if line["level"] == level]
-        detail = (*sheet.detail, "level", "rows", "known")
+        detail = (*sheet.detail, "level")
         title = f"{sheet.title}: {level} level"
         console.print(printed(replace(sheet, title=title, lines=lines, detail=detail)))
     if curves is not None:
