@@ -331,6 +331,12 @@ def test_thin_evidence_is_called_so() -> None:
     assert propose_threshold(cells, marked=False).cell is None
 
 
+def test_a_setting_that_makes_no_cut_is_not_proposed() -> None:
+    found = propose_threshold([made(0.1, [0.0, 0.0], candidates=0, known=0)])
+    assert found.cell is None
+    assert found.doubts[0].startswith("no setting of span or collective has cuts")
+
+
 def small(pair: dict[str, str], root: Path, **changes: Any) -> DetectResult:
     """A run on a few rows, in seconds."""
     rows = changes.pop("rows", ROWS[:12])
