@@ -56,8 +56,8 @@ def named(source: object) -> str:
     return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} given"
 
 
-def _error(wanted: str, got: object, advice: str = "") -> ValueError:
-    return ValueError(f"dataset: {wanted}, got {got}" + (f"; {advice}" if advice else ""))
+def _error(wanted: str, got: object, advice: str = "", *, argument: str = "dataset") -> ValueError:
+    return ValueError(f"{argument}: {wanted}, got {got}" + (f"; {advice}" if advice else ""))
 
 
 def _rows(source: object, split: str) -> Iterable[Any]:
@@ -82,7 +82,7 @@ def _rows(source: object, split: str) -> Iterable[Any]:
     beside = "/" in name and path.parent.is_dir()
     if _kind(path) or beside or not HUB_NAME.fullmatch(name):
         wanted = "must be a file or directory, or a name on the hub as owner/name"
-        raise _error(f"{name}: {wanted}", "neither", "check the path")
+        raise _error(f"{name}: {wanted}", "neither: it does not exist", "check the path")
     return _library_rows(name, split, saved=False)
 
 
@@ -160,29 +160,44 @@ def _directory_rows(path: Path, split: str) -> Iterable[Any]:
     return _rows_of_files(str(path), of_split or list(words))
 
 
-def find_arm(directory: Path) -> Path:
+def find_arm(directory: Path, argument: str = "dataset") -> Path:
     """Return the arm of a run directory of `leaf detect`, or the directory if it is an arm itself.
 
     An arm is a directory with a dataset.parquet.
 
+    Args:
+        directory: the path that was given.
+        argument: the option that it was given with; errors name it.
+
     Raises:
-        ValueError: There is no arm, or there are several; the sentence names them.
+        ValueError: There is no such directory, no arm, or there are several; the sentence names
+            them.
     """
     try:
         if (directory / "dataset.parquet").is_file():
             return directory
         found = sorted(path.parent for path in directory.glob("arms/*/dataset.parquet"))
+        missing = not directory.exists()
     except OSError as error:  # a name that is too long, no permission
         raise _error(
-            "must be the run directory of a finished `leaf detect`",
+            "must be the run directory of a `leaf detect`",
             f"{directory!s:.200} ({error.strerror})",
             "check the path",
+            argument=argument,
         ) from error
+    if missing:
+        raise _error(
+            f"{directory}: must be the run directory of a `leaf detect`",
+            "a path that does not exist",
+            "check it: it is the --output_dir of that command",
+            argument=argument,
+        )
     if not found:
         raise _error(
             f"{directory}: must be the run directory of a finished `leaf detect`",
             "one without an arm",
-            "run `leaf detect` again, it goes on where it stopped",
+            "check the path, or run the same `leaf detect` again, it goes on where it stopped",
+            argument=argument,
         )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
@@ -190,6 +205,7 @@ def find_arm(directory: Path) -> Path:
             f"{directory}: must have one arm",
             f"{len(found)} ({names})",
             f"name one, as {found[0]}",
+            argument=argument,
         )
     return found[0]
 

@@ -67,6 +67,11 @@ class Cell:
         """Whether the answers to all cuts are known."""
         return self.known == self.candidates
 
+    @property
+    def tried(self) -> bool:
+        """Whether cuts were made, and the answers to all of them are known."""
+        return self.complete and self.candidates > 0
+
 
 def empty_cells(
     config: DetectConfig,

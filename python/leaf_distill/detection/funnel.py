@@ -36,6 +36,9 @@ KEPT = "kept counterfactuals"
 TIED = "\N{NO-BREAK SPACE}"
 """A blank at which no line ends; it is printed as a plain one."""
 
+NO_CUT = "no cut was made"
+"""What stands in place of the share of rows that a cut repairs."""
+
 VIEWS = {"prompts": "prompts", "beginnings": "beginnings of responses"}
 """The levels of a row, in words. One may leave while another keeps the row in."""
 
@@ -205,6 +208,9 @@ def _show_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> Non
     """Print how many marked rows a cut repairs: one line, or a table where rows have sources."""
     if not sources or not sources[0]["marked"]:
         return
+    if not sources[0]["cuts"]:
+        _say(console, f"{NO_CUT} in any of {sources[0]['marked']} marked rows")
+        return
     if len(sources) == 1:
         one = sources[0]
         text = f"cutting repairs {one['repaired']} of {one['marked']} marked rows, {_share(one)}"
@@ -215,15 +221,15 @@ def _show_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> Non
     for name in ("marked", "repaired", "share and 95 % interval", "accuracy before", "best cut"):
         table.add_column(name, justify="right")
     for one in sources:
-        counts = [str(one["marked"]), str(one["repaired"]), _share(one)]
-        accuracy = [f"{one[name]:.1%}" for name in ("before", "best_cut")]
-        table.add_row(escape(one["source"]), *counts, *accuracy)
+        cells = ["", NO_CUT if one["marked"] else "", f"{one['before']:.1%}", ""]
+        if one["cuts"]:
+            accuracy = [f"{one[name]:.1%}" for name in ("before", "best_cut")]
+            cells = [str(one["repaired"]), _share(one), *accuracy]
+        table.add_row(escape(one["source"]), str(one["marked"]), *cells)
     console.print(table)
 
 
 def _share(line: Mapping[str, Any]) -> str:
-    if line["interval"] is None:
-        return ""
     low, high = line["interval"]
     return f"{line['repaired_share']:.1%} ({low:.1%} to {high:.1%})"
 

@@ -24,54 +24,54 @@ def pruning_gain(examples: Sequence[Example], config: DetectConfig) -> list[dict
     at random. And rows that the student solves are not cut: both accuracies count them as right,
     and so leave out what cuts would break.
 
-    Each line has `source`, and the counts `answered` (rows with an answer of the student), `right`
+    Each line has `source`, and the counts `asked` (rows with an answer of the student), `right`
     (of these), `marked` (student wrong, teacher right), `with_cuts` (marked rows with a cut that
     the student was asked), `repaired` (the student is right on a cut), `cuts` and `cuts_right`; and
     `repaired_share` of the marked rows with its 95 % `interval` (Wilson), `cut_share` of cuts that
-    are right, and the student's accuracy on the answered rows, `before`, with the `best_cut` and
-    with the `mean_cut`. A share of nothing is None.
+    are right, and the student's accuracy on the asked rows, `before`, with the `best_cut` and
+    with the `mean_cut`. Where no cut was made, all shares but `before` are None.
 
     Returns:
-        Nothing where no row was answered, or the student was not asked on originals and on cuts
+        Nothing where no row was asked, or the student was not asked on originals and on cuts
         (`select` "student_wrong" and `validate` "both"). One line where no row has a source.
     """
     if config.select == "all" or config.validate != "both":
         return []
-    answered = [one for one in examples if "student" in one.answers]
-    if not answered:
+    asked = [one for one in examples if "student" in one.answers]
+    if not asked:
         return []
-    lines = [_line(ALL, answered)]
-    names = sorted({one.source for one in answered if one.source is not None})
+    lines = [_line(ALL, asked)]
+    names = sorted({one.source for one in asked if one.source is not None})
     if names:
         for name in (*names, None):
-            if of_source := [one for one in answered if one.source == name]:
+            if of_source := [one for one in asked if one.source == name]:
                 lines.append(_line(UNNAMED if name is None else name, of_source))
     return lines
 
 
-def _line(source: str, answered: Sequence[Example]) -> dict[str, Any]:
-    marked = [one for one in answered if one.outcome is None or one.outcome.stage in AFTER_MARKING]
+def _line(source: str, asked: Sequence[Example]) -> dict[str, Any]:
+    marked = [one for one in asked if one.outcome is None or one.outcome.stage in AFTER_MARKING]
     tried = [verdicts for one in marked if (verdicts := list(_verdicts(candidates_of([one]))))]
-    right = sum(verdict == "right" for verdict in _verdicts(answered))
+    right = sum(verdict == "right" for verdict in _verdicts(asked))
     repaired = sum("right" in verdicts for verdicts in tried)
     cuts, cuts_right = sum(map(len, tried)), sum(one.count("right") for one in tried)
     mean = sum(one.count("right") / len(one) for one in tried)
-    total = len(answered)
+    total = len(asked)
     return {
         "source": source,
-        "answered": total,
+        "asked": total,
         "right": right,
         "marked": len(marked),
         "with_cuts": len(tried),
         "repaired": repaired,
         "cuts": cuts,
         "cuts_right": cuts_right,
-        "repaired_share": repaired / len(marked) if marked else None,
-        "interval": list(wilson_interval(repaired, len(marked))) if marked else None,
+        "repaired_share": repaired / len(marked) if cuts else None,
+        "interval": list(wilson_interval(repaired, len(marked))) if cuts else None,
         "cut_share": cuts_right / cuts if cuts else None,
         "before": right / total,
-        "best_cut": (right + repaired) / total,
-        "mean_cut": (right + mean) / total,
+        "best_cut": (right + repaired) / total if cuts else None,
+        "mean_cut": (right + mean) / total if cuts else None,
     }
 
 

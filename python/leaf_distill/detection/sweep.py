@@ -7,7 +7,7 @@ the cache, because some arm has asked for them, the cut is validated as well.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 
 from leaf_distill.data.example import (
     ROLES,
-    Answer,
     Example,
     Floats,
     remaining,
@@ -37,11 +36,13 @@ from leaf_distill.detection.levels import analyzed_turns, set_views
 from leaf_distill.detection.pipeline import Run
 from leaf_distill.detection.scores import score_saliency
 from leaf_distill.detection.spans import align, evidence, find_spans, normalize
-from leaf_distill.detection.swept_arm import cut_characters, models_of, searched_places
-from leaf_distill.io import read_json
+from leaf_distill.detection.swept_arm import (
+    cut_characters,
+    models_of,
+    searched_places,
+    silent_servers,
+)
 from leaf_distill.models.loading import NotLoaded
-from leaf_distill.models.protocol import Request
-from leaf_distill.models.server import Server
 
 Verdict = tuple[str | None, bool]
 """The student's verdict on a cut prompt, and whether the cut is kept."""
@@ -104,24 +105,9 @@ def _sweep(arm: Path, config: DetectConfig, *, load: bool = False) -> _Sweep:
     # These say how the original rows were read, and dataset.parquet has them as they were then.
     rows = replace(config, columns=None, max_rows=None, completion_source="dataset", **NO_SERVER)
     run = _Sweep(rows, models, str(arm / "dataset.parquet"))
-    served = read_json(arm / "funnel.json").get("served") or {}
-    for role in ROLES:
-        if role in served:
-            silent = _Silent(role, "", str(served[role]), 1, 1.0)
-            run.pair[role] = replace(run.pair[role], server=silent)
+    for role, server in silent_servers(arm).items():
+        run.pair[role] = replace(run.pair[role], server=server)
     return run
-
-
-class _Silent(Server):
-    """A server that is not asked: its answers are known from the cache, or not at all."""
-
-    def answers(
-        self, requests: Sequence[Request], *, proven: bool = False
-    ) -> Generator[tuple[int, Answer], None, None]:
-        """Raise NotLoaded where an answer is missing."""
-        if requests:
-            raise NotLoaded(f"{self.role}: its server is not asked")
-        yield from ()
 
 
 class _Sweep(Run):

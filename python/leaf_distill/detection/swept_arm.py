@@ -1,19 +1,22 @@
-"""Reads an arm for a sweep: its settings, its models, the places that were searched and cut."""
+"""Reads an arm for a sweep: its settings, models and servers, the places searched and cut."""
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from leaf_distill.data.example import ROLES, Role
+from leaf_distill.data.example import ROLES, Answer, Role
 from leaf_distill.detection.cells import Place, characters_of
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.gain import AFTER_MARKING
 from leaf_distill.io import read_json, reading
-from leaf_distill.models.loading import LazyModel
+from leaf_distill.models.loading import LazyModel, NotLoaded
+from leaf_distill.models.protocol import Request
+from leaf_distill.models.server import Server
 
 
 def read_settings(arm: Path, **changes: Any) -> DetectConfig:
@@ -61,6 +64,26 @@ def models_of(arm: Path, config: DetectConfig, *, load: bool) -> dict[Role, Lazy
                 "in memory and its files count as two)"
             )
     return models
+
+
+class SilentServer(Server):
+    """A server that is not asked: its answers are known from the cache, or not at all."""
+
+    def answers(
+        self, requests: Sequence[Request], *, proven: bool = False
+    ) -> Generator[tuple[int, Answer], None, None]:
+        """Raise NotLoaded where an answer is missing."""
+        if requests:
+            raise NotLoaded(f"{self.role}: its server is not asked")
+        yield from ()
+
+
+def silent_servers(arm: Path) -> dict[Role, SilentServer]:
+    """Return servers that are not asked, for the roles whose answers came from one."""
+    served = read_json(arm / "funnel.json").get("served") or {}
+    return {
+        role: SilentServer(role, "", str(served[role]), 1, 1.0) for role in ROLES if role in served
+    }
 
 
 def searched_places(arm: Path) -> set[tuple[int, int | None]]:

@@ -21,6 +21,7 @@ from leaf_distill.evaluation.pruning import (
     missing_controls,
     overview,
     threshold_of,
+    without_cuts,
 )
 from leaf_distill.evaluation.sheets import (
     Estimate,
@@ -48,7 +49,7 @@ class AnalyzeResult:
     Attributes:
         directory: of all files: analysis.md, analysis.json, a CSV file a table, and the plots.
         sheets: the tables by name: gain, random, harm, arms, similarity.
-        advice: what to run for the controls that are missing.
+        advice: the arms without a cut, and what to run for the controls that are missing.
     """
 
     directory: Path
@@ -79,7 +80,7 @@ def analyze(config: AnalyzeConfig) -> AnalyzeResult:
     moved = shifts(arms)
     sheets = [gains(arms), against_random(arms), harm(arms), overview(arms), similarity(moved)]
     charts = dict(_charts(arms, sheets, moved))
-    advice = missing_controls(arms)
+    advice = [*without_cuts(arms), *missing_controls(arms)]
     result = AnalyzeResult(directory, {one.name: one for one in sheets}, advice)
     _write(result, charts, [arm.name for arm in arms])
     _print(result)
@@ -95,7 +96,11 @@ def _charts(
         groups = list(dict.fromkeys(str(line["group"]) for line in gain.lines))
         names = list(dict.fromkeys(str(line["arm"]) for line in gain.lines))
         by_arm = {name: [_find(gain, group=group, arm=name) for group in groups] for name in names}
-        yield "gain", interval_chart("Repaired by cutting, without training", groups, by_arm, SHARE)
+        if any(value is not None for values in by_arm.values() for value in values):
+            yield (
+                "gain",
+                interval_chart("Repaired by cutting, without training", groups, by_arm, SHARE),
+            )
     repaired = {arm.name: _find(sheets[3], arm=arm.name) for arm in arms}
     if sum(value is not None for value in repaired.values()) > 1:
         title = "Strategies side by side"

@@ -126,7 +126,7 @@ def read_arms(run_dir: str | Path, names: Sequence[str] | None = None) -> tuple[
     directory = Path(run_dir).expanduser().absolute()
     found = sorted(path.parent for path in directory.glob("arms/*/dataset.parquet"))
     if not found:
-        found = [find_arm(directory)]
+        found = [find_arm(directory, "run_dir")]
     root = found[0].parent.parent
     known = {path.name: path for path in found}
     for name in names or ():

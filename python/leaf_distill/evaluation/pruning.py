@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 
 from leaf_distill.evaluation.arms import Arm, Row, paired
 from leaf_distill.evaluation.sheets import Estimate, Sheet, Value, estimate, estimated_difference
@@ -13,17 +15,21 @@ CONTROLS = {
 }
 """The random strategies that cut as many tokens, the first that a run has counts."""
 
+SEEDED = ("seed",)
+"""Settings in which a random arm may differ: its own draw."""
+
 INTERVALS = (
     "Percent with 95 % intervals: Wilson's for counts of rows, else of a bootstrap over rows, "
     "which has no width where all rows agree, however few they are. "
 )
 GAIN = (
-    f"{INTERVALS}Marked: the student fails and the teacher solves the whole prompt. A cut "
-    "repairs: the chance that the student is right on one of a row's cuts, taken at random; a "
-    "row without a cut counts 0. Some cut repairs: it takes the right answer to choose that cut, "
-    "so it is an upper bound, and rises with the number of cuts. Gained: points of accuracy on "
-    "all answered rows, if a random one of its cuts were made in each row that the student fails, "
-    "and no other; that too takes the right answers to know."
+    f"{INTERVALS}Asked: rows on whose whole prompt the student was asked. Marked: it fails, and "
+    "the teacher solves the prompt. A cut repairs: the chance that the student is right on one of "
+    "a row's cuts, taken at random; a row without a cut counts 0. Some cut repairs: it takes the "
+    "right answer to choose that cut, so it is an upper bound, and rises with the number of cuts. "
+    "Gained: points of accuracy on all asked rows, if a random one of its cuts were made in each "
+    "marked row, and no other; that too takes the right answers to know. Empty where no cut was "
+    "made."
 )
 FLATTERY = (
     "Only rows that the student fails are counted here. Among such rows any change of the "
@@ -59,21 +65,28 @@ def gains(arms: Sequence[Arm]) -> Sheet:
 
 
 def _gain(group: str, arm: Arm) -> dict[str, Value]:
-    answered = _within(group, arm.of("solved", "marked", "failed"))
-    marked = [row for row in answered if row.state == "marked"]
-    gained = [row.share_right if row.state == "marked" else 0.0 for row in answered]
+    asked = _within(group, arm.of("solved", "marked", "failed"))
+    marked = [row for row in asked if row.state == "marked"]
+    gained = [row.share_right if row.state == "marked" else 0.0 for row in asked]
+    cut = any(row.asked for row in marked)
     return {
         "arm": arm.name,
         "group": group,
-        "answered": len(answered),
-        "solved": sum(row.state == "solved" for row in answered),
+        "asked": len(asked),
+        "solved": sum(row.state == "solved" for row in asked),
         "marked": len(marked),
         "with cuts": sum(bool(row.asked) for row in marked),
         "cuts": sum(len(row.asked) for row in marked),
-        "a cut repairs": estimate([row.share_right for row in marked]),
-        "some cut repairs": estimate([row.any_right for row in marked]),
-        "gained": estimate(gained),
+        "a cut repairs": _repaired(marked),
+        "some cut repairs": estimate([row.any_right for row in marked]) if cut else None,
+        "gained": estimate(gained) if cut else None,
     }
+
+
+def _repaired(rows: Iterable[Row]) -> Estimate | None:
+    """Return the share of rows that a random cut repairs, None where no cut was made in any."""
+    rows = list(rows)
+    return estimate([row.share_right for row in rows]) if any(row.asked for row in rows) else None
 
 
 def against_random(arms: Sequence[Arm]) -> Sheet:
@@ -83,21 +96,22 @@ def against_random(arms: Sequence[Arm]) -> Sheet:
         for group in _groups([arm]):
             marked = _within(group, arm.of("marked"))
             both = [pair for pair in paired(marked, control.rows) if pair[1].state == "marked"]
-            own = [one.share_right for one, _ in both]
-            random = [two.share_right for _, two in both]
+            own, random = (_repaired(pair[at] for pair in both) for at in (0, 1))
+            shares = [[pair[at].share_right for pair in both] for at in (1, 0)]
             lines.append(
                 {
                     "arm": arm.name,
                     "group": group,
                     "random arm": control.name,
                     "marked": len(both),
-                    "a cut repairs": estimate(own),
-                    "random repairs": estimate(random),
-                    "difference": estimated_difference(random, own),
+                    "a cut repairs": own,
+                    "random repairs": random,
+                    "difference": estimated_difference(*shares) if own and random else None,
                 }
             )
     note = (
-        "Percent; the difference is paired: a resample keeps both arms' shares of a row together."
+        "Percent; the difference is paired: a resample keeps both arms' shares of a row together. "
+        "Empty where an arm made no cut."
     )
     return Sheet("random", "Against random cuts of the same size", lines, note, detail=("group",))
 
@@ -109,7 +123,7 @@ def _with_controls(arms: Sequence[Arm]) -> Iterable[tuple[Arm, Arm]]:
                 other
                 for other in arms
                 if other.settings["strategy"] == strategy
-                and arm.differs_in(other) <= {"strategy", "seed"}
+                and arm.differs_in(other) <= {"strategy", *SEEDED}
                 and arm.marks
                 and arm.asks_student
             ]
@@ -127,27 +141,73 @@ def missing_controls(arms: Sequence[Arm]) -> list[str]:
         if strategy not in CONTROLS or not arm.marks or not arm.asks_student:
             continue
         if arm.name not in controlled:
-            sentences.append(
-                f"{arm.name} has no random arm: run the same `leaf detect` with "
-                f"`--strategy {CONTROLS[strategy][0]}`."
-            )
+            near = [one for one in arms if one.settings["strategy"] in CONTROLS[strategy]]
+            cure = _cure(arm, near, {"strategy": CONTROLS[strategy][0]}, free=SEEDED)
+            sentences.append(f"{arm.name} has no random arm{cure}.")
         if not any(arm.differs_in(other) == {"select"} and not other.marks for other in arms):
+            near = [one for one in arms if not one.marks and one.settings["strategy"] == strategy]
+            cure = _cure(arm, near, {"select": "all"})
             sentences.append(
-                f"{arm.name} says nothing of harm to solved rows: run the same `leaf detect` with "
-                "`--select all`, which cuts them too."
+                f"{arm.name} says nothing of harm to solved rows{cure}, which cuts them too."
             )
     return sentences
+
+
+def _cure(
+    arm: Arm, near: Sequence[Arm], change: Mapping[str, str], *, free: Iterable[str] = ()
+) -> str:
+    """Return how to run a control of an arm, and by what the nearest arm of its kind is none.
+
+    Args:
+        arm: which lacks a control.
+        near: arms that would be controls if they had its settings.
+        change: the option that makes a control of the arm, and its value.
+        free: settings that may differ.
+    """
+    options, why, without = dict(change), "", ""
+    if near:
+        other = min(near, key=lambda one: len(arm.differs_in(one)))
+        options = {name: str(other.settings[name]) for name in change}
+        differing = sorted(arm.differs_in(other) - {*change, *free})
+        own, its = (
+            {name: _written(one.settings.get(name)) for name in differing} for one in (arm, other)
+        )
+        listed = ", ".join(f"{name} {its[name]}, not {own[name]}" for name in differing)
+        why = f" ({other.name} has {listed})"
+        unset = [name for name in differing if arm.settings.get(name) is None]
+        options |= {name: shlex.quote(own[name]) for name in differing if name not in unset}
+        without = "".join(f" and without `--{name}`" for name in unset)
+    words = " ".join(f"--{name} {value}" for name, value in options.items())
+    return f"{why}: run the same `leaf detect` with `{words}`{without}"
+
+
+def _written(value: object) -> str:
+    """Return a setting as its option takes it, and "none" where it has no value."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def without_cuts(arms: Sequence[Arm]) -> list[str]:
+    """Return a sentence for each arm that cut none of the rows that the student fails."""
+    return [
+        f"{arm.name}: no cut was made in any of {len(marked)} marked rows."
+        for arm in arms
+        if arm.asks_student
+        and (marked := arm.of("marked"))
+        and not any(row.asked for row in marked)
+    ]
 
 
 def harm(arms: Sequence[Arm]) -> Sheet:
     """Return how many solved rows a cut breaks, and the accuracy where every row is cut."""
     lines: list[dict[str, Value]] = []
     for arm in arms:
-        answered = next((one for one in arms if arm.differs_in(one) == {"select"}), None)
-        if arm.marks or answered is None or not answered.marks or not arm.asks_student:
+        marking = next((one for one in arms if arm.differs_in(one) == {"select"}), None)
+        if arm.marks or marking is None or not marking.marks or not arm.asks_student:
             continue
-        for group in _groups([answered]):
-            rows = _within(group, answered.of("solved", "marked", "failed"))
+        for group in _groups([marking]):
+            rows = _within(group, marking.of("solved", "marked", "failed"))
             lines.append(_harm(group, arm, list(paired(rows, arm.rows))))
     title = "Solved rows that cutting breaks, and all rows together"
     return Sheet("harm", title, lines, HARM, detail=("group", "some cut breaks"))
@@ -194,7 +254,7 @@ def _overview(arm: Arm) -> dict[str, Value]:
     shares = [cut.characters / row.length for row in hit for cut in row.cuts]
     repaired: Estimate | None = None
     if arm.marks and arm.asks_student:
-        repaired = estimate([row.share_right for row in arm.of("marked")])
+        repaired = _repaired(arm.of("marked"))
     return {
         "arm": arm.name,
         "strategy": str(arm.settings["strategy"]),
@@ -228,7 +288,7 @@ def _within(group: str, rows: Iterable[Row]) -> list[Row]:
 
 
 def _groups(arms: Sequence[Arm]) -> list[str]:
-    """Return the groups of the answered rows of some arms, "all" first."""
+    """Return the groups of the rows that some arms asked about, "all" first."""
     rows = [row for arm in arms for row in arm.of("solved", "marked", "failed")]
     names = sorted({group for row in rows for group in row.groups} - {"all"})
     return ["all", *names] if rows else []

@@ -105,7 +105,8 @@ def printed(sheet: Sheet, names: Mapping[str, str] | None = None) -> Table:
     for at, head in enumerate(heads):
         text = isinstance(lines[0][head], str)
         justify: Literal["left", "right"] = "right" if at and not text else "left"
-        table.add_column(head, justify=justify, overflow="fold", no_wrap=text)
+        name = head.replace(" ", "\n") if text else head  # no line ends in it by itself
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=text)
     for line in lines:
         texts = [_text(head, line[head], sheet, short=True) for head in heads]
         texts[0] = (names or {}).get(texts[0], texts[0])

@@ -15,6 +15,7 @@ from leaf_distill.detection.sweep import arm_curves, sweep_arm
 from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.charts import curve_chart
 from leaf_distill.evaluation.config import SweepConfig
+from leaf_distill.evaluation.proposal import Proposal, propose_threshold, sentences
 from leaf_distill.evaluation.sheets import (
     Estimate,
     Sheet,
@@ -22,7 +23,6 @@ from leaf_distill.evaluation.sheets import (
     as_csv,
     as_json,
     estimate,
-    estimated_difference,
     printed,
     shown,
 )
@@ -31,38 +31,20 @@ from leaf_distill.io import user_directory, write_bytes, write_json
 from leaf_distill.training.model_card import markdown_table
 
 STEM = "sweep"
-ENOUGH = 30
-"""Rows below which a share says little: its interval is wider than 30 points."""
-
-PROPOSED = ("span", "collective")
-"""Strategies of which one is proposed; the others are controls."""
 
 NOTE = (
     "Percent. Hit: rows with a candidate. Tokens cut: of all tokens, those that some candidate "
-    "cuts. Overlap: characters that this cell's and the arm's candidates both cut, of those that "
-    "either cuts. Known: candidates whose answers are in the cache because some arm asked for "
-    "them; kept: those of them that pass the validation. A cut repairs: the chance that the "
-    "student is right on a random one of a row's cuts, 0 without a cut; empty unless all answers "
-    "are known. These are effects on rows that the student fails: `leaf analyze` shows the harm "
-    "to others."
+    "cuts. Overlap: characters that this setting's and the arm's candidates both cut, of those "
+    "that either cuts. Kept: known candidates that pass the validation. A cut repairs: the chance "
+    "that the student is right on a random one of a row's cuts, 0 without a cut. These are effects "
+    "on rows that the student fails: `leaf analyze` shows the harm to others."
 )
 
-
-@dataclass(frozen=True)
-class Proposal:
-    """The best cell of a level, and what speaks against trusting it.
-
-    Attributes:
-        level: of the threshold.
-        cell: the cell, None where no cell is measured.
-        share: rows that a random one of its cuts repairs.
-        doubts: sentences; none where the evidence is enough.
-    """
-
-    level: str
-    cell: Cell | None
-    share: Estimate | None
-    doubts: Sequence[str]
+LEGEND = (
+    "*: the arm's own setting. Known: candidates with answers in the cache.",
+    "+: of the known ones alone. Empty: answers are missing, or no cut was made.",
+)
+"""What the marks in the table mean, below it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +78,7 @@ def sweep(config: SweepConfig) -> SweepResult:
             the way; or no row of the arm has scores.
         StoreError: a file cannot be written.
     """
-    arm = find_arm(user_directory(config.run_dir, "run_dir").absolute())
+    arm = find_arm(user_directory(config.run_dir, "run_dir").absolute(), "run_dir")
     check_table(arm, STEM, "sweep", argument="run_dir")
     moved = {
         name: value
@@ -128,65 +110,6 @@ def sweep(config: SweepConfig) -> SweepResult:
     return result
 
 
-def propose_threshold(cells: Sequence[Cell], *, marked: bool = True) -> Proposal:
-    """Return the cell whose random cut repairs most rows; of equal ones that which cuts least.
-
-    Args:
-        cells: of one level, the arm's own among them.
-        marked: whether the rows are ones that the student fails.
-    """
-    level: str = cells[0].setting.level
-    if not marked:
-        doubt = "its arm cuts rows that the student solves too; sweep one of select student_wrong"
-        return Proposal(level, None, None, [doubt])
-    if not any(one.shares for one in cells):
-        doubt = (
-            "its arm does not ask whether the student is right on a cut; sweep one of validate "
-            "both and without relabel"
-        )
-        return Proposal(level, None, None, [doubt])
-    ready = [
-        one
-        for one in cells
-        if one.complete and one.measured and one.setting.strategy in PROPOSED and one.hit
-    ]
-    if not ready:
-        doubt = "no cell has all answers in the cache: run `leaf detect` at some of the thresholds"
-        return Proposal(level, None, None, [doubt])
-    best = max(ready, key=lambda one: (_mean(one), -one.tokens_cut))
-    return Proposal(level, best, estimate(best.measured), list(_doubts(best, cells, ready)))
-
-
-def _doubts(best: Cell, cells: Sequence[Cell], ready: Sequence[Cell]) -> Iterator[str]:
-    if len(best.measured) < ENOUGH:
-        yield f"it rests on {len(best.measured)} rows; below {ENOUGH} a share says little"
-    others = [one for one in cells if one.setting.strategy in PROPOSED]
-    if len(ready) < len(others):
-        yield (
-            f"{len(ready)} of {len(others)} cells are measured: run `leaf detect` with the "
-            "settings of the others, which then costs answers alone"
-        )
-    current = next((one for one in ready if one.current), None)
-    if current is not None and current is not best:
-        # A score that is not finite takes its rows out of its own cells alone.
-        shares = [(current.shares.get(row), share) for row, share in best.shares.items()]
-        pairs = [(one, two) for one, two in shares if one is not None and two is not None]
-        change = estimated_difference([one for one, _ in pairs], [two for _, two in pairs])
-        if change is not None and change.low <= 0:
-            yield f"it cannot be told from the arm's own setting ({_points(change)} points)"
-    if len(ready) > 1:
-        yield f"the best of {len(ready)} cells is flattered by the choice: confirm it on other rows"
-
-
-def _points(change: Estimate) -> str:
-    mean, low, high = (f"{100 * value:+.1f}" for value in change)
-    return f"{mean}, 95 % {low} to {high}"
-
-
-def _mean(cell: Cell) -> float:
-    return sum(cell.measured) / len(cell.measured)
-
-
 def _sheet(cells: Sequence[Cell]) -> Sheet:
     varied = [
         name
@@ -196,13 +119,23 @@ def _sheet(cells: Sequence[Cell]) -> Sheet:
     lines = [_line(cell) for cell in cells]
     fixed = tuple(name for name in ("level", "score", "rule", "widen") if name not in varied)
     title = "Settings of detection, tried without a model"
-    wide = ("rows", "candidates") if len(varied) > 1 else ()
-    return Sheet(STEM, title, lines, NOTE, detail=(*fixed, "spans a row", *wide))
+    wide = ("candidates",) if varied else ()
+    detail = (*fixed, "rows", "spans a row", "overlap", "known", *wide)
+    return Sheet(STEM, title, lines, NOTE, detail=detail)
+
+
+def _marked(sheet: Sheet) -> Sheet:
+    """Return a sheet to be read: a number that counts the known candidates alone has a mark."""
+    lines = [
+        {**line, "kept": f"{line['kept']}+"} if line["known"] != line["candidates"] else line
+        for line in sheet.lines
+    ]
+    return replace(sheet, lines=lines)
 
 
 def _line(cell: Cell) -> dict[str, Value]:
     setting = cell.setting
-    repairs = estimate(cell.measured) if cell.complete and cell.hit else None
+    repairs = estimate(cell.measured) if cell.tried else None
     return {
         "strategy": setting.strategy + " *" * cell.current,
         "threshold": f"{setting.threshold:g}",
@@ -226,7 +159,7 @@ def _chart(cells: Sequence[Cell]) -> str | None:
     """Return the plot of repaired shares over thresholds, None where too little is measured."""
     series: dict[str, list[tuple[float, Estimate]]] = {}
     for cell in cells:
-        share = estimate(cell.measured) if cell.complete and cell.hit else None
+        share = estimate(cell.measured) if cell.tried else None
         if share is not None:
             series.setdefault(_series(cell.setting), []).append((cell.setting.threshold, share))
     if not any(curve[1:] for curve in series.values()):
@@ -291,25 +224,10 @@ def _curve_charts(curves: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, st
         yield f"{STEM}-{kind}-{role}", curve_chart(title, series, axis, "loss", scale=1)
 
 
-def _sentences(proposal: Proposal) -> list[str]:
-    """Return what a proposal says: the setting, its evidence, and the doubts."""
-    if proposal.cell is None or proposal.share is None:
-        return [f"No threshold is proposed for the {proposal.level} level: {proposal.doubts[0]}."]
-    setting = proposal.cell.setting
-    mean, low, high = (f"{100 * value:.1f}" for value in proposal.share)
-    name = "threshold" if proposal.level == "instruction" else "response_threshold"
-    sentence = (
-        f"Proposed for the {proposal.level} level: --{name} {setting.threshold:g} --strategy "
-        f"{setting.strategy} --score {setting.score} --rule {setting.rule} --widen "
-        f"{setting.widen}: a cut repairs {mean} % ({low} to {high}) of "
-        f"{len(proposal.cell.measured)} rows."
-    )
-    return [sentence, *(f"But {doubt}." for doubt in proposal.doubts)]
-
-
 def _write(result: SweepResult, missing: Sequence[str]) -> None:
     sheet = _sheet(result.cells)
-    sentences = [text for one in result.proposals for text in _sentences(one)]
+    marked = _marked(sheet)
+    proposed = [text for one in result.proposals for text in sentences(one)]
     curves = _curve_sheet(result.curves) if result.curves else None
     plots: dict[str, str | None] = {
         STEM: _chart(result.cells),
@@ -322,8 +240,8 @@ def _write(result: SweepResult, missing: Sequence[str]) -> None:
             write_bytes(result.arm / f"{name}.svg", text.encode())
             images.append(f"![{name}]({name}.svg)")
     write_bytes(result.arm / f"{STEM}.csv", as_csv(sheet).encode())
-    parts = ["# Settings of detection", *sentences, *missing, markdown_table(shown(sheet))]
-    parts += ["\\*: the arm's own setting.", NOTE]
+    parts = ["# Settings of detection", *proposed, *missing, markdown_table(shown(marked))]
+    parts += [" ".join(LEGEND).replace("*", "\\*"), NOTE]
     if curves is not None:
         parts += [f"## {curves.title}", markdown_table(shown(curves)), CURVES]
         write_bytes(result.arm / f"{curves.name}.csv", as_csv(curves).encode())
@@ -331,14 +249,14 @@ def _write(result: SweepResult, missing: Sequence[str]) -> None:
     write_bytes(result.arm / f"{STEM}.md", text.encode())
     write_json(result.arm / f"{STEM}.json", _json(result, sheet, missing))
     console = Console()
-    for level in dict.fromkeys(line["level"] for line in sheet.lines):
-        lines = [line for line in sheet.lines if line["level"] == level]
-        detail = (*sheet.detail, "level", "rows", "known")
+    for level in dict.fromkeys(line["level"] for line in marked.lines):
+        lines = [line for line in marked.lines if line["level"] == level]
+        detail = (*sheet.detail, "level")
         title = f"{sheet.title}: {level} level"
         console.print(printed(replace(sheet, title=title, lines=lines, detail=detail)))
     if curves is not None:
         console.print(printed(curves))
-    for sentence in (*sentences, *missing):
+    for sentence in (*LEGEND, *proposed, *missing):
         console.print(sentence, markup=False, highlight=False)
     print(f"{result.arm / STEM}.md says what the columns mean, and has the plots")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 from leaf_distill.data.source import find_arm
-from leaf_distill.io import disk_error, make_directory, reading, write_bytes
+from leaf_distill.io import disk_error, make_directory, reading, user_directory, write_bytes
 from leaf_distill.report.data import read_run
 from leaf_distill.report.page import GENERATOR, render_page
 from leaf_distill.report.results import read_results
@@ -45,14 +45,7 @@ def write_report(
     """
     if samples < 0:
         raise ValueError(f"samples: must be 0 or more, got {samples}; give another number")
-    try:
-        arm = find_arm(Path(run_directory).expanduser().absolute())
-    except (OSError, RuntimeError) as error:  # too long a name, no such home
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise ValueError(
-            "run_dir: must be the run directory of a finished `leaf detect`, got "
-            f"{str(run_directory)!r} ({reason}); give another one"
-        ) from error
+    arm = find_arm(user_directory(run_directory, "run_dir").absolute(), "run_dir")
     path = arm / "report.html" if output is None else _output(output)
     _check_output(path)
     run = read_run(arm, samples=samples, row_ids=row_ids)

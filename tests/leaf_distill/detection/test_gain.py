@@ -58,21 +58,23 @@ def test_a_row_is_repaired_where_the_student_is_right_on_any_cut() -> None:
     whole, of_a, of_b, unnamed = pruning_gain([*ANSWERED, UNASKED], CONFIG)
     assert whole == {
         "source": "all",
-        **{"answered": 11, "right": 4, "marked": 5, "with_cuts": 3, "repaired": 2},
+        **{"asked": 11, "right": 4, "marked": 5, "with_cuts": 3, "repaired": 2},
         **{"cuts": 6, "cuts_right": 3, "repaired_share": 2 / 5, "cut_share": 1 / 2},
         "interval": list(wilson_interval(2, 5)),
         **{"before": 4 / 11, "best_cut": 6 / 11, "mean_cut": pytest.approx((4 + 2 / 3 + 1) / 11)},
     }
     assert [one["source"] for one in (of_a, of_b, unnamed)] == ["a", "b", "no source"]
-    for count in ("answered", "right", "marked", "with_cuts", "repaired", "cuts", "cuts_right"):
+    for count in ("asked", "right", "marked", "with_cuts", "repaired", "cuts", "cuts_right"):
         assert of_a[count] + of_b[count] + unnamed[count] == whole[count]
-    assert (of_b["repaired_share"], of_b["cut_share"]) == (0.0, None)
+    # Its two marked rows have no cut: a cut has no effect there, not one of 0.
+    shares = ("repaired_share", "interval", "cut_share", "best_cut", "mean_cut")
+    assert (of_b["marked"], [of_b[name] for name in shares]) == (2, [None] * 5)
 
 
 def test_rows_without_sources_have_one_line_and_no_share_of_nothing() -> None:
     (whole,) = pruning_gain([answered("right", stage="mark")], CONFIG)
     assert (whole["repaired_share"], whole["interval"], whole["cut_share"]) == (None, None, None)
-    assert whole["before"] == whole["best_cut"] == whole["mean_cut"] == 1.0
+    assert (whole["before"], whole["best_cut"], whole["mean_cut"]) == (1.0, None, None)
     assert pruning_gain([UNASKED], CONFIG) == []
 
 
@@ -102,12 +104,32 @@ def test_the_printed_funnel_has_a_line_or_where_rows_have_sources_a_table(
     assert "repairs" not in printed([answered("right", stage="mark")], capsys)
 
 
+def test_the_printed_funnel_has_no_share_where_no_cut_was_made(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = printed([*ANSWERED, answered("right", stage="mark", source="c")], capsys)
+    cells = {
+        line.split()[1]: [cell.strip() for cell in line.split("│")[2:-1]]
+        for line in text.splitlines()
+        if line.startswith(("│ b ", "│ c "))
+    }
+    assert cells == {
+        "b": ["2", "", "no cut was made", "0.0%", ""],
+        "c": ["0", "", "", "100.0%", ""],
+    }
+    for source in (None, "a"):
+        uncut = [answered("wrong", [None], stage="prune", source=source) for _ in range(6)]
+        text = printed(uncut, capsys)
+        assert "no cut was made in any of 6 marked rows" in text
+        assert "repairs" not in text and "%" not in text
+
+
 def test_a_run_counts_what_its_samples_show(finished: DetectResult) -> None:
     (whole,) = finished.funnel["sources"]
     samples = table(finished.samples)
     cuts = [[cut["student_verdict"] for cut in sample["candidates"]] for sample in samples]
     asked = [[verdict for verdict in row if verdict is not None] for row in cuts]
-    assert (whole["answered"], whole["marked"]) == (len(ROWS), sum(CONFOUNDED))
+    assert (whole["asked"], whole["marked"]) == (len(ROWS), sum(CONFOUNDED))
     assert whole["right"] == len(ROWS) - sum(CONFOUNDED)
     assert whole["repaired"] == sum("right" in row for row in asked) > 0.8 * whole["marked"]
     assert whole["cuts"] == sum(map(len, asked))

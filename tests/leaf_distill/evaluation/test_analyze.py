@@ -97,7 +97,7 @@ def test_the_gain_is_the_share_of_right_cuts_of_the_rows_that_the_student_fails(
         right, rows = verdicts(arms[name]), marked(arms[name])
         shares = [float(np.mean(right.get(row) or [0])) for row in rows]
         found = line(studied[1], "gain", group="all", arm=arms[name].arm.name)
-        assert (found["answered"], found["marked"]) == (len(ROWS), len(rows))
+        assert (found["asked"], found["marked"]) == (len(ROWS), len(rows))
         assert found["cuts"] == sum(map(len, right.values()))
         assert found["a cut repairs"] == pytest.approx(np.mean(shares))
         any_right = [any(right.get(row, [])) for row in rows]
@@ -115,7 +115,7 @@ def test_the_groups_of_the_gain_are_the_sources_and_difficulties_of_the_rows(
     assert [one["group"] for one in lines] == ["all", *groups]
     even = line(studied[1], "gain", arm=name, group="source: even")
     assert even["marked"] == sum(row % 2 == 0 for row in marked(arms["span"]))
-    for count in ("answered", "marked", "cuts"):
+    for count in ("asked", "marked", "cuts"):
         by_source = sum(one[count] for one in lines if one["group"].startswith("source"))
         by_level = sum(one[count] for one in lines if one["group"].startswith("difficulty"))
         assert by_source == by_level == lines[0][count]
@@ -298,6 +298,68 @@ def test_missing_controls_are_named_with_the_command_that_makes_them(
     assert any("--select all" in text for text in alone.advice)
 
 
+def test_an_arm_that_is_no_control_by_a_setting_is_named_with_the_setting_and_the_value(
+    arms: dict[str, DetectResult], tmp_path: Path
+) -> None:
+    lower, random, every = (arms[name].arm.name for name in ("lower", "random", "all"))
+    found = analyze(
+        AnalyzeConfig(
+            run_dir=str(arms["span"].run_directory),
+            arms=[lower, random, every],
+            output_dir=str(tmp_path),
+        )
+    )
+    own = [text for text in found.advice if text.startswith(lower)]
+    assert own == [
+        f"{lower} has no random arm ({random} has threshold 0.15, not 0.02): run the same "
+        "`leaf detect` with `--strategy random_spans --threshold 0.02`.",
+        f"{lower} says nothing of harm to solved rows ({every} has threshold 0.15, not 0.02): run "
+        "the same `leaf detect` with `--select all --threshold 0.02`, which cuts them too.",
+    ]
+
+
+def test_a_setting_that_the_arm_does_not_have_is_to_be_left_out(
+    arms: dict[str, DetectResult], tmp_path: Path
+) -> None:
+    root = shutil.copytree(arms["span"].run_directory, tmp_path / "run")
+    path = root / "arms" / arms["random"].arm.name / "funnel.json"
+    funnel = json.loads(path.read_text())
+    funnel["settings"] |= {"max_rows": 20, "chat_template": "none"}
+    path.write_text(json.dumps(funnel))
+    span, random = arms["span"].arm.name, arms["random"].arm.name
+    found = analyze(AnalyzeConfig(run_dir=str(root), arms=[span, random]))
+    assert (
+        f"{span} has no random arm ({random} has chat_template none, not auto, max_rows 20, not "
+        "none): run the same `leaf detect` with `--strategy random_spans --chat_template auto` and "
+        "without `--max_rows`."
+    ) in found.advice
+
+
+def test_where_no_cut_was_made_its_effect_is_empty_and_a_sentence_says_so(
+    arms: dict[str, DetectResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**arms["span"].funnel["settings"], "preset": None, "output_dir": str(tmp_path)}
+    for strategy in ("span", "random_spans"):
+        arm = detect(DetectConfig(**{**settings, "strategy": strategy, "min_length": 50}))
+        assert not any(sample["candidates"] for sample in table(arm.samples))
+    (whole, *_) = arm.funnel["sources"]
+    capsys.readouterr()
+    assert main(["analyze", "--run_dir", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    sentence = f"no cut was made in any of {whole['marked']} marked rows"
+    assert " ".join(text.split()).count(sentence) == 2 and "0 (0" not in text
+    tables = json.loads((tmp_path / "analysis" / "analysis.json").read_text())["tables"]
+    effects = {
+        "gain": ("a cut repairs", "some cut repairs", "gained"),
+        "random": ("a cut repairs", "random repairs", "difference"),
+        "arms": ("a cut repairs",),
+    }
+    for name, columns in effects.items():
+        assert tables[name]["lines"]
+        assert {one[column] for one in tables[name]["lines"] for column in columns} == {None}
+    assert not list((tmp_path / "analysis").glob("*.svg"))
+
+
 def test_the_same_run_gives_the_same_bytes(
     arms: dict[str, DetectResult], studied: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -309,11 +371,19 @@ def test_the_same_run_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "argument", "message"),
     [
-        (["--run_dir", "RUN", "--arms", "spam"], "arms: must be of"),
-        (["--run_dir", "RUN/nowhere"], "must be the run directory of a finished"),
-        (["--run_dir", "RUN", "--output_dir", "TAKEN"], "damaged or of something else"),
+        (["--run_dir", "RUN", "--arms", "spam"], "arms", "must be of"),
+        (
+            ["--run_dir", "RUN/nowhere"],
+            "run_dir",
+            "nowhere: must be the run directory of a `leaf detect`, got a path that does not exist",
+        ),
+        (
+            ["--run_dir", "RUN", "--output_dir", "TAKEN"],
+            "output_dir",
+            "damaged or of something else",
+        ),
     ],
 )
 def test_what_cannot_be_analyzed_is_refused_with_a_sentence(
@@ -321,6 +391,7 @@ def test_what_cannot_be_analyzed_is_refused_with_a_sentence(
     tmp_path: Path,
     options: list[str],
     message: str,
+    argument: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "analysis.md").write_text("mine")
@@ -328,7 +399,8 @@ def test_what_cannot_be_analyzed_is_refused_with_a_sentence(
     for name, place in places.items():
         options = [option.replace(name, place) for option in options]
     assert main(["analyze", *options]) == 1
-    assert message in capsys.readouterr().err
+    assert message in (printed := capsys.readouterr().err)
+    assert printed.startswith(f"leaf analyze: error: {argument}: ")
     assert (tmp_path / "analysis.md").read_text() == "mine"
 
 

@@ -23,7 +23,8 @@ from leaf_distill.detection.pipeline import DetectResult, detect
 from leaf_distill.detection.sweep import arm_curves
 from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.config import SweepConfig
-from leaf_distill.evaluation.sweep import SweepResult, propose_threshold, sweep
+from leaf_distill.evaluation.proposal import propose_threshold
+from leaf_distill.evaluation.sweep import LEGEND, SweepResult, sweep
 
 ROWS = make_rows(40)
 GRID: dict[str, Any] = {
@@ -158,7 +159,7 @@ def test_the_files_hold_the_cells_and_the_proposal(run: Run, swept: SweepResult)
     (proposal,) = content["proposals"]
     assert proposal["rows"] == run.arms[0].funnel["sources"][0]["marked"]
     assert "response_threshold" not in (page := (swept.arm / "sweep.md").read_text())
-    assert "--threshold" in page and "cells are measured" in page
+    assert "--threshold" in page and "settings have all answers" in page
     for name in ("sweep.svg", "sweep-size.svg", "sweep.csv"):
         assert (swept.arm / name).stat().st_size > 500
 
@@ -236,6 +237,27 @@ def test_curves_are_measured_where_models_may_be_loaded_and_kept_for_the_next_sw
     assert "sweep-deletion-student.svg" in page
 
 
+def test_the_printed_table_says_what_is_partial_and_counts_its_own_lines(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid: dict[str, Any] = {"thresholds": [0.02, 0.9], "strategies": ["span", "random_spans"]}
+    result = sweep(SweepConfig(run_dir=str(run.arms[0].arm), **grid))
+    text = capsys.readouterr().out
+    page = (result.arm / "sweep.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("│ ") and line[2] != " "]
+    kept = [line.split("│")[-3].strip() for line in lines]
+    assert len(lines) == len(result.cells)
+    assert kept == [f"{one.kept}{'' if one.complete else '+'}" for one in result.cells]
+    whole = sum(one.complete for one in result.cells)
+    assert 0 < whole < len(lines)  # no arm has drawn random spans
+    counted = f"{whole} of {len(lines)} settings have all answers"
+    assert counted in " ".join(text.split()) and counted in page
+    for sentence in LEGEND:
+        assert sentence in text.splitlines() and sentence.replace("*", "\\*") in page
+    content = json.loads((result.arm / "sweep.json").read_text())
+    assert [line["kept"] for line in content["lines"]] == [one.kept for one in result.cells]
+
+
 def test_scores_that_were_never_measured_are_named(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,7 +271,10 @@ def test_scores_that_were_never_measured_are_named(
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["--run_dir", "RUN"], 1, "must have one arm"),
+        (["--run_dir", "RUN"], 1, "error: run_dir: RUN: must have one arm"),
+        (["--run_dir", "GONE"], 1, "error: run_dir: GONE: must be the run directory of a `leaf "),
+        (["--run_dir", "GONE"], 1, "got a path that does not exist; check it"),
+        (["--run_dir", "BARE"], 1, "error: run_dir: BARE: must be the run directory of a finished"),
         (["--run_dir", "ARM", "--cache_dir", "EMPTY"], 1, "without the teacher's saliency"),
         (["--run_dir", "ARM", "--thresholds", "2"], 2, "must be numbers from 0 to 1, got '2'"),
         (["--run_dir", "ARM", "--strategies", "spam"], 2, "strategies: must be of span"),
@@ -265,7 +290,10 @@ def test_what_cannot_be_swept_is_refused_with_a_sentence(
 ) -> None:
     arm = run.arms[0]
     places = {"RUN": arm.run_directory, "ARM": arm.arm, "EMPTY": tmp_path / "empty"}
+    places |= {"GONE": tmp_path / "gone", "BARE": tmp_path}
     words = [str(places.get(word, word)) for word in options]
+    for name, place in places.items():
+        message = message.replace(name, str(place))
     try:
         assert main(["sweep", *words]) == status
     except SystemExit as end:
@@ -301,6 +329,12 @@ def test_thin_evidence_is_called_so() -> None:
     assert "cannot be told from the arm's own setting" in doubts
     assert propose_threshold([made(0.1, [1.0], known=0)]).cell is None
     assert propose_threshold(cells, marked=False).cell is None
+
+
+def test_a_setting_that_makes_no_cut_is_not_proposed() -> None:
+    found = propose_threshold([made(0.1, [0.0, 0.0], candidates=0, known=0)])
+    assert found.cell is None
+    assert found.doubts[0].startswith("no setting of span or collective has cuts")
 
 
 def small(pair: dict[str, str], root: Path, **changes: Any) -> DetectResult:

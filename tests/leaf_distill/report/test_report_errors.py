@@ -142,5 +142,14 @@ def test_samples_of_another_kind_are_a_sentence(arm: Path) -> None:
 
 
 def test_what_is_not_a_run_directory_is_said(arm: Path, tmp_path: Path) -> None:
-    for directory in (tmp_path / "nowhere", tmp_path, arm / "funnel.json", tmp_path / ("x" * 300)):
-        assert "must be the run directory of a finished `leaf detect`" in sentence(directory)
+    for directory, words in (
+        (
+            tmp_path / "nowhere",
+            "must be the run directory of a `leaf detect`, got a path that does",
+        ),
+        (tmp_path, "must be the run directory of a finished `leaf detect`, got one without an arm"),
+        (arm / "funnel.json", "must be a directory"),
+        (tmp_path / ("x" * 300), "must be a directory"),
+    ):
+        text = sentence(directory)
+        assert text.startswith("run_dir: ") and words in text

@@ -45,6 +45,18 @@ def test_each_source_has_a_bar_with_its_interval(tmp_path: Path) -> None:
     assert labels[2] == "50.0 percent, 9.5 to 90.5"
 
 
+def test_a_source_without_a_cut_has_no_share_and_says_so(tmp_path: Path) -> None:
+    uncut = row(1, "uncut")
+    uncut.leave("prune", "no_span")
+    page = Page(write_report(write_run(tmp_path, [row(0, "cut", None), uncut])))
+    (table,) = page.root.find("table", cls="gain")
+    line = table.find("tbody")[0].find("tr")[2]
+    cells = [cell.text.strip() for cell in line.find("td")]
+    assert line.find("th")[0].text == "uncut"
+    assert cells == ["1", "", "no cut was made", "", "0.0% before"]
+    assert not line.find("svg")
+
+
 @pytest.mark.parametrize("validate", ["both", "none"])
 def test_the_section_is_there_where_the_student_was_asked_twice(
     tmp_path: Path, validate: str
