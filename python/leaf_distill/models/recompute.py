@@ -49,7 +49,8 @@ class LeanProducts(TorchFunctionMode):
                         product: Any = _Product  # apply is untyped
                         return product.apply(active, factor, self._last.given, self._last.again)
         result = func(*args, **kwargs)
-        if func in _ACTIVATIONS and torch.is_grad_enabled() and not kwargs.get("inplace"):
+        # Without a gradient nothing keeps the input, and one that is written over is lost.
+        if func in _ACTIVATIONS and args and result.requires_grad and result is not args[0]:
             given, rest = args[0].detach(), args[1:]  # not the graph before it
             again = partial(_call, func, rest, kwargs)
             self._last = _Activation(weakref.ref(result), result._version, given, again)

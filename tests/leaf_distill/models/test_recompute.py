@@ -9,6 +9,7 @@ import pytest
 import torch
 from architectures import build
 from torch import Tensor, nn
+from torch.nn import functional
 
 from leaf_distill.models.recompute import LeanProducts
 
@@ -61,9 +62,9 @@ def test_the_gradient_is_the_same_and_less_is_kept(act: nn.Module, last: bool) -
     assert len(much) - len(little) == (0 if isinstance(act, nn.ReLU) else 1)
 
 
-@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), *ACTS[:2]], ids=str)
+@pytest.mark.parametrize("act", [nn.SiLU(inplace=True), *ACTS[:2]], ids=str)
 def test_what_is_written_over_is_kept_as_it_is(act: nn.Module) -> None:
-    layer = Gated(act, spoil=not isinstance(act, nn.ReLU))
+    layer = Gated(act, spoil=not getattr(act, "inplace", False))
     (plain, much), (found, little) = (gradient(layer, lean=lean) for lean in (False, True))
     assert torch.equal(found, plain) and len(little) == len(much)
 
@@ -78,6 +79,24 @@ def test_a_change_of_what_is_computed_again_is_noticed() -> None:
         gate.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
+
+
+def test_an_activation_without_a_gradient_is_kept_as_it_is() -> None:
+    states, gate = torch.ones(2, 5).requires_grad_(), torch.zeros(2, 5)
+    with LeanProducts():
+        product = functional.silu(gate) * states
+    gate.add_(1.0)  # nothing else would notice it
+    (found,) = torch.autograd.grad(product.sum(), states)
+    assert torch.equal(found, torch.zeros(2, 5))
+
+
+def test_an_input_may_be_given_by_name() -> None:
+    found = []
+    for lean in (False, True):
+        found.append(
+            gradient(lambda states: functional.gelu(input=2 * states) * states, lean=lean)[0]
+        )
+    assert torch.equal(*found)
 
 
 def test_a_model_keeps_a_layer_width_less_for_each_layer() -> None:
