@@ -86,7 +86,7 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     if eps < 1e-5:
         masked = _probe(model, name, first[None], (~late).long()[None])[0, ~late].double()
         alone = _probe(model, name, first[None, ~late])[0].double()
-        pairs.append((masked, alone, 1e-4, "the padding after it"))
+        pairs += [(one, alone, 1e-4, "the padding after it") for one in (changed[0], masked)]
     for one, other_one, tolerance, reason in pairs:
         finite = one.isfinite() & other_one.isfinite()
         if not finite.any():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
-from architectures import CAUSAL, NOT_CAUSAL, build
+from architectures import CAUSAL, NOT_CAUSAL, SIZES, build
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from leaf_distill.models.checks import check_causal, eval_mode
 
@@ -33,6 +35,26 @@ def test_others_are_refused_with_a_reason(name: str) -> None:
     expected = rf"^model: must be a causal .* got '{name}' .* depend on {reason}; choose a decoder"
     with pytest.raises(ValueError, match=expected):
         check_causal(build(name), name)
+
+
+class _Counting(LlamaForCausalLM):
+    """Scales its logits with the tokens of the row, which it takes from the mask, if it has one."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        output: Any = super().forward(input_ids, attention_mask, **options)
+        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        output.logits = output.logits * seen.sum(-1)[:, None, None]
+        return output
+
+
+def test_padding_without_a_mask_that_changes_logits_is_refused() -> None:
+    with pytest.raises(ValueError, match="depend on the padding after it"):
+        check_causal(_Counting(LlamaConfig(**SIZES)).eval(), "counting")
 
 
 def test_a_model_that_cannot_run_is_refused() -> None:
