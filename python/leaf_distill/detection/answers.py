@@ -25,7 +25,7 @@ from leaf_distill.detection.cache import (
     default_cache_directory,
     numbered,
 )
-from leaf_distill.detection.room import warn_of_little_room
+from leaf_distill.detection.room import little_room, warn_of_little_room
 from leaf_distill.detection.served import served_answers
 from leaf_distill.detection.verdicts import PROGRAMS_A_GRADING, batches, grade_answers
 from leaf_distill.grading import gold_kind, gold_kinds, has_number
@@ -301,9 +301,11 @@ def _generate(
     prompts = [prompt_ids(example, asked.role) for example in examples]
     plan, keys = plan_answers(asked, prompts, config, decoding)
     drawn = decoding.temperature > 0
+    lengths = list(map(len, prompts))
+    little = little_room(lengths, asked.model.max_positions, config.max_new_tokens)
 
     def compute(batch: list[int]) -> list[bytes]:
-        warn_of_little_room(asked.model, list(map(len, prompts)), config.max_new_tokens)
+        warn_of_little_room(asked.model, little)
         answers = generate(
             asked.model.load(),
             asked.renderer.tokenizer,

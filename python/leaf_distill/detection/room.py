@@ -36,9 +36,8 @@ def little_room(lengths: Sequence[int], limit: int | None, max_new_tokens: int) 
     )
 
 
-def warn_of_little_room(model: LazyModel, lengths: Sequence[int], max_new_tokens: int) -> None:
+def warn_of_little_room(model: LazyModel, sentence: str | None) -> None:
     """Log that sentence, once for a model of a run."""
-    sentence = little_room(lengths, model.max_positions, max_new_tokens)
     if sentence is None or model in _warned or current().rank:
         return
     _warned.add(model)
