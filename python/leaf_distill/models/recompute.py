@@ -47,7 +47,9 @@ class LeanProducts(TorchFunctionMode):
                 for active, factor in (args, args[::-1]):
                     if active is output and _fits(active, factor):
                         product: Any = _Product  # apply is untyped
-                        return product.apply(active, factor, self._last.given, self._last.again)
+                        return product.apply(
+                            active, factor, self._last.given, self._last.again, active is args[0]
+                        )
         result = func(*args, **kwargs)
         # Without a gradient nothing keeps the input, and one that is written over is lost.
         if func in _ACTIVATIONS and args and result.requires_grad and result is not args[0]:
@@ -80,14 +82,16 @@ class _Product(torch.autograd.Function):
         factor: torch.Tensor,
         given: torch.Tensor,
         again: Callable[[torch.Tensor], torch.Tensor],
+        in_order: bool,
     ) -> torch.Tensor:
         context.save_for_backward(factor, given)
         context.again = again
-        return active * factor
+        # The first factor decides how the product lies in memory, which later products depend on.
+        return active * factor if in_order else factor * active
 
     @staticmethod
     def backward(
         context: Any, *gradients: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         factor, given = context.saved_tensors
-        return gradients[0] * factor, gradients[0] * context.again(given), None, None
+        return gradients[0] * factor, gradients[0] * context.again(given), None, None, None

@@ -81,6 +81,19 @@ def test_a_change_of_what_is_computed_again_is_noticed() -> None:
         product.sum().backward()
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_the_product_lies_in_memory_as_it_would(last: bool) -> None:
+    states, turned = torch.randn(2, 5, 3).requires_grad_(), torch.randn(2, 3, 5).transpose(1, 2)
+    products = []
+    for mode in (nullcontext(), LeanProducts()):
+        with mode:
+            active = functional.silu(states)
+            products.append(turned * active if last else active * turned)
+    plain, lean = products
+    assert type(lean.grad_fn) is not type(plain.grad_fn)
+    assert torch.equal(lean, plain) and lean.stride() == plain.stride()
+
+
 def test_an_activation_without_a_gradient_is_kept_as_it_is() -> None:
     states, gate = torch.ones(2, 5).requires_grad_(), torch.zeros(2, 5)
     with LeanProducts():
