@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
@@ -41,6 +42,24 @@ class LabelBatch:
         return states[self.row.to(states.device), self.position.to(states.device)]
 
 
+def batch_output(model: PreTrainedModel, batch: LabelBatch) -> Any:
+    """Return a model's output for a batch.
+
+    Some architectures, GPT-2 among them, advise to pass a mask where a row ends with the pad token,
+    as one whose last label is the end token may. That advice is not shown.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_advice)
+    try:
+        return model(**batch.arguments)
+    finally:
+        logger.removeFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "passing in an `attention_mask`" not in record.getMessage()
+
+
 def check_label_ids(model: PreTrainedModel, rows: Sequence[Rendering]) -> None:
     """Raise ValueError for the first row with a token without an embedding or without a logit."""
     check_ids(model, [row.input_ids for row in rows], "renderings")
@@ -67,7 +86,7 @@ def label_output(model: PreTrainedModel, batch: LabelBatch) -> tuple[torch.Tenso
 
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     with nullcontext() if head is None else at_head(head, batch.shape, gather):
-        output = model(**batch.arguments)
+        output = batch_output(model, batch)
     logits: torch.Tensor = output.logits
     # Not logits[0], whose backward pass makes a tensor of zeros first.
     return logits.flatten(0, 1) if gathered else batch.at_labels(logits), output

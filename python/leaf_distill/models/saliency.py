@@ -20,6 +20,7 @@ from leaf_distill.models.label_logits import (
     LOGITS_A_CHUNK,
     LabelBatch,
     at_head,
+    batch_output,
     check_label_ids,
     label_losses,
     label_output,
@@ -204,7 +205,7 @@ def _losses_from_states(model: PreTrainedModel, batch: LabelBatch) -> torch.Tens
         return finish_logits(widened(head(states)), *logit_transform(model.config))
 
     with at_head(head, batch.shape, take):
-        expected = model(**batch.arguments).logits
+        expected = batch_output(model, batch).logits
     if not captured or expected.shape[:2] != (1, 1):
         return None
     (states,) = captured

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import numpy as np
 import pytest
 import torch
 from architectures import CAUSAL, SIZES, VOCABULARY, build
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from leaf_distill.data.example import Rendering
 from leaf_distill.models.saliency import saliency, token_nll
@@ -323,3 +325,24 @@ def test_a_row_without_labels_is_named() -> None:
 
 def test_no_rows_no_results() -> None:
     assert saliency(build(), []) == [] == token_nll(build(), [])
+
+
+def test_a_row_that_ends_with_the_pad_token_brings_no_advice_to_mask_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = build("gpt2")
+    model.config.pad_token_id = int(ROWS[0].input_ids[-1])
+    ids = torch.from_numpy(ROWS[0].input_ids[None]).long()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        for call, advised in (
+            (lambda: saliency(model, ROWS[:1]), False),
+            (lambda: token_nll(model, ROWS[:1]), False),
+            (lambda: model(ids), True),
+        ):
+            transformers_logging.warning_once.cache_clear()
+            call()
+            assert ("attention_mask" in caplog.text) == advised
+    finally:
+        logger.removeHandler(caplog.handler)
