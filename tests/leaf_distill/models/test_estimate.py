@@ -9,7 +9,13 @@ import torch
 from architectures import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from leaf_distill.models.estimate import Speed, answer_seconds, rough_cost, saliency_cost
+from leaf_distill.models.estimate import (
+    Speed,
+    answer_seconds,
+    logit_bytes,
+    rough_cost,
+    saliency_cost,
+)
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(**SIZES), MixtralConfig(**SIZES)])
@@ -37,6 +43,23 @@ def test_the_time_of_answers_counts_every_step_and_prompt() -> None:
     speed = Speed(flops=1e6, bytes=1e9, weight_bytes=1e5, layer_seconds=1.0)
     # 4000 bytes are 1000 weights: 2 operations each for 3 x 10 tokens, and 5 readings.
     assert answer_seconds(config, "float32", 4000, 3, 10, 5, speed) == pytest.approx(0.06 + 0.2)
+
+
+def test_each_layer_takes_its_time_in_each_step() -> None:
+    config = LlamaConfig(**SIZES)
+    quick, slow = (
+        answer_seconds(config, "float32", 4000, 3, 10, 5, Speed(1e6, 1e9, 1e5, layer_seconds))
+        for layer_seconds in (0.0, 0.5)
+    )
+    assert slow - quick == pytest.approx(0.5 * 5 * config.num_hidden_layers)
+
+
+@pytest.mark.parametrize(("dtype", "a_logit"), [("float32", 4 + 8), ("bfloat16", 6 + 8)])
+def test_a_logit_is_counted_as_a_saliency_keeps_it(dtype: str, a_logit: int) -> None:
+    few, many = (saliency_cost(LlamaConfig(**SIZES), dtype, 2, 8, count).kept for count in (6, 12))
+    assert many - few == 6 * SIZES["vocab_size"] * a_logit
+    # Of many logits, two chunks exist beside them.
+    assert logit_bytes(1 << 24, "float32") == (4 << 24) + (8 << 20)
 
 
 def test_keys_and_values_make_long_answers_slower() -> None:
