@@ -81,7 +81,7 @@ def _doubts(best: Cell, cells: Sequence[Cell], ready: Sequence[Cell]) -> Iterato
             yield f"it cannot be told from the arm's own setting ({_points(change)} points)"
     if len(ready) > 1:
         yield (
-            f"the best of {len(ready)} settings ({' and '.join(PROPOSED)}) is flattered by the "
+            f"the best of {len(ready)} settings of {' or '.join(PROPOSED)} is flattered by the "
             "choice: confirm it on other rows"
         )
 
