@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -90,6 +91,7 @@ class _Product(torch.autograd.Function):
         return active * factor if in_order else factor * active
 
     @staticmethod
+    @once_differentiable
     def backward(
         context: Any, *gradients: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
