@@ -115,6 +115,57 @@ def test_golds_that_are_no_numbers_are_counted(
     assert "golds" not in dry(capsys, pair, tmp_path, rows, grade=grade, preset="release")
 
 
+WORKED = [
+    {
+        **row,
+        "completion": f"0 + {row['answer']} = {row['answer']} # {row['answer']}",
+        "half": "two apples",
+        "at": 100 + at,
+    }
+    for at, row in enumerate(ROWS)
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"grade": "exact"}, "24 of 24 completions are wrong by their own answer; that of row 0"),
+        ({"grade": "math"}, "see --grade (now math) and --columns."),
+        ({"grade": "number"}, None),
+        ({"grade": "number", "columns": '{"answer": "at"}'}, "24 of 24 completions are wrong by"),
+        ({"grade": "number", "columns": '{"answer": "half"}', "max_rows": 2}, "2 of 2 completions"),
+        ({"grade": "exact", "completion_source": "teacher"}, None),
+        ({"grade": "exact", "preset": "release"}, None),  # which grades nothing
+    ],
+)
+def test_completions_that_are_wrong_by_their_own_answer_are_told(
+    pair: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    sentence: str | None,
+) -> None:
+    output = dry(capsys, pair, tmp_path, WORKED, **changes)
+    assert sentence in output if sentence else "own answer" not in output
+
+
+def test_some_wrong_completions_are_no_wrong_column(
+    pair: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in (12, 13):
+        rows = [{**row, "answer": "11"} for row in ROWS[:wrong]] + ROWS[wrong:]
+        told = f"{wrong} of 24 completions" in dry(capsys, pair, tmp_path, rows)
+        assert told == (wrong > 12)
+
+
+def test_the_same_model_twice_is_told(
+    pair: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "same weights" not in dry(capsys, pair, tmp_path)
+    twice = dict.fromkeys(pair, pair["student"])
+    assert "the teacher have the same weights" in dry(capsys, twice, tmp_path)
+
+
 def test_prompts_that_a_tokenizer_does_not_know_are_told(
     pair: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
