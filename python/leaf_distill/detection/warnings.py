@@ -10,7 +10,7 @@ from leaf_distill.data.example import ROLES, Example, Role, candidates_of, views
 from leaf_distill.data.template import template_differences
 from leaf_distill.detection.answers import PromptedModel, gold_warning
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.detection.funnel import UNUSED
+from leaf_distill.detection.funnel import UNUSED, first_of_each
 from leaf_distill.detection.verdicts import quote
 from leaf_distill.grading import Grader
 
@@ -29,10 +29,9 @@ def nothing_usable(examples: Sequence[Example]) -> ValueError:
     gone = [example for example in examples if example.outcome]
     counts = Counter(example.outcome.reason for example in gone if example.outcome)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    first = gone[0]
-    why = f"row {first.row_id}: {first.outcome.detail}" if first.outcome else ""
     return ValueError(
-        f"dataset: must have a usable row, got {len(gone)} rows that are not ({reasons}); {why}"
+        f"dataset: must have a usable row, got {len(gone)} rows that are not ({reasons}); "
+        f"{first_of_each(gone)}"
     )
 
 

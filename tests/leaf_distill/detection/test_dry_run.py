@@ -80,6 +80,9 @@ def test_rows_that_leave_are_listed_with_their_reasons(
     output = dry(capsys, pair, tmp_path, rows)
     assert "4 of 8 rows are usable" in output
     assert "left: 2 empty completion, 1 prompt too long, 1 no gold; row 4: the comp" in output
+    assert "empty; where there is an answer, `leaf detect --completion_source" in output
+    assert "; row 6: the prompt has " in output and "; row 7: neither an answer nor" in output
+    assert "(rows are counted from 0, without blank lines)" in output
     assert output.count("left:") == 1
     done = run(pair, tmp_path, rows)
     assert counts(done)[:2] == [8, 4]
