@@ -126,7 +126,7 @@ def _run_env() -> None:
         print(f"leaf_ext        reference only: {error}")
 
 
-KEPT = "what is done is kept, and the same command goes on from it"
+KEPT = "whole batches that were done are kept, and the same command goes on from them"
 
 COMMANDS = {
     "detect": Command(

@@ -34,6 +34,7 @@ GIVEN: dict[Role, str] = {role: f"{role}_answer" for role in ROLES}
 """The columns of answers that the models gave elsewhere."""
 FIELDS = {name for layout in LAYOUTS for name in layout}
 FIELDS |= {*EXTRAS, *SOURCES, *DIFFICULTIES, *GIVEN.values(), *CODE_FIELDS, *TEST_FIELDS}
+MADE = "; where there is an answer, `leaf detect --completion_source teacher` makes the completion"
 UNREAD = ("no_layout", "no_completion")
 """Reasons which mean, if every row has one of them, that the columns were not understood."""
 
@@ -94,7 +95,7 @@ def load_examples(
     ]
     if all(one.outcome is not None and one.outcome.reason in UNREAD for one in examples):
         layouts = ", ".join("/".join(layout) for layout in LAYOUTS)
-        also = "" if need_completion else " (an answer may stand for the second)"
+        also = MADE if need_completion else " (an answer may stand for the second)"
         proposed = _proposed(records[0], names, need_completion)
         raise ValueError(
             f"dataset: {named(source)}: must have columns of a known layout, got {names}; map "
@@ -185,6 +186,7 @@ def _fill(
         graded = "answer" in fields or tests is not None
         if layout[1] not in fields and (need_completion or not graded):
             detail = f"{layout[1]}: must be given beside {layout[0]}, got {columns}"
+            detail += MADE if need_completion else ""
             raise UnusableRow("no_completion", detail)
         turns, reply = _pair(layout, fields)
     turns = add_context(turns, fields, example.notes)
@@ -201,7 +203,7 @@ def _fill(
     gradable = example.answer is not None or tests is not None
     enough = example.reply is not None or (gradable and not need_completion)
     if not reply["content"].strip() and not enough:
-        also = "" if need_completion else ", and there is no answer to grade against"
+        also = MADE if need_completion else ", and there is no answer to grade against"
         raise UnusableRow("empty_completion", f"the completion is empty{also}")
     texts = [example.answer, example.source, example.difficulty, *example.given.values()]
     checked = [turns, reply, texts, example.template_kwargs]

@@ -38,8 +38,6 @@ from leaf_distill.models.quantization import weight_itemsize
 from leaf_distill.models.server import Server, connect
 from leaf_distill.ranks import current
 
-ANSWER_SHOWN = 120
-"""Characters at the end of an answer that are quoted."""
 UNGRADED = ("cut_off", "not_finite", "too_long", "server_refused")
 """Verdicts of answers that no grader sees."""
 VERSION = 1

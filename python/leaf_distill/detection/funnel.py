@@ -36,6 +36,9 @@ KEPT = "kept counterfactuals"
 TIED = "\N{NO-BREAK SPACE}"
 """A blank at which no line ends; it is printed as a plain one."""
 
+REASONS_SHOWN = 3
+"""For how many reasons a row is named that left for it."""
+
 NO_CUT = "no cut was made"
 """What stands in place of the share of rows that a cut repairs."""
 
@@ -172,7 +175,7 @@ def show_notes(console: Console, warnings: Iterable[str]) -> None:
 
 
 def show_left(console: Console, examples: Sequence[Example]) -> None:
-    """Print why rows left that no model was asked yet, most frequent first, with one example."""
+    """Print why rows left that no model was asked yet, most frequent first, with examples."""
     for name, stages in (("left", UNUSED), ("left at this level, if marked", ("detect",))):
         gone = [one for one in examples if one.outcome and one.outcome.stage in stages]
         if not gone:
@@ -181,8 +184,20 @@ def show_left(console: Console, examples: Sequence[Example]) -> None:
         listed = ", ".join(
             f"{count} {reason.replace('_', ' ')}" for reason, count in counts.most_common()
         )
-        detail = gone[0].outcome.detail if gone[0].outcome else ""
-        _say(console, f"{name}: {listed}; row {gone[0].row_id}: {detail}")
+        _say(console, f"{name}: {listed}; {first_of_each(gone)}")
+
+
+def first_of_each(gone: Sequence[Example]) -> str:
+    """Name the first row that left for each reason, the most frequent ones first, and its detail.
+
+    A few are named: the rest are in outcomes.parquet, and a reader sees what to look for.
+    """
+    counts = Counter(one.outcome.reason for one in gone if one.outcome)
+    found = []
+    for reason, _ in counts.most_common(REASONS_SHOWN):
+        first = next(one for one in gone if one.outcome and one.outcome.reason == reason)
+        found.append(f"row {first.row_id}: {first.outcome.detail if first.outcome else ''}")
+    return "; ".join(found) + " (rows are counted from 0, without blank lines)"
 
 
 def _say(console: Console, text: str, style: str = "") -> None:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 
 from leaf_distill.data.example import Answer, Example, Role, remaining
 from leaf_distill.detection.answers import (
-    ANSWER_SHOWN,
     GREEDY,
     UNGRADED,
     Decoding,
@@ -16,6 +15,7 @@ from leaf_distill.detection.answers import (
 )
 from leaf_distill.detection.cache import RowCache
 from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.verdicts import ANSWER_SHOWN, quote
 from leaf_distill.grading.code import FAILED as FAILED_PROGRAMS
 
 FAILED = ("wrong", "no_answer")
@@ -194,8 +194,7 @@ def _with_gold(candidate: Example, given: Answer) -> Example:
 
 def _said(example: Example, role: Role) -> str:
     """Quote the end of an answer, and what it was graded by: a failed test or the gold."""
-    given, gold = example.answers[role], example.gold
-    text = given.text
+    given = example.answers[role]
     if given.detail:
-        return f"{given.detail}; the answer ends {text[-ANSWER_SHOWN:]!r}"
-    return f"the answer ends {text[-ANSWER_SHOWN:]!r}, the gold ends {gold[-ANSWER_SHOWN:]!r}"
+        return f"{given.detail}; the answer ends {given.text[-ANSWER_SHOWN:]!r}"
+    return f"the answer {quote(given.text, example.gold)}"

@@ -16,6 +16,8 @@ from leaf_distill.io import digest
 
 ROWS_A_GRADING = 256
 PROGRAMS_A_GRADING = 32
+ANSWER_SHOWN = 120
+"""Characters at the end of an answer that are quoted."""
 
 
 def grade_answers(
@@ -68,6 +70,11 @@ def _grade_programs(
             keep=lambda value: not depends_on_load(json.loads(value)[1]),
         )
     return [(verdict, detail) for verdict, detail in map(json.loads, values)]
+
+
+def quote(text: str, gold: str) -> str:
+    """Return how an answer and its gold end: "ends '5', and its gold ends '6'"."""
+    return f"ends {text[-ANSWER_SHOWN:]!r}, and its gold ends {gold[-ANSWER_SHOWN:]!r}"
 
 
 def batches(count: int, size: int) -> list[range]:

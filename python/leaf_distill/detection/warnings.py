@@ -6,14 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from leaf_distill.data.example import ROLES, Example, Role, views_of
+from leaf_distill.data.example import ROLES, Example, Role, candidates_of, views_of
 from leaf_distill.data.template import template_differences
 from leaf_distill.detection.answers import PromptedModel, gold_warning
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.detection.funnel import UNUSED
+from leaf_distill.detection.funnel import UNUSED, first_of_each
+from leaf_distill.detection.verdicts import quote
+from leaf_distill.grading import Grader
 
 MANY_UNKNOWN = 0.25
 """A share of unknown tokens from which a prompt cannot be what its writer meant."""
+
+LABELS_GRADED = 100
+"""Rows at most whose own completion is graded: enough to see a wrong column, in a second or two."""
+
+LABEL_SECONDS = 1.0
+"""Processor seconds for one of them; a completion that takes longer does not count as wrong."""
 
 
 def nothing_usable(examples: Sequence[Example]) -> ValueError:
@@ -21,10 +29,9 @@ def nothing_usable(examples: Sequence[Example]) -> ValueError:
     gone = [example for example in examples if example.outcome]
     counts = Counter(example.outcome.reason for example in gone if example.outcome)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    first = gone[0]
-    why = f"row {first.row_id}: {first.outcome.detail}" if first.outcome else ""
     return ValueError(
-        f"dataset: must have a usable row, got {len(gone)} rows that are not ({reasons}); {why}"
+        f"dataset: must have a usable row, got {len(gone)} rows that are not ({reasons}); "
+        f"{first_of_each(gone)}"
     )
 
 
@@ -46,8 +53,74 @@ def nothing_scored(examples: Sequence[Example], config: DetectConfig) -> list[st
             listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
             given.append(f"the {role}'s {len(verdicts)} answers are {listed}")
     return [
-        f"No row is left to search: {'; '.join(given)}. outcomes.parquet quotes them; see "
-        f"--grade (now {config.grade}), --max_new_tokens and --chat_template."
+        f"No row is left to search: {'; '.join(given)}.{_first(examples)} outcomes.parquet quotes "
+        f"them; {_see(config)}."
+    ]
+
+
+def _first(examples: Sequence[Example]) -> str:
+    """Quote the first row that left over an answer: of the teacher where none of its is right."""
+    gone = [one for one in examples if one.outcome and one.outcome.stage in ("predict", "mark")]
+    answered = [one for one in gone if one.answers]
+    failed = [one for one in answered if "teacher" in one.answers]
+    if not any(one.answers["teacher"].verdict == "right" for one in failed):
+        answered = failed or answered
+    for one in answered:
+        if one.outcome and not one.outcome.reason.endswith("_right"):
+            return f" In row {one.row_id} {one.outcome.detail}."
+    return ""
+
+
+def _see(config: DetectConfig) -> str:
+    return f"see --grade (now {config.grade}), --max_new_tokens and --chat_template"
+
+
+def nothing_kept(examples: Sequence[Example], config: DetectConfig) -> list[str]:
+    """Say why no cut was kept where no answer was graded before the cuts were made.
+
+    Where rows were marked, the teacher's answers have passed the grader already.
+    """
+    if config.select != "all" or any(one.outcome is None for one in candidates_of(examples)):
+        return []
+    gone = [
+        one.outcome
+        for one in candidates_of(examples)
+        if one.outcome and one.outcome.stage == "validate" and one.answers
+    ]
+    if not gone:
+        return []
+    counts = Counter(outcome.reason.replace("_", " ") for outcome in gone)
+    listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    return [
+        f"No cut was kept: {listed}. The first: {gone[0].detail}. candidates.parquet quotes them; "
+        f"{_see(config)}."
+    ]
+
+
+def wrong_labels(rows: Sequence[Example], config: DetectConfig) -> list[str]:
+    """Return a sentence where most completions are wrong by their own rows' answers.
+
+    Then `grade` or a column is not what was meant. No model is asked: a sample of the rows is
+    graded. Completions that the teacher gives, programs, and rows without an answer are not.
+    """
+    if config.grade == "code" or config.completion_source == "teacher":
+        return []
+    rows = [one for one in rows if one.answer and one.completion.strip()]
+    rows = rows[:: max(1, -(-len(rows) // LABELS_GRADED))]
+    pairs = [(one.gold, one.completion) for one in rows]
+    with Grader(config.grade, timeout_s=LABEL_SECONDS) as grader:
+        right = sum(grader.grade_quickly(*pair) == "right" for pair in pairs)
+        if 2 * right >= len(pairs):  # as in most datasets: math-verify is not even started
+            return []
+        verdicts = grader.grade(pairs)
+    wrong = [at for at, one in enumerate(verdicts) if one in ("wrong", "no_answer")]
+    if 2 * len(wrong) <= len(pairs):
+        return []
+    gold, completion = pairs[wrong[0]]
+    return [
+        f"{len(wrong)} of {len(pairs)} completions are wrong by their own answer; that of row "
+        f"{rows[wrong[0]].row_id} {quote(completion, gold)}: see --grade (now {config.grade}) and "
+        "--columns."
     ]
 
 
@@ -90,12 +163,19 @@ def unknown_tokens(examples: Sequence[Example], pair: Mapping[Role, PromptedMode
 def warnings_before(
     examples: Sequence[Example], config: DetectConfig, pair: Mapping[Role, PromptedModel]
 ) -> list[str]:
-    """Return what a user should know of templates, tokens and golds, before a model is asked."""
+    """Return what a user should know of models, tokens and golds, before a model is asked."""
     found = template_differences(*(pair[role].renderer.template for role in reversed(ROLES)))
     usable = [one for one in examples if not one.outcome or one.outcome.stage not in UNUSED]
     found += unknown_tokens(usable, pair)
     if config.select != "all" or config.validate != "none":
         found += gold_warning([one.gold for one in usable], config)
+        found += wrong_labels(usable, config)
+    same = pair["student"].model.fingerprint == pair["teacher"].model.fingerprint
+    if same and not config.teacher_quantization:
+        found.append(
+            "The student and the teacher have the same weights: every gap between them is 0. Give "
+            "another --teacher."
+        )
     return found
 
 
@@ -103,7 +183,7 @@ def warnings_of(
     examples: Sequence[Example], config: DetectConfig, pair: Mapping[Role, PromptedModel]
 ) -> list[str]:
     """Return what a user should know of marking and losses, after a run."""
-    found = nothing_scored(examples, config)
+    found = nothing_scored(examples, config) + nothing_kept(examples, config)
     for role, one in pair.items():
         losses = [view.nll[role] for view in views_of(examples) if role in view.nll]
         vocabulary = len(one.model.tokenizer)

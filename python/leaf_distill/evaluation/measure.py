@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from leaf_distill.config import package_versions
 from leaf_distill.data.example import Answer, Example, UnusableRow
-from leaf_distill.detection.answers import ANSWER_SHOWN, PromptedModel, answer, gold_warning
+from leaf_distill.detection.answers import PromptedModel, answer, gold_warning
 from leaf_distill.detection.cache import RowCache
+from leaf_distill.detection.verdicts import ANSWER_SHOWN, quote
 from leaf_distill.evaluation.config import EvaluateConfig
 from leaf_distill.evaluation.problems import Problems, answer_options, decoding
 from leaf_distill.io import is_of, make_directory, write_json, write_table
@@ -142,10 +143,9 @@ def _quote(row: Example, given: Answer, grade: str) -> None:
         )
         return
     logger.warning(
-        "no answer is right; the first ends %r, and its gold ends %r: see --grade (now %s), "
-        "--max_new_tokens and --chat_template",
-        given.text[-ANSWER_SHOWN:],
-        row.gold[-ANSWER_SHOWN:],
+        "no answer is right; the first %s: see --grade (now %s), --max_new_tokens and "
+        "--chat_template",
+        quote(given.text, row.gold),
         grade,
     )
 

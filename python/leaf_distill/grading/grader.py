@@ -84,13 +84,13 @@ class Grader:
                     f"gold: must be a text with an answer, got {gold!r} in pair {index}; "
                     "give the row an answer or leave it out"
                 )
-        verdicts = [self._quickly(gold, prediction) for gold, prediction in pairs]
+        verdicts = [self.grade_quickly(gold, prediction) for gold, prediction in pairs]
         left = [pair for pair, known in zip(pairs, verdicts, strict=True) if known is None]
         judged = iter(self._pool.judge(left))
         return [next(judged) if known is None else known for known in verdicts]
 
-    def _quickly(self, gold: str, prediction: str) -> Verdict | None:
-        """Return the verdict if it needs no math-verify, else None."""
+    def grade_quickly(self, gold: str, prediction: str) -> Verdict | None:
+        """Return the verdict if it needs no math-verify, else None; the gold must not be empty."""
         if not prediction.strip():
             return "no_answer"
         if self.rule == "exact":

@@ -80,6 +80,9 @@ def test_rows_that_leave_are_listed_with_their_reasons(
     output = dry(capsys, pair, tmp_path, rows)
     assert "4 of 8 rows are usable" in output
     assert "left: 2 empty completion, 1 prompt too long, 1 no gold; row 4: the comp" in output
+    assert "empty; where there is an answer, `leaf detect --completion_source" in output
+    assert "; row 6: the prompt has " in output and "; row 7: neither an answer nor" in output
+    assert "(rows are counted from 0, without blank lines)" in output
     assert output.count("left:") == 1
     done = run(pair, tmp_path, rows)
     assert counts(done)[:2] == [8, 4]
@@ -113,6 +116,57 @@ def test_golds_that_are_no_numbers_are_counted(
         "sticker" in golds and grade != "exact"
     )
     assert "golds" not in dry(capsys, pair, tmp_path, rows, grade=grade, preset="release")
+
+
+WORKED = [
+    {
+        **row,
+        "completion": f"0 + {row['answer']} = {row['answer']} # {row['answer']}",
+        "half": "two apples",
+        "at": 100 + at,
+    }
+    for at, row in enumerate(ROWS)
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"grade": "exact"}, "24 of 24 completions are wrong by their own answer; that of row 0"),
+        ({"grade": "math"}, "see --grade (now math) and --columns."),
+        ({"grade": "number"}, None),
+        ({"grade": "number", "columns": '{"answer": "at"}'}, "24 of 24 completions are wrong by"),
+        ({"grade": "number", "columns": '{"answer": "half"}', "max_rows": 2}, "2 of 2 completions"),
+        ({"grade": "exact", "completion_source": "teacher"}, None),
+        ({"grade": "exact", "preset": "release"}, None),  # which grades nothing
+    ],
+)
+def test_completions_that_are_wrong_by_their_own_answer_are_told(
+    pair: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    sentence: str | None,
+) -> None:
+    output = dry(capsys, pair, tmp_path, WORKED, **changes)
+    assert sentence in output if sentence else "own answer" not in output
+
+
+def test_some_wrong_completions_are_no_wrong_column(
+    pair: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in (12, 13):
+        rows = [{**row, "answer": "11"} for row in ROWS[:wrong]] + ROWS[wrong:]
+        told = f"{wrong} of 24 completions" in dry(capsys, pair, tmp_path, rows)
+        assert told == (wrong > 12)
+
+
+def test_the_same_model_twice_is_told(
+    pair: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "same weights" not in dry(capsys, pair, tmp_path)
+    twice = dict.fromkeys(pair, pair["student"])
+    assert "the teacher have the same weights" in dry(capsys, twice, tmp_path)
 
 
 def test_prompts_that_a_tokenizer_does_not_know_are_told(
