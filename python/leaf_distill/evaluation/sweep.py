@@ -16,6 +16,7 @@ from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.charts import curve_chart
 from leaf_distill.evaluation.config import SweepConfig
 from leaf_distill.evaluation.proposal import Proposal, propose_threshold, sentences
+from leaf_distill.evaluation.pruning import HIT
 from leaf_distill.evaluation.sheets import (
     Estimate,
     Sheet,
@@ -33,16 +34,17 @@ from leaf_distill.training.model_card import markdown_table
 STEM = "sweep"
 
 NOTE = (
-    "Percent. Hit: rows with a candidate. Tokens cut: of all tokens, those that some candidate "
-    "cuts. Overlap: characters that this setting's and the arm's candidates both cut, of those "
-    "that either cuts. Kept: known candidates that pass the validation. A cut repairs: the chance "
-    "that the student is right on a random one of a row's cuts, 0 without a cut. These are effects "
-    "on rows that the student fails: `leaf analyze` shows the harm to others."
+    f"Percent. {HIT} Candidates: all, also those that are not usable. Known: usable candidates "
+    "with answers in the cache. Tokens cut: of all tokens, those that some candidate cuts. Overlap: characters "
+    "that this setting's and the arm's candidates both cut, of those that either cuts. Kept: known "
+    "candidates that pass the validation. A cut repairs: the chance that the student is right on a "
+    "random one of a row's cuts, 0 without a cut. These are effects on rows that the student "
+    "fails: `leaf analyze` shows the harm to others."
 )
 
 LEGEND = (
-    "*: the arm's own setting. Known: candidates with answers in the cache.",
-    "+: of the known ones alone. Empty: answers are missing, or no cut was made.",
+    "*: the arm's own setting. +: of the candidates with answers in the cache alone.",
+    "Empty: answers are missing, or no cut was made.",
 )
 """What the marks in the table mean, below it."""
 
@@ -120,14 +122,14 @@ def _sheet(cells: Sequence[Cell]) -> Sheet:
     fixed = tuple(name for name in ("level", "score", "rule", "widen") if name not in varied)
     title = "Settings of detection, tried without a model"
     wide = ("candidates",) if varied else ()
-    detail = (*fixed, "rows", "spans a row", "overlap", "known", *wide)
+    detail = (*fixed, "rows", "spans a row", "overlap", "usable", "known", *wide)
     return Sheet(STEM, title, lines, NOTE, detail=detail)
 
 
 def _marked(sheet: Sheet) -> Sheet:
     """Return a sheet to be read: a number that counts the known candidates alone has a mark."""
     lines = [
-        {**line, "kept": f"{line['kept']}+"} if line["known"] != line["candidates"] else line
+        {**line, "kept": f"{line['kept']}+"} if line["known"] != line["usable"] else line
         for line in sheet.lines
     ]
     return replace(sheet, lines=lines)
@@ -149,6 +151,7 @@ def _line(cell: Cell) -> dict[str, Value]:
         "tokens cut": f"{100 * cell.tokens_cut / cell.tokens:.1f}" if cell.tokens else None,
         "overlap": f"{100 * cell.overlap:.0f}",
         "candidates": cell.candidates,
+        "usable": cell.usable,
         "known": cell.known,
         "kept": cell.kept,
         "a cut repairs": repairs,
