@@ -35,11 +35,11 @@ STEM = "sweep"
 
 NOTE = (
     f"Percent. {HIT} Candidates: all, also those that are not usable. Known: usable candidates "
-    "with answers in the cache. Tokens cut: of all tokens, those that some candidate cuts. Overlap: characters "
-    "that this setting's and the arm's candidates both cut, of those that either cuts. Kept: known "
-    "candidates that pass the validation. A cut repairs: the chance that the student is right on a "
-    "random one of a row's cuts, 0 without a cut. These are effects on rows that the student "
-    "fails: `leaf analyze` shows the harm to others."
+    "with answers in the cache. Tokens cut: of all tokens, those that some candidate cuts. "
+    "Overlap: characters that this setting's and the arm's candidates both cut, of those that "
+    "either cuts. Kept: known candidates that pass the validation. A cut repairs: the chance that "
+    "the student is right on a random one of a row's cuts, 0 without a cut. These are effects on "
+    "rows that the student fails: `leaf analyze` shows the harm to others."
 )
 
 LEGEND = (
