@@ -138,12 +138,17 @@ def _with_controls(arms: Sequence[Arm]) -> Iterable[tuple[Arm, Arm]]:
 
 
 def missing_controls(arms: Sequence[Arm]) -> list[str]:
-    """Return what to run for the controls that the arms lack, one sentence each."""
+    """Return what to run for the controls that the arms lack, one sentence each.
+
+    An arm without a cut needs none: there is nothing that a control could be compared with.
+    """
     sentences = []
     controlled = {arm.name for arm, _ in _with_controls(arms)}
     for arm in arms:
         strategy = arm.settings["strategy"]
         if strategy not in CONTROLS or not arm.marks or not arm.asks_student:
+            continue
+        if not any(row.asked for row in arm.of("marked")):
             continue
         if arm.name not in controlled:
             near = [one for one in arms if one.settings["strategy"] in CONTROLS[strategy]]
@@ -193,12 +198,28 @@ def _written(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def unsearched(arms: Sequence[Arm]) -> list[str]:
+    """Return a sentence for each arm that searched no row."""
+    sentences = []
+    for arm in arms:
+        if any(row.scored for row in arm.rows.values()):
+            continue
+        marked, asked = len(arm.of("marked")), len(arm.of("solved", "marked", "failed"))
+        why = f" ({marked} of {asked} rows are marked)" if arm.marks else ""
+        sentences.append(
+            f"{arm.name} searched no row{why}, so it shows no effect of cutting, and no control "
+            "would help; `left` in its funnel.json says why rows left."
+        )
+    return sentences
+
+
 def without_cuts(arms: Sequence[Arm]) -> list[str]:
     """Return a sentence for each arm that cut none of the rows that the student fails."""
     return [
         f"{arm.name}: no cut was made in any of {len(marked)} marked rows."
         for arm in arms
         if arm.asks_student
+        and any(row.scored for row in arm.rows.values())
         and (marked := arm.of("marked"))
         and not any(row.asked for row in marked)
     ]

@@ -121,9 +121,16 @@ def _sheet(cells: Sequence[Cell]) -> Sheet:
     lines = [_line(cell) for cell in cells]
     fixed = tuple(name for name in ("level", "score", "rule", "widen") if name not in varied)
     title = "Settings of detection, tried without a model"
-    wide = ("candidates",) if varied else ()
-    detail = (*fixed, "rows", "spans a row", "overlap", "usable", "known", *wide)
+    detail = (*fixed, "rows", "spans a row", "overlap", "usable", "known", *_no_room(varied))
     return Sheet(STEM, title, lines, NOTE, detail=detail)
+
+
+def _no_room(varied: Sequence[str]) -> tuple[str, ...]:
+    """Return the counts that the terminal has no room for beside the settings that vary."""
+    more = len({*varied} - {"level"})  # each level has a table of its own
+    return ((), ("candidates",), ("candidates", "hit", "kept"))[min(more, 2)] + (
+        ("tokens cut",) if more > 2 else ()
+    )
 
 
 def _marked(sheet: Sheet) -> Sheet:
@@ -256,9 +263,10 @@ def _write(result: SweepResult, missing: Sequence[str]) -> None:
         lines = [line for line in marked.lines if line["level"] == level]
         detail = (*sheet.detail, "level")
         title = f"{sheet.title}: {level} level"
-        console.print(printed(replace(sheet, title=title, lines=lines, detail=detail)))
+        one = replace(sheet, title=title, lines=lines, detail=detail)
+        console.print(printed(one, width=console.width))
     if curves is not None:
-        console.print(printed(curves))
+        console.print(printed(curves, width=console.width))
     for sentence in (*LEGEND, *proposed, *missing):
         console.print(sentence, markup=False, highlight=False)
     print(f"{result.arm / STEM}.md says what the columns mean, and has the plots")

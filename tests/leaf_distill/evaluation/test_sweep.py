@@ -24,7 +24,7 @@ from leaf_distill.detection.sweep import arm_curves
 from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.analyze import analyze
 from leaf_distill.evaluation.config import AnalyzeConfig, SweepConfig
-from leaf_distill.evaluation.proposal import propose_threshold
+from leaf_distill.evaluation.proposal import propose_threshold, sentences
 from leaf_distill.evaluation.sweep import LEGEND, SweepResult, sweep
 
 ROWS = make_rows(40)
@@ -331,6 +331,18 @@ def test_thin_evidence_is_called_so() -> None:
     assert "cannot be told from the arm's own setting" in doubts
     assert propose_threshold([made(0.1, [1.0], known=0)]).cell is None
     assert propose_threshold(cells, marked=False).cell is None
+
+
+def test_settings_that_repair_alike_are_not_said_to_be_chosen_and_the_own_one_is_named() -> None:
+    cells = [made(0.05, [1.0, 0.0] * 50, current=True), made(0.10, [1.0, 0.0] * 50)]
+    found = propose_threshold(cells)
+    assert found.cell is cells[0]
+    (doubt,) = found.doubts
+    assert doubt.startswith("all 2 settings") and "does not tell them apart" in doubt
+    assert "which is the arm's own setting: a cut repairs 50.0 %" in sentences(found)[0]
+    other = propose_threshold([cells[0], made(0.10, [1.0] * 100)])
+    assert "own setting" not in sentences(other)[0]
+    assert "flattered by the choice" in " ".join(other.doubts)
 
 
 def test_a_setting_that_makes_no_cut_is_not_proposed() -> None:

@@ -152,8 +152,8 @@ def test_the_scale_names_its_score(
     [
         ("random_tokens", "tokens that are drawn at random"),
         ("random_spans", "runs of tokens at random places"),
-        ("student_saliency", "the tokens to which the student’s loss reacts most"),
-        ("teacher_saliency", "the tokens to which the teacher’s loss reacts least"),
+        ("student_saliency", "loss reacts most, as many as the score flags"),
+        ("teacher_saliency", "loss reacts least, as many as the score flags"),
         ("perplexity", "the tokens that the student finds least likely"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_control_says_what_it_cuts_and_that_this_is_not_what_the_score_found(
     row = add_cut(scored(0, "one two three"), [(8, 13)])
     page = page_of(tmp_path, row, strategy=strategy)
     head = page.root.find("header", cls="title")[0].text
-    assert f"To compare with, {chosen}" in head and "A control: " in head
+    assert "To compare with, " in head and chosen in head and "A control: " in head
     assert "mislead" not in head and "reacts strongly" not in head
     caption = page.samples()[0].find("figcaption", cls="readout")[0].text
     assert "The control cuts tokens of its own choice (struck through)" in caption
