@@ -26,13 +26,14 @@ ALLOWED = {
 
 # The same for the rooms of the loop.
 _BASE = {"io", "config", "ranks", "data"}
-_STAGES = _BASE | {"models", "grading", "statistics"}
+_STAGES = _BASE | {"models", "grading", "statistics", "wording"}
 ROOMS = {
     "io": set(),
     "ranks": set(),
     "config": set(),
     "options": {"config"},
     "statistics": set(),
+    "wording": set(),
     "data": {"io", "config", "data"},
     "models": _BASE | {"models"},
     "grading": _BASE | {"grading"},

@@ -259,14 +259,20 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
 
 def _json_rows(path: Path, file: IO[bytes]) -> Iterator[Record]:
     """Yield the objects of a JSON list or of JSON lines, which the first character tells apart."""
-    lines = ((number, line) for number, line in _lines(path, file) if line.strip())
-    head = list(islice(lines, 1))
+    lines = _lines(path, file)
+    head = list(islice(((number, line) for number, line in lines if line.strip()), 1))
     values: Iterable[tuple[str, Any]]
     if head and head[0][1].lstrip().startswith("["):
-        text = "".join(line for _, line in chain(head, lines))
-        values = ((f"{path}, item {i}", item) for i, item in enumerate(_parsed(text, str(path))))
+        # Blank lines stay, so that an error names the line of the file.
+        blank = "\n" * (head[0][0] - 1)
+        text = blank + "".join(line for _, line in chain(head, lines))
+        values = (
+            (f"{path}, item {i}", item)
+            for i, item in enumerate(_parsed(text, str(path), many=True))
+        )
     else:
-        places = ((f"{path}, line {number}", line) for number, line in chain(head, lines))
+        filled = (one for one in chain(head, lines) if one[1].strip())
+        places = ((f"{path}, line {number}", line) for number, line in filled)
         values = ((place, _parsed(line, place)) for place, line in places)
     for place, value in values:
         if not isinstance(value, dict):
@@ -278,12 +284,17 @@ def _json_rows(path: Path, file: IO[bytes]) -> Iterator[Record]:
         yield value
 
 
-def _parsed(text: str, place: str) -> Any:
+def _parsed(text: str, place: str, *, many: bool = False) -> Any:
+    """Return the value of a JSON text: a line, whose number the place says, or many lines."""
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip())
     except (ValueError, RecursionError) as error:
         advice = "a file holds one object a line, or one list of objects"
-        raise _error(f"{place}: must be valid JSON", error, advice) from error
+        got: object = error
+        if isinstance(error, json.JSONDecodeError):
+            line = f"line {error.lineno}, " if many else ""
+            got = f"{error.msg} at {line}column {error.colno}"
+        raise _error(f"{place}: must be valid JSON", got, advice) from error
 
 
 def _csv_rows(path: Path, file: IO[bytes]) -> Iterator[Record]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from leaf_distill.data.example import Example, Range
+from leaf_distill.data.example import Example, Range, remaining
 from leaf_distill.detection.config import DetectConfig
 
 Place = tuple[int, int]
@@ -34,12 +34,12 @@ class Cell:
     Attributes:
         setting: the setting.
         current: whether it is that of the arm.
-        rows, hit: the scored rows, and those with a candidate.
+        rows, hit: the scored rows, and those with a usable candidate, as the funnel counts them.
         tokens, tokens_cut: of all rows, and those that a candidate cuts, each counted once.
         spans: the detected spans.
         overlap: Jaccard index of the characters that its candidates and the arm's cut.
-        candidates: prompts to be asked.
-        known, kept: those of them with answers in the cache, and those that pass the validation.
+        candidates, usable: all, and those to be asked, which did not leave before the validation.
+        known, kept: of these with answers in the cache, and those that pass the validation.
         shares: for each row, the chance that the student is right on a random one of its cuts; 0
             without a cut, None where an answer is missing.
     """
@@ -53,6 +53,7 @@ class Cell:
     spans: int = 0
     overlap: float = 1.0
     candidates: int = 0
+    usable: int = 0
     known: int = 0
     kept: int = 0
     shares: dict[int, float | None] = field(default_factory=dict)
@@ -65,12 +66,12 @@ class Cell:
     @property
     def complete(self) -> bool:
         """Whether the answers to all cuts are known."""
-        return self.known == self.candidates
+        return self.known == self.usable
 
     @property
     def tried(self) -> bool:
         """Whether cuts were made, and the answers to all of them are known."""
-        return self.complete and self.candidates > 0
+        return self.complete and self.usable > 0
 
 
 def empty_cells(
@@ -125,5 +126,5 @@ def count(cell: Cell, views: Sequence[Example], before: Mapping[Place, set[int]]
         cell.tokens, cell.tokens_cut = cell.tokens + len(touched), cell.tokens_cut + sum(touched)
         cell.spans += len(view.spans)
     cell.rows = len({view.row_id for view in views})
-    cell.hit = len({view.row_id for view in views if view.candidates})
+    cell.hit = len({view.row_id for view in views if any(remaining(view.candidates))})
     cell.overlap = both / either if either else 1.0

@@ -34,6 +34,7 @@ from leaf_distill.models.estimate import (
     saliency_cost,
 )
 from leaf_distill.models.generation import room_for_answer
+from leaf_distill.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -218,8 +219,10 @@ def show_estimate(
     for role, one in found["models"].items():
         say(
             f"{role}: weights {one['weights'] / 1e9:.2f} GB, at its largest "
-            f"{one['memory'] / 1e9:.2f} GB; {one['scores']} saliencies in {one['passes']} passes "
-            f"and {one['answers']} answers in {one['answer_passes']} batches that the cache lacks"
+            f"{one['memory'] / 1e9:.2f} GB; "
+            f"{counted(one['scores'], 'saliency', 'saliencies')} in "
+            f"{counted(one['passes'], 'pass', 'passes')} and {counted(one['answers'], 'answer')} "
+            f"in {counted(one['answer_passes'], 'batch', 'batches')} that the cache lacks"
         )
     gpu = f", and {found['gpu_memory'] / 1e9:.2f} GB of the GPU's" if found["gpu_memory"] else ""
     say(f"memory: {found['memory'] / 1e9:.2f} GB in all, one model at a time{gpu}")

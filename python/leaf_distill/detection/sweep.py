@@ -266,7 +266,8 @@ class _Sweep(Run):
             for candidate in remaining(view.candidates):
                 found[view.row_id].append(self._verdict(view, candidate))
         given = [verdict for verdicts in found.values() for verdict in verdicts]
-        cell.candidates, cell.known = len(given), sum(verdict is not None for verdict in given)
+        cell.candidates = sum(len(view.candidates) for view in views)
+        cell.usable, cell.known = len(given), sum(verdict is not None for verdict in given)
         cell.kept = sum(verdict is not None and verdict[1] for verdict in given)
         if "student" not in JUDGES[self.config.validate] or self.config.relabel:
             return  # nobody knows where the student is right

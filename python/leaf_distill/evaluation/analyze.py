@@ -21,6 +21,7 @@ from leaf_distill.evaluation.pruning import (
     missing_controls,
     overview,
     threshold_of,
+    unsearched,
     without_cuts,
 )
 from leaf_distill.evaluation.sheets import (
@@ -49,7 +50,7 @@ class AnalyzeResult:
     Attributes:
         directory: of all files: analysis.md, analysis.json, a CSV file a table, and the plots.
         sheets: the tables by name: gain, random, harm, arms, similarity.
-        advice: the arms without a cut, and what to run for the controls that are missing.
+        advice: the arms without a row or a cut, and what to run for the controls that are missing.
     """
 
     directory: Path
@@ -80,7 +81,7 @@ def analyze(config: AnalyzeConfig) -> AnalyzeResult:
     moved = shifts(arms)
     sheets = [gains(arms), against_random(arms), harm(arms), overview(arms), similarity(moved)]
     charts = dict(_charts(arms, sheets, moved))
-    advice = [*without_cuts(arms), *missing_controls(arms)]
+    advice = [*unsearched(arms), *without_cuts(arms), *missing_controls(arms)]
     result = AnalyzeResult(directory, {one.name: one for one in sheets}, advice)
     _write(result, charts, [arm.name for arm in arms])
     _print(result)
@@ -189,7 +190,7 @@ def _print(result: AnalyzeResult) -> None:
         console.print(f"{letter}  {name}", markup=False, highlight=False)
     for sheet in result.sheets.values():
         if sheet.lines:
-            console.print(printed(sheet, short))
+            console.print(printed(sheet, short, width=console.width))
     console.print(FLATTERY, markup=False, highlight=False)
     for text in result.advice:
         console.print(f"note: {text}", style="yellow", markup=False)

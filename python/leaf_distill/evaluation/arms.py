@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -55,6 +55,8 @@ class Row:
         groups: all, and its source and difficulty where the dataset names them.
         cuts: its candidates, of all levels together.
         scored: whether the row has scores.
+        hit: whether one of the cuts is usable: it did not leave before the validation, as one that
+            changes nothing does. The funnel counts these rows as "with candidates".
         length: characters of the texts that were searched.
     """
 
@@ -63,6 +65,7 @@ class Row:
     groups: tuple[str, ...] = ("all",)
     cuts: tuple[Cut, ...] = ()
     scored: bool = False
+    hit: bool = False
     length: int = 0
 
     @property
@@ -147,25 +150,34 @@ def _read(path: Path) -> Arm:
     funnel = read_json(path / "funnel.json")
     with reading(path):
         settings = dict(funnel["settings"])
-        states = _states(path, select=settings["select"])
+        outcomes = pq.read_table(path / "outcomes.parquet").to_pylist()
+        states = _states(outcomes, select=settings["select"])
+        hit = {
+            int(one["row_id"])
+            for one in outcomes
+            if one["candidate_id"] >= 0 and one["stage"] != "prune"
+        }
         groups = _groups(path)
         samples: dict[int, list[dict[str, Any]]] = {}
         for sample in pq.read_table(path / "samples.parquet").to_pylist():
             samples.setdefault(int(sample["row_id"]), []).append(sample)
         rows = {
-            row_id: _row(row_id, state, groups.get(row_id, ("all",)), samples.get(row_id, []))
+            row_id: replace(
+                _row(row_id, state, groups.get(row_id, ("all",)), samples.get(row_id, [])),
+                hit=row_id in hit,
+            )
             for row_id, state in states.items()
         }
     return Arm(path.name, settings, rows)
 
 
-def _states(path: Path, *, select: str) -> dict[int, State]:
+def _states(outcomes: Sequence[Mapping[str, Any]], *, select: str) -> dict[int, State]:
     """Return the state of each row, from the stage at which it left and the reason.
 
     A row with views has lines for them behind its own; only marked rows have some.
     """
     states: dict[int, State] = {}
-    for line in pq.read_table(path / "outcomes.parquet").to_pylist():
+    for line in outcomes:
         row_id = int(line["row_id"])
         if line["candidate_id"] >= 0:
             continue

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from leaf_distill.detection.cells import Cell
 from leaf_distill.evaluation.sheets import Estimate, estimate, estimated_difference
+from leaf_distill.wording import counted
 
 ENOUGH = 30
 """Rows below which a share says little: its interval is wider than 30 points."""
@@ -64,7 +65,8 @@ def propose_threshold(cells: Sequence[Cell], *, marked: bool = True) -> Proposal
 
 def _doubts(best: Cell, cells: Sequence[Cell], ready: Sequence[Cell]) -> Iterator[str]:
     if len(best.measured) < ENOUGH:
-        yield f"it rests on {len(best.measured)} rows; below {ENOUGH} a share says little"
+        rows = counted(len(best.measured), "row")
+        yield f"it rests on {rows}; below {ENOUGH} a share says little"
     whole = sum(one.complete for one in cells)
     if whole < len(cells):
         yield (
@@ -72,6 +74,13 @@ def _doubts(best: Cell, cells: Sequence[Cell], ready: Sequence[Cell]) -> Iterato
             "others, which then costs answers alone"
         )
     current = next((one for one in ready if one.current), None)
+    alike = len({tuple(one.shares.items()) for one in ready}) == 1
+    if len(ready) > 1 and alike:
+        yield (
+            f"all {len(ready)} settings ({' and '.join(PROPOSED)}) with all answers repair the "
+            "same rows alike: this sweep does not tell them apart"
+        )
+        return
     if current is not None and current is not best:
         # A score that is not finite takes its rows out of its own cells alone.
         shares = [(current.shares.get(row), share) for row, share in best.shares.items()]
@@ -102,10 +111,11 @@ def sentences(proposal: Proposal) -> list[str]:
     setting = proposal.cell.setting
     mean, low, high = (f"{100 * value:.1f}" for value in proposal.share)
     name = "threshold" if proposal.level == "instruction" else "response_threshold"
+    own = ", which is the arm's own setting" if proposal.cell.current else ""
     sentence = (
         f"Proposed for the {proposal.level} level: --{name} {setting.threshold:g} --strategy "
         f"{setting.strategy} --score {setting.score} --rule {setting.rule} --widen "
-        f"{setting.widen}: a cut repairs {mean} % ({low} to {high}) of "
-        f"{len(proposal.cell.measured)} rows."
+        f"{setting.widen}{own}: a cut repairs {mean} % ({low} to {high}) of "
+        f"{counted(len(proposal.cell.measured), 'row')}."
     )
     return [sentence, *(f"But {doubt}." for doubt in proposal.doubts)]

@@ -18,6 +18,11 @@ CONTROLS = {
 SEEDED = ("seed",)
 """Settings in which a random arm may differ: its own draw."""
 
+HIT = (
+    "Hit: scored rows with a usable candidate, called `with candidates` in the funnel of `leaf "
+    "detect`. A candidate is not usable where it left at `prune`: it changes nothing, leaves an "
+    "empty turn, repeats another, or is too long."
+)
 INTERVALS = (
     "Percent with 95 % intervals: Wilson's for counts of rows, else of a bootstrap over rows, "
     "which has no width where all rows agree, however few they are. "
@@ -133,12 +138,17 @@ def _with_controls(arms: Sequence[Arm]) -> Iterable[tuple[Arm, Arm]]:
 
 
 def missing_controls(arms: Sequence[Arm]) -> list[str]:
-    """Return what to run for the controls that the arms lack, one sentence each."""
+    """Return what to run for the controls that the arms lack, one sentence each.
+
+    An arm without a cut needs none: there is nothing that a control could be compared with.
+    """
     sentences = []
     controlled = {arm.name for arm, _ in _with_controls(arms)}
     for arm in arms:
         strategy = arm.settings["strategy"]
         if strategy not in CONTROLS or not arm.marks or not arm.asks_student:
+            continue
+        if not any(row.asked for row in arm.of("marked")):
             continue
         if arm.name not in controlled:
             near = [one for one in arms if one.settings["strategy"] in CONTROLS[strategy]]
@@ -188,12 +198,28 @@ def _written(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def unsearched(arms: Sequence[Arm]) -> list[str]:
+    """Return a sentence for each arm that searched no row."""
+    sentences = []
+    for arm in arms:
+        if any(row.scored for row in arm.rows.values()):
+            continue
+        marked, asked = len(arm.of("marked")), len(arm.of("solved", "marked", "failed"))
+        why = f" ({marked} of {asked} rows are marked)" if arm.marks else ""
+        sentences.append(
+            f"{arm.name} searched no row{why}, so it shows no effect of cutting, and no control "
+            "would help; `left` in its funnel.json says why rows left."
+        )
+    return sentences
+
+
 def without_cuts(arms: Sequence[Arm]) -> list[str]:
     """Return a sentence for each arm that cut none of the rows that the student fails."""
     return [
         f"{arm.name}: no cut was made in any of {len(marked)} marked rows."
         for arm in arms
         if arm.asks_student
+        and any(row.scored for row in arm.rows.values())
         and (marked := arm.of("marked"))
         and not any(row.asked for row in marked)
     ]
@@ -236,10 +262,10 @@ def overview(arms: Sequence[Arm]) -> Sheet:
     """Return the arms side by side: what they hit, cut, keep and repair (Figures 7, 9 and 10)."""
     lines = [_overview(arm) for arm in arms]
     note = (
-        "Percent. Hit: scored rows with a candidate. Cut: the share of the searched characters "
-        "that one candidate lacks, on average. Kept: candidates that passed the validation. "
-        "Repaired: as in the table of gains. These are effects of cutting alone; what an arm "
-        "is worth in training is measured by `leaf compare`."
+        f"Percent. {HIT} Candidates: all, also those that are not usable. Cut: the share of the "
+        "searched characters that one candidate lacks, on average. Kept: candidates that passed "
+        "the validation. A cut repairs: as in the table of gains. These are effects of cutting "
+        "alone; what an arm is worth in training is measured by `leaf compare`."
     )
     title = "Strategies and thresholds side by side (Figures 7, 9, 10)"
     detail = ("strategy", "threshold", "level", "kept %")
@@ -248,10 +274,9 @@ def overview(arms: Sequence[Arm]) -> Sheet:
 
 def _overview(arm: Arm) -> dict[str, Value]:
     scored = [row for row in arm.rows.values() if row.scored]
-    hit = [row for row in scored if row.cuts]
-    cuts = [cut for row in hit for cut in row.cuts]
+    cuts = [cut for row in scored for cut in row.cuts]
     kept = sum(cut.kept for cut in cuts)
-    shares = [cut.characters / row.length for row in hit for cut in row.cuts]
+    shares = [cut.characters / row.length for row in scored for cut in row.cuts]
     repaired: Estimate | None = None
     if arm.marks and arm.asks_student:
         repaired = _repaired(arm.of("marked"))
@@ -261,12 +286,12 @@ def _overview(arm: Arm) -> dict[str, Value]:
         "threshold": f"{arm.settings[threshold_of(arm)]:g}",
         "level": level(arm),
         "scored": len(scored),
-        "hit": len(hit),
+        "hit": sum(row.hit for row in scored),
         "candidates": len(cuts),
         "cut %": f"{100 * sum(shares) / len(shares):.1f}" if shares else None,
         "kept": kept,
         "kept %": f"{100 * kept / len(cuts):.1f}" if cuts else None,
-        "rows kept": sum(any(cut.kept for cut in row.cuts) for row in hit),
+        "rows kept": sum(any(cut.kept for cut in row.cuts) for row in scored),
         "a cut repairs": repaired,
     }
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from leaf_distill.statistics import bootstrap, paired_bootstrap, wilson_interval
 
-LONGEST = 24
+LONGEST = 12
 """Characters of a name that a table of the terminal has room for."""
 
 
@@ -91,27 +91,57 @@ def _text(head: str, value: Value, sheet: Sheet, *, short: bool = False) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def printed(sheet: Sheet, names: Mapping[str, str] | None = None) -> Table:
+def printed(sheet: Sheet, names: Mapping[str, str] | None = None, *, width: int = 80) -> Table:
     """Return a sheet as a table for the terminal: short numbers, without details and groups.
 
     Args:
         sheet: the table.
-        names: short names for texts of the first column that a line has no room for.
+        names: short names for texts that a line has no room for.
+        width: of the terminal; where words have room in it, no line ends inside one.
     """
     lines = [line for line in sheet.lines if line.get("group", "all") == "all"]
     told = [head for head in lines[0] if any(line[head] is not None for line in lines)]
     heads = [head for head in told if head not in sheet.detail]
+    short = names or {}
+    cells = [[_text(head, line[head], sheet, short=True) for line in lines] for head in heads]
+    cells = [[short.get(text, text) for text in column] for column in cells]
+    texts = [isinstance(lines[0][head], str) for head in heads]
+    # No line ends in a text by itself.
+    titles = [
+        head.replace(" ", "\n") if text else head for head, text in zip(heads, texts, strict=True)
+    ]
+    widths = _widths(
+        [[*title.split("\n"), *column] for title, column in zip(titles, cells, strict=True)],
+        texts,
+        width,
+    )
     table = Table(title=sheet.title, title_justify="left")
-    for at, head in enumerate(heads):
-        text = isinstance(lines[0][head], str)
-        justify: Literal["left", "right"] = "right" if at and not text else "left"
-        name = head.replace(" ", "\n") if text else head  # no line ends in it by itself
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=text)
-    for line in lines:
-        texts = [_text(head, line[head], sheet, short=True) for head in heads]
-        texts[0] = (names or {}).get(texts[0], texts[0])
-        table.add_row(*map(Text, texts))
+    for at, title in enumerate(titles):
+        justify: Literal["left", "right"] = "right" if at and not texts[at] else "left"
+        table.add_column(
+            title, justify=justify, overflow="fold", no_wrap=texts[at], width=widths[at]
+        )
+    for row in zip(*cells, strict=True):
+        table.add_row(*map(Text, row))
     return table
+
+
+def _widths(
+    columns: Sequence[Sequence[str]], whole: Sequence[bool], width: int
+) -> Sequence[int | None]:
+    """Return the widths at which columns keep their words whole; None where there is no room."""
+    longest = [max(map(len, column)) for column in columns]
+    widths = [
+        most if fixed else max(len(word) for text in column for word in [*text.split(), ""])
+        for column, most, fixed in zip(columns, longest, whole, strict=True)
+    ]
+    left = width - sum(widths) - 3 * len(widths) - 1  # a border and two blanks beside each column
+    if left < 0:
+        return [None] * len(widths)
+    for at, most in enumerate(longest):
+        more = min(most - widths[at], left)
+        widths[at], left = widths[at] + more, left - more
+    return widths
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.charts import curve_chart
 from leaf_distill.evaluation.config import SweepConfig
 from leaf_distill.evaluation.proposal import Proposal, propose_threshold, sentences
+from leaf_distill.evaluation.pruning import HIT
 from leaf_distill.evaluation.sheets import (
     Estimate,
     Sheet,
@@ -33,16 +34,17 @@ from leaf_distill.training.model_card import markdown_table
 STEM = "sweep"
 
 NOTE = (
-    "Percent. Hit: rows with a candidate. Tokens cut: of all tokens, those that some candidate "
-    "cuts. Overlap: characters that this setting's and the arm's candidates both cut, of those "
-    "that either cuts. Kept: known candidates that pass the validation. A cut repairs: the chance "
-    "that the student is right on a random one of a row's cuts, 0 without a cut. These are effects "
-    "on rows that the student fails: `leaf analyze` shows the harm to others."
+    f"Percent. {HIT} Candidates: all, also those that are not usable. Known: usable candidates "
+    "with answers in the cache. Tokens cut: of all tokens, those that some candidate cuts. "
+    "Overlap: characters that this setting's and the arm's candidates both cut, of those that "
+    "either cuts. Kept: known candidates that pass the validation. A cut repairs: the chance that "
+    "the student is right on a random one of a row's cuts, 0 without a cut. These are effects on "
+    "rows that the student fails: `leaf analyze` shows the harm to others."
 )
 
 LEGEND = (
-    "*: the arm's own setting. Known: candidates with answers in the cache.",
-    "+: of the known ones alone. Empty: answers are missing, or no cut was made.",
+    "*: the arm's own setting. +: of the candidates with answers in the cache alone.",
+    "Empty: answers are missing, or no cut was made.",
 )
 """What the marks in the table mean, below it."""
 
@@ -119,15 +121,22 @@ def _sheet(cells: Sequence[Cell]) -> Sheet:
     lines = [_line(cell) for cell in cells]
     fixed = tuple(name for name in ("level", "score", "rule", "widen") if name not in varied)
     title = "Settings of detection, tried without a model"
-    wide = ("candidates",) if varied else ()
-    detail = (*fixed, "rows", "spans a row", "overlap", "known", *wide)
+    detail = (*fixed, "rows", "spans a row", "overlap", "usable", "known", *_no_room(varied))
     return Sheet(STEM, title, lines, NOTE, detail=detail)
+
+
+def _no_room(varied: Sequence[str]) -> tuple[str, ...]:
+    """Return the counts that the terminal has no room for beside the settings that vary."""
+    more = len({*varied} - {"level"})  # each level has a table of its own
+    return ((), ("candidates",), ("candidates", "hit", "kept"))[min(more, 2)] + (
+        ("tokens cut",) if more > 2 else ()
+    )
 
 
 def _marked(sheet: Sheet) -> Sheet:
     """Return a sheet to be read: a number that counts the known candidates alone has a mark."""
     lines = [
-        {**line, "kept": f"{line['kept']}+"} if line["known"] != line["candidates"] else line
+        {**line, "kept": f"{line['kept']}+"} if line["known"] != line["usable"] else line
         for line in sheet.lines
     ]
     return replace(sheet, lines=lines)
@@ -149,6 +158,7 @@ def _line(cell: Cell) -> dict[str, Value]:
         "tokens cut": f"{100 * cell.tokens_cut / cell.tokens:.1f}" if cell.tokens else None,
         "overlap": f"{100 * cell.overlap:.0f}",
         "candidates": cell.candidates,
+        "usable": cell.usable,
         "known": cell.known,
         "kept": cell.kept,
         "a cut repairs": repairs,
@@ -253,9 +263,10 @@ def _write(result: SweepResult, missing: Sequence[str]) -> None:
         lines = [line for line in marked.lines if line["level"] == level]
         detail = (*sheet.detail, "level")
         title = f"{sheet.title}: {level} level"
-        console.print(printed(replace(sheet, title=title, lines=lines, detail=detail)))
+        one = replace(sheet, title=title, lines=lines, detail=detail)
+        console.print(printed(one, width=console.width))
     if curves is not None:
-        console.print(printed(curves))
+        console.print(printed(curves, width=console.width))
     for sentence in (*LEGEND, *proposed, *missing):
         console.print(sentence, markup=False, highlight=False)
     print(f"{result.arm / STEM}.md says what the columns mean, and has the plots")

@@ -16,6 +16,7 @@ from leaf_distill.detection.funnel import ROW_STAGES, VIEWS, views_that_left
 from leaf_distill.report.data import GROUPS, MODELS, Run
 from leaf_distill.report.heat import LEVELS, cut_excerpt, heat, last_lines, score_level
 from leaf_distill.report.settings import (
+    CONTROLS,
     headline,
     lede,
     number,
@@ -23,6 +24,7 @@ from leaf_distill.report.settings import (
     score_words,
     short_name,
     thresholds,
+    title,
 )
 
 GENERATOR = '<meta name="generator" content="leaf report">'
@@ -66,7 +68,9 @@ def render_page(run: Run, results: Mapping[str, Any]) -> str:
         funnel=run.funnel,
         settings=settings,
         headline=headline(run.models, settings),
+        title=title(settings),
         lede=lede(settings),
+        control=settings["strategy"] in CONTROLS,
         remarks=remarks(settings),
         score=score_words(settings),
         student=short_name(run.models["student"]),

@@ -52,6 +52,30 @@ STRATEGIES = {
     "teacher_saliency": "tokens of the lowest teacher saliency (a control)",
     "perplexity": "tokens of the highest perplexity (a control)",
 }
+CONTROLS = {
+    "random_tokens": (
+        "random tokens",
+        "tokens that are drawn at random, as many as the score flags,",
+    ),
+    "random_spans": (
+        "random spans",
+        "runs of tokens at random places, one as long for each span that the score flags,",
+    ),
+    "student_saliency": (
+        "the student's saliency alone",
+        "the tokens to which the student's loss reacts most, as many as the score flags,",
+    ),
+    "teacher_saliency": (
+        "the teacher's saliency alone",
+        "the tokens to which the teacher's loss reacts least, as many as the score flags,",
+    ),
+    "perplexity": (
+        "the student's perplexity",
+        "the tokens that the student finds least likely, as many as the score flags,",
+    ),
+}
+"""Of each strategy that is a control, its name, and what it changes in place of the suspects."""
+
 LEVELS = {"instruction": "the prompt", "response": "the beginning of the response"}
 LEVELS["both"] = " and ".join(LEVELS.values())
 UNITS = {"word": "words", "clause": "clauses", "sentence": "sentences"}
@@ -102,16 +126,25 @@ def score_words(settings: Mapping[str, Any]) -> tuple[str, str, str, tuple[str, 
     return SCORES.get(settings["score"], SCORES["gap"])
 
 
+def title(settings: Mapping[str, Any]) -> str:
+    """Return the heading: what is cut, and that it is a control where it is one."""
+    if settings["strategy"] in CONTROLS:
+        return f"A control: {CONTROLS[settings['strategy']][0]}"
+    return "Tokens that mislead the student"
+
+
 def lede(settings: Mapping[str, Any]) -> str:
     """Return in a sentence or two what the run did."""
     where = LEVELS.get(settings["level"], settings["level"])
     done = "replaced by others in" if settings["edit"] == "substitute" else "cut out of"
     changed = "changed" if settings["edit"] == "substitute" else "cut"
     what = {"instruction": "prompts", "response": "beginnings"}.get(settings["level"], "texts")
-    _, suspects, *_ = score_words(settings)
+    _, chosen, *_ = score_words(settings)
+    if settings["strategy"] in CONTROLS:
+        chosen = f"To compare with, {CONTROLS[settings['strategy']][1]}"
     checked = "" if settings["validate"] == "none" else " that pass validation"
     return (
-        f"{suspects} are {done} {where}. The {changed} {what}{checked} become training examples "
+        f"{chosen} are {done} {where}. The {changed} {what}{checked} become training examples "
         "beside the originals."
     )
 

@@ -405,6 +405,8 @@ def test_two_csv_columns_of_one_name(tmp_path: Path) -> None:
         ("rows.jsonl", b"[1]\n", "item 0: must be a JSON object"),
         ("rows.json", b'{\n "prompt": "p"}', "line 1: must be valid JSON"),
         ("rows.json", b"[", "rows.json: must be valid JSON"),
+        ("rows.jsonl", b'{}\n\n{"a":\n', "JSON, got Expecting value at column 6;"),
+        ("rows.json", b'\n[{},\n\n{"a": }]', "got Expecting value at line 4, column 7;"),
         ("rows.jsonl", b'{"prompt": "\xff"}', "line 1: must be UTF-8 text"),
         ("rows.json", b"\xff\xfe[\x00]\x00", "line 1: must be UTF-8 text"),
         ("rows.jsonl", b'{"a": ' + b"[" * 100_000, "line 1: must be valid JSON"),

@@ -32,5 +32,5 @@ def test_the_answers_of_servers_are_known_and_no_server_is_asked(
     cells: dict[str, Cell] = {one.setting.widen: one for one in swept.cells}
     own, wider = cells["word"], cells["sentence"]
     assert own.current and own.complete and own.kept > 0
-    assert wider.known < wider.candidates
+    assert wider.known < wider.usable
     assert not any(one.bodies for one in servers.values())

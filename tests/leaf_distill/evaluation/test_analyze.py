@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from detect_pair import make_rows, write_rows
+from rich.console import Console
 
 from leaf_distill.cli import main
 from leaf_distill.detection.config import DetectConfig
@@ -20,7 +22,7 @@ from leaf_distill.detection.pipeline import DetectResult, detect
 from leaf_distill.evaluation.analyze import analyze
 from leaf_distill.evaluation.arms import read_arms
 from leaf_distill.evaluation.config import AnalyzeConfig
-from leaf_distill.evaluation.sheets import Estimate, Sheet, as_csv, estimate, shown
+from leaf_distill.evaluation.sheets import Estimate, Sheet, as_csv, estimate, printed, shown
 from leaf_distill.evaluation.similarity import jaccard, words
 from leaf_distill.statistics import wilson_interval
 
@@ -160,9 +162,7 @@ def test_thresholds_stand_side_by_side_with_what_they_hit_and_keep(
         stages = {one["stage"]: one["rows"] for one in result.funnel["stages"]}
         assert found["candidates"] == stages["candidates"]
         assert found["kept"] == stages["kept counterfactuals"]
-        left = {one["reason"]: one["count"] for one in result.funnel["left"]}
-        # Cuts that change nothing are candidates, but none that is tried.
-        assert found["hit"] == stages["with candidates"] + left.get("no_usable_cut", 0)
+        assert found["hit"] == stages["with candidates"]
         assert found["threshold"] == f"{result.funnel['settings']['threshold']:g}"
     assert line(tables, "arms", arm=arms["all"].arm.name)["a cut repairs"] is None
     assert "thresholds.svg" in {path.name for path in directory.iterdir()}
@@ -358,6 +358,31 @@ def test_where_no_cut_was_made_its_effect_is_empty_and_a_sentence_says_so(
         assert tables[name]["lines"]
         assert {one[column] for one in tables[name]["lines"] for column in columns} == {None}
     assert not list((tmp_path / "analysis").glob("*.svg"))
+
+
+def test_an_arm_that_searched_no_row_is_named_first_and_gets_no_advice_on_controls(
+    arms: dict[str, DetectResult], tmp_path: Path
+) -> None:
+    settings = {**arms["span"].funnel["settings"], "preset": None, "output_dir": str(tmp_path)}
+    rows = [row for row in table(arms["span"].outcomes) if row["reason"] == "student_right"]
+    solved = [ROWS[row["row_id"]] for row in rows[:3]]
+    settings["dataset"] = write_rows(tmp_path / "rows.jsonl", solved)
+    arm = detect(DetectConfig(**settings))
+    found = analyze(AnalyzeConfig(run_dir=str(tmp_path)))
+    (sentence,) = found.advice
+    assert sentence.startswith(f"{arm.arm.name} searched no row (0 of 3 rows are marked)")
+
+
+def test_no_line_of_a_printed_table_ends_inside_a_word() -> None:
+    share = Estimate(0.512, 0.401, 0.622)
+    line = {"arm": "span", "scored": 1319, "candidates": 2421, "rows kept": 9, "before": share}
+    sheet = Sheet("a", "A", [{**line, "after": share, "difference": Estimate(-0.1, -0.2, 0.15)}])
+    console = Console(width=72, file=io.StringIO(), record=True)
+    console.print(printed(sheet, width=72))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 72
+    for word in ("candidates", "difference", "scored", "before", "2,421"):
+        assert word in text
 
 
 def test_the_same_run_gives_the_same_bytes(

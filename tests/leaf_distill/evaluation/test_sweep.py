@@ -22,8 +22,9 @@ from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult, detect
 from leaf_distill.detection.sweep import arm_curves
 from leaf_distill.detection.swept_arm import read_settings
-from leaf_distill.evaluation.config import SweepConfig
-from leaf_distill.evaluation.proposal import propose_threshold
+from leaf_distill.evaluation.analyze import analyze
+from leaf_distill.evaluation.config import AnalyzeConfig, SweepConfig
+from leaf_distill.evaluation.proposal import propose_threshold, sentences
 from leaf_distill.evaluation.sweep import LEGEND, SweepResult, sweep
 
 ROWS = make_rows(40)
@@ -104,7 +105,8 @@ def test_a_cell_is_the_arm_that_detection_writes_with_its_settings(
             ]
             for row in samples(arm)
         ]
-        assert found.candidates == found.known == sum(map(len, asked))
+        assert found.candidates == stages["candidates"]
+        assert found.usable == found.known == sum(map(len, asked))
         shares = [float(np.mean(row or [0])) for row in asked]
         assert list(found.shares.values()) == pytest.approx(shares)
         assert found.spans == sum(len(row["spans"]) for row in samples(arm))
@@ -139,7 +141,7 @@ def test_overlap_and_size_are_counted_in_what_the_candidates_cut(
 
 def test_what_no_arm_has_asked_is_unknown_and_not_guessed(swept: SweepResult) -> None:
     found = cell(swept, strategy="span", widen="sentence", threshold=0.4)
-    assert found.candidates > found.known
+    assert found.usable > found.known
     assert not found.complete
     assert None in found.shares.values()
 
@@ -303,7 +305,7 @@ def test_what_cannot_be_swept_is_refused_with_a_sentence(
 
 def made(threshold: float, shares: list[float], cut: int = 5, **changes: Any) -> Cell:
     setting = Setting("instruction", "gap", "absolute", "span", "word", threshold)
-    given = {"candidates": 1, "known": 1, "hit": 1, "current": False, **changes}
+    given = {"usable": 1, "known": 1, "hit": 1, "current": False, **changes}
     return Cell(setting, shares=dict(enumerate(shares)), tokens_cut=cut, **given)
 
 
@@ -331,8 +333,20 @@ def test_thin_evidence_is_called_so() -> None:
     assert propose_threshold(cells, marked=False).cell is None
 
 
+def test_settings_that_repair_alike_are_not_said_to_be_chosen_and_the_own_one_is_named() -> None:
+    cells = [made(0.05, [1.0, 0.0] * 50, current=True), made(0.10, [1.0, 0.0] * 50)]
+    found = propose_threshold(cells)
+    assert found.cell is cells[0]
+    (doubt,) = found.doubts
+    assert doubt.startswith("all 2 settings") and "does not tell them apart" in doubt
+    assert "which is the arm's own setting: a cut repairs 50.0 %" in sentences(found)[0]
+    other = propose_threshold([cells[0], made(0.10, [1.0] * 100)])
+    assert "own setting" not in sentences(other)[0]
+    assert "flattered by the choice" in " ".join(other.doubts)
+
+
 def test_a_setting_that_makes_no_cut_is_not_proposed() -> None:
-    found = propose_threshold([made(0.1, [0.0, 0.0], candidates=0, known=0)])
+    found = propose_threshold([made(0.1, [0.0, 0.0], usable=0, known=0)])
     assert found.cell is None
     assert found.doubts[0].startswith("no setting of span or collective has cuts")
 
@@ -345,6 +359,19 @@ def small(pair: dict[str, str], root: Path, **changes: Any) -> DetectResult:
         **{"output_dir": str(root / "run"), "cache_dir": str(root / "cache"), "max_new_tokens": 4},
     }
     return detect(DetectConfig(**{**settings, **changes}))
+
+
+def test_rows_without_a_usable_cut_are_hit_nowhere(pair: dict[str, str], tmp_path: Path) -> None:
+    everything = {"select": "all", "threshold": 1.0, "strategy": "collective", "validate": "none"}
+    arm = small(pair, tmp_path, rows=ROWS[:4], **everything)
+    stages = {one["stage"]: one["rows"] for one in arm.funnel["stages"]}
+    assert (stages["with candidates"], stages["candidates"]) == (0, 4)
+    swept = sweep(SweepConfig(run_dir=str(arm.arm), thresholds=[1.0], strategies=["collective"]))
+    own = next(one for one in swept.cells if one.current)
+    assert (own.hit, own.candidates, own.usable) == (0, 4, 0)
+    studied = analyze(AnalyzeConfig(run_dir=str(arm.arm)))
+    (line,) = studied.sheets["arms"].lines
+    assert (line["hit"], line["candidates"]) == (0, 4)
 
 
 def test_an_arm_without_scored_rows_is_refused_before_a_file_is_written(
@@ -450,7 +477,7 @@ def test_a_sweep_of_models_in_memory_asks_where_their_tokenizers_are(
     with pytest.raises(ValueError, match=r"^teacher: must be given for .* in memory.*--teacher"):
         sweep(SweepConfig(**short, student=pair["student"]))
     (own,) = sweep(SweepConfig(**short, **pair)).cells
-    assert own.current and own.known == own.candidates > 0
+    assert own.current and own.known == own.usable > 0
 
 
 def test_one_row_tells_that_the_cache_has_no_curves(

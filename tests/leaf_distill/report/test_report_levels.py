@@ -147,6 +147,37 @@ def test_the_scale_names_its_score(
     assert scale.find("p", cls="ends")[0].text.startswith(end)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "chosen"),
+    [
+        ("random_tokens", "tokens that are drawn at random"),
+        ("random_spans", "runs of tokens at random places"),
+        ("student_saliency", "loss reacts most, as many as the score flags"),
+        ("teacher_saliency", "loss reacts least, as many as the score flags"),
+        ("perplexity", "the tokens that the student finds least likely"),
+    ],
+)
+def test_a_control_says_what_it_cuts_and_that_this_is_not_what_the_score_found(
+    tmp_path: Path, strategy: str, chosen: str
+) -> None:
+    row = add_cut(scored(0, "one two three"), [(8, 13)])
+    page = page_of(tmp_path, row, strategy=strategy)
+    head = page.root.find("header", cls="title")[0].text
+    assert "To compare with, " in head and chosen in head and "A control: " in head
+    assert "mislead" not in head and "reacts strongly" not in head
+    caption = page.samples()[0].find("figcaption", cls="readout")[0].text
+    assert "The control cuts tokens of its own choice (struck through)" in caption
+    assert "takes only the number of tokens from it" in page.root.text
+
+
+@pytest.mark.parametrize("strategy", ["span", "collective"])
+def test_an_arm_that_cuts_what_the_score_found_is_no_control(tmp_path: Path, strategy: str) -> None:
+    text = page_of(tmp_path, scored(0, "one two"), strategy=strategy, score="lens").root.text
+    assert "Tokens that mislead the student" in text
+    assert "whose probability the two models judge most differently are cut out" in text
+    assert "To compare with" not in text and "The control" not in text
+
+
 def test_both_thresholds_stand_on_the_scale(tmp_path: Path) -> None:
     page = page_of(tmp_path, scored(0, "one"), level="both")
     cutoffs = [one.text for one in page.root.find("span", cls="cutoff")]
