@@ -40,7 +40,7 @@ REASONS_SHOWN = 3
 """For how many reasons a row is named that left for it."""
 
 NO_CUT = "no cut was made"
-"""What stands in place of the share of rows that a cut repairs."""
+"""This stands in place of the share of rows that a cut repairs."""
 
 VIEWS = {"prompts": "prompts", "beginnings": "beginnings of responses"}
 """The levels of a row, in words. One may leave while another keeps the row in."""

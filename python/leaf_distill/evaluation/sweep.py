@@ -46,7 +46,7 @@ LEGEND = (
     "*: the arm's own setting. +: of the candidates with answers in the cache alone.",
     "Empty: answers are missing, or no cut was made.",
 )
-"""What the marks in the table mean, below it."""
+"""These lines below the table say what its marks mean."""
 
 
 @dataclass(frozen=True)

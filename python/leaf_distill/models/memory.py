@@ -29,7 +29,7 @@ EXACT: Final = ("float32", "float64")
 _FEWEST: Final = 256
 _MOST: Final = 1 << 16
 _MOST_OF_ANSWERS: Final = 1 << 19
-"""A step takes hardly longer for more rows; but a run that is killed loses the batch's answers."""
+"""A step reads all weights, for one row as for many; but a run that is killed loses its batch."""
 _SHORTEST: Final = 128
 """Tokens of a row with its answer, for the logits that each row has."""
 _CGROUP: Final = Path("/sys/fs/cgroup")

@@ -74,7 +74,7 @@ CONTROLS = {
         "the tokens that the student finds least likely, as many as the score flags,",
     ),
 }
-"""Of each strategy that is a control, its name, and what it changes in place of the suspects."""
+"""Each control's name, and what it changes in place of the suspects, by strategy."""
 
 LEVELS = {"instruction": "the prompt", "response": "the beginning of the response"}
 LEVELS["both"] = " and ".join(LEVELS.values())

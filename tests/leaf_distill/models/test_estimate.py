@@ -58,7 +58,7 @@ def test_each_layer_takes_its_time_in_each_step() -> None:
 def test_a_logit_is_counted_as_a_saliency_keeps_it(dtype: str, a_logit: int) -> None:
     few, many = (saliency_cost(LlamaConfig(**SIZES), dtype, 2, 8, count).kept for count in (6, 12))
     assert many - few == 6 * SIZES["vocab_size"] * a_logit
-    # Of many logits, two chunks exist beside them.
+    # Beside many logits there are two chunks of them.
     assert logit_bytes(1 << 24, "float32") == (4 << 24) + (8 << 20)
 
 
