@@ -1,4 +1,4 @@
-"""Builds leaf_ext._C: drives CMake and ninja. Sources and compiler flags stand in CMakeLists.txt.
+"""Builds leaf_ext._C and leaf_ext._memory: drives CMake and ninja, by CMakeLists.txt.
 
 Environment: LEAF_BUILD_EXT=0 builds a pure-Python wheel (the reference backend only);
 LEAF_BUILD_CUDA is auto, 0 or 1; LEAF_CUDA_ARCHS lists compute capabilities ("80;90;100"); MAX_JOBS
@@ -17,6 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+MODULES = ("_C", "_memory")
 
 
 def torch_version() -> str:
@@ -80,6 +81,6 @@ class CMakeBuild(build_ext):
 
 compiled = os.environ.get("LEAF_BUILD_EXT", "1") != "0"
 setup(
-    ext_modules=[Extension("leaf_ext._C", sources=[])] if compiled else [],
+    ext_modules=[Extension(f"leaf_ext.{name}", sources=[]) for name in MODULES if compiled],
     cmdclass={"build_ext": CMakeBuild},
 )

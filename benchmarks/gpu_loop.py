@@ -267,8 +267,7 @@ def measure_generation(run: Run) -> None:
     # By default the pages take 90 % of the memory, and filling a CPU's takes a minute.
     paging = ContinuousBatchingConfig(page_size=32, num_blocks=16) if run.tiny else None
 
-    def buckets() -> list[list[int]]:
-        size = default_batch_tokens(model.config, dtype, run.device, answers=True)
+    def buckets(size: int) -> list[list[int]]:
         answers: dict[int, Any] = {}
         for batch in plan_batches([len(one) + new for one in prompts], max_tokens=size):
             part = [prompts[at] for at in batch]
@@ -282,8 +281,14 @@ def measure_generation(run: Run) -> None:
         )
         return [list(one.generated_tokens) for one in made.values()]
 
+    generate(model, words, prompts[:4], end_ids=ends, max_new_tokens=4)  # not timed
+    default = default_batch_tokens(model.config, dtype, run.device, answers=True)
     kept: dict[str, list[list[int]]] = {}
-    for what, work in (("length buckets", buckets), ("continuous batching", continuous)):
+    for what, work in (
+        ("length buckets, 65536 tokens a batch", partial(buckets, 1 << 16)),
+        ("length buckets, the default size", partial(buckets, default)),
+        ("continuous batching", continuous),
+    ):
         try:
             made, seconds, peak = run.timed(work)
         except Exception as error:  # whatever this version raises is the result
@@ -296,9 +301,10 @@ def measure_generation(run: Run) -> None:
             tokens_s=round(tokens / seconds), seconds=round(seconds, 2),
             peak_gb=round(peak, 2), attention=model.config._attn_implementation,
         )  # fmt: skip
-    if len(kept) == 2:
-        equal = sum(a == b for a, b in zip(*kept.values(), strict=True))
-        run.note("generation", "equal answers", equal=equal, of=len(prompts))
+    ours = next(iter(kept.values()), [])
+    for what, theirs in kept.items():
+        equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
+        run.note("generation", f"{what}: equal answers", equal=equal, of=len(prompts))
 
 
 def save_pair(run: Run, folder: Path) -> None:

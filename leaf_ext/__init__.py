@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from leaf_ext.loop import CapturedGrad, capture_embedding_grad, cut_spans
+from leaf_ext.memory import use_cpu_memory_pool
 from leaf_ext.native import build_info
 from leaf_ext.ops import (
     DualKLRows,
@@ -26,6 +27,7 @@ __all__ = [
     "grad_norm",
     "linear_dual_kl",
     "row_weights",
+    "use_cpu_memory_pool",
 ]
 
 

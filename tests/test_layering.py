@@ -15,12 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "schema": set(),
     "native": {"schema"},
+    "memory": set(),
     "reference": {"schema", "reference"},
     "triton": {"schema", "triton"},
     "dispatch": {"schema", "native", "reference", "triton"},
     "ops": {"schema", "native", "reference", "triton", "dispatch", "ops"},
     "loop": {"ops"},
-    "__init__": {"ops", "native", "loop"},
+    "__init__": {"ops", "native", "loop", "memory"},
     "testing": {"schema", "native", "dispatch", "reference", "ops", "testing", "__init__"},
 }
 

@@ -26,7 +26,7 @@ def build(folder: Path, options: list[str]) -> Path:
     shutil.rmtree(packages, ignore_errors=True)
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "leaf_ext", packages / "leaf_ext", ignore=ignored)
-    for module in folder.glob("_C*.so"):
+    for module in (*folder.glob("_C*.so"), *folder.glob("_memory*.so")):
         shutil.copy(module, packages / "leaf_ext")
     return packages
 

@@ -172,15 +172,19 @@ def _shape(
 
 def _cost(one: PromptedModel, rows: int, tokens: int, labels: int, trusted: bool) -> PassCost:
     config, dtype = one.model.config, one.model.dtype
+    options: dict[str, Any] = {
+        "device": one.model.device.type,
+        "quantization": one.model.quantization,
+    }
     try:
         return saliency_cost(
             *(config, dtype, rows, tokens, labels),
             trust_remote_code=trusted,
-            quantization=one.model.quantization,
+            **options,
         )
     except Exception as error:  # an architecture raises whatever its forward raises
         logger.info("%s is estimated from its sizes: %s", one.model.name, error)
-        return rough_cost(config, dtype, rows, tokens, labels, quantization=one.model.quantization)
+        return rough_cost(config, dtype, rows, tokens, labels, **options)
 
 
 def _known(config: DetectConfig, keys: Sequence[str]) -> set[str]:

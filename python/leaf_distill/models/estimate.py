@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from leaf_distill.models.label_logits import LOGITS_A_CHUNK
+from leaf_distill.models.label_logits import logits_a_sum
 from leaf_distill.models.quantization import weight_itemsize
 from leaf_distill.models.recompute import LeanProducts
 
@@ -59,13 +59,15 @@ def saliency_cost(
     tokens: int,
     labels: int,
     *,
+    device: str = "cpu",
     trust_remote_code: bool = False,
     quantization: str | None = None,
 ) -> PassCost:
     """Return the cost of a saliency pass over `rows` of `tokens` each, with `labels` in all.
 
     The model runs with tensors that have shapes and no content, so that any architecture is
-    counted as it computes, within seconds and without memory.
+    counted as it computes, within seconds and without memory. `device` is the type of the device
+    that the pass would run on.
 
     Raises:
         Exception: the architecture looks at the content of its tensors, as many mixtures of
@@ -116,7 +118,7 @@ def saliency_cost(
         }
         less = torch.finfo(model.dtype).bits / 8 - weight_itemsize(dtype, quantization)
         size -= int(less * sum(weight.numel() for weight in layers))
-    kept_bytes = sum(kept.values()) + logit_bytes(made, dtype)
+    kept_bytes = sum(kept.values()) + logit_bytes(made, dtype, device)
     return PassCost(size, kept_bytes, int(counter.get_total_flops()))
 
 
@@ -127,6 +129,7 @@ def rough_cost(
     tokens: int,
     labels: int,
     *,
+    device: str = "cpu",
     quantization: str | None = None,
 ) -> PassCost:
     """Return the cost of a saliency pass from the sizes in a configuration."""
@@ -138,19 +141,19 @@ def rough_cost(
     body = layers * (4 * hidden * hidden + 3 * hidden * inner)
     tied = 1 if getattr(text, "tie_word_embeddings", False) else 2
     kept = rows * tokens * layers * (6 * hidden + 3 * inner) * itemsize
-    kept += logit_bytes(labels * vocabulary, dtype)
+    kept += logit_bytes(labels * vocabulary, dtype, device)
     flops = 4 * (rows * tokens * body + labels * hidden * vocabulary)
     weights = body * weight_itemsize(dtype, quantization) + tied * vocabulary * hidden * itemsize
     return PassCost(int(weights), kept, flops)
 
 
-def logit_bytes(logits: int, dtype: str) -> int:
-    """Return the bytes of so many logits in a saliency.
+def logit_bytes(logits: int, dtype: str, device: str) -> int:
+    """Return the bytes of so many logits in a saliency on a type of device.
 
-    Their gradient takes the place of the float32 ones; in 16 bits there is a copy beside them. Sums
-    of powers take two chunks.
+    Their gradient takes the place of the float32 ones; in 16 bits there is a copy beside them. A
+    sum of powers takes its logits twice.
     """
-    return logits * (4 if dtype == "float32" else 6) + 8 * min(logits, LOGITS_A_CHUNK)
+    return logits * (4 if dtype == "float32" else 6) + 8 * min(logits, logits_a_sum(device))
 
 
 def answer_bytes(config: Any, dtype: str, tokens: int) -> int:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
 
 _LOGITS: Final = "the number of the model's logits"
-LOGITS_A_CHUNK: Final = 1 << 20
-"""Logits whose powers are summed up at a time."""
+_LOGITS_A_SUM: Final = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""A CPU's caches hold few logits; a GPU takes as long to launch a sum as for millions of them."""
 
 
 class LabelBatch:
@@ -40,6 +40,11 @@ class LabelBatch:
     def at_labels(self, states: torch.Tensor) -> torch.Tensor:
         """Return the states or logits [L, *] that predict the labels, of [B, T, *]."""
         return states[self.row.to(states.device), self.position.to(states.device)]
+
+
+def logits_a_sum(device: str) -> int:
+    """Return how many logits of a device's type have their powers summed up at a time."""
+    return _LOGITS_A_SUM.get(device, _LOGITS_A_SUM["cuda"])
 
 
 def batch_output(model: PreTrainedModel, batch: LabelBatch) -> Any:
@@ -110,7 +115,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        size = max(1, LOGITS_A_CHUNK // max(1, logits.shape[-1]))
+        size = max(1, logits_a_sum(logits.device.type) // max(1, logits.shape[-1]))
         total = torch.cat([part.logsumexp(-1) for part in torch.split(logits, size)])
         context.save_for_backward(logits, label, total)
         return total - logits.gather(-1, label[:, None])[:, 0]

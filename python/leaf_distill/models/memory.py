@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CPU_BATCH_TOKENS: Final = 384
-"""Larger batches are no faster on a CPU, and take memory in proportion."""
+CPU_BATCH_TOKENS: Final = 512
+"""Larger batches are hardly faster on a CPU, and take memory in proportion."""
 CPU_ANSWER_TOKENS: Final = 8192
 """While a model answers, every step reads all weights, for one row as for many."""
 EXACT: Final = ("float32", "float64")
@@ -58,7 +58,7 @@ def default_batch_tokens(
     Returns:
         Half of the tokens that fit beside the weights by a cautious estimate, of a forward and
         backward pass or of answers; at least 256, and at most 65,536 or, for answers, 524,288; on
-        a CPU at most 384 or, for answers, 8192.
+        a CPU at most 512 or, for answers, 8192.
     """
     device, itemsize = torch.device(device), getattr(torch, dtype).itemsize
     if device.type == "cuda":

@@ -17,7 +17,6 @@ import leaf_ext
 from leaf_distill.data.example import Rendering
 from leaf_distill.models.checks import eval_mode, input_device
 from leaf_distill.models.label_logits import (
-    LOGITS_A_CHUNK,
     LabelBatch,
     at_head,
     batch_output,
@@ -36,6 +35,8 @@ if TYPE_CHECKING:  # seconds to import
 
 _LOSS_SCALE: Final = 1024.0
 """A mean loss has gradients below float16's smallest number; a power of two rounds nothing."""
+_LOGITS_A_PRODUCT: Final = 1 << 24
+"""Each product with the head reads all of its weights: with fewer logits it is slower."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ def saliency(model: PreTrainedModel, renderings: Sequence[Rendering]) -> list[Sa
     """
     _check_labels(model, renderings)
     check_differentiable(model)
-    with _frozen(model):
+    with _frozen(model), leaf_ext.use_cpu_memory_pool():
         try:
             return with_smaller_batches(renderings, partial(_saliency, model)) if renderings else []
         except AssertionError as error:  # so a reversible architecture says that it must train
@@ -217,7 +218,7 @@ def _losses_from_states(model: PreTrainedModel, batch: LabelBatch) -> torch.Tens
         first, expected, rtol=tolerance, atol=tolerance, equal_nan=True
     ):
         return None
-    size = max(1, LOGITS_A_CHUNK // first.shape[-1])
+    size = max(1, _LOGITS_A_PRODUCT // first.shape[-1])
     chunks = zip(torch.split(states, size), torch.split(batch.label, size), strict=True)
     return torch.cat([label_losses(logits(chunk), label) for chunk, label in chunks])
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import shard_run
 import yaml
-from detect_run import ROWS, settings, table
+from detect_run import ROWS, run, settings, table
 
 from leaf_distill.detection.pipeline import DetectResult
 
@@ -43,6 +43,11 @@ class Launched:
     @property
     def passes(self) -> int:
         return sum(sum(one["rows"].values()) for one in self.ranks.values())
+
+
+@pytest.fixture(scope="module")
+def finished(pair: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> DetectResult:
+    return run(pair, tmp_path_factory.mktemp("finished"), device="cpu")  # as the processes
 
 
 def free_port() -> int:
@@ -71,7 +76,7 @@ def launch(
     config, steps = root / "config.yaml", root / "plan.json"
     for old in root.glob("config.yaml.*.json"):
         old.unlink()
-    config.write_text(yaml.safe_dump(settings(pair, root, **changes)))
+    config.write_text(yaml.safe_dump(settings(pair, root, device="cpu", **changes)))
     steps.write_text(json.dumps(plan or {}))
     path = os.pathsep.join([str(Path(detect_pair.__file__).parent), *filter(None, sys.path)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

@@ -62,7 +62,7 @@ def test_other_errors_pass() -> None:
 
 
 def test_the_default_on_a_cpu() -> None:
-    assert default_batch_tokens(LlamaConfig(**SIZES), "float32", "cpu") == CPU_BATCH_TOKENS == 384
+    assert default_batch_tokens(LlamaConfig(**SIZES), "float32", "cpu") == CPU_BATCH_TOKENS == 512
     answers = default_batch_tokens(LlamaConfig(**SIZES), "float32", "cpu", answers=True)
     assert answers == CPU_ANSWER_TOKENS == 8192
 

@@ -58,8 +58,9 @@ def test_each_layer_takes_its_time_in_each_step() -> None:
 def test_a_logit_is_counted_as_a_saliency_keeps_it(dtype: str, a_logit: int) -> None:
     few, many = (saliency_cost(LlamaConfig(**SIZES), dtype, 2, 8, count).kept for count in (6, 12))
     assert many - few == 6 * SIZES["vocab_size"] * a_logit
-    # Beside many logits there are two chunks of them.
-    assert logit_bytes(1 << 24, "float32") == (4 << 24) + (8 << 20)
+    # Beside many logits there are two times those of a sum.
+    assert logit_bytes(1 << 27, "float32", "cpu") == (4 << 27) + (8 << 20)
+    assert logit_bytes(1 << 27, "float32", "cuda") == (4 << 27) + (8 << 26)
 
 
 def test_keys_and_values_make_long_answers_slower() -> None:

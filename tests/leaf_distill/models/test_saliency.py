@@ -92,7 +92,7 @@ def test_the_mean_over_the_labels_is_the_loss() -> None:
 
 
 def test_likelihoods_never_hold_the_logits_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leaf_distill.models.saliency.LOGITS_A_CHUNK", 7 * VOCABULARY)
+    monkeypatch.setattr("leaf_distill.models.saliency._LOGITS_A_PRODUCT", 7 * VOCABULARY)
     model, seen = build(), []
     expected = token_nll(model, ROWS)
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.numel()))

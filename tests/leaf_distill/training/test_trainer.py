@@ -196,7 +196,8 @@ def torchrun(file: Path, processes: int) -> None:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command += ["--master_addr=127.0.0.1", f"--master_port={port}", distill_pair.__file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # The settings say `use_cpu`, but accelerate would still ask for a GPU for each rank.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command.append(str(file))
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as launched:
         try:
