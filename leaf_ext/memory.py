@@ -17,11 +17,13 @@ def use_cpu_memory_pool() -> Iterator[None]:
 
     Between the layers of a model, a C library gives parts of a freed tensor's memory to small
     objects that stay. It then fits no further tensor of its size, and each layer takes new memory:
-    half as much again as its tensors hold. In the block each size has its own free memory.
+    half as much again as its tensors hold. In the block it waits for a tensor of its size, or one
+    that is up to an eighth smaller.
 
-    Tensors may outlive the block. At its end the memory that waits for others is freed. Blocks may
-    be nested; a block holds for all threads. Tensors under 32 KiB, and those on other devices, are
-    left alone.
+    Where sizes differ all the time there is little to gain: memory is taken anew only when what
+    waits is at most a quarter of what is in use. At the end of the block the memory that waits is
+    freed; tensors may outlive it. Blocks may be nested, and a block holds for all threads. Tensors
+    under 32 KiB, tensors on other devices and a profiler that records memory are left alone.
 
     It does nothing without the compiled modules, or with another torch than they were built with.
     """
@@ -40,6 +42,6 @@ def use_cpu_memory_pool() -> Iterator[None]:
 def _module() -> Any:
     try:
         module = importlib.import_module("leaf_ext._memory")
-    except ImportError:  # not built, or with a torch that has other symbols
+    except ImportError:  # not built, or with a torch of other libraries
         return None
     return module if module.torch == torch.__version__ else None

@@ -77,7 +77,7 @@ def saliency(model: PreTrainedModel, renderings: Sequence[Rendering]) -> list[Sa
     """
     _check_labels(model, renderings)
     check_differentiable(model)
-    with _frozen(model), leaf_ext.use_cpu_memory_pool():
+    with _frozen(model):
         try:
             return with_smaller_batches(renderings, partial(_saliency, model)) if renderings else []
         except AssertionError as error:  # so a reversible architecture says that it must train
@@ -139,6 +139,12 @@ def _check_labels(model: PreTrainedModel, rows: Sequence[Rendering]) -> None:
 
 
 def _saliency(model: PreTrainedModel, rows: Sequence[Rendering]) -> list[Saliency]:
+    on_host = input_device(model).type == "cpu"
+    with leaf_ext.use_cpu_memory_pool() if on_host else nullcontext():
+        return _gradient_norms(model, rows)
+
+
+def _gradient_norms(model: PreTrainedModel, rows: Sequence[Rendering]) -> list[Saliency]:
     embedding = model.get_input_embeddings()
     batch = LabelBatch(rows, input_device(model))
     capture = leaf_ext.capture_embedding_grad(embedding)
