@@ -20,6 +20,7 @@ from leaf_distill.data.test_layouts import TEST_FIELDS, read_tests
 
 WORKED = ("question", "answer")
 """GSM8K's layout: the answer is a worked solution that ends in `#### 33`."""
+ENDS = "an answer is a completion if it ends in '#### 33'"
 
 LAYOUTS = (
     *(("prompt", "completion"), ("messages",), ("conversations",)),
@@ -94,7 +95,7 @@ def load_examples(
         _read(position, record, mapping, need_completion) for position, record in enumerate(records)
     ]
     if all(one.outcome is not None and one.outcome.reason in UNREAD for one in examples):
-        layouts = ", ".join("/".join(layout) for layout in LAYOUTS)
+        layouts = f"{', '.join('/'.join(layout) for layout in LAYOUTS)} ({ENDS})"
         also = MADE if need_completion else " (an answer may stand for the second)"
         proposed = _proposed(records[0], names, need_completion)
         raise ValueError(
@@ -138,7 +139,7 @@ def _hint(field: str, column: str, names: Sequence[str]) -> str:
 
 
 def _proposed(record: Record, names: Sequence[str], need_completion: bool) -> str:
-    """Return a mapping of two columns as JSON: a guess that shows how one is written."""
+    """Return a mapping of columns of text as JSON: a guess that shows how one is written."""
     names = names or ["question", "answer"]
     texts = [name for name in names if isinstance(record.get(name), str)] or names
     begins = {layout[0] for layout in LAYOUTS}
@@ -147,7 +148,7 @@ def _proposed(record: Record, names: Sequence[str], need_completion: bool) -> st
     at = names.index(prompt)
     others = [name for name in (*names[at + 1 :], *names[:at]) if name in texts]
     second = "completion" if need_completion else "answer"
-    return _json({"prompt": prompt, second: next(iter(others), prompt)})
+    return _json({"prompt": prompt} | ({second: others[0]} if others else {}))
 
 
 def _json(mapping: Mapping[str, str]) -> str:
@@ -186,6 +187,7 @@ def _fill(
         graded = "answer" in fields or tests is not None
         if layout[1] not in fields and (need_completion or not graded):
             detail = f"{layout[1]}: must be given beside {layout[0]}, got {columns}"
+            detail += f" ({ENDS})" if layout[0] == WORKED[0] and "answer" in fields else ""
             detail += MADE if need_completion else ""
             raise UnusableRow("no_completion", detail)
         turns, reply = _pair(layout, fields)

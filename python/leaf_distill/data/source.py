@@ -201,10 +201,11 @@ def find_arm(directory: Path, argument: str = "dataset") -> Path:
         )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
+        proposed = next((path for path in found if path.name.startswith("span")), found[0])
         raise _error(
             f"{directory}: must have one arm",
             f"{len(found)} ({names})",
-            f"name one, as {found[0]}",
+            f"name one, as {proposed}",
             argument=argument,
         )
     return found[0]

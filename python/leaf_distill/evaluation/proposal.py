@@ -70,7 +70,7 @@ def _doubts(best: Cell, cells: Sequence[Cell], ready: Sequence[Cell]) -> Iterato
     whole = sum(one.complete for one in cells)
     if whole < len(cells):
         yield (
-            f"{whole} of {len(cells)} settings have all answers: run `leaf detect` with the "
+            f"only {whole} of {len(cells)} settings have all answers: run `leaf detect` with the "
             "others, which then costs answers alone"
         )
     current = next((one for one in ready if one.current), None)

@@ -296,6 +296,7 @@ def test_an_answer_is_enough_where_no_completion_is_needed(tmp_path: Path, promp
         ({"id": "a-1", "question": "What?", "reply": "4"}, {"prompt": "question"}),
         ({"answer": "4", "task": "What is it?"}, {"prompt": "task", "completion": "answer"}),
         ({"problem": ["a"], "note": "n"}, {"prompt": "problem", "completion": "note"}),
+        ({"question": "What?", "answer": 7}, {"prompt": "question"}),
     ],
 )
 def test_a_mapping_is_proposed_with_the_columns_that_are_there(
@@ -305,7 +306,20 @@ def test_a_mapping_is_proposed_with_the_columns_that_are_there(
         load_examples([row])
     found = json.loads(re.findall("'([{].*?})'", str(caught.value))[0])
     assert found.items() >= proposed.items() and set(found.values()) <= set(row)
+    assert len(set(found.values())) == len(found)
     assert str(caught.value).index("map yours") < str(caught.value).index("instruction/output")
+
+
+def test_what_makes_an_answer_a_completion_is_said() -> None:
+    worked, bare = (
+        {"question": "1 + 1?", "answer": "It is 2.\n#### 2"},
+        {"question": "?", "answer": "2"},
+    )
+    good, bad = load_examples([worked, bare])
+    assert good.outcome is None and bad.outcome is not None
+    assert bad.outcome.reason == "no_completion" and "ends in '#### 33'" in str(bad.outcome.detail)
+    with pytest.raises(ValueError, match=r"question/answer \(an answer .* ends in '#### 33'\)"):
+        load_examples([bare])
 
 
 # -- sources ---------------------------------------------------------------------------------------

@@ -321,7 +321,7 @@ def test_the_cell_whose_cuts_repair_most_is_proposed_and_of_equal_ones_the_small
     assert found.cell is cells[2]
     assert found.share is not None and found.share.mean == 0.5
     assert found.share.low < 0.5 < found.share.high
-    assert [doubt.split()[0] for doubt in found.doubts] == ["3", "the"]
+    assert [doubt.split()[:2] for doubt in found.doubts] == [["only", "3"], ["the", "best"]]
 
 
 def test_thin_evidence_is_called_so() -> None:
