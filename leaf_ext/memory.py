@@ -25,6 +25,9 @@ def use_cpu_memory_pool() -> Iterator[None]:
     freed; tensors may outlive it. Blocks may be nested, and a block holds for all threads. Tensors
     under 32 KiB, tensors on other devices and a profiler that records memory are left alone.
 
+    From the first block on the pool is torch's allocator for CPU tensors, which outside of blocks
+    passes all on to the one before.
+
     It does nothing without the compiled modules, or with another torch than they were built with.
     """
     module = _module()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,26 +142,32 @@ def test_threads_share_it_without_sharing_a_tensor() -> None:
 
 
 def test_a_child_process_can_allocate() -> None:
-    """A child has no thread that would give back a lock that was held when it began."""
+    """A child has no thread that would give back a lock that was held when it began.
+
+    The lock is held for some 2 % of the time: most runs would meet it.
+    """
     stop = threading.Event()
 
     def work() -> None:
         while not stop.is_set():
-            torch.empty(MANY)
+            with leaf_ext.use_cpu_memory_pool():
+                held = [torch.empty(1 << 13) for _ in range(3000)]
+            del held
 
     thread = threading.Thread(target=work)
-    with leaf_ext.use_cpu_memory_pool():
-        thread.start()
-        try:
-            for _ in range(100):
-                if (child := os.fork()) == 0:
-                    signal.alarm(20)  # else it could wait for ever
+    thread.start()
+    try:
+        for _ in range(200):
+            time.sleep(0.002)
+            if (child := os.fork()) == 0:
+                signal.alarm(20)  # else it could wait for ever
+                with leaf_ext.use_cpu_memory_pool():
                     torch.empty(MANY)
-                    os._exit(0)
-                assert os.waitpid(child, 0)[1] == 0
-        finally:
-            stop.set()
-            thread.join()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_profiler_sees_each_tensor() -> None:
