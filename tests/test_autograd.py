@@ -95,6 +95,25 @@ def test_linear_gradient_scales_with_grad_output(backend: str) -> None:
         assert torch.equal(third, last)
 
 
+def test_the_last_backward_takes_no_new_memory(backend: str) -> None:
+    student, teacher, weight = logits()
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = leaf_ext.dual_kl(student, teacher, weight, backend=backend)
+    memory = next(one.data_ptr() for one in saved if one.shape == student.shape)
+    by = torch.tensor(3.0)
+    (kept,) = torch.autograd.grad(loss, student, by, retain_graph=True)
+    assert kept.data_ptr() != memory  # which a second backward reads
+    (last,) = torch.autograd.grad(loss, student, by)
+    assert last.data_ptr() == memory
+    assert torch.equal(last, kept)
+
+
 def test_inplace_gradient_lies_in_the_logits_and_is_used_up(backend: str) -> None:
     student, teacher, weight = logits()
     (expected,) = torch.autograd.grad(

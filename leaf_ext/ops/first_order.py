@@ -32,8 +32,12 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return grad * factor, computed in float32 and rounded once to `dtype`.
 
-    The factor is on the device, and the host does not wait for it.
+    The factor is on the device, and the host does not wait for it. In a backward that frees its
+    graph the memory of `grad`, which no second backward can ask for, becomes the result: new memory
+    would cost a CPU more than the loss itself.
     """
+    if grad.dtype == dtype and grad.dim() == 2 and _graph_is_freed(grad):
+        return scale_(grad.detach(), factor)
     result: Tensor = implementation("scaled", grad.device, "auto", grad.dtype)(grad, factor, dtype)
     return result
 
@@ -42,6 +46,13 @@ def scale_(grad: Tensor, factor: Tensor) -> Tensor:
     """Multiply in place and return `grad`; a factor of 1 leaves the memory untouched."""
     implementation("scale_", grad.device, "auto", grad.dtype)(grad, factor)
     return grad
+
+
+def _graph_is_freed(saved: Tensor) -> bool:
+    """Return whether the backward that runs now is the last one through its graph."""
+    if type(saved) is not Tensor or torch.compiler.is_compiling():
+        return False  # a tracer records the backward, and decides about its memory itself
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _fake(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

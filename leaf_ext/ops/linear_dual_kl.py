@@ -86,7 +86,8 @@ def linear_dual_kl(
     float32. The head's gradient accumulates over chunks in float32.
 
     Memory: besides a few numbers a row, only the gradient of the hidden states grows with N. It is
-    kept until the backward (in float32 for float16 inputs), which returns a second copy.
+    kept until the backward (in float32 for float16 inputs), which returns a second copy only where
+    the dtypes differ or the graph is retained.
 
     Args:
         student_hidden, student_head: [N, H_s], [V_s, H_s] of one dtype: float32, float16 or
