@@ -12,7 +12,9 @@ from leaf_ext.ops import (
     dual_kl,
     grad_norm,
     linear_dual_kl,
+    linear_topk_kl,
     row_weights,
+    topk_kl,
 )
 
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "dual_kl",
     "grad_norm",
     "linear_dual_kl",
+    "linear_topk_kl",
     "row_weights",
+    "topk_kl",
     "use_cpu_memory_pool",
 ]
 

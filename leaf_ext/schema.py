@@ -89,8 +89,24 @@ class LogitScalars(NamedTuple):
     teacher_softcap: float
 
 
+class StudentScalars(NamedTuple):
+    """The scalars of the student's logits alone, as in `LogitScalars`."""
+
+    temperature: float
+    scale: float
+    softcap: float
+
+
 _LOGIT_SCALARS = ", ".join(f"float {name}" for name in LogitScalars._fields)
 _LOGITS = f"Tensor teacher, Tensor row_weight, {_LOGIT_SCALARS}, bool need_grad, bool need_rows"
+
+_STUDENT_SCALARS = ", ".join(f"float {name}" for name in StudentScalars._fields)
+_TOPK = "Tensor teacher_ids, Tensor teacher_logprobs, Tensor teacher_tail, Tensor row_weight"
+_TOPK_LOGITS = f"{_TOPK}, {_STUDENT_SCALARS}, bool need_grad, bool need_rows"
+_LINEAR_NEEDS = (
+    "bool need_hidden_grad, ScalarType? head_grad_dtype, bool need_bias_grad, bool need_rows, "
+    "int chunk_size"
+)
 
 
 def _grad_norm_bytes(s: Sizes) -> int:
@@ -113,6 +129,16 @@ def _linear_dual_kl_bytes(s: Sizes) -> int:
     student = s["V_s"] * s["H_s"] + s["N"] * s["H_s"]
     teacher = s["V_t"] * s["H_t"] + s["N"] * s["H_t"]
     return (2 * student + teacher) * s["itemsize"]
+
+
+def _topk_kl_bytes(s: Sizes) -> int:
+    """Count the logits once, the gradient once and the stored teacher once."""
+    return s["N"] * (s["V_s"] * 2 * s["itemsize"] + s["k"] * (8 + 4) + 4 + 4)
+
+
+def _linear_topk_kl_bytes(s: Sizes) -> int:
+    """Count the head, hidden states and gradients once; the op is compute-bound."""
+    return 2 * (s["V_s"] + s["N"]) * s["H_s"] * s["itemsize"] + s["N"] * s["k"] * (8 + 4)
 
 
 def _scale_bytes(s: Sizes) -> int:
@@ -147,10 +173,29 @@ OPS: dict[str, Op] = {
             "linear_dual_kl",
             "Tensor student_hidden, Tensor student_head, Tensor teacher_hidden, "
             "Tensor teacher_head, Tensor row_weight, Tensor? student_bias, Tensor? teacher_bias, "
-            f"{_LOGIT_SCALARS}, bool need_hidden_grad, ScalarType? head_grad_dtype, "
-            "bool need_bias_grad, bool need_rows, int chunk_size",
+            "Tensor? labels, Tensor? label_weight, "
+            f"{_LOGIT_SCALARS}, {_LINEAR_NEEDS}",
             "(Tensor loss, Tensor hidden_grad, Tensor head_grad, Tensor bias_grad, Tensor rows)",
             _linear_dual_kl_bytes,
+        ),
+        Op(
+            "topk_kl",
+            f"Tensor student, {_TOPK_LOGITS}",
+            "(Tensor loss, Tensor grad, Tensor grad_scale, Tensor rows)",
+            _topk_kl_bytes,
+        ),
+        Op(
+            "topk_kl_",
+            f"Tensor(a!) student, {_TOPK_LOGITS}, ScalarType? grad_dtype=None",
+            "(Tensor loss, Tensor grad_scale, Tensor rows)",
+            _topk_kl_bytes,
+        ),
+        Op(
+            "linear_topk_kl",
+            f"Tensor student_hidden, Tensor student_head, {_TOPK}, Tensor? student_bias, "
+            f"{_STUDENT_SCALARS}, {_LINEAR_NEEDS}",
+            "(Tensor loss, Tensor hidden_grad, Tensor head_grad, Tensor bias_grad, Tensor rows)",
+            _linear_topk_kl_bytes,
         ),
         # The backward passes of the losses multiply by the gradient of the loss, on the device.
         Op("scaled", "Tensor grad, Tensor factor, ScalarType dtype", "Tensor", _scale_bytes),

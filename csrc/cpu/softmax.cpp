@@ -118,6 +118,16 @@ LEAF_CLONES void cap_logits(const float* z, int64_t n, float scale, float cap, f
 
 }  // namespace
 
+const float* activate(const Logits& logits, const float* z, int64_t n, float* y, float* slope) {
+  if (logits.softcap != 0.0f) {
+    cap_logits(z, n, logits.scale, logits.softcap, y, slope);
+    return y;
+  }
+  if (logits.scale == 1.0f) return z;
+  multiply(z, n, logits.scale, y);
+  return y;
+}
+
 const void* SoftmaxRow::address(int64_t row, int64_t block) const {
   return offset(logits_.data, row * logits_.row_stride + block * kRowBlock, logits_.dtype);
 }
@@ -126,12 +136,16 @@ const void* SoftmaxRow::load(int64_t row, int64_t block, float* buffer, float* s
   if (narrow_) return address(row, block);
   const int64_t n = block_size(block);
   const float* z = load_floats(address(row, block), logits_.dtype, n, buffer);
-  if (logits_.softcap != 0.0f) {
-    cap_logits(z, n, logits_.scale, logits_.softcap, buffer, slope);
-    return buffer;
+  return without_excluded(activate(logits_, z, n, buffer, slope), block, buffer);
+}
+
+// Returns a block of values with -inf in the excluded columns.
+const float* SoftmaxRow::without_excluded(const float* values, int64_t block, float* buffer) const {
+  if (excluded_ == nullptr || first_excluded_[block] == first_excluded_[block + 1]) return values;
+  if (values != buffer) std::copy(values, values + block_size(block), buffer);
+  for (int32_t i = first_excluded_[block]; i < first_excluded_[block + 1]; ++i) {
+    buffer[excluded_[i] - block * kRowBlock] = -kInfinity;
   }
-  if (logits_.scale == 1.0f) return z;
-  multiply(z, n, logits_.scale, buffer);
   return buffer;
 }
 
@@ -172,23 +186,22 @@ void SoftmaxRow::merge() {
   entropy_ = log_sum_ - moment.total() / (total * temperature_);
 }
 
-int64_t SoftmaxRow::argmax(int64_t row) const {
+SoftmaxRow::Largest SoftmaxRow::largest(int64_t row) const {
   // A softcap, or the rounding of a scaled logit, can make two different logits equal.
   const bool distinct = logits_.softcap == 0.0f && logits_.scale == 1.0f;
   const int64_t first = distinct ? max_block_ : 0;
   const int64_t last = distinct ? max_block_ : block_count(vocab_) - 1;
   alignas(64) float buffer[kRowBlock];
-  int64_t argmax = first * kRowBlock;
-  float max = -kInfinity;
+  Largest found{-kInfinity, first * kRowBlock};
   for (int64_t block = first; block <= last; ++block) {
     const int64_t n = block_size(block);
-    const float* z = load_floats(address(row, block), logits_.dtype, n, buffer);
+    const float* z =
+        without_excluded(load_floats(address(row, block), logits_.dtype, n, buffer), block, buffer);
     const float block_max = maximum(z, n);
-    if (block_max <= max) continue;
-    max = block_max;
-    argmax = block * kRowBlock + (std::find(z, z + n, max) - z);
+    if (block_max <= found.value) continue;
+    found = {block_max, block * kRowBlock + (std::find(z, z + n, block_max) - z)};
   }
-  return argmax;
+  return found;
 }
 
 }  // namespace leaf::cpu

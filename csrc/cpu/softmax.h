@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "leaf/dual_kl.h"
+#include "leaf/logits.h"
 #include "pairs.h"
 #include "simd.h"
 
@@ -30,8 +30,22 @@ struct BlockStatistics {
   Lanes moment;
 };
 
+// Returns y of n logits z, in `y` or in the memory of z. Stores slope = dy/d(scale z) if there is a
+// softcap.
+const float* activate(const Logits& logits, const float* z, int64_t n, float* y, float* slope);
+
 class SoftmaxRow {
  public:
+  // The first of the largest unscaled logits.
+  struct Largest {
+    float value;
+    int64_t index;
+
+    void add(const Largest& other) {
+      if (other.value > value || (other.value == value && other.index < index)) *this = other;
+    }
+  };
+
   // `narrow`: bfloat16 logits that need no arithmetic (see is_narrow) are read without a copy.
   // `scratch`: memory for scratch_size(vocab) floats.
   SoftmaxRow(const Logits& logits, int64_t vocab, float temperature, bool with_entropy, bool narrow,
@@ -58,6 +72,12 @@ class SoftmaxRow {
   // slope = dy/d(scale z) if there is a softcap.
   const void* load(int64_t row, int64_t block, float* buffer, float* slope) const;
 
+  // Leaves columns out of the following rows: those of block b are [first[b], first[b + 1]).
+  void exclude(const int32_t* first, const int32_t* columns) {
+    first_excluded_ = first;
+    excluded_ = columns;
+  }
+
   // The first phase: any thread computes blocks in any order; merge() then uses a fixed order.
   void compute_block(int64_t row, int64_t block);
   void merge();
@@ -69,10 +89,12 @@ class SoftmaxRow {
   double max() const { return max_; }
   double log_sum() const { return log_sum_; }  // log d
   double entropy() const { return entropy_; }  // if it was requested
-  int64_t argmax(int64_t row) const;           // of the unscaled logits; the first of equal ones
+  Largest largest(int64_t row) const;
+  int64_t argmax(int64_t row) const { return largest(row).index; }
 
  private:
   const void* address(int64_t row, int64_t block) const;
+  const float* without_excluded(const float* values, int64_t block, float* buffer) const;
 
   Logits logits_;
   int64_t vocab_;
@@ -82,6 +104,8 @@ class SoftmaxRow {
   std::vector<BlockStatistics> statistics_;  // [blocks]
   std::vector<float> factor_;                // [blocks]
   float* exps_;                              // [scratch_size(vocab)]
+  const int32_t* first_excluded_ = nullptr;  // [blocks + 1]
+  const int32_t* excluded_ = nullptr;
   int64_t max_block_ = 0;
   double max_ = 0.0;
   double log_sum_ = 0.0;

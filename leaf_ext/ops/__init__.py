@@ -6,7 +6,9 @@ from leaf_ext.ops.detect_spans import Spans, detect_spans
 from leaf_ext.ops.dual_kl import DualKLRows, dual_kl
 from leaf_ext.ops.grad_norm import grad_norm
 from leaf_ext.ops.linear_dual_kl import linear_dual_kl
+from leaf_ext.ops.linear_topk_kl import linear_topk_kl
 from leaf_ext.ops.row_weights import row_weights
+from leaf_ext.ops.topk_kl import topk_kl
 
 __all__ = [
     "DualKLRows",
@@ -15,5 +17,7 @@ __all__ = [
     "dual_kl",
     "grad_norm",
     "linear_dual_kl",
+    "linear_topk_kl",
     "row_weights",
+    "topk_kl",
 ]

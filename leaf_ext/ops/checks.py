@@ -50,15 +50,17 @@ def require_same_width(op: str, argument: str, tensor: Tensor, first: Tensor) ->
     require((tensor.dtype == torch.float64) == wide, op, argument, needed, tensor.dtype)
 
 
-def require_row_weight(op: str, weight: Tensor, rows: int, like: Tensor) -> None:
+def require_row_weight(
+    op: str, weight: Tensor, rows: int, like: Tensor, argument: str = "row_weight"
+) -> None:
     """Require float32 [N] (float64 for float64 inputs) that needs no gradient."""
-    require_tensor(op, "row_weight", weight)
+    require_tensor(op, argument, weight)
     wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
-    require(weight.dtype == wanted, op, "row_weight", str(wanted), weight.dtype)
-    require_shape(op, "row_weight", weight, (rows,), f"[N] with N = {rows} rows")
-    require_device(op, "row_weight", weight, like.device)
+    require(weight.dtype == wanted, op, argument, str(wanted), weight.dtype)
+    require_shape(op, argument, weight, (rows,), f"[N] with N = {rows} rows")
+    require_device(op, argument, weight, like.device)
     needed = "a constant (its gradient is not computed; detach it)"
-    require(not weight.requires_grad, op, "row_weight", needed, "one that requires grad")
+    require(not weight.requires_grad, op, argument, needed, "one that requires grad")
 
 
 def require_number(

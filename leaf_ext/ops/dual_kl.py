@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor
 
 from leaf_ext.dispatch import Backend, implementation
 from leaf_ext.ops import checks
-from leaf_ext.ops.first_order import refuse_forward_mode, refuse_second_order, scale_, scaled
+from leaf_ext.ops.first_order import refuse_forward_mode
 from leaf_ext.ops.logit_options import Pair, PairOfCaps, logit_options
-from leaf_ext.schema import LIBRARIES, LogitScalars, accum_dtype
+from leaf_ext.ops.loss_autograd import Overwrite, check_overwritten, fake_loss, register_loss
+from leaf_ext.schema import LIBRARIES, LogitScalars
 
 
 class DualKLRows(NamedTuple):
@@ -23,12 +23,22 @@ class DualKLRows(NamedTuple):
         student_entropy: of the student's softmax at the temperature, in nats.
         teacher_entropy: of the teacher's softmax at the temperature, in nats.
         agreement: 1 if both models have their largest logit at the same index, otherwise 0.
+        nll: of the label given the student's softmax at temperature 1, in nats; 0 without a label
+            (only `linear_dual_kl` takes labels).
     """
 
     kl: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
     agreement: Tensor
+    nll: Tensor
+
+    @staticmethod
+    def of(rows: Tensor) -> DualKLRows:
+        """Name the rows [4, N] or, with labels, [5, N] of an op."""
+        first, *others = rows.detach().unbind(0)
+        nll = () if len(others) == 4 else (torch.zeros_like(first),)
+        return DualKLRows(first, *others, *nll)
 
 
 @overload
@@ -106,20 +116,20 @@ def dual_kl(
     _check(student_logits, teacher_logits, row_weight, backend)
     refuse_forward_mode("dual_kl", student_logits, teacher_logits, row_weight)
     if inplace_grad:
-        _check_overwritten(student_logits, teacher_logits, row_weight)
+        others = {"teacher_logits": teacher_logits, "row_weight": row_weight}
+        check_overwritten("dual_kl", student_logits, others)
     student, teacher = student_logits, checks.unit_stride(teacher_logits.detach())
     weight = row_weight.contiguous()
     need_grad = torch.is_grad_enabled() and student.requires_grad
     name = "dual_kl_" if inplace_grad and need_grad else "dual_kl"
     run = implementation(name, student.device, backend, student.dtype)
     if name == "dual_kl_":
-        loss, rows = _Overwrite.apply(  # type: ignore[no-untyped-call]
-            student, teacher, weight, run, options, return_rows
-        )
+        arguments = (teacher, weight, *options, True, return_rows)
+        loss, rows = Overwrite.apply(student, "dual_kl", run, *arguments)  # type: ignore[no-untyped-call]
     else:
         student = checks.unit_stride(student)
         loss, _, _, rows = run(student, teacher, weight, *options, need_grad, return_rows)
-    return (loss, DualKLRows(*rows.detach().unbind(0))) if return_rows else loss
+    return (loss, DualKLRows.of(rows)) if return_rows else loss
 
 
 def _check(student: Tensor, teacher: Tensor, row_weight: Tensor, backend: str) -> None:
@@ -141,81 +151,6 @@ def _check(student: Tensor, teacher: Tensor, row_weight: Tensor, backend: str) -
     checks.require_row_weight(op, row_weight, rows, student)
 
 
-def _check_overwritten(student: Tensor, teacher: Tensor, row_weight: Tensor) -> None:
-    """Check that nothing else needs the logits that `inplace_grad` overwrites."""
-    op = "dual_kl"
-    strides = student.stride()
-    separate = strides[1] == 1 and (student.shape[0] <= 1 or strides[0] >= student.shape[1])
-    needed = "rows of adjacent elements that share no memory (inplace_grad overwrites them)"
-    checks.require(separate, op, "student_logits", needed, f"strides {strides}")
-    leaf = student.is_leaf and student.requires_grad and torch.is_grad_enabled()
-    needed = "the output of an operation (inplace_grad overwrites it)"
-    checks.require(not leaf, op, "student_logits", needed, "a leaf tensor that requires grad")
-    if torch.compiler.is_compiling():  # a tensor of a graph has no address
-        return
-    for argument, other in (("teacher_logits", teacher), ("row_weight", row_weight)):
-        shared = checks.share_memory(student, other)
-        needed = "in other memory than student_logits (inplace_grad overwrites them)"
-        checks.require(not shared, op, argument, needed, "a tensor in the same memory")
-
-
-class _Overwrite(torch.autograd.Function):
-    """Writes the gradient to the memory of the student's logits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        weight: Tensor,
-        run: Callable[..., tuple[Tensor, Tensor, Tensor]],
-        options: LogitScalars,
-        need_rows: bool,
-    ) -> tuple[Tensor, Tensor]:
-        loss, scale, rows = run(student, teacher, weight, *options, True, need_rows)
-        if not torch.compiler.is_compiling():
-            # A node that saved the logits for its own backward must detect that they have changed.
-            torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(student, scale)
-        ctx.mark_non_differentiable(rows)
-        ctx.spent = False
-        return loss, rows
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_order("dual_kl")
-        refuse_forward_mode("dual_kl", grad_loss)
-        nothing = (None,) * 5
-        if torch.compiler.is_compiling():  # a graph cannot store whether it has run
-            grad, scale = ctx.saved_tensors
-            return (scaled(grad.detach(), grad_loss / scale, grad.dtype), *nothing)
-        if ctx.spent:
-            raise RuntimeError(
-                "dual_kl: a second backward through a loss with inplace_grad=True; the first one "
-                "has used up the gradient (call with inplace_grad=False to keep it)"
-            )
-        grad, scale = ctx.saved_tensors
-        ctx.spent = True
-        return (scale_(grad.detach(), grad_loss / scale), *nothing)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, grad, scale, rows = output
-    ctx.mark_non_differentiable(grad, scale, rows)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad, scale)
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 9
-    if grad_loss is None:
-        return (None, *nothing)
-    refuse_second_order("dual_kl")
-    refuse_forward_mode("dual_kl", grad_loss)
-    grad, scale = ctx.saved_tensors
-    return (scaled(grad, grad_loss / scale, grad.dtype), *nothing)
-
-
 def _fake(
     student: Tensor,
     teacher: Tensor,
@@ -223,11 +158,7 @@ def _fake(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_grad, need_rows, *_ = options[len(LogitScalars._fields) :]
-    dtype = accum_dtype(student.dtype)
-    loss = student.new_empty((), dtype=dtype)
-    grad = student.new_empty(student.shape if need_grad else (0,))
-    rows = student.new_empty((4, student.shape[0] if need_rows else 0), dtype=dtype)
-    return loss, grad, torch.empty_like(loss), rows
+    return fake_loss(student, need_grad, need_rows)
 
 
 def _fake_overwrite(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,9 +166,6 @@ def _fake_overwrite(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor
     return loss, scale, rows
 
 
+register_loss("dual_kl", _fake)
 for _namespace, _library in LIBRARIES.items():
-    torch.library.register_fake(f"{_namespace}::dual_kl", _fake, lib=_library)
     torch.library.register_fake(f"{_namespace}::dual_kl_", _fake_overwrite, lib=_library)
-    torch.library.register_autograd(
-        f"{_namespace}::dual_kl", _backward, setup_context=_setup_context, lib=_library
-    )

@@ -1,11 +1,11 @@
-"""`linear_dual_kl` over chunks of rows: matrix products around the backend's `dual_kl_`."""
+"""Losses of a linear head over chunks of rows: matrix products around a loss of logits."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def _factor_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Products:
+class Products:
     """Matrix products of a device, into float32 if it can."""
 
     device: str
@@ -95,10 +95,10 @@ class _Products:
     to_float32: bool
 
     @staticmethod
-    def of(hidden: Tensor) -> _Products:
+    def of(hidden: Tensor) -> Products:
         dtype = _factor_dtype(hidden.device, hidden.dtype)
         to_float32 = _multiplies_to_float32(hidden.device, hidden.dtype)
-        return _Products(
+        return Products(
             hidden.device.type, dtype, torch.float32 if to_float32 else dtype, to_float32
         )
 
@@ -125,16 +125,16 @@ class _Products:
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """A linear head in the dtype of its products, and a workspace for the logits of a chunk."""
 
     weight: Tensor
     bias: Tensor | None
-    products: _Products
+    products: Products
     workspace: Tensor
 
     @staticmethod
-    def of(weight: Tensor, bias: Tensor | None, products: _Products, rows: int) -> _Head:
+    def of(weight: Tensor, bias: Tensor | None, products: Products, rows: int) -> Head:
         weight = weight.to(products.dtype)
         width = weight.shape[0]
         # On a GPU fast products and our kernels need rows at multiples of 16 bytes. A CPU's library
@@ -142,7 +142,7 @@ class _Head:
         stride = -(-width // 8) * 8 if products.to_float32 else width
         workspace = weight.new_empty(rows, stride, dtype=products.logits)
         bias = None if bias is None else bias.to(products.logits)
-        return _Head(weight, bias, products, prefer_huge_pages(workspace)[:, :width])
+        return Head(weight, bias, products, prefer_huge_pages(workspace)[:, :width])
 
     def rows_of(self, hidden: Tensor, index: Tensor) -> Tensor:
         return hidden.index_select(0, index).to(self.weight.dtype)
@@ -164,7 +164,7 @@ class _Gradients:
     bias: Tensor
     product: Tensor | None  # of a slab, if it cannot be added to the head's gradient directly
 
-    def add_rows(self, slope: Tensor, scale: Tensor, head: _Head, index: Tensor) -> None:
+    def add_rows(self, slope: Tensor, scale: Tensor, head: Head, index: Tensor) -> None:
         """Add the part of rows; `slope` is their logits' gradient (times `scale` if float16)."""
         unscaled = self._unscaled(slope.dtype, scale)
         if self.hidden.dim() == 2:
@@ -176,7 +176,7 @@ class _Gradients:
             self.bias.add_(unscaled(slope.sum(0, dtype=self.bias.dtype)))
 
     def add_chunk(
-        self, slope: Tensor, scale: Tensor, head: _Head, hidden: Tensor, first: bool
+        self, slope: Tensor, scale: Tensor, head: Head, hidden: Tensor, first: bool
     ) -> None:
         """Add the chunk's part to the head's gradient; the first chunk overwrites it."""
         products = head.products
@@ -198,79 +198,85 @@ class _Gradients:
         return (lambda part: part.div_(scale)) if dtype == torch.float16 else (lambda part: part)
 
 
-def make_linear_dual_kl(
-    namespace: str,
-) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Return the op of a namespace, which calls that namespace's `dual_kl` and `dual_kl_`."""
+class Needs(NamedTuple):
+    """The last arguments of a linear loss."""
 
-    def linear_dual_kl(
-        student_hidden: Tensor,
-        student_head: Tensor,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor,
-        row_weight: Tensor,
-        student_bias: Tensor | None,
-        teacher_bias: Tensor | None,
-        *options: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        ops = getattr(torch.ops, namespace)
-        *scalars, need_hidden_grad, head_grad_dtype, need_bias_grad, need_rows, chunk_size = options
-        need_head = head_grad_dtype is not None
-        need_grad = need_hidden_grad or need_head or need_bias_grad
-        wide = accum_dtype(student_hidden.dtype)
-        if head_grad_dtype not in (None, wide) and row_weight.shape[0] > chunk_size:
-            raise RuntimeError(
-                f"linear_dual_kl: head_grad_dtype must be {wide} where several chunks are added up "
-                f"({row_weight.shape[0]} rows in chunks of {chunk_size}), got {head_grad_dtype}"
-            )
-        live = row_weight.nonzero().squeeze(1)
-        products = _Products.of(student_hidden)
-        vocabulary = max(student_head.shape[0], teacher_head.shape[0])
-        piece = max(1, min(products.piece_size(vocabulary, chunk_size), live.numel()))
-        # A CPU computes the gradient of hidden states fastest with few rows at once.
-        few = products.device == "cpu" and not products.to_float32
-        size = piece if few and not need_head else max(1, min(chunk_size, live.numel()))
-        loss = row_weight.new_zeros((), dtype=torch.float64)  # the sum of many parts
-        scale = row_weight.new_ones((), dtype=wide)  # the scale of a chunk without rows
-        rows = scale.new_zeros(4, row_weight.shape[0] if need_rows else 0)
-        with torch.autocast(student_hidden.device.type, enabled=False):
-            student = _Head.of(student_head, student_bias, products, size)
-            teacher = _Head.of(teacher_head, teacher_bias, _Products.of(teacher_hidden), piece)
-            grads = _gradients(
-                student_hidden, student, need_hidden_grad, head_grad_dtype, need_bias_grad
-            )
-            dtype = student.weight.dtype
-            for number, chunk in enumerate(torch.split(live, size)):
-                hidden = student.rows_of(student_hidden, chunk)
-                logits = student.logits(hidden)
-                for begin in range(0, chunk.numel(), piece):
-                    index, z_s = chunk[begin : begin + piece], logits[begin : begin + piece]
-                    z_t = teacher.logits(teacher.rows_of(teacher_hidden, index))
-                    weight = row_weight.index_select(0, index)
-                    arguments = (z_s, z_t, weight, *scalars, need_grad, need_rows)
-                    if need_grad:
-                        part, scale, measures = ops.dual_kl_(*arguments, dtype)
-                        if few:
-                            grads.add_rows(gradient_rows(z_s, dtype), scale, student, index)
-                    else:
-                        part, _, _, measures = ops.dual_kl(*arguments)
-                    loss += part
-                    if need_rows:
-                        rows.index_copy_(1, index, measures)
-                # A float16 slope has one scale, because it is one piece a chunk.
-                slope = gradient_rows(logits, dtype)
-                if need_grad and not few:
-                    grads.add_rows(slope, scale, student, chunk)
-                if need_head:
-                    grads.add_chunk(slope, scale, student, hidden, first=number == 0)
-        return loss.to(wide), grads.hidden, grads.head, grads.bias, rows
+    hidden_grad: bool
+    head_grad_dtype: torch.dtype | None
+    bias_grad: bool
+    rows: bool
+    chunk_size: int
 
-    return linear_dual_kl
+
+# Called with logits of a piece, which it overwrites with their gradient of the dtype, if one is
+# given (see `gradient_rows`), and with the indices of the rows. Returns loss, grad_scale and rows.
+PieceLoss = Callable[[Tensor, Tensor, torch.dtype | None], tuple[Tensor, Tensor, Tensor]]
+Model = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head and bias
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def run_chunks(
+    op: str,
+    student: Model,
+    live: Tensor,
+    vocabulary: int,
+    measures: int,
+    needs: Needs,
+    piece_loss: Callable[[int], PieceLoss],
+) -> Gradients:
+    """Sum a loss over chunks of the live rows of `student`, which is hidden states, head and bias.
+
+    `piece_loss(rows)` returns the loss of pieces of at most so many rows; `vocabulary` is the
+    largest of both models; a piece has `measures` rows of measures. Returns the loss, the gradients
+    of the student's tensors and the measures of all rows.
+    """
+    student_hidden, student_head, student_bias = student
+    need_head = needs.head_grad_dtype is not None
+    need_grad = needs.hidden_grad or need_head or needs.bias_grad
+    wide, total = accum_dtype(student_hidden.dtype), student_hidden.shape[0]
+    if needs.head_grad_dtype not in (None, wide) and total > needs.chunk_size:
+        raise RuntimeError(
+            f"{op}: head_grad_dtype must be {wide} where several chunks are added up "
+            f"({total} rows in chunks of {needs.chunk_size}), got {needs.head_grad_dtype}"
+        )
+    products = Products.of(student_hidden)
+    piece = max(1, min(products.piece_size(vocabulary, needs.chunk_size), live.numel()))
+    # A CPU computes the gradient of hidden states fastest with few rows at once.
+    few = products.device == "cpu" and not products.to_float32
+    size = piece if few and not need_head else max(1, min(needs.chunk_size, live.numel()))
+    loss = student_hidden.new_zeros((), dtype=torch.float64)  # the sum of many parts
+    scale = student_hidden.new_ones((), dtype=wide)  # the scale of a chunk without rows
+    rows = scale.new_zeros(measures, total if needs.rows else 0)
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        head = Head.of(student_head, student_bias, products, size)
+        grads = _gradients(
+            student_hidden, head, needs.hidden_grad, needs.head_grad_dtype, needs.bias_grad
+        )
+        loss_of = piece_loss(piece)
+        dtype = head.weight.dtype
+        for number, chunk in enumerate(torch.split(live, size)):
+            hidden = head.rows_of(student_hidden, chunk)
+            logits = head.logits(hidden)
+            for begin in range(0, chunk.numel(), piece):
+                index, z = chunk[begin : begin + piece], logits[begin : begin + piece]
+                part, scale, found = loss_of(z, index, dtype if need_grad else None)
+                if need_grad and few:
+                    grads.add_rows(gradient_rows(z, dtype), scale, head, index)
+                loss += part
+                if needs.rows:
+                    rows.index_copy_(1, index, found)
+            # A float16 slope has one scale, because it is one piece a chunk.
+            slope = gradient_rows(logits, dtype)
+            if need_grad and not few:
+                grads.add_rows(slope, scale, head, chunk)
+            if need_head:
+                grads.add_chunk(slope, scale, head, hidden, first=number == 0)
+    return loss.to(wide), grads.hidden, grads.head, grads.bias, rows
 
 
 def _gradients(
     hidden: Tensor,
-    head: _Head,
+    head: Head,
     need_hidden: bool,
     head_dtype: torch.dtype | None,
     need_bias: bool,

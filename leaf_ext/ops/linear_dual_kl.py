@@ -1,18 +1,24 @@
-"""Public `linear_dual_kl`: checks, autograd, fake kernels."""
+"""Public `linear_dual_kl`: arguments and their checks."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from leaf_ext.dispatch import Backend, implementation, resolve
-from leaf_ext.ops import checks, linear_chunks
+from leaf_ext.dispatch import Backend, implementation
+from leaf_ext.ops import checks
 from leaf_ext.ops.dual_kl import DualKLRows
-from leaf_ext.ops.first_order import refuse_forward_mode, refuse_second_order, scaled
+from leaf_ext.ops.first_order import refuse_forward_mode
+from leaf_ext.ops.linear_autograd import (
+    autocast_model,
+    check_model,
+    needs_of,
+    register_linear_loss,
+)
+from leaf_ext.ops.linear_losses import make_linear_dual_kl
 from leaf_ext.ops.logit_options import Pair, PairOfCaps, logit_options
-from leaf_ext.schema import LIBRARIES, REFERENCE, accum_dtype, hidden_grad_dtype
 
 _OP = "linear_dual_kl"
 
@@ -27,6 +33,8 @@ def linear_dual_kl(
     *,
     student_bias: Tensor | None = ...,
     teacher_bias: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    label_weight: Tensor | None = ...,
     temperature: float = ...,
     logit_scale: float | Pair = ...,
     logit_softcap: float | PairOfCaps | None = ...,
@@ -46,6 +54,8 @@ def linear_dual_kl(
     *,
     student_bias: Tensor | None = ...,
     teacher_bias: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    label_weight: Tensor | None = ...,
     temperature: float = ...,
     logit_scale: float | Pair = ...,
     logit_softcap: float | PairOfCaps | None = ...,
@@ -64,6 +74,8 @@ def linear_dual_kl(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float | Pair = 1.0,
     logit_softcap: float | PairOfCaps | None = None,
@@ -74,11 +86,15 @@ def linear_dual_kl(
     """Compute `dual_kl` of two linear heads with the logits of at most `chunk_size` rows at a time.
 
         z_s = student_hidden @ student_head^T + student_bias,     z_t likewise
-        loss = dual_kl(z_s, z_t, row_weight)
+        loss = dual_kl(z_s, z_t, row_weight) + sum_i label_weight_i * nll_i
+
+    nll_i is the cross-entropy of the label: that of the student's softmax at temperature 1, with
+    its scale and softcap, over the common vocabulary. It is 0 without labels.
 
     The forward computes the gradients; the backward multiplies them by the gradient of the loss.
-    Rows of weight 0 are dropped before the first product (one host synchronization). A frozen head
-    costs no product, and without gradients only the loss is computed.
+    Rows of weight 0 (both weights, with labels) are dropped before the first product (one host
+    synchronization). A frozen head costs no product, and without gradients only the loss is
+    computed.
 
     Precision: on a GPU the products give float32 logits. On a CPU logits have the inputs' dtype,
     except that float16 inputs, and bfloat16 inputs on a processor without bfloat16 products, are
@@ -97,6 +113,9 @@ def linear_dual_kl(
             (by padding), the first min(V_s, V_t) logits are used.
         row_weight: [N] float32 (float64 for float64 inputs), see `row_weights`.
         student_bias, teacher_bias: [V_s], [V_t], of their head's dtype.
+        labels: [N] int64 ids of the common vocabulary; a negative one is no label and has an nll
+            of 0. On a CPU the labels of rows that count are checked.
+        label_weight: [N], of the dtype of `row_weight`; the default only measures the nll.
         chunk_size: the largest number of rows of a chunk. The default on a CPU is 512 rows, up to
             4096 for vocabularies below 2^15, and fewer above 2^18 (2^27 logits of the student). On
             a GPU it is 32 to 4096 rows: with bfloat16 inputs 2^29 logits of the student and a
@@ -112,28 +131,15 @@ def linear_dual_kl(
             forward-mode derivative was asked for.
     """
     options = logit_options(_OP, temperature, logit_scale, logit_softcap)
-    student = _autocast("student", student_hidden, student_head, student_bias)
-    teacher = _autocast("teacher", teacher_hidden, teacher_head, teacher_bias)
-    _check_model("student", student, student[0], backend)
-    _check_model("teacher", teacher, student[0], backend)
+    student = autocast_model(_OP, "student", (student_hidden, student_head, student_bias))
+    teacher = autocast_model(_OP, "teacher", (teacher_hidden, teacher_head, teacher_bias))
+    check_model(_OP, "student", student, student[0], backend)
+    check_model(_OP, "teacher", teacher, student[0], backend)
     checks.require_row_weight(_OP, row_weight, student[0].shape[0], student[0])
-    refuse_forward_mode(_OP, *student, *teacher, row_weight)
-    if chunk_size is None:
-        vocabulary = max(student[1].shape[0], teacher[1].shape[0])
-        chunk_size = linear_chunks.default_chunk_size(
-            vocabulary, student[0].device, student[0].dtype
-        )
-    chunk_size = checks.require_integer(_OP, "chunk_size", chunk_size, 1)
-    need_hidden, need_head, need_bias = (
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in student
-    )
+    refuse_forward_mode(_OP, *student, *teacher, row_weight, label_weight)
+    sizes = student[1].shape[0], teacher[1].shape[0]
+    labels, label_weight = _checked_labels(labels, label_weight, row_weight, min(sizes))
     run = implementation(_OP, student[0].device, backend, student[0].dtype)
-    head_dtype = None
-    if need_head and resolve(_OP, student[0].device, backend, student[0].dtype) == REFERENCE:
-        head_dtype = accum_dtype(student[0].dtype)
-    elif need_head:
-        head_dtype = linear_chunks.kept_head_dtype(student[0], chunk_size)
     loss, _, _, _, rows = run(
         student[0],
         student[1],
@@ -142,112 +148,35 @@ def linear_dual_kl(
         row_weight.contiguous(),
         student[2],
         None if teacher[2] is None else teacher[2].detach(),
+        labels,
+        label_weight,
         *options,
-        need_hidden,
-        head_dtype,
-        need_bias,
-        return_rows,
-        chunk_size,
+        *needs_of(_OP, student, max(sizes), return_rows, chunk_size, backend),
     )
-    return (loss, DualKLRows(*rows.detach().unbind(0))) if return_rows else loss
+    return (loss, DualKLRows.of(rows)) if return_rows else loss
 
 
-Model = tuple[Tensor, Tensor, Tensor | None]
+def _checked_labels(
+    labels: Tensor | None, label_weight: Tensor | None, row_weight: Tensor, vocabulary: int
+) -> tuple[Tensor | None, Tensor | None]:
+    rows = row_weight.shape[0]
+    if label_weight is not None:
+        checks.require(labels is not None, _OP, "labels", "given with label_weight", None)
+        checks.require_row_weight(_OP, label_weight, rows, row_weight, "label_weight")
+        label_weight = label_weight.contiguous()
+    if labels is None:
+        return None, None
+    checks.require_tensor(_OP, "labels", labels)
+    checks.require(labels.dtype == torch.int64, _OP, "labels", "torch.int64", labels.dtype)
+    checks.require_shape(_OP, "labels", labels, (rows,), f"[N] with N = {rows} rows")
+    checks.require_device(_OP, "labels", labels, row_weight.device)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        live = row_weight != 0
+        live = live if label_weight is None else live | (label_weight != 0)
+        largest = int(labels[live].max()) if live.any() else 0
+        needed = f"below the common vocabulary, {vocabulary}, in rows that count"
+        checks.require(largest < vocabulary, _OP, "labels", needed, largest)
+    return labels.contiguous(), label_weight
 
 
-def _autocast(side: str, hidden: Tensor, head: Tensor, bias: Tensor | None) -> Model:
-    """Cast the three tensors as a linear layer under the current autocast would."""
-    named = (("hidden", hidden), ("head", head), *(() if bias is None else (("bias", bias),)))
-    for name, tensor in named:
-        checks.require_tensor(_OP, f"{side}_{name}", tensor)
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, head, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _check_model(side: str, model: Model, first: Tensor, backend: str) -> None:
-    hidden, head, bias = model
-    for name, tensor, layout in (("hidden", hidden, "[N, H]"), ("head", head, "[V, H]")):
-        argument = f"{side}_{name}"
-        checks.require_float(_OP, argument, tensor, backend)
-        checks.require_matrix(_OP, argument, tensor, layout)
-        checks.require_device(_OP, argument, tensor, first.device)
-    checks.require_same_width(_OP, f"{side}_hidden", hidden, first)
-    got = f"shape {tuple(hidden.shape)}"
-    needed = f"[N, H] with N = {first.shape[0]} rows like student_hidden"
-    checks.require(hidden.shape[0] == first.shape[0], _OP, f"{side}_hidden", needed, got)
-    needed = f"{hidden.dtype} like {side}_hidden"
-    checks.require(head.dtype == hidden.dtype, _OP, f"{side}_head", needed, head.dtype)
-    width = hidden.shape[1]
-    needed = f"[V, H] with V >= 1 and H = {width} like {side}_hidden"
-    fits = head.shape[1] == width and head.shape[0] >= 1
-    checks.require(fits, _OP, f"{side}_head", needed, f"shape {tuple(head.shape)}")
-    if bias is not None:
-        argument = f"{side}_bias"
-        checks.require_tensor(_OP, argument, bias)
-        checks.require(bias.dtype == head.dtype, _OP, argument, str(head.dtype), bias.dtype)
-        vocabulary = head.shape[0]
-        checks.require_shape(_OP, argument, bias, (vocabulary,), f"[V] with V = {vocabulary}")
-        checks.require_device(_OP, argument, bias, first.device)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *grads, rows = output
-    ctx.mark_non_differentiable(*grads, rows)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*grads)
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    hidden, head_dtype, bias = inputs[-5:-2]
-    ctx.needed = hidden, head_dtype is not None, bias
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-    result: list[Tensor | None] = [None] * 17
-    if grad_loss is None:
-        return tuple(result)
-    refuse_second_order(_OP)
-    refuse_forward_mode(_OP, grad_loss)
-    hidden_dtype, head_dtype = ctx.dtypes
-    dtypes = (hidden_dtype, head_dtype, head_dtype)
-    for slot, grad, dtype, needed in zip(
-        (0, 1, 5), ctx.saved_tensors, dtypes, ctx.needed, strict=True
-    ):
-        if needed:
-            result[slot] = scaled(grad, grad_loss, dtype)
-    return tuple(result)
-
-
-def _fake(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
-    row_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    need_hidden_grad, head_grad_dtype, need_bias_grad, need_rows, _ = options[-5:]
-    dtype = accum_dtype(student_hidden.dtype)
-    new = student_hidden.new_empty
-    hidden_shape = student_hidden.shape if need_hidden_grad else (0,)
-    hidden_dtype = hidden_grad_dtype(student_hidden.dtype)
-    return (
-        new((), dtype=dtype),
-        new(hidden_shape, dtype=hidden_dtype if need_hidden_grad else dtype),
-        new(student_head.shape if head_grad_dtype else (0,), dtype=head_grad_dtype or dtype),
-        new((student_head.shape[0] if need_bias_grad else 0,), dtype=dtype),
-        new((4, student_hidden.shape[0] if need_rows else 0), dtype=dtype),
-    )
-
-
-for _namespace, _library in LIBRARIES.items():
-    _name = f"{_namespace}::{_OP}"
-    if _namespace != REFERENCE:
-        _library.impl(
-            _OP, linear_chunks.make_linear_dual_kl(_namespace), "CompositeExplicitAutograd"
-        )  # type: ignore[no-untyped-call]
-    torch.library.register_fake(_name, _fake, lib=_library)
-    torch.library.register_autograd(_name, _backward, setup_context=_setup_context, lib=_library)
+register_linear_loss(_OP, make_linear_dual_kl)

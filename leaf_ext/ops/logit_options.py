@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from leaf_ext.ops.checks import require, require_number
-from leaf_ext.schema import LogitScalars
+from leaf_ext.schema import LogitScalars, StudentScalars
 
 Pair = tuple[float, float]
 PairOfCaps = tuple[float | None, float | None]
@@ -16,19 +16,28 @@ def logit_options(
     logit_softcap: float | PairOfCaps | None,
 ) -> LogitScalars:
     """Return the checked scalars. A scale or softcap is one number for both models, or a pair."""
-    infinity = float("inf")
     scales = _pair(op, "logit_scale", logit_scale)
     caps = _pair(op, "logit_softcap", logit_softcap)
     return LogitScalars(
-        require_number(op, "temperature", temperature, 0, infinity, strict=True),
-        *(require_number(op, "logit_scale", scale, 0, infinity, strict=True) for scale in scales),
-        *(
-            0.0
-            if cap is None
-            else require_number(op, "logit_softcap", cap, 0, infinity, strict=True)
-            for cap in caps
-        ),
+        _positive(op, "temperature", temperature),
+        *(_positive(op, "logit_scale", scale) for scale in scales),
+        *(0.0 if cap is None else _positive(op, "logit_softcap", cap) for cap in caps),
     )
+
+
+def student_options(
+    op: str, temperature: float, logit_scale: float, logit_softcap: float | None
+) -> StudentScalars:
+    """Return the checked scalars of the student's logits alone."""
+    return StudentScalars(
+        _positive(op, "temperature", temperature),
+        _positive(op, "logit_scale", logit_scale),
+        0.0 if logit_softcap is None else _positive(op, "logit_softcap", logit_softcap),
+    )
+
+
+def _positive(op: str, argument: str, value: object) -> float:
+    return require_number(op, argument, value, 0, float("inf"), strict=True)
 
 
 def _pair(op: str, argument: str, value: object) -> tuple[object, object]:

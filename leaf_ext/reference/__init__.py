@@ -9,8 +9,9 @@ from __future__ import annotations
 from leaf_ext.reference.detect_spans import detect_spans
 from leaf_ext.reference.dual_kl import dual_kl, dual_kl_
 from leaf_ext.reference.grad_norm import grad_norm
-from leaf_ext.reference.linear_dual_kl import linear_dual_kl
+from leaf_ext.reference.linear_dual_kl import linear_dual_kl, linear_topk_kl
 from leaf_ext.reference.scale import scale_, scaled
+from leaf_ext.reference.topk_kl import topk_kl, topk_kl_
 from leaf_ext.schema import LIBRARIES, REFERENCE
 
 for _name, _function in {
@@ -19,6 +20,9 @@ for _name, _function in {
     "dual_kl": dual_kl,
     "dual_kl_": dual_kl_,
     "linear_dual_kl": linear_dual_kl,
+    "topk_kl": topk_kl,
+    "topk_kl_": topk_kl_,
+    "linear_topk_kl": linear_topk_kl,
     "scaled": scaled,
     "scale_": scale_,
 }.items():
@@ -30,6 +34,9 @@ __all__ = [
     "dual_kl_",
     "grad_norm",
     "linear_dual_kl",
+    "linear_topk_kl",
     "scale_",
     "scaled",
+    "topk_kl",
+    "topk_kl_",
 ]
