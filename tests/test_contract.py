@@ -12,18 +12,26 @@ from typing import Any
 
 import pytest
 import torch
-from op_samples import kl_tensors, linear_tensors, span_tensors
+from op_samples import (
+    kl_tensors,
+    linear_tensors,
+    linear_topk_tensors,
+    raw_topk_tensors,
+    span_tensors,
+    topk_tensors,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import leaf_ext
 from leaf_ext import dispatch, native, reference
-from leaf_ext.ops import linear_chunks
+from leaf_ext.ops import linear_losses
 from leaf_ext.schema import NAMESPACES, OPS
 from leaf_ext.testing.inputs import strided
 
 SCALARS = (1.5, 0.9, 1.1, 20.0, 0.0)
+STUDENT_SCALARS = (1.5, 0.9, 20.0)
 
 assert_equal_bits = partial(torch.testing.assert_close, rtol=0, atol=0)
 # On a GPU the order of a row's sum depends on the row's address modulo 16 bytes.
@@ -64,17 +72,40 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "dual_kl_": lambda: (*kl_tensors(), *SCALARS, True, True),
     "linear_dual_kl": lambda: (
-        *linear_tensors(), None, None, *SCALARS, False, None, False, True, 2,
+        *linear_tensors(), None, None, None, None, *SCALARS, False, None, False, True, 2,
     ),
     "linear_dual_kl-autograd": lambda: (
         *(t.requires_grad_() for t in linear_tensors()[:2]), *linear_tensors()[2:],
-        torch.randn(9, requires_grad=True), torch.randn(11), *SCALARS, True, torch.float32, True,
-        True, 3,
+        torch.randn(9, requires_grad=True), torch.randn(11), None, None, *SCALARS, True,
+        torch.float32, True, True, 3,
+    ),
+    "linear_dual_kl-labels": lambda: (
+        *(t.requires_grad_() for t in linear_tensors()[:2]), *linear_tensors()[2:],
+        None, None, torch.tensor([3, 8, -100, 0]), torch.rand(4), *SCALARS, True,
+        torch.float32, False, True, 3,
+    ),
+    "linear_dual_kl-measured_labels": lambda: (
+        *linear_tensors(), None, None, torch.tensor([3, 8, -100, 0]), None, *SCALARS, False, None,
+        False, True, 3,
     ),
     "linear_dual_kl-narrow_head": lambda: (
         *(t.requires_grad_() for t in linear_tensors(torch.bfloat16)[:2]),
         *linear_tensors(torch.bfloat16)[2:],
-        None, None, *SCALARS, True, torch.bfloat16, False, False, 100,
+        None, None, None, None, *SCALARS, True, torch.bfloat16, False, False, 100,
+    ),
+    "topk_kl": lambda: (*raw_topk_tensors(), *STUDENT_SCALARS, True, True),
+    "topk_kl-loss_only": lambda: (*raw_topk_tensors(), *STUDENT_SCALARS, False, False),
+    "topk_kl-autograd": lambda: (
+        raw_topk_tensors()[0].requires_grad_(), *raw_topk_tensors()[1:], *STUDENT_SCALARS, True,
+        False,
+    ),
+    "topk_kl_": lambda: (*raw_topk_tensors(), *STUDENT_SCALARS, True, True),
+    "linear_topk_kl": lambda: (
+        *linear_topk_tensors(), None, *STUDENT_SCALARS, False, None, False, True, 2,
+    ),
+    "linear_topk_kl-autograd": lambda: (
+        *(t.requires_grad_() for t in linear_topk_tensors()[:2]), *linear_topk_tensors()[2:],
+        torch.randn(9, requires_grad=True), *STUDENT_SCALARS, True, torch.float32, True, True, 3,
     ),
 }  # fmt: skip
 
@@ -103,10 +134,14 @@ def test_each_backend_runs_its_own_namespace(backend: str) -> None:
         leaf_ext.detect_spans(*span_tensors(), backend=backend)
         leaf_ext.dual_kl(*kl_tensors(), backend=backend)
         leaf_ext.linear_dual_kl(*tensors, backend=backend)
+        student, *teacher = topk_tensors()
+        leaf_ext.topk_kl(student, *teacher, backend=backend)
+        leaf_ext.linear_topk_kl(*tensors[:2], *teacher, backend=backend)
 
     found = called_ops(run)
+    losses = ("dual_kl", "topk_kl", "linear_dual_kl", "linear_topk_kl")
     assert namespace in NAMESPACES and found == {
-        f"{namespace}::{op}" for op in ("grad_norm", "detect_spans", "dual_kl", "linear_dual_kl")
+        f"{namespace}::{op}" for op in ("grad_norm", "detect_spans", *losses)
     }
 
 
@@ -317,7 +352,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "run",
-    [linear_chunks.make_linear_dual_kl("leaf_ext"), reference.linear_dual_kl],
+    [linear_losses.make_linear_dual_kl("leaf_ext"), reference.linear_dual_kl],
     ids=["chunks", "reference"],
 )
 def test_memory_of_the_linear_loss_does_not_grow_with_the_logits(run: Callable[..., Any]) -> None:
@@ -325,7 +360,7 @@ def test_memory_of_the_linear_loss_does_not_grow_with_the_logits(run: Callable[.
     tensors = [torch.randn(n, width) for n in (rows, vocabulary, rows, vocabulary)]
     options = (1.0, 1.0, 1.0, 0.0, 0.0, True, torch.float32, False, True, chunk_size)
     with LargestTensor() as largest:
-        run(*tensors, torch.ones(rows), None, None, *options)
+        run(*tensors, torch.ones(rows), None, None, None, None, *options)
     assert largest.elements <= max(chunk_size * vocabulary, rows * width, vocabulary * width)
 
 
@@ -431,7 +466,7 @@ def test_several_chunks_are_not_added_up_in_bfloat16() -> None:
     tensors = linear_tensors(torch.bfloat16)
     options = (*SCALARS, True, torch.bfloat16, False, False, 2)
     with pytest.raises(RuntimeError, match=r"head_grad_dtype must be torch\.float32"):
-        torch.ops.leaf_ext.linear_dual_kl(*tensors, None, None, *options)
+        torch.ops.leaf_ext.linear_dual_kl(*tensors, None, None, None, None, *options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

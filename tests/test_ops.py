@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from leaf_ext.ops import linear_chunks
 from leaf_ext.reference.detect_spans import spans_of
 from leaf_ext.testing import cases, inputs
 from leaf_ext.testing.budget import assert_within_budget, error
-from leaf_ext.testing.eager import eager_grad_norm, eager_kl_rows
+from leaf_ext.testing.eager import eager_grad_norm, eager_kl_rows, eager_topk_rows
 
 # The error of two computed norms together, in half units in the last place.
 NORM_UNITS = 4
@@ -128,10 +129,95 @@ def test_dual_kl(case: cases.KLCase, backend: str, inplace_grad: bool) -> None:
         assert_within_budget("dual_kl", name, result, oracle[name], torch_errors[name])
 
 
-@pytest.mark.parametrize("case", table(cases.LINEAR_CASES))
+def topk_results(
+    case: cases.TopkCase, given: inputs.TopkInputs, rows: Any, dtype: torch.dtype, **options: Any
+) -> dict[str, Tensor]:
+    """Return what `topk_kl` gives on some of the rows in a dtype."""
+    weight_dtype = torch.promote_types(dtype, torch.float32)
+    student = given.student.detach()[rows].to(dtype).requires_grad_()
+    loss, measures = leaf_ext.topk_kl(
+        student.view_as(student),  # inplace_grad refuses a leaf
+        given.ids[rows],
+        given.logprobs[rows].to(weight_dtype),
+        given.row_weight[rows].to(weight_dtype),
+        teacher_tail_logprob=None if given.tail is None else given.tail[rows].to(weight_dtype),
+        return_rows=True,
+        **case.logits.options,
+        **options,
+    )
+    loss.backward()
+    assert student.grad is not None
+    return {"loss": loss.detach(), "gradient": student.grad, **measures._asdict()}
+
+
+def topk_eager_results(
+    case: cases.TopkCase, given: inputs.TopkInputs, rows: Tensor
+) -> dict[str, Tensor]:
+    student = given.student.detach()[rows].float().requires_grad_()
+    tail = None if given.tail is None else given.tail[rows]
+    kl = eager_topk_rows(
+        student, given.ids[rows], given.logprobs[rows], tail, **case.logits.options
+    )
+    (case.logits.temperature**2 * (given.row_weight[rows] * kl).sum()).backward()
+    assert student.grad is not None
+    return {"kl": kl.detach(), "gradient": student.grad}
+
+
+def topk_float32_errors(
+    case: cases.TopkCase, given: inputs.TopkInputs, live: Tensor, oracle: dict[str, Tensor]
+) -> dict[str, float]:
+    """Return the worst error of torch in float32; see `float32_errors`."""
+    worst = dict.fromkeys(oracle, 0.0)
+    vocabulary = case.logits.student_vocabulary
+    orders = [torch.arange(vocabulary), torch.arange(vocabulary).flip(0)]
+    if vocabulary < 20_000:
+        orders.append(torch.randperm(vocabulary))
+    for order in orders:
+        back = order.argsort()
+        ids = back[given.ids.clamp(min=0)]
+        moved = replace(given, student=given.student.detach()[:, order], ids=ids)
+        for found in (
+            topk_results(case, moved, live, torch.float32, backend="reference"),
+            topk_eager_results(case, moved, live),
+        ):
+            found["gradient"] = found["gradient"][:, back]
+            for name, value in found.items():
+                worst[name] = max(worst[name], error(value, oracle[name]))
+    total = float(given.row_weight[live].sum())
+    worst["loss"] = max(worst["loss"], case.logits.temperature**2 * total * worst["kl"])
+    return worst
+
+
+@pytest.mark.parametrize("inplace_grad", [False, True], ids=["copied", "inplace"])
+@pytest.mark.parametrize("case", table(cases.TOPK_CASES))
+def test_topk_kl(case: cases.TopkCase, backend: str, inplace_grad: bool) -> None:
+    given = inputs.topk_inputs(case)
+    live = given.row_weight != 0
+    counted = live.nonzero().squeeze(1)
+    oracle = topk_results(case, given, counted, torch.float64, backend="reference")
+    torch_errors = topk_float32_errors(case, given, counted, oracle)
+    everything = slice(None)
+    ours = topk_results(
+        case, given, everything, case.logits.dtype, inplace_grad=inplace_grad, backend=backend
+    )
+    assert ours["loss"].dtype == ours["kl"].dtype == torch.float32
+    for part, counts in zip(ours["gradient"].split(512), live.split(512), strict=True):
+        assert not part[~counts].any()
+    assert bool((ours["kl"] >= 0).all())
+    for name, result in ours.items():
+        if result.dim():
+            assert name == "gradient" or not result[~live].any()
+            result = result[live]
+        if name == "agreement":
+            torch.testing.assert_close(result, oracle[name].float(), rtol=0, atol=0)
+        else:
+            assert_within_budget("topk_kl", name, result, oracle[name], torch_errors[name])
+
+
+@pytest.mark.parametrize("case", table(cases.LINEAR_CASES + cases.LINEAR_LABEL_CASES))
 def test_linear_dual_kl(case: cases.LinearCase, backend: str) -> None:
     given = inputs.linear_inputs(case)
-    live = given.row_weight != 0
+    live = counted_rows(given)
 
     def run(dtype: torch.dtype, backend: str, chunk_size: int | None, rows: Tensor) -> list[Tensor]:
         hidden, head = given.student_hidden[rows].to(dtype), given.student_head.to(dtype)
@@ -148,29 +234,42 @@ def test_linear_dual_kl(case: cases.LinearCase, backend: str) -> None:
             given.row_weight[rows].to(torch.promote_types(dtype, torch.float32)),
             student_bias=biases[0],
             teacher_bias=biases[1],
+            **hard_labels(given, rows, dtype),
             chunk_size=chunk_size,
             return_rows=True,
             backend=backend,
             **case.logits.options,
         )
         gradients = torch.autograd.grad(loss, parameters)
-        return [loss.detach(), measures.kl, *gradients]
+        return [loss.detach(), measures.kl, measures.nll, *gradients]
 
     everything = torch.ones_like(live)
     oracle = run(torch.float64, "reference", None, live)
     result = run(case.logits.dtype, backend, case.chunk_size, everything)
     # The library makes the products, so the baseline has the same logits, in the inputs' dtype.
     plain = eager_linear(case, given, live)
-    assert not result[1][~live].any() and not result[2][~live].any()
-    result[1], result[2] = result[1][live], result[2][live]
+    assert not any(rows[~live].any() for rows in result[1:4])
+    result[1:4] = (rows[live] for rows in result[1:4])
     for name, ours, truth, theirs in zip(
-        ("loss", "kl", "hidden gradient", "head gradient", "bias gradient"),
+        ("loss", "kl", "nll", "hidden gradient", "head gradient", "bias gradient"),
         result,
         oracle,
         plain,
         strict=False,
     ):
         assert_within_budget("linear_dual_kl", name, ours, truth, error(theirs, truth))
+
+
+def counted_rows(given: inputs.LinearInputs) -> Tensor:
+    weight = given.row_weight
+    return weight != 0 if given.label_weight is None else (weight != 0) | (given.label_weight != 0)
+
+
+def hard_labels(given: inputs.LinearInputs, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    if given.labels is None or given.label_weight is None:
+        return {}
+    weight = given.label_weight[rows].to(torch.promote_types(dtype, torch.float32))
+    return {"labels": given.labels[rows], "label_weight": weight}
 
 
 def eager_linear(case: cases.LinearCase, given: inputs.LinearInputs, live: Tensor) -> list[Tensor]:
@@ -187,9 +286,66 @@ def eager_linear(case: cases.LinearCase, given: inputs.LinearInputs, live: Tenso
     teacher = torch.nn.functional.linear(
         given.teacher_hidden[live].to(dtype), given.teacher_head.to(dtype), biases[1]
     )
-    kl = eager_kl_rows(student, teacher, **case.logits.options)
-    loss = case.logits.temperature**2 * (given.row_weight[live] * kl).sum()
-    return [loss.detach(), kl.detach(), *torch.autograd.grad(loss, parameters)]
+    weight = given.row_weight[live]
+    kl = eager_kl_rows(student, teacher.nan_to_num(), **case.logits.options)
+    kl = torch.where(weight != 0, kl, torch.zeros_like(kl))
+    loss = case.logits.temperature**2 * (weight * kl).sum()
+    nll = torch.zeros_like(kl)
+    if given.labels is not None and given.label_weight is not None:
+        nll = eager_nll(student, given.labels[live], case.logits)
+        loss = loss + (given.label_weight[live] * nll).sum()
+    return [loss.detach(), kl.detach(), nll.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+def eager_nll(student: Tensor, labels: Tensor, case: cases.KLCase) -> Tensor:
+    def first(value: Any) -> Any:
+        return value[0] if isinstance(value, tuple) else value
+
+    y = student[:, : min(case.student_vocabulary, case.teacher_vocabulary)].float()
+    y, cap = y * first(case.logit_scale), first(case.logit_softcap)
+    if cap is not None:
+        y = cap * torch.tanh(y / cap)
+    return torch.nn.functional.cross_entropy(y, labels, ignore_index=-100, reduction="none")
+
+
+@pytest.mark.parametrize("case", table(cases.LINEAR_TOPK_CASES))
+def test_linear_topk_kl(case: cases.LinearCase, backend: str) -> None:
+    """The same as `topk_kl` of the products, chunk by chunk."""
+    given = inputs.linear_inputs(case)
+    live, dtype = given.row_weight != 0, case.logits.dtype
+    teacher_logits = given.teacher_hidden.double() @ given.teacher_head.double().T
+    ids, logprobs, _ = inputs.stored_teacher(teacher_logits, case.logits.temperature, case.k)
+    ids[~live] = -7
+    names = ("loss", "kl", "hidden gradient", "head gradient", "bias gradient")
+
+    def run(dtype: torch.dtype, product_dtype: torch.dtype | None, rows: Tensor) -> list[Tensor]:
+        """Return loss, KL and gradients; the op under test makes products without a dtype."""
+        of_weights = torch.promote_types(dtype, torch.float32)
+        hidden, head = (
+            t.to(dtype).requires_grad_() for t in (given.student_hidden[rows], given.student_head)
+        )
+        bias = given.student_bias
+        bias = None if bias is None else bias.to(dtype).requires_grad_()
+        teacher = ids[rows], logprobs[rows].to(of_weights), given.row_weight[rows].to(of_weights)
+        options: dict[str, Any] = {"return_rows": True, **case.logits.options}
+        if product_dtype is None:
+            options |= {"student_bias": bias, "chunk_size": case.chunk_size, "backend": backend}
+            loss, measures = leaf_ext.linear_topk_kl(hidden, head, *teacher, **options)
+        else:
+            factors = [None if t is None else t.to(product_dtype) for t in (hidden, head, bias)]
+            z = torch.nn.functional.linear(*factors)
+            loss, measures = leaf_ext.topk_kl(z, *teacher, backend="reference", **options)
+        parameters = [t for t in (hidden, head, bias) if t is not None]
+        return [loss.detach(), measures.kl, *torch.autograd.grad(loss, parameters)]
+
+    oracle = run(torch.float64, torch.float64, live)
+    result = run(dtype, None, torch.ones_like(live))
+    factor_dtype = linear_chunks._factor_dtype(given.student_hidden.device, dtype)
+    plain = run(dtype, factor_dtype, live)
+    assert not result[1][~live].any() and not result[2][~live].any()
+    result[1], result[2] = result[1][live], result[2][live]
+    for name, ours, truth, theirs in zip(names, result, oracle, plain, strict=False):
+        assert_within_budget("linear_topk_kl", name, ours, truth, error(theirs, truth))
 
 
 def detect(case: cases.SpansCase, given: inputs.SpansInputs, backend: str) -> leaf_ext.Spans:

@@ -174,7 +174,8 @@ def checked_teacher(
     total = torch.logaddexp(exact.logsumexp(-1), exact_tail)
     dtype = row_weight.dtype
     normalized = (exact - total[:, None]).to(dtype), (exact_tail - total).to(dtype)
-    return (ids.to(torch.int64).contiguous(), *normalized)
+    first, second, third = (t.contiguous() for t in (ids.to(torch.int64), *normalized))
+    return first, second, third
 
 
 def _check_logprobs(

@@ -115,8 +115,33 @@ class KLCase:
 
 
 @dataclass(frozen=True)
+class TopkCase:
+    """A teacher of which k ids are known, around a `KLCase` with one vocabulary.
+
+    The mass of all other ids is computed by the op, given, or 0: then the k probabilities sum to 1.
+    """
+
+    name: str
+    k: int
+    logits: KLCase
+    tail: Literal["computed", "given", "none"] = "computed"
+    slow: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}-{_SHORT[self.logits.dtype]}"
+
+    @property
+    def slow_to_interpret(self) -> bool:
+        return self.logits.slow_to_interpret
+
+
+@dataclass(frozen=True)
 class LinearCase:
-    """Hidden states and heads of both models around a `KLCase`'s vocabularies and options."""
+    """Hidden states and heads of both models around a `KLCase`'s vocabularies and options.
+
+    With `labels` the rows have labels, each third one with a weight of 0. With `k` the teacher is
+    known by its k largest probabilities.
+    """
 
     name: str
     logits: KLCase
@@ -124,6 +149,8 @@ class LinearCase:
     teacher_hidden: int = 48
     bias: bool = False
     chunk_size: int | None = None
+    labels: bool = False
+    k: int = 0
     slow: bool = False
 
     def __str__(self) -> str:
@@ -233,6 +260,80 @@ LINEAR_CASES = [
     LinearCase("v50257", KLCase("", 4, 50257, 50264), chunk_size=3),
 ]
 
+LINEAR_LABEL_CASES = [
+    *(LinearCase("labels", case, labels=True) for case in _each_dtype(KLCase("", 24, 500, 500))),
+    *(
+        LinearCase("label_chunks", case, chunk_size=5, bias=True, labels=True)
+        for case in _each_dtype(KLCase("", 33, 700, 720, temperature=2.0, live=0.5))
+    ),
+    LinearCase(
+        "label_softcap",
+        KLCase("", 12, 400, 390, logit_softcap=(8.0, None), logit_scale=1.5),
+        labels=True,
+    ),
+    LinearCase("labels_alone", KLCase("", 9, 200, 200, live=0.0), bias=True, labels=True),
+    LinearCase("no_rows", KLCase("", 0, 200, 200), labels=True),
+]
+
+LINEAR_TOPK_CASES = [
+    *(LinearCase("topk", case, k=16) for case in _each_dtype(KLCase("", 24, 500, 500))),
+    *(
+        LinearCase("topk_chunks", case, chunk_size=5, bias=True, k=3)
+        for case in _each_dtype(KLCase("", 33, 700, 700, temperature=2.0))
+    ),
+    LinearCase("topk_softcap", KLCase("", 12, 400, 400, logit_softcap=8.0, logit_scale=1.5), k=9),
+    LinearCase("topk_dropped", KLCase("", 9, 200, 200, live=0.0), bias=True, k=5),
+    LinearCase("topk_no_rows", KLCase("", 0, 200, 200), k=5),
+]
+
+
+def _topk(name: str, k: int, rows: int, vocabulary: int, *dtypes: Any, **options: Any) -> list[Any]:
+    """Return the case in each dtype; an option `tail` is the case's own."""
+    own = {"tail": options.pop("tail")} if "tail" in options else {}
+    return [
+        TopkCase(name, k, KLCase(name, rows, vocabulary, vocabulary, dtype, **options), **own)
+        for dtype in dtypes or (torch.float32,)
+    ]
+
+
+_HARD_LABELS = {"tail": "none"}  # of one id: all of the probability
+TOPK_CASES = [
+    *_topk("plain", 16, 12, 1000, *DTYPES),
+    *_topk("given", 16, 12, 1000, *DTYPES, tail="given"),
+    *_topk("hard_labels", 1, 12, 1000, *DTYPES, **_HARD_LABELS),
+    *_topk("one_id", 1, 12, 300),
+    *_topk("renormalized", 20, 8, 700, tail="none"),
+    *_topk("all_ids", 300, 8, 300, *DTYPES),
+    *_topk("all_ids_t2", 64, 8, 64, temperature=2.0),
+    *_topk("all_but_one", 63, 8, 64),
+    *_topk("k1024", 1024, 4, 4100, *DTYPES),
+    *_topk("k1024_all", 1024, 3, 1024),
+    *_topk("v_one", 1, 5, 1),
+    *_topk("v_two", 1, 5, 2),
+    *_topk("v151936", 64, 2, 151936, *DTYPES, live=1.0),
+    *_topk("v50257", 100, 3, 50257, torch.float32, torch.bfloat16),
+    *(_topk(f"v{v}", 7, 12, v, torch.bfloat16)[0] for v in (63, 64, 65, 4095, 4096, 4097)),
+    *_topk("no_rows", 4, 0, 100),
+    *_topk("one_row", 33, 1, 9011, live=1.0),
+    *_topk("all_dropped", 5, 6, 300, *DTYPES, live=0.0),
+    *_topk("std_30", 32, 16, 2000, *DTYPES, std=30.0),
+    *_topk("std_30_given", 4, 16, 2000, std=30.0, tail="given"),
+    *_topk("temperature", 20, 8, 1500, *DTYPES, temperature=3.0),
+    *_topk("softcap", 20, 8, 1500, *DTYPES, std=20.0, logit_softcap=30.0),
+    *_topk("everything", 20, 8, 5000, logit_softcap=9.0, logit_scale=0.5, temperature=0.7),
+    *_topk("near", 50, 16, 3000, noise=1.4e-3, tail="given"),
+    *_topk("near_bf16", 50, 16, 3000, torch.bfloat16, noise=2e-2),
+    *_topk("minus_infinity", 40, 8, 600, *DTYPES, minus_infinity=0.3, tail="given"),
+    *_topk("mostly_absent", 40, 8, 60, minus_infinity=0.9, tail="given"),
+    *_topk("strided", 12, 8, 513, *DTYPES, strided=True),
+    TopkCase(
+        "above_2_31",
+        8,
+        KLCase("", 65_600, 32_768, 32_768, torch.bfloat16, live=1.0, slow=True),
+        slow=True,
+    ),
+]
+
 _WIDE = (torch.float32, torch.bfloat16)
 _BENCH_SIZES = ((64, 128256), (256, 32000), (4096, 49152))  # the last exceeds every cache
 
@@ -243,6 +344,12 @@ BENCH_KL_CASES = [
     KLCase(f"{rows}x{vocabulary}", rows, vocabulary, vocabulary, dtype, live=1.0)
     for rows, vocabulary in _BENCH_SIZES
     for dtype in _WIDE
+]
+BENCH_TOPK_CASES = [
+    TopkCase(f"{rows}x{vocabulary}x64", 64, case)
+    for rows, vocabulary in _BENCH_SIZES
+    for dtype in _WIDE
+    for case in [KLCase("", rows, vocabulary, vocabulary, dtype, live=1.0)]
 ]
 # Compared with the same case with all rows live, it shows what dropped rows save.
 BENCH_HALF_CASE = KLCase("4096x49152_half", 4096, 49152, 49152, torch.bfloat16, live=0.5)

@@ -35,6 +35,39 @@ def eager_kl_rows(
     return functional.kl_div(log_p[0], log_p[1], log_target=True, reduction="none").sum(-1)
 
 
+def eager_topk_rows(
+    student: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    tail: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor:
+    """Return the KL of each row over the k ids and all others together, in float32."""
+    x = student.float() * logit_scale
+    if logit_softcap is not None:
+        x = logit_softcap * torch.tanh(x / logit_softcap)
+    log_s = functional.log_softmax(x.clamp(min=_ABSENT) / temperature, -1)
+    if tail is None:
+        tail = torch.log1p(-logprobs.exp().sum(-1).clamp(max=1.0))
+        tail = torch.full_like(tail, _ABSENT) if ids.shape[1] == student.shape[1] else tail
+    others = log_s.scatter(1, ids, _ABSENT).logsumexp(-1, keepdim=True)
+    outcomes = torch.cat((log_s.gather(1, ids), others), 1)
+    target = torch.cat((logprobs, tail[:, None]), 1).clamp(min=_ABSENT)
+    target = functional.log_softmax(target, -1)
+    return functional.kl_div(outcomes, target, log_target=True, reduction="none").sum(-1)
+
+
+def eager_topk_kl(student: Tensor, ids: Tensor, logprobs: Tensor, row_weight: Tensor) -> Tensor:
+    """Compute the loss in the shortest and fastest way."""
+    log_s = functional.log_softmax(student, -1, dtype=torch.float32)
+    chosen, p = log_s.gather(1, ids), logprobs.exp()
+    t, u = 1 - p.sum(-1), 1 - chosen.exp().sum(-1)
+    kl = (p * (logprobs - chosen)).sum(-1) + t * (t.log() - u.log())
+    return (row_weight * kl).sum()
+
+
 def eager_dual_kl(student: Tensor, teacher: Tensor, row_weight: Tensor) -> Tensor:
     """Compute the loss in the shortest and fastest way."""
     log_s = functional.log_softmax(student, -1, dtype=torch.float32)

@@ -8,13 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leaf_ext.testing.cases import KLCase, LinearCase, NormCase, SpansCase
+from leaf_ext.testing.cases import KLCase, LinearCase, NormCase, SpansCase, TopkCase
 
 
 @dataclass(frozen=True)
 class KLInputs:
     student: Tensor
     teacher: Tensor
+    row_weight: Tensor
+
+
+@dataclass(frozen=True)
+class TopkInputs:
+    student: Tensor
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor | None
     row_weight: Tensor
 
 
@@ -27,6 +36,8 @@ class LinearInputs:
     row_weight: Tensor
     student_bias: Tensor | None
     teacher_bias: Tensor | None
+    labels: Tensor | None
+    label_weight: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,33 @@ def _large_kl_inputs(case: KLCase, seed: torch.Generator) -> KLInputs:
     return KLInputs(student, teacher.to(case.dtype).expand(case.rows, -1), weight)
 
 
+def topk_inputs(case: TopkCase) -> TopkInputs:
+    """Rows of weight 0 contain NaN and ids outside of the vocabulary."""
+    given = kl_inputs(case.logits)
+    ids, logprobs, tail = stored_teacher(given.teacher, case.logits.temperature, case.k)
+    if case.tail == "none":
+        logprobs = logprobs - logprobs.double().logsumexp(-1, keepdim=True).float()
+        tail = torch.full_like(tail, -torch.inf)
+    dropped = given.row_weight == 0
+    ids[dropped], logprobs[dropped], tail[dropped] = -7, torch.nan, torch.nan
+    if case.logits.strided:
+        ids, logprobs = ids.T.contiguous().T, logprobs.T.contiguous().T
+    kept = None if case.tail == "computed" else tail
+    return TopkInputs(given.student, ids, logprobs, kept, given.row_weight)
+
+
+def stored_teacher(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return k ids of each row, in no order, their log-probabilities, and that of all others."""
+    # A row that stands for all, of the slow case, is computed once.
+    rows = logits[:1] if logits.stride(0) == 0 else logits
+    log_p = (rows.double() / temperature).log_softmax(-1)
+    ids = log_p.topk(k).indices.flip(1)
+    logprobs = log_p.gather(1, ids).float()
+    tail = log_p.scatter(1, ids, -torch.inf).logsumexp(-1).float()
+    size = logits.shape[0]
+    return ids.expand(size, k).clone(), logprobs.expand(size, k).clone(), tail.expand(size).clone()
+
+
 def linear_inputs(case: LinearCase) -> LinearInputs:
     """Hidden states and heads whose logits have a standard deviation of about the case's."""
     seed, kl = generator(case), case.logits
@@ -121,7 +159,17 @@ def linear_inputs(case: LinearCase) -> LinearInputs:
     student_hidden, student_head, student_bias = model(case.student_hidden, kl.student_vocabulary)
     teacher_hidden, teacher_head, teacher_bias = model(case.teacher_hidden, kl.teacher_vocabulary)
     weight = row_weight(kl.rows, kl.live, seed)
-    student_hidden[weight == 0] = float("nan")
+    labels, label_weight = None, None
+    dropped = weight == 0
+    if case.labels:
+        vocabulary = min(kl.student_vocabulary, kl.teacher_vocabulary)
+        labels = (uniform(seed, kl.rows) * vocabulary).long().clamp(max=vocabulary - 1)
+        labels[uniform(seed, kl.rows) < 0.2] = -100
+        label_weight = uniform(seed, kl.rows).add(0.5).div(max(1, kl.rows))
+        label_weight[::3] = 0
+        dropped = dropped & (label_weight == 0)
+        labels[dropped] = vocabulary + 5
+    student_hidden[dropped] = float("nan")
     teacher_hidden[weight == 0] = float("nan")
     return LinearInputs(
         student_hidden,
@@ -131,6 +179,8 @@ def linear_inputs(case: LinearCase) -> LinearInputs:
         weight,
         student_bias,
         teacher_bias,
+        labels,
+        label_weight,
     )
 
 
