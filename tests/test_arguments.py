@@ -171,8 +171,8 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         "max_seqlen must be at least the longest sequence, 5, got 4",
     ),
     "weights_live": (
-        lambda: leaf_ext.row_weights(ONES(3).bool(), ONES(3)),
-        "row_weights: live must be torch.bool, got torch.float32",
+        lambda: leaf_ext.row_weights(ONES(3).bool(), ONES(3).half()),
+        "row_weights: live must be torch.bool, torch.float32 or torch.float64, got torch.float16",
     ),
     "weights_kd": (
         lambda: leaf_ext.row_weights(ONES(3).bool(), ONES(3).bool(), kd_weight=1.5),

@@ -152,6 +152,7 @@ def prepare_dataset(
     max_length: int,
     embedding_rows: Mapping[Role, int],
     name: str,
+    span_weighting: str = "span",
 ) -> tuple[ExampleDataset, list[Example]]:
     """Read and render a dataset.
 
@@ -159,6 +160,8 @@ def prepare_dataset(
         rows: a source that `load_examples` takes, or a list of Examples.
         renderers, max_length, embedding_rows: as for `render_examples`.
         name: the name of the dataset in messages.
+        span_weighting: how the label tokens of counterfactuals count: "span", each the same; or
+            "sample", each 1 / k, where k counterfactuals of its row_id are trained on.
 
     Returns:
         The examples to train on, and those that left.
@@ -180,7 +183,16 @@ def prepare_dataset(
         logger.warning("%s: %d of %d rows left out: %s", name, len(left), len(examples), reasons)
     if notes := count_notes(kept):
         logger.warning("%s: rows altered: %s", name, _listed(notes))
-    return ExampleDataset(kept), left
+    return ExampleDataset(_weigh(kept) if span_weighting == "sample" else kept), left
+
+
+def _weigh(examples: Sequence[Example]) -> list[Example]:
+    """Return the examples, of counterfactuals a copy with the weight 1 / k."""
+    cuts = Counter(one.row_id for one in examples if one.branch != "original")
+    return [
+        one if one.branch == "original" else replace(one, weight=1 / cuts[one.row_id])
+        for one in examples
+    ]
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -195,8 +207,9 @@ def collate(examples: Sequence[Example]) -> Batch:
 
     Returns:
         The tensors of `pad` for the student, those for the teacher with the prefix `teacher_` (of
-        another T), `counterfactual` bool [B] (of any branch but "original") and `row_id` int64 [B].
-        Row by row, both `loss_mask` mark the same labels in order.
+        another T), `counterfactual` bool [B] (of any branch but "original"), `row_id` int64 [B] and
+        `row_weight` float64 [B], the weight of each label token of a row within its term of the
+        loss. Row by row, both `loss_mask` mark the same labels in order.
     """
     batch: Batch = {}
     for role, prefix in PREFIXES.items():
@@ -204,6 +217,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         batch |= {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
     batch["counterfactual"] = torch.tensor([one.branch != "original" for one in examples])
     batch["row_id"] = torch.tensor([one.row_id for one in examples])
+    batch["row_weight"] = torch.tensor([one.weight for one in examples], dtype=torch.float64)
     return batch
 
 

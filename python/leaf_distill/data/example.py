@@ -134,6 +134,7 @@ class Example:
     inserted: tuple[str, ...] = ()  # what stands in place of each range of `cut`; (): nothing
     strategy: str | None = None  # the strategy that proposed the cut
     cut_score: float | None = None  # mean score of the tokens that were chosen
+    weight: float = 1.0  # of each label token, within its term of the distillation loss
     notes: list[str] = field(default_factory=list)  # alterations, as short codes
     outcome: Outcome | None = None  # None: still in
 

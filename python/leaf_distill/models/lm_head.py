@@ -55,9 +55,10 @@ class LMHeadHook:
         self._at_head: AtHead | None = None
         self._hidden: Tensor | None = None
         self._result: Tensor | None = None
-        head.register_forward_pre_hook(self._enter)
-        head.register_forward_hook(self._compute)
-        model.register_forward_hook(self._leave)
+        # torch.compile leaves the hooks as they are: a trace of them would hold for one batch only.
+        head.register_forward_pre_hook(torch.compiler.disable(self._enter))
+        head.register_forward_hook(torch.compiler.disable(self._compute))
+        model.register_forward_hook(torch.compiler.disable(self._leave))
 
     def run(
         self, module: nn.Module, ids: Tensor, attention_mask: Tensor, at: Tensor, then: AtHead

@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
+from leaf_distill.training.selection import SELECTIONS
+
 _LARGEST = 1e30  # float32 holds it, and what is computed from it
 _ANY_INTEGER = (-(2**63), 2**63 - 1, "an integer of 64 bits")
 _ANY_NUMBER = (-_LARGEST, _LARGEST, "a finite number")
@@ -30,6 +32,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _BELOW_1),
     **dict.fromkeys(("gradient_accumulation_steps", "torch_empty_cache_steps"), _COUNT),
     "save_total_limit": _COUNT,
+    "token_share": (5e-324, 1, "above 0 and at most 1"),
     # Beyond these, logits of the usual size leave float32 or become all alike.
     "temperature": (1e-3, 1e3, "from 0.001 to 1000"),
     "seed": (0, 2**32 - 1, "from 0 to 4294967295"),  # as NumPy takes it
@@ -58,6 +61,8 @@ _UNUSED = {
 
 
 _CHOICES = {
+    "span_weighting": ["span", "sample"],
+    "token_selection": [*SELECTIONS],
     "lr_scheduler_type": [*SchedulerType],
     "optim": [*OptimizerNames],
     "logging_strategy": [*IntervalStrategy],
@@ -99,7 +104,7 @@ def check_unused(config: TrainingArguments) -> None:
 
 
 def check_choices(config: TrainingArguments) -> None:
-    """Raise ValueError for the first option of transformers that is none of its choices."""
+    """Raise ValueError for the first option that is none of its choices."""
     for name, choices in _CHOICES.items():
         value = getattr(config, name)
         if value is not None and value not in choices:  # a choice equals its text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +30,7 @@ from leaf_distill.training.checks import (
 )
 
 if TYPE_CHECKING:
-    KdWeight = float | Literal["pool"]
+    KdWeight = float | str
 else:  # the command line gives text, which LeafConfig reads
     KdWeight = str
 
@@ -74,9 +73,29 @@ class LeafConfig(TrainingArguments):
     kd_weight: KdWeight = field(
         default="pool",
         metadata=about(
-            "weight of the originals' loss, the paper's lambda: a number from 0 to 1, or pool: "
-            "every token counts the same"
+            "weight of the originals' loss, the paper's lambda: a number from 0 to 1; two of them, "
+            "0.9:0.5, for a straight line from the first step to the last; or pool: every token "
+            "counts the same"
         ),
+    )
+    span_weighting: str = field(
+        default="span",
+        metadata=about(
+            "span: every counterfactual counts the same; sample: each of the k of an original "
+            "counts 1/k"
+        ),
+    )
+    token_selection: str = field(
+        default="all",
+        metadata=about(
+            "label tokens of each row that are trained on: all, or the token_share with the "
+            "highest student entropy (entropy), half by entropy and half by KL where the entropy "
+            "is low (tip), or at random (random)"
+        ),
+    )
+    token_share: float = field(
+        default=0.5,
+        metadata=about("share of each row's label tokens that token_selection chooses"),
     )
     temperature: float = field(
         default=1.0, metadata=about("softens both distributions; the loss has its square")
@@ -127,6 +146,11 @@ class LeafConfig(TrainingArguments):
         check_ranges(self)
         check_unused(self)
         check_choices(self)
+        if self.token_selection == "all" and self.token_share != 0.5:
+            raise ValueError(
+                f"token_share: must come with token_selection, got {self.token_share} alone; give "
+                "both"
+            )
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.fp16
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported()
@@ -157,22 +181,32 @@ class LeafConfig(TrainingArguments):
             )
         self.gradient_accumulation_steps = derived
 
+    def kd_weight_at(self, done: float) -> float | Literal["pool"]:
+        """Return lambda, or "pool", when a part of the training is done, from 0 to 1."""
+        if isinstance(self.kd_weight, str) and ":" in self.kd_weight:
+            first, last = map(float, self.kd_weight.split(":"))
+            return first * (1 - done) + last * done
+        return "pool" if self.kd_weight == "pool" else float(self.kd_weight)
+
     def with_changes(self, **changes: Any) -> LeafConfig:
         """Return a copy with other values; what follows from them is derived anew."""
         return replace(self, **{"gradient_accumulation_steps": 1, **changes})
 
 
-def _read_weight(value: object) -> float | Literal["pool"]:
-    """Return a weight that may be text."""
+def _read_weight(value: object) -> float | str:
+    """Return a weight that may be text: "pool", a number, or a schedule "number:number"."""
     if value == "pool":
         return "pool"
     try:
-        weight = float(str(value))
+        weights = [float(part) for part in str(value).split(":")]
     except ValueError:
-        weight = math.nan
-    if not 0 <= weight <= 1:
-        raise ValueError(f"kd_weight: must be 'pool' or a number from 0 to 1, got {value!r}")
-    return weight
+        weights = []
+    if not 1 <= len(weights) <= 2 or not all(0 <= weight <= 1 for weight in weights):
+        raise ValueError(
+            "kd_weight: must be 'pool', a number from 0 to 1, or two of them as in 0.9:0.5, got "
+            f"{value!r}"
+        )
+    return weights[0] if len(weights) == 1 else ":".join(map(str, weights))
 
 
 @documented

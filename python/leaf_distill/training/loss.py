@@ -12,22 +12,29 @@ from torch import Tensor, nn
 
 from leaf_distill.data.collator import Batch
 from leaf_distill.models.lm_head import LMHeadHook
+from leaf_distill.training.selection import Selection
 from leaf_ext import DualKLRows, linear_dual_kl, row_weights
 
 logger = logging.getLogger(__name__)
+
+KdWeight = float | Literal["pool"]
+ALL: Final = Selection()
 
 KEYS: Final = (
     *("input_ids", "attention_mask", "loss_mask"),
     *("teacher_input_ids", "teacher_attention_mask", "teacher_loss_mask"),
     *("counterfactual", "row_id"),
 )
-"""The keys of a batch, as `leaf_distill.data.collator.collate` makes them."""
+"""The keys that a batch must have, as `leaf_distill.data.collator.collate` makes them."""
 
-SUMS: Final = (
-    *("kd_kl", "cd_kl", "kd_tokens", "cd_tokens"),
-    *("student_entropy", "teacher_entropy", "agreement", "cf_rows", "skipped_rows"),
-)
-"""Sums over a batch, in this order; those of several batches can be added."""
+_MEANS: Final = ("student_entropy", "teacher_entropy", "agreement")
+"""What `linear_dual_kl` measures of each token besides the KL, and the log has as a mean."""
+
+SUMS: Final = ("kd_kl", "cd_kl", "kd_tokens", "cd_tokens", *_MEANS, "cf_rows", "skipped_rows")
+"""Sums over a batch, in this order; those of several batches can be added.
+
+All but the rows are sums over tokens, each times its weight within its term.
+"""
 
 MEASURES: Final = ("loss", "kd_loss", "cd_loss", *SUMS[4:])
 """The measures of an evaluation: the loss, and the entries of `metrics`."""
@@ -39,21 +46,37 @@ CURE: Final = (
 """The advice for a student whose numbers are not finite any more."""
 
 
-def count_labels(batch: Batch) -> Tensor:
-    """Return the label tokens of a batch's originals and of its counterfactuals, int64 [2]."""
-    labels, counterfactual = batch["loss_mask"].sum(dim=1), batch["counterfactual"]
-    return torch.stack([labels[~counterfactual].sum(), labels[counterfactual].sum()])
+def count_labels(batch: Batch, selection: Selection = ALL) -> Tensor:
+    """Return the denominators of a batch's originals and of its counterfactuals, float64 [2].
+
+    Each is the number of the label tokens that are chosen, each times the weight of its row.
+    """
+    counted = selection.count(batch["loss_mask"].sum(dim=1)) * _row_weight(batch)
+    counterfactual = batch["counterfactual"]
+    return torch.stack([counted[~counterfactual].sum(), counted[counterfactual].sum()])
+
+
+def count_tokens(batch: Batch) -> Tensor:
+    """Return a batch's tokens and label tokens, int64 [2], without padding and `FILLER`."""
+    labels = batch["loss_mask"].sum(dim=1)
+    return torch.stack([(batch["attention_mask"].sum(dim=1) * (labels > 0)).sum(), labels.sum()])
+
+
+def _row_weight(batch: Batch) -> Tensor:
+    """Return the weight of each row's tokens within its term, float64 [B]; without any, 1."""
+    alike = torch.ones_like(batch["counterfactual"], dtype=torch.float64)
+    return batch.get("row_weight", alike).double()
 
 
 def metrics(sums: Tensor) -> dict[str, float]:
-    """Return means per label token, and counts of rows, from `SUMS` (float64 [len(SUMS)]).
+    """Return means over label tokens, and counts of rows, from `SUMS` (float64 [len(SUMS)]).
 
     A branch without tokens has no loss.
     """
     total = dict(zip(SUMS, sums.tolist(), strict=True))
     kd, cd = total["kd_tokens"], total["cd_tokens"]
     parts = {"kd_loss": (total["kd_kl"], kd), "cd_loss": (total["cd_kl"], cd)}
-    parts |= {name: (total[name], kd + cd) for name in SUMS[4:7]}
+    parts |= {name: (total[name], kd + cd) for name in _MEANS}
     means = {name: value / tokens for name, (value, tokens) in parts.items() if tokens}
     return {**means, "cf_rows": total["cf_rows"], "skipped_rows": total["skipped_rows"]}
 
@@ -68,6 +91,46 @@ def mean_loss(history: Sequence[Mapping[str, Any]]) -> float:
     return total / max(reached, 1)
 
 
+@dataclass
+class _Tokens:
+    """The N label tokens of a batch.
+
+    Attributes:
+        sequence: int64 [N], the row of the batch that each belongs to.
+        counterfactual: bool [N].
+        weight: float64 [N], how much each counts within its term; 0: it does not.
+        live: bool [B], False: the row is skipped.
+    """
+
+    sequence: Tensor
+    counterfactual: Tensor
+    weight: Tensor
+    live: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Tokens:
+        sequence = batch["loss_mask"].nonzero()[:, 0]
+        return cls(
+            sequence,
+            batch["counterfactual"][sequence],
+            _row_weight(batch)[sequence],
+            torch.ones_like(batch["counterfactual"]),
+        )
+
+    def skip_faulty(self, rows: DualKLRows) -> bool:
+        """Give weight 0 to the rows where the teacher's output is not finite, if there are any.
+
+        One bad position makes the teacher's whole row worthless, and weight 0 keeps NaN out of the
+        sums. The tokens stay in the denominators, which were counted before any forward pass.
+        """
+        faulty = rows.teacher_entropy.isnan()
+        if not faulty.any():
+            return False
+        self.live[self.sequence[faulty]] = False
+        self.weight = self.weight * self.live[self.sequence]
+        return True
+
+
 @dataclass(frozen=True)
 class Objective:
     """L = lambda L_kd + (1 - lambda) L_cd of one batch, with the denominators of its step.
@@ -77,19 +140,25 @@ class Objective:
 
     student: LMHeadHook
     teacher: LMHeadHook
-    kd_weight: float | Literal["pool"]
     temperature: float
     backend: Any  # leaf_ext checks the name
 
     def __call__(
-        self, module: nn.Module, batch: Batch, denominators: Tensor
+        self,
+        module: nn.Module,
+        batch: Batch,
+        denominators: Tensor,
+        kd_weight: KdWeight,
+        selection: Selection = ALL,
     ) -> tuple[Tensor, Tensor]:
         """Measure one batch.
 
         Args:
             module: the student, or what wraps it for training.
             batch: as `collate` makes it, on the student's device.
-            denominators: (n_kd, n_cd), the label tokens of the whole optimizer step, [2].
+            denominators: (n_kd, n_cd), `count_labels` of the whole optimizer step, [2].
+            kd_weight: lambda, or "pool".
+            selection: the label tokens that count.
 
         Returns:
             The loss with its graph, and the batch's `SUMS`, float64 [len(SUMS)] on the CPU.
@@ -97,9 +166,7 @@ class Objective:
         Raises:
             RuntimeError: the student's loss is NaN; the sentence names the rows.
         """
-        at = batch["loss_mask"]
-        sequence = at.nonzero()[:, 0]  # the row of the batch that each label token belongs to
-        counterfactual = batch["counterfactual"][sequence]
+        tokens, at, row_id = _Tokens.of(batch), batch["loss_mask"], batch["row_id"]
         with torch.no_grad():
             teacher_hidden = self.teacher.run(
                 self.teacher.model,
@@ -108,64 +175,69 @@ class Objective:
                 batch["teacher_loss_mask"],
                 lambda hidden, weight, bias: hidden,
             )
-        live = torch.ones_like(batch["counterfactual"])
         measured: list[DualKLRows] = []
 
         def weights() -> Tensor:
             n_kd, n_cd = denominators
             return row_weights(
-                counterfactual, live[sequence], kd_weight=self.kd_weight, n_kd=n_kd, n_cd=n_cd
+                tokens.counterfactual, tokens.weight, kd_weight=kd_weight, n_kd=n_kd, n_cd=n_cd
             )
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            loss, rows = self._loss((hidden, weight, bias), teacher_hidden, weights())
-            faulty = rows.teacher_entropy.isnan()
-            # One bad position makes the teacher's whole row worthless. The row is skipped: its
-            # tokens get weight 0, which keeps NaN out of the sums. They stay in the denominators,
-            # which were counted before any forward pass.
-            if faulty.any():
-                live[sequence[faulty]] = False
-                loss, rows = self._loss((hidden, weight, bias), teacher_hidden, weights())
+            student = (hidden, weight, bias)
+            rows = None
+            if selection.measures:
+                with torch.no_grad():
+                    _, rows = self._loss(student, teacher_hidden, torch.ones_like(tokens.weight))
+                tokens.skip_faulty(rows)
+            tokens.weight = tokens.weight * selection.choose(tokens.sequence, row_id, rows)
+            loss, rows = self._loss(student, teacher_hidden, weights())
+            if tokens.skip_faulty(rows):
+                loss, rows = self._loss(student, teacher_hidden, weights())
             measured.append(rows)
             return loss
 
         loss = self.student.run(module, batch["input_ids"], batch["attention_mask"], at, at_head)
-        rows = measured[0]
-        sums, invalid = _sums(rows, weights(), counterfactual, live, batch)
-        row_id = batch["row_id"]
+        sums, invalid = _sums(measured[0], weights(), tokens, batch)
         if invalid:
-            bad = sorted(set(row_id[sequence[rows.kl.isnan()]].tolist()))
+            bad = sorted(set(row_id[tokens.sequence[measured[0].kl.isnan()]].tolist()))
             raise RuntimeError(
                 f"the loss is NaN on the rows with row_id {bad}: the student's output is not "
                 f"finite there. {CURE}"
             )
         if sums[SUMS.index("skipped_rows")]:
             logger.warning(
-                "skipped row_id %s: the teacher's output is not finite", row_id[~live].tolist()
+                "skipped row_id %s: the teacher's output is not finite",
+                row_id[~tokens.live].tolist(),
             )
         return loss, sums
 
-    def check(self, batch: Batch) -> None:
+    def check(self, batch: Batch, *, weighted: bool = False) -> None:
         """Compare both models' heads with their own logits on a batch; these are formed in full.
+
+        Args:
+            batch: as `collate` makes it.
+            weighted: whether it must have the key `row_weight`.
 
         Raises:
             ValueError: a key is missing in the batch, or a head does not give its model's logits.
         """
-        if lacking := [key for key in KEYS if key not in batch]:
+        keys = (*KEYS, "row_weight") if weighted else KEYS
+        if lacking := [key for key in keys if key not in batch]:
             raise ValueError(
-                f"data_collator: must return the keys {', '.join(KEYS)}, got none of "
+                f"data_collator: must return the keys {', '.join(keys)}, got none of "
                 f"{', '.join(lacking)}"
             )
         self.student.check(*(batch[key] for key in KEYS[:3]))
         self.teacher.check(*(batch[key] for key in KEYS[3:6]))
 
-    def from_sums(self, sums: Tensor) -> float:
+    def from_sums(self, sums: Tensor, kd_weight: KdWeight) -> float:
         """Return the loss of a whole dataset from its `SUMS`."""
         kd_kl, cd_kl, n_kd, n_cd = sums[:4].tolist()
-        if self.kd_weight == "pool" or not n_kd or not n_cd:
-            mean = (kd_kl + cd_kl) / max(n_kd + n_cd, 1)
+        if kd_weight == "pool" or not n_kd or not n_cd:
+            mean = (kd_kl + cd_kl) / (n_kd + n_cd or 1)
         else:
-            mean = self.kd_weight * kd_kl / n_kd + (1 - self.kd_weight) * cd_kl / n_cd
+            mean = kd_weight * kd_kl / n_kd + (1 - kd_weight) * cd_kl / n_cd
         return float(mean * self.temperature**2)
 
     def _loss(
@@ -189,28 +261,20 @@ class Objective:
         )
 
 
-def _sums(
-    rows: DualKLRows,
-    weights: Tensor,
-    counterfactual: Tensor,
-    live: Tensor,
-    batch: Batch,
-) -> tuple[Tensor, bool]:
+def _sums(rows: DualKLRows, weights: Tensor, tokens: _Tokens, batch: Batch) -> tuple[Tensor, bool]:
     """Return the batch's `SUMS`, and whether a KL is NaN, by one transfer from the device."""
-    counts = weights > 0
-    kd, cd = counts & ~counterfactual, counts & counterfactual
+    counts, cd = tokens.weight * (weights > 0), tokens.counterfactual
+    kl = counts * rows.kl
     cf_rows = batch["counterfactual"] & batch["loss_mask"].any(dim=1)
     parts = [
-        rows.kl[kd].sum(),
-        rows.kl[cd].sum(),
-        kd.sum(),
-        cd.sum(),
-        rows.student_entropy.sum(),
-        rows.teacher_entropy.sum(),
-        rows.agreement.sum(),
+        kl.masked_fill(cd, 0).sum(),  # an infinite one times 0 would be NaN
+        kl.masked_fill(~cd, 0).sum(),
+        (counts * ~cd).sum(),
+        (counts * cd).sum(),
+        *((counts * getattr(rows, name)).sum() for name in _MEANS),
         cf_rows.sum(),
-        (~live).sum(),
+        (~tokens.live).sum(),
         rows.kl.isnan().any(),
     ]
-    values = torch.stack([part.to(rows.kl.dtype) for part in parts]).cpu().double()
+    values = torch.stack([part.double() for part in parts]).cpu()
     return values[:-1], bool(values[-1])

@@ -31,7 +31,8 @@ _DETECTED = (
 )
 _SETTINGS = (
     *("originals_per_step", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim"),
-    *("kd_weight", "temperature", "max_length", "disable_dropout", "bf16", "fp16", "seed"),
+    *("kd_weight", "span_weighting", "token_selection", "token_share", "temperature"),
+    *("max_length", "disable_dropout", "bf16", "fp16", "seed"),
 )
 _CONTROLS = ("random_tokens", "random_spans", "perplexity", "student_saliency")
 
@@ -118,6 +119,8 @@ def _settings(arguments: DistillArguments, config: LeafConfig, metrics: Mapping[
     length = "max_steps" if config.max_steps > 0 else "num_train_epochs"
     lines = [("setting", "value")]
     for name in (length, *_SETTINGS):
+        if name == "token_share" and config.token_selection == "all":
+            continue
         value = getattr(config, name)
         lines.append((name, str(value.value if isinstance(value, Enum) else value)))
     if changes := metrics["changes"]:

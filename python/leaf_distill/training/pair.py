@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -31,11 +32,13 @@ class Pair:
     """Student and teacher as LeafTrainer needs them.
 
     max_length: tokens that a row may have in all, at most the positions of either model.
+    span_weighting: as for `prepare_dataset`.
     """
 
     models: dict[Role, Any]
     renderers: dict[Role, Renderer]
     max_length: int
+    span_weighting: str
 
     def prepare(self, rows: Any, name: str) -> tuple[ExampleDataset, list[Example]]:
         """Render rows for both models; see `prepare_dataset`."""
@@ -45,6 +48,7 @@ class Pair:
             max_length=self.max_length,
             embedding_rows={role: embedding_rows(model) for role, model in self.models.items()},
             name=name,
+            span_weighting=self.span_weighting,
         )
 
 
@@ -66,7 +70,8 @@ def make_pair(
     else float32. A tokenizer that is not given is loaded from the model's name; the teacher's is
     the student's where its model has no name.
 
-    Logs how the two models' prompts differ, and positions fewer than `args.max_length`.
+    Logs how the two models' prompts differ, positions fewer than `args.max_length`, and trainable
+    weights of 16 bits.
 
     Args:
         args: the settings.
@@ -119,7 +124,8 @@ def make_pair(
     templates = [renderers[role].template for role in ("teacher", "student")]
     for sentence in template_differences(*templates):
         logger.warning("%s", sentence)
-    return Pair(models, renderers, _max_length(models, args.max_length))
+    _warn_of_rounding(models["student"], args.learning_rate)
+    return Pair(models, renderers, _max_length(models, args.max_length), args.span_weighting)
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, args: LeafConfig) -> Renderer:
@@ -138,6 +144,18 @@ def _max_length(models: dict[Role, Any], wanted: int) -> int:
             logger.info("max_length is %d: the %s has no more positions", positions, role)
             wanted = positions
     return wanted
+
+
+def _warn_of_rounding(student: nn.Module, learning_rate: float) -> None:
+    trained = {one.dtype for one in student.parameters() if one.requires_grad}
+    for dtype in (torch.bfloat16, torch.float16):
+        if dtype in trained:
+            logger.warning(
+                "model: has trainable weights in %s, which round away most steps of learning_rate "
+                "%g; load it in float32 (bf16 still computes in bfloat16)",
+                str(dtype).removeprefix("torch."),
+                learning_rate,
+            )
 
 
 def _disable_dropout(model: nn.Module) -> None:

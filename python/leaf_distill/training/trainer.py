@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,9 +30,19 @@ from leaf_distill.training.callbacks import (
 )
 from leaf_distill.training.checkpoint import all_finite, find_checkpoint
 from leaf_distill.training.config import LeafConfig
-from leaf_distill.training.loss import CURE, SUMS, Objective, count_labels, mean_loss, metrics
+from leaf_distill.training.loss import (
+    CURE,
+    SUMS,
+    KdWeight,
+    Objective,
+    count_labels,
+    count_tokens,
+    mean_loss,
+    metrics,
+)
 from leaf_distill.training.pair import Model, make_pair
 from leaf_distill.training.sampler import StepLoader, StepSampler
+from leaf_distill.training.selection import Selection
 from leaf_ext import linear_dual_kl
 
 
@@ -120,7 +131,6 @@ class LeafTrainer(Trainer):
         self._objective = Objective(
             LMHeadHook(student, "student"),
             LMHeadHook(self.teacher_model, "teacher"),
-            args.kd_weight,
             args.temperature,
             args.backend,
         )
@@ -144,6 +154,8 @@ class LeafTrainer(Trainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._sums = self._eval_sums = _zeros()
         self._steps_without_cf = 0
+        self._read = torch.zeros(2, dtype=torch.float64)  # tokens and label tokens, of all ranks
+        self._since: float | None = None  # the start of the first step since the last log
 
     # ---- data ----
 
@@ -217,8 +229,10 @@ class LeafTrainer(Trainer):
             checkpoint = find_checkpoint(resume_from_checkpoint, Path(str(self.args.output_dir)))
         if self.train_dataset is not None:
             make: Any = self.data_collator  # the Trainer's own takes dicts only
-            self._objective.check(self._prepare_inputs(make([self.train_dataset.shortest])))
-        self._sums, self._steps_without_cf = _zeros(), 0
+            batch = self._prepare_inputs(make([self.train_dataset.shortest]))
+            self._objective.check(batch, weighted=self.args.span_weighting == "sample")
+        self._sums, self._steps_without_cf, self._since = _zeros(), 0, None
+        self._read.zero_()
         if checkpoint is not None and (output := self._take_last(checkpoint)) is not None:
             return output
         output = super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -241,18 +255,29 @@ class LeafTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """Return an optimizer step's batches, and (n_kd, n_cd), its label tokens on all ranks."""
+        """Return an optimizer step's batches, and its denominators (n_kd, n_cd) over all ranks."""
+        self._since = self._since or time.monotonic()
         batches = list(islice(epoch_iterator, num_batches))
-        counts = torch.zeros(2, dtype=torch.int64)
+        counts = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
-            counts += count_labels(batch)
+            counts += torch.cat([count_labels(batch, self._selection()), count_tokens(batch)])
         passes = [len(split_batch(batch, self.args.max_batch_tokens)) for batch in batches]
         everywhere = self._of_ranks(torch.cat([counts, torch.tensor(passes)]))
-        for batch, number in zip(batches, everywhere[:, 2:].amax(dim=0), strict=True):
+        for batch, number in zip(batches, everywhere[:, 4:].amax(dim=0), strict=True):
             batch["passes"] = number  # as many on all ranks: a sharded model gathers in each
-        counts = everywhere[:, :2].sum(dim=0)
+        counts = everywhere[:, :4].sum(dim=0)
+        self._read += counts[2:]
         self._steps_without_cf += int(counts[1] == 0)
-        return batches, counts.to(device)
+        return batches, counts[:2].to(device)
+
+    def _selection(self) -> Selection:
+        """Return which label tokens the current step is trained on."""
+        seed = (self.args.seed, self.state.global_step)
+        return Selection(self.args.token_selection, self.args.token_share, seed)
+
+    def _kd_weight(self, step: int) -> KdWeight:
+        """Return lambda of a step, counted from 0."""
+        return self.args.kd_weight_at(step / max(self.state.max_steps - 1, 1))
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
@@ -279,10 +304,11 @@ class LeafTrainer(Trainer):
         """Return this pass's part of the step's loss, times the ranks, whose mean DDP takes."""
         if return_outputs:
             raise ValueError("return_outputs: must be False, got True; the logits are never formed")
-        counts = num_items_in_batch
-        loss, sums = self._objective(
-            model, inputs, counts if isinstance(counts, Tensor) else count_labels(inputs)
-        )
+        counts, selection = num_items_in_batch, self._selection()
+        if not isinstance(counts, Tensor):
+            counts = count_labels(inputs, selection)
+        weight = self._kd_weight(self.state.global_step)
+        loss, sums = self._objective(model, inputs, counts, weight, selection)
         self._sums = self._sums + sums
         scaled: Tensor = loss * self.args.world_size
         return scaled
@@ -292,10 +318,25 @@ class LeafTrainer(Trainer):
         if "loss" in logs:
             logs.update(metrics(self._of_ranks(self._sums).sum(dim=0)))
             logs["steps_without_cf"] = self._steps_without_cf
+            logs |= self._speed()
+            if ":" in str(self.args.kd_weight):
+                logs["kd_weight"] = cast(float, self._kd_weight(self.state.global_step - 1))
             self._sums, self._steps_without_cf = _zeros(), 0
         if "train_loss" in logs:
             logs["train_loss"] = mean_loss(self.state.log_history)
         super().log(logs, start_time)
+
+    def _speed(self) -> dict[str, float]:
+        """Return the tokens a second and the share of labels since the last log, and start anew.
+
+        Checkpoints and evaluations do not count: each comes between a log and the next step.
+        """
+        if self._since is None:
+            return {}
+        seconds, (tokens, labels) = time.monotonic() - self._since, self._read.tolist()
+        self._since = None
+        self._read.zero_()
+        return {"tokens_per_second": tokens / seconds, "label_share": labels / max(tokens, 1)}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student, unless its weights are not finite (RuntimeError)."""
@@ -334,7 +375,7 @@ class LeafTrainer(Trainer):
             parts = split_batch(inputs, self.args.max_batch_tokens, at_least=at_least)
             counts, losses = count_labels(inputs), []
             for part in parts:
-                loss, sums = self._objective(model, part, counts)
+                loss, sums = self._objective(model, part, counts, self.args.kd_weight_at(1))
                 losses.append(loss)
                 self._eval_sums = self._eval_sums + sums
         return torch.stack(losses).sum(), None, None
@@ -353,7 +394,10 @@ class LeafTrainer(Trainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         sums = self._of_ranks(self._eval_sums).sum(dim=0)
-        measured = {"loss": self._objective.from_sums(sums), **metrics(sums)}
+        measured = {
+            "loss": self._objective.from_sums(sums, self.args.kd_weight_at(1)),
+            **metrics(sums),
+        }
         if (compute := cast(Any, self.compute_metrics)) is not None:
             measured |= compute(dict(measured))
         assert output.metrics is not None
