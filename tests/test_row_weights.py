@@ -30,3 +30,16 @@ def test_a_term_without_rows_leaves_the_other_one_alone(kd_weight: Any) -> None:
         torch.testing.assert_close(weight, torch.tensor([0.5, 0.5, 0.0]))
     nothing = leaf_ext.row_weights(live, torch.zeros(3, dtype=torch.bool), kd_weight=kd_weight)
     assert not nothing.any() and nothing.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_may_count_in_part(dtype: torch.dtype) -> None:
+    branch = torch.tensor([0, 0, 1, 1, 1])
+    live = torch.tensor([1, 0, 0.25, 0.25, 0], dtype=dtype)
+    pool = leaf_ext.row_weights(branch, live)
+    assert pool.dtype == dtype
+    torch.testing.assert_close(pool, live / 1.5)
+    mixed = leaf_ext.row_weights(branch, live, kd_weight=0.4)
+    torch.testing.assert_close(mixed, torch.tensor([0.4, 0, 0.3, 0.3, 0], dtype=dtype))
+    counted = leaf_ext.row_weights(branch, live, kd_weight=0.4, n_kd=2, n_cd=0.75)
+    torch.testing.assert_close(counted, torch.tensor([0.2, 0, 0.2, 0.2, 0], dtype=dtype))

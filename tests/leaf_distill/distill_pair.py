@@ -1,7 +1,8 @@
-"""A tiny pair, its rows and measures for the tests of stage 2; run as a script, one training.
+"""A tiny pair, its rows and measures for the tests of stage 2; run as a script, some trainings.
 
-As a script (`torchrun distill_pair.py SETTINGS.json`) it trains as the settings say and writes, on
-rank 0, the student's weights and the log, so that runs with several processes can be compared.
+As a script (`torchrun distill_pair.py RUNS.json`) it trains as each of the named settings says and
+writes, on rank 0, the student's weights and the log, so that runs with several processes can be
+compared.
 """
 
 from __future__ import annotations
@@ -187,23 +188,22 @@ def plain_measures(student: Any, teacher: Any, rows: list[dict[str, Any]]) -> di
     return means
 
 
-def main(settings_file: Path) -> None:
-    settings = json.loads(settings_file.read_text())
-    double = settings.pop("double")
-    rows = make_rows()
-    student, teacher = make_student(), make_teacher()
-    if double:
-        student, teacher = student.double(), teacher.double()
-    config = make_config(settings_file.parent / "run", **settings)
-    trainer = LeafTrainer(student, teacher, config, rows, rows, make_tokenizer())
-    trainer.train()
-    trainer.evaluate()
-    if trainer.is_world_process_zero():
-        torch.save(student.state_dict(), settings_file.parent / "student.pt")
-        log = json.dumps(trainer.state.log_history)
-        (settings_file.parent / "log.json").write_text(log)
-    # As at the end of a user's script: all ranks get here, then the processes end.
-    trainer.accelerator.wait_for_everyone()
+def main(runs: Path) -> None:
+    for name, settings in json.loads(runs.read_text()).items():
+        rows = settings.pop("rows")
+        student, teacher = make_student(), make_teacher()
+        if settings.pop("double"):
+            student, teacher = student.double(), teacher.double()
+        config = make_config(runs.parent / "run", **settings)
+        trainer = LeafTrainer(student, teacher, config, rows, rows, make_tokenizer())
+        trainer.train()
+        trainer.evaluate()
+        if trainer.is_world_process_zero():
+            torch.save(student.state_dict(), runs.parent / f"{name}.pt")
+            log = json.dumps(trainer.state.log_history)
+            (runs.parent / f"{name}.json").write_text(log)
+        # As at the end of a user's script: all ranks get here, then the processes end.
+        trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

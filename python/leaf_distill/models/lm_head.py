@@ -56,9 +56,10 @@ class LMHeadHook:
         self._hidden: Tensor | None = None
         self._result: Tensor | None = None
         # torch.compile leaves the hooks as they are: a trace of them would hold for one batch only.
-        head.register_forward_pre_hook(torch.compiler.disable(self._enter))
-        head.register_forward_hook(torch.compiler.disable(self._compute))
-        model.register_forward_hook(torch.compiler.disable(self._leave))
+        untraced: Any = torch.compiler.disable
+        head.register_forward_pre_hook(untraced(self._enter))
+        head.register_forward_hook(untraced(self._compute))
+        model.register_forward_hook(untraced(self._leave))
 
     def run(
         self, module: nn.Module, ids: Tensor, attention_mask: Tensor, at: Tensor, then: AtHead

@@ -10,16 +10,31 @@ from distill_pair import make_config
 
 from leaf_distill.training.config import DistillArguments, LeafConfig
 
+KD_WEIGHT = "kd_weight: must be 'pool', a number from 0 to 1, or two of them as in 0.9:0.5"
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"originals_per_step": 10}, "originals_per_step: must be a multiple of 4"),
         ({"gradient_accumulation_steps": 3}, "must be 2, which follows from originals_per_step 8"),
-        ({"kd_weight": "1.5"}, "kd_weight: must be 'pool' or a number from 0 to 1, got '1.5'"),
-        ({"kd_weight": -0.1}, "kd_weight: must be 'pool' or a number from 0 to 1, got -0.1"),
-        ({"kd_weight": "half"}, "kd_weight: must be 'pool' or a number from 0 to 1, got 'half'"),
-        ({"kd_weight": float("nan")}, "kd_weight: must be 'pool' or a number from 0 to 1, got nan"),
+        ({"kd_weight": "1.5"}, f"{KD_WEIGHT}, got '1.5'"),
+        ({"kd_weight": -0.1}, f"{KD_WEIGHT}, got -0.1"),
+        ({"kd_weight": "half"}, f"{KD_WEIGHT}, got 'half'"),
+        ({"kd_weight": float("nan")}, f"{KD_WEIGHT}, got nan"),
+        ({"kd_weight": "0.9:1.1"}, f"{KD_WEIGHT}, got '0.9:1.1'"),
+        ({"kd_weight": "0.9:0.5:0.1"}, f"{KD_WEIGHT}, got '0.9:0.5:0.1'"),
+        ({"kd_weight": "pool:0.5"}, f"{KD_WEIGHT}, got 'pool:0.5'"),
+        ({"span_weighting": "token"}, "span_weighting: must be one of span, sample, got 'token'"),
+        (
+            {"token_selection": "kl"},
+            "token_selection: must be one of all, entropy, tip, random, got 'kl'",
+        ),
+        (
+            {"token_selection": "tip", "token_share": 0.0},
+            "token_share: must be above 0 and at most 1, got 0.0",
+        ),
+        ({"token_share": 0.2}, "token_share: must come with token_selection, got 0.2 alone"),
         ({"temperature": 0.0}, "temperature: must be from 0.001 to 1000, got 0.0"),
         ({"temperature": 1e-60}, "temperature: must be from 0.001 to 1000, got 1e-60"),
         ({"max_length": 0}, "max_length: must be at least 1, got 0"),
@@ -90,9 +105,21 @@ def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
     assert not config.bf16 and config.report_to == [] and config.kd_weight == "pool"
 
 
-@pytest.mark.parametrize(("given", "read"), [("0.25", 0.25), (1, 1.0), ("pool", "pool")])
-def test_kd_weight_may_be_text(tmp_path: Path, given: Any, read: Any) -> None:
-    assert make_config(tmp_path, kd_weight=given).kd_weight == read
+@pytest.mark.parametrize(
+    ("given", "at"),
+    [
+        ("0.25", [0.25, 0.25]),
+        (1, [1.0, 1.0]),
+        ("pool", ["pool", "pool"]),
+        ("1:0.5", [1.0, 0.5]),
+        (".2:0.4", [0.2, 0.4]),
+    ],
+)
+def test_kd_weight_may_be_text(tmp_path: Path, given: Any, at: list[Any]) -> None:
+    config = make_config(tmp_path, kd_weight=given).with_changes(seed=1)
+    assert [config.kd_weight_at(0), config.kd_weight_at(1)] == at
+    if at[0] != at[1]:
+        assert config.kd_weight_at(0.25) == pytest.approx(0.75 * at[0] + 0.25 * at[1])
 
 
 def test_a_changed_copy_derives_its_accumulation_anew(tmp_path: Path) -> None:
