@@ -51,7 +51,9 @@ class LeafTrainer(Trainer):
 
     L_kd is KL(teacher, student) on originals, L_cd on counterfactuals, each a mean over its label
     tokens in the whole step: all accumulation steps and all ranks. With `kd_weight="pool"`, lambda
-    is the originals' share of the step's tokens. A step without counterfactuals is L_kd.
+    is the originals' share of the step's tokens. A step without counterfactuals is L_kd. The
+    settings `span_weighting` and `token_selection` say how these tokens count. An evaluation
+    measures all label tokens, with the last value of a scheduled `kd_weight`.
 
     In a counterfactual of the branch "cross" the teacher reads another prompt than the student,
     before the same labels. The part of a response that a row gives as context stands behind both
