@@ -172,6 +172,8 @@ def plain_measures(student: Any, teacher: Any, rows: list[dict[str, Any]]) -> di
         log_s = label_log_probabilities(student, example.renderings["student"])
         log_t = label_log_probabilities(teacher, example.renderings["teacher"])
         branch = "kd" if example.branch == "original" else "cd"
+        labels = torch.tensor(example.renderings["student"].input_ids).long()
+        labels = labels[torch.tensor(example.renderings["student"].loss_mask)]
         same = (log_s.argmax(-1) == log_t.argmax(-1)).double()
         for name, value in {
             f"{branch}_loss": (log_t.exp() * (log_t - log_s)).sum(),
@@ -179,6 +181,7 @@ def plain_measures(student: Any, teacher: Any, rows: list[dict[str, Any]]) -> di
             "student_entropy": -(log_s.exp() * log_s).sum(),
             "teacher_entropy": -(log_t.exp() * log_t).sum(),
             "agreement": same.sum(),
+            "nll": -log_s.gather(1, labels[:, None]).sum(),
         }.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     n_kd, n_cd = sums.pop("kd_tokens"), sums.pop("cd_tokens")

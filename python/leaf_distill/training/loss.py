@@ -27,7 +27,7 @@ KEYS: Final = (
 )
 """The keys that a batch must have, as `leaf_distill.data.collator.collate` makes them."""
 
-_MEANS: Final = ("student_entropy", "teacher_entropy", "agreement")
+_MEANS: Final = ("student_entropy", "teacher_entropy", "agreement", "nll")
 """What `linear_dual_kl` measures of each token besides the KL, and the log has as a mean."""
 
 SUMS: Final = ("kd_kl", "cd_kl", "kd_tokens", "cd_tokens", *_MEANS, "cf_rows", "skipped_rows")
@@ -97,21 +97,24 @@ class _Tokens:
 
     Attributes:
         sequence: int64 [N], the row of the batch that each belongs to.
+        label: int64 [N], their ids.
         counterfactual: bool [N].
         weight: float64 [N], how much each counts within its term; 0: it does not.
         live: bool [B], False: the row is skipped.
     """
 
     sequence: Tensor
+    label: Tensor
     counterfactual: Tensor
     weight: Tensor
     live: Tensor
 
     @classmethod
     def of(cls, batch: Batch) -> _Tokens:
-        sequence = batch["loss_mask"].nonzero()[:, 0]
+        sequence, position = batch["loss_mask"].nonzero().unbind(1)
         return cls(
             sequence,
+            batch["input_ids"][sequence, position + 1],
             batch["counterfactual"][sequence],
             _row_weight(batch)[sequence],
             torch.ones_like(batch["counterfactual"]),
@@ -184,16 +187,15 @@ class Objective:
             )
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            student = (hidden, weight, bias)
-            rows = None
+            models, rows = ((hidden, weight, bias), teacher_hidden), None
             if selection.measures:
                 with torch.no_grad():
-                    _, rows = self._loss(student, teacher_hidden, torch.ones_like(tokens.weight))
+                    _, rows = self._loss(*models, torch.ones_like(tokens.weight))
                 tokens.skip_faulty(rows)
             tokens.weight = tokens.weight * selection.choose(tokens.sequence, row_id, rows)
-            loss, rows = self._loss(student, teacher_hidden, weights())
+            loss, rows = self._loss(*models, weights(), tokens.label)
             if tokens.skip_faulty(rows):
-                loss, rows = self._loss(student, teacher_hidden, weights())
+                loss, rows = self._loss(*models, weights(), tokens.label)
             measured.append(rows)
             return loss
 
@@ -241,7 +243,11 @@ class Objective:
         return float(mean * self.temperature**2)
 
     def _loss(
-        self, student: tuple[Tensor, Tensor, Tensor | None], teacher_hidden: Tensor, weights: Tensor
+        self,
+        student: tuple[Tensor, Tensor, Tensor | None],
+        teacher_hidden: Tensor,
+        weights: Tensor,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, DualKLRows]:
         hidden, weight, bias = student
         head, rows = self.teacher.head, self.teacher.vocab_size
@@ -253,6 +259,7 @@ class Objective:
             weights.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
             student_bias=bias,
             teacher_bias=None if head.bias is None else head.bias[:rows],
+            labels=labels,
             temperature=self.temperature,
             logit_scale=(self.student.scale, self.teacher.scale),
             logit_softcap=(self.student.softcap, self.teacher.softcap),

@@ -147,6 +147,7 @@ def _measured(metrics: Mapping[str, Any]) -> str:
         "kd_loss": "KL per token, originals",
         "cd_loss": "KL per token, counterfactuals",
         "agreement": "top-1 agreement with the teacher",
+        "nll": "student's negative log-likelihood of a label (nats)",
         "student_entropy": "student's entropy (nats)",
         "teacher_entropy": "teacher's entropy (nats)",
     }

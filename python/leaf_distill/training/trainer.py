@@ -76,7 +76,7 @@ class LeafTrainer(Trainer):
         data_collator: makes a batch of Examples, with the keys that
             `leaf_distill.data.collator.collate` describes.
         compute_metrics: takes the measures of an evaluation by name (`loss`, `kd_loss`, `cd_loss`,
-            `student_entropy`, `teacher_entropy`, `agreement`, `cf_rows`, `skipped_rows`) and
+            `student_entropy`, `teacher_entropy`, `agreement`, `nll`, `cf_rows`, `skipped_rows`) and
             returns more of them. It gets no logits: these are never formed.
         callbacks, optimizers: as for `transformers.Trainer`.
         peft_config: wraps the student in an adapter, which alone is trained and saved.

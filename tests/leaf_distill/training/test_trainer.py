@@ -49,7 +49,7 @@ def test_the_first_step_is_the_papers_loss(tmp_path: Path, kd_weight: Any, cross
     loss = share * expected["kd_loss"] + (1 - share) * expected["cd_loss"]
     assert log["loss"] == pytest.approx(loss, rel=1e-5)
     assert log["cf_rows"] == 3 + cross and log["steps_without_cf"] == log["skipped_rows"] == 0
-    for name in ("kd_loss", "cd_loss", "student_entropy", "teacher_entropy", "agreement"):
+    for name in ("kd_loss", "cd_loss", "student_entropy", "teacher_entropy", "agreement", "nll"):
         assert log[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
