@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is no Tri
 SCRIPT = Path(__file__).with_name("triton_compile.py")
 KERNELS = {
     *("norm_kernel", "norm_pair_kernel", "rows_kernel"),
-    *("loss_kernel", "multiply_kernel", "scale_kernel", "spans_kernel"),
+    *("loss_kernel", "multiply_kernel", "scale_kernel", "spans_kernel", "topk_rows_kernel"),
 }
 
 

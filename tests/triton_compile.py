@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from leaf_ext.triton import detect_spans, dual_kl, grad_norm, scale
+from leaf_ext.triton import detect_spans, dual_kl, grad_norm, scale, topk_kl
 from leaf_ext.triton.launch import options
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -79,6 +79,27 @@ def kl_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[Va
     yield Variant(dual_kl.loss_kernel, sums, sum_block, warps)
     scale = _named("*fp32", "row_weight grad_scale") | {"bound": "fp32"}
     yield Variant(dual_kl.scale_kernel, scale, sum_block, warps)
+
+
+def topk_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[Variant]:
+    names = ("NEED_GRAD", "NEED_ROWS", "CAPPED")
+    pairs = [(dtype, dtype) for dtype in dtypes]
+    pairs += [("fp32", dtype) for dtype in dtypes if dtype != "fp32"]
+    sizes = (dual_kl._LONG, 2 * dual_kl._LONG)
+    ids = (1024, 1) if len(flags) > 1 else (1024,)
+    for (dtype, grad), size, k, *chosen in itertools.product(
+        pairs, sizes, ids, *[flags] * len(names)
+    ):
+        types = _named(f"*{dtype}", "student") | _named(f"*{grad}", "grad")
+        types |= {"teacher_ids": "*i64"}
+        types |= _named("*fp32", "teacher_logprobs teacher_tail row_weight grad_scale kl measures")
+        types |= _named("fp32", "temperature inv_temperature scale softcap")
+        itemsize = 4 if dtype == "fp32" else 2
+        block, warps = dual_kl.block_of(size, itemsize, chosen[1], chosen[2], lanes=32)
+        constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": block, "K": k}
+        constants |= {"THREADS": 32 * warps, "NARROWED": grad != dtype}
+        registers = dual_kl.REGISTERS if chosen[2] else None
+        yield Variant(topk_kl.topk_rows_kernel, types, constants, warps, registers)
 
 
 def scale_variants(dtypes: tuple[str, ...]) -> Iterator[Variant]:
@@ -141,6 +162,7 @@ def main() -> None:
     for variants in (
         norm_variants(dtypes),
         kl_variants(dtypes, flags),
+        topk_variants(dtypes, flags),
         scale_variants(dtypes),
         spans_variants(flags),
     ):

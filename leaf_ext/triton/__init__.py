@@ -46,6 +46,8 @@ for _op, _module in {
     "detect_spans": "detect_spans",
     "dual_kl": "dual_kl",
     "dual_kl_": "dual_kl",
+    "topk_kl": "topk_kl",
+    "topk_kl_": "topk_kl",
     "scaled": "scale",
     "scale_": "scale",
 }.items():

@@ -61,16 +61,22 @@ def no_logits(THREADS: tl.constexpr):
 
 @triton.jit
 def add(part, z, start, end, scale, softcap, exponent, CAPPED: tl.constexpr, GROUP: tl.constexpr):
-    """Add a block of logits, which are -inf from `end` on, to each thread's part of a row.
+    """Add a block of logits, which are -inf from `end` on, to each thread's part of a row."""
+    y = z
+    if CAPPED:
+        y, _slope = capped(z, start + tl.arange(0, z.shape[0]) < end, scale, softcap)
+    return add_capped(part, z, y, start, exponent, GROUP)
+
+
+@triton.jit
+def add_capped(part, z, y, start, exponent, GROUP: tl.constexpr):
+    """Add a block of logits z and of their capped values y to each thread's part of a row.
 
     A thread finds its largest y first, so that each of its logits takes one exponential,
     exp2((y - largest) * exponent), and no select. Blocks must come in descending order.
     """
     top, total, best, first = part
     THREADS: tl.constexpr = top.shape[0]
-    y = z
-    if CAPPED:
-        y, _slope = capped(z, start + tl.arange(0, z.shape[0]) < end, scale, softcap)
     raised = tl.maximum(top, largest_of_threads(y, THREADS, GROUP))
     e = tl.exp2((by_threads(y, THREADS, GROUP) - raised[None, :, None]) * exponent)
     total = total * tl.exp2((top - raised) * exponent) + tl.sum(tl.sum(e, 2), 0)
