@@ -28,12 +28,12 @@
 #include "launch.cuh"
 #include "leaf/cuda.h"
 #include "logits.cuh"
+#include "loss.cuh"
 
 namespace leaf::cuda {
 namespace {
 
 constexpr int kPortableCluster = 8;  // the cluster size that every GPU with clusters can run
-constexpr int kFinishThreads = 1024;
 
 // Writes the results of a row of weight 0.
 template <bool kMeasures>
@@ -87,38 +87,6 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
   if (lane_index() == 0) shared.warp_outcomes[warp_index()] = outcome;
   __syncthreads();
   if (threadIdx.x == 0) finish_row(params, index, row_kl, shared);
-}
-
-// Computes the power of two that scales the largest possible entry of a float16 gradient, at
-// |p_s - p_t| = 1, into (2^14, 2^15]: below overflow and as far from underflow as possible.
-__global__ void __launch_bounds__(kFinishThreads)
-    scale_kernel(const float* row_weight, int64_t rows, float bound, float* grad_scale) {
-  __shared__ float warps[kMaxWarps];
-  float most = 0.0f;
-  for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) most = fmaxf(most, fabsf(row_weight[i]));
-  most = block_reduce(most, [](float a, float b) { return fmaxf(a, b); }, warps) * bound;
-  if (threadIdx.x != 0) return;
-  const int bits = __float_as_int(most);
-  const int ceiling = (bits >> 23) - 127 + ((bits & 0x7fffff) != 0 ? 1 : 0);  // of log2(most)
-  const int exponent = min(max(15 - ceiling, -126), 126);
-  const bool sound = most > 0.0f && most < INFINITY;
-  *grad_scale = sound ? __int_as_float((exponent + 127) << 23) : 1.0f;
-}
-
-// Sums the divergences of the rows to the loss, in float64 and in a fixed order.
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_kernel(const DualKLParams params, const float* row_kl) {
-  __shared__ double warps[kMaxWarps];
-  double loss = 0.0;
-#pragma unroll 4
-  for (int64_t row = threadIdx.x; row < params.rows; row += blockDim.x) {
-    loss += static_cast<double>(params.row_weight[row]) * row_kl[row];
-  }
-  loss = block_reduce(loss, [](double a, double b) { return a + b; }, warps);
-  if (threadIdx.x != 0) return;
-  const double temperature = params.temperature;
-  *params.loss = static_cast<float>(loss * temperature * temperature);
-  if (params.grad == nullptr || params.grad_dtype != DType::kFloat16) *params.grad_scale = 1.0f;
 }
 
 // The layout of a row on the device.
@@ -233,8 +201,7 @@ cudaError_t run(const DualKLParams& params, float* row_kl, void* stream) {
   const Launch alone{1, kFinishThreads};
   cudaError_t error = cudaSuccess;
   if (params.grad != nullptr && params.grad_dtype == DType::kFloat16) {
-    error = launch(scale_kernel, alone, stream, params.row_weight, params.rows,
-                   params.temperature * params.student.scale, params.grad_scale);
+    error = launch(scale_kernel<DualKLParams>, alone, stream, params);
     if (error != cudaSuccess) return error;
   }
   if (params.rows > 0) {
@@ -247,7 +214,7 @@ cudaError_t run(const DualKLParams& params, float* row_kl, void* stream) {
     });
     if (error != cudaSuccess) return error;
   }
-  return launch(finish_kernel, alone, stream, params, row_kl);
+  return launch(finish_kernel<DualKLParams>, alone, stream, params, row_kl);
 }
 
 }  // namespace

@@ -175,6 +175,10 @@ template <class T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
   return ::leaf::emulation::atomic(address, [&](T old) { return static_cast<T>(old + value); });
 }
+template <class T>
+T atomicOr(T* address, std::type_identity_t<T> value) {
+  return ::leaf::emulation::atomic(address, [&](T old) { return static_cast<T>(old | value); });
+}
 
 // Host calls, with CUDA's numbers.
 
