@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from leaf_distill.grading.code import CodeGrader
     from leaf_distill.models.result import SaliencyResult, saliency
     from leaf_distill.report import write_report
-    from leaf_distill.training.config import DistillArguments, LeafConfig
+    from leaf_distill.training.cache import CacheResult, cache_teacher
+    from leaf_distill.training.config import CacheConfig, DistillArguments, LeafConfig
     from leaf_distill.training.distill import DistillResult, distill
     from leaf_distill.training.trainer import LeafTrainer
 
@@ -35,6 +36,8 @@ _HOME = {
     "AnalyzeResult": "evaluation.analyze",
     "Benchmark": "evaluation.benchmarks",
     "BenchmarkResult": "evaluation.results",
+    "CacheConfig": "training.config",
+    "CacheResult": "training.cache",
     "CodeGrader": "grading.code",
     "CompareConfig": "evaluation.config",
     "CompareResult": "evaluation.compare",
@@ -50,6 +53,7 @@ _HOME = {
     "SaliencyResult": "models.result",
     "Tests": "data.tests",
     "analyze": "evaluation.analyze",
+    "cache_teacher": "training.cache",
     "compare": "evaluation.compare",
     "detect": "detection.pipeline",
     "distill": "training.distill",
@@ -65,6 +69,8 @@ __all__ = [
     "AnalyzeResult",
     "Benchmark",
     "BenchmarkResult",
+    "CacheConfig",
+    "CacheResult",
     "CodeGrader",
     "CompareConfig",
     "CompareResult",
@@ -80,6 +86,7 @@ __all__ = [
     "SaliencyResult",
     "Tests",
     "analyze",
+    "cache_teacher",
     "compare",
     "detect",
     "distill",

@@ -137,6 +137,13 @@ COMMANDS = {
         _run_detect,
         KEPT,
     ),
+    "cache": Command(
+        "store what the teacher says about a dataset, for trainings without the teacher",
+        "leaf cache --teacher ./teacher --dataset runs/math --output_dir runs/math/teacher",
+        ("training.config:CacheConfig",),
+        "training.cache:cache_teacher",
+        "batches that were done are kept, and the same command goes on from them",
+    ),
     "distill": Command(
         "distil the teacher into the student on originals and counterfactuals",
         "leaf distill --student ./student --teacher ./teacher --dataset runs/math "

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from leaf_distill.models.checks import eval_mode
@@ -151,12 +152,14 @@ class LMHeadHook:
 
     def _compute(self, head: nn.Linear, args: Any, output: Tensor) -> None:
         if self._at_head is not None and self._hidden is not None:
-            weight: Tensor = head.weight
-            bias: Tensor | None = head.bias
-            if self.vocab_size < len(weight):
-                weight = weight[: self.vocab_size]
-                bias = None if bias is None else bias[: self.vocab_size]
-            self._result = self._at_head(self._hidden, weight, bias)
+            # accelerate has taken an offloaded weight away again: it is fetched once more.
+            with align_module_device(head):
+                weight: Tensor = head.weight
+                bias: Tensor | None = head.bias
+                if self.vocab_size < len(weight):
+                    weight = weight[: self.vocab_size]
+                    bias = None if bias is None else bias[: self.vocab_size]
+                self._result = self._at_head(self._hidden, weight, bias)
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> Any:
         if self._at_head is None:

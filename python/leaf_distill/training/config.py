@@ -10,7 +10,9 @@ import torch
 from transformers import TrainingArguments
 
 from leaf_distill.config import (
+    LARGEST,
     ROWS,
+    ModelOptions,
     PairOptions,
     RowOptions,
     about,
@@ -19,6 +21,9 @@ from leaf_distill.config import (
     documented,
     json_object,
     need,
+)
+from leaf_distill.config import (
+    check_choices as check_literals,
 )
 from leaf_distill.training.checks import (
     changed_settings,
@@ -215,7 +220,8 @@ class DistillArguments(RowOptions, PairOptions):
     """Models, rows and adapter of `leaf distill`.
 
     Raises:
-        ValueError: a model or the dataset is missing, or a setting is outside its range.
+        ValueError: a model or the dataset is missing, or a setting is outside its range, or has no
+            use with a cache.
     """
 
     dataset: str = field(
@@ -232,6 +238,24 @@ class DistillArguments(RowOptions, PairOptions):
     teacher_dtype: str = field(
         default="auto",
         metadata=about("dtype of the teacher's weights: auto, float32, bfloat16 or float16"),
+    )
+    teacher_device: str = field(
+        default="auto",
+        metadata=about(
+            "where the teacher is: auto is the student's device; cpu, cuda:1, ...; balanced: "
+            "spread over all GPUs, the CPU's memory and the disk"
+        ),
+    )
+    teacher_quantization: str | None = field(
+        default=None,
+        metadata=about("round the teacher's weights: int8, bnb8 or nf4; see docs/quantized.md"),
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata=about(
+            "output directory of `leaf cache`, which takes the teacher's place; --teacher may then "
+            "be left out"
+        ),
     )
     trust_remote_code: bool = field(
         default=False, metadata=about("run Python code that a model on the hub brings")
@@ -252,7 +276,16 @@ class DistillArguments(RowOptions, PairOptions):
     )
 
     def __post_init__(self) -> None:
-        need(self, "student", "teacher", "dataset")
+        need(self, "student", "dataset")
+        if self.teacher_cache is None:
+            need(self, "teacher")
+        for name in ("teacher_dtype", "teacher_device", "teacher_quantization"):
+            value = getattr(self, name)
+            if self.teacher_cache is not None and value not in (None, "auto"):
+                raise ValueError(
+                    f"{name}: must be left out with teacher_cache, got {value!r}; `leaf cache` has "
+                    "decided it"
+                )
         check_rows(self)
         for name in ("lora_r", "lora_alpha"):
             check_range(self, name, 1, 2**31 - 1)
@@ -264,3 +297,71 @@ class DistillArguments(RowOptions, PairOptions):
                 raise ValueError(
                     f"{name}: must come with lora_r, got {getattr(self, name)} alone; give both"
                 )
+
+
+@documented
+@dataclass(frozen=True)
+class CacheConfig(ModelOptions, RowOptions, PairOptions):
+    """Settings of `leaf cache`.
+
+    Raises:
+        ValueError: a setting is missing or outside its range.
+    """
+
+    student: str = field(
+        default="",
+        metadata=about(
+            "the model to be trained, for topk: the probabilities are over the tokens that both "
+            "models have, and the difference to the whole loss is measured with it"
+        ),
+    )
+    dataset: str = field(
+        default="",
+        metadata=about(
+            "a run directory of `leaf detect`, one of its arms (RUN/arms/NAME), or rows as it "
+            f"takes them: {ROWS}"
+        ),
+    )
+    dtype: str = field(
+        default="auto",
+        metadata=about(
+            "dtype of the teacher's weights: float32, bfloat16, float16, or auto: bfloat16 on a "
+            "GPU that has it, else float32, as in a training"
+        ),
+    )
+    max_batch_tokens: int = field(
+        default=8192, metadata=about("most tokens of a batch on a GPU, padding included")
+    )
+    teacher_quantization: str | None = field(
+        default=None,
+        metadata=about("round the teacher's weights: int8, bnb8 or nf4; see docs/quantized.md"),
+    )
+    signal: Literal["hidden", "topk"] = field(
+        default="hidden",
+        metadata=about(
+            "hidden: the states in front of the head, with the head: the exact loss; topk: the "
+            "largest log-probabilities and the mass of all others"
+        ),
+    )
+    top_k: int = field(
+        default=32, metadata=about("how many log-probabilities of a token, at most 1024, for topk")
+    )
+    temperature: float = field(
+        default=1.0, metadata=about("temperature of the probabilities: the training's, for topk")
+    )
+    output_dir: str = field(
+        default="", metadata=about("directory of the cache; rows are added to one that is there")
+    )
+
+    def __post_init__(self) -> None:
+        need(self, "teacher", "dataset", "output_dir")
+        if self.signal == "topk":
+            need(self, "student")
+        check_rows(self)
+        check_literals(self)
+        kwargs = json_object(self.chat_template_kwargs, "chat_template_kwargs")
+        object.__setattr__(self, "chat_template_kwargs", kwargs)
+        for name in ("max_length", "max_batch_tokens"):
+            check_range(self, name, 1, LARGEST)
+        check_range(self, "top_k", 1, 1024)
+        check_range(self, "temperature", 1e-3, 1e3)

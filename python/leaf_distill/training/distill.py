@@ -104,6 +104,11 @@ def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
             evaluated = trainer.evaluate() if eval_examples is not None else {}
         metrics = _metrics(trainer, examples, detected) | {"train": trained, "eval": evaluated}
         metrics["changes"] = identity["changes"]
+        cache = trainer.teacher_cache
+        metrics["teacher"] = {
+            "name": identity["teacher"]["name"],
+            "stored": None if cache is None else cache.description,
+        }
         if trainer.is_world_process_zero():
             card = model_card(arguments, config, metrics)
             write_bytes(output_dir / "README.md", card.encode())
@@ -196,12 +201,15 @@ def _make_trainer(
     try:
         trainer = LeafTrainer(
             arguments.student,
-            arguments.teacher,
+            arguments.teacher or None,
             config,
             examples,
             eval_examples,
             peft_config=_adapter(arguments),
             teacher_dtype=arguments.teacher_dtype,
+            teacher_device=arguments.teacher_device,
+            teacher_quantization=arguments.teacher_quantization,
+            teacher_cache=arguments.teacher_cache,
             trust_remote_code=arguments.trust_remote_code,
         )
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:

@@ -13,6 +13,7 @@ from leaf_distill.io import digest, is_of, make_directory, read_json, write_json
 from leaf_distill.models.source import model_fingerprint, named
 from leaf_distill.training.checkpoint import hash_weights
 from leaf_distill.training.config import DistillArguments, LeafConfig
+from leaf_distill.training.teacher_cache import TeacherCache
 
 Identity = dict[str, Any]
 
@@ -28,7 +29,14 @@ _DECIDING = (
     *("dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model"),
 )
 _DECIDING_ARGUMENTS = (
-    *("teacher_dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    *(
+        "teacher_dtype",
+        "teacher_quantization",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+    ),
 )
 _WRITTEN = (
     *("README.md", "metrics.json", "run.json", "*config.json", "*.safetensors", "*.bin"),
@@ -48,11 +56,16 @@ def identity_of(
 
     Models and rows have a name and a digest, by which they are compared.
     """
-    identity: Identity = {"command": "distill", "eval_dataset": None}
+    identity: Identity = {"command": "distill", "eval_dataset": None, "teacher_cache": None}
     for role in ROLES:
-        name = getattr(arguments, role)
-        with named(role):
-            identity[role] = {"name": name, "digest": model_fingerprint(name)}
+        if name := getattr(arguments, role):
+            with named(role):
+                identity[role] = {"name": name, "digest": model_fingerprint(name)}
+    if arguments.teacher_cache is not None:
+        cache = TeacherCache(arguments.teacher_cache)
+        identity["teacher"] = cache.manifest["teacher"]
+        made = {"name": arguments.teacher_cache, "digest": digest([cache.manifest])}
+        identity["teacher_cache"] = made
     for rows, source in ((examples, "dataset"), (eval_examples, "eval_dataset")):
         if rows is not None:
             identity[source] = {"name": getattr(arguments, source), "digest": digest_of(rows)}

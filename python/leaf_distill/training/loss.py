@@ -1,8 +1,9 @@
-"""The loss of one batch: `linear_dual_kl` of both models' hidden states at label positions."""
+"""The loss of one batch, from the student's hidden states and the teacher's signal at labels."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from leaf_distill.data.collator import Batch
 from leaf_distill.models.lm_head import LMHeadHook
 from leaf_distill.training.selection import Selection
-from leaf_ext import DualKLRows, linear_dual_kl, row_weights
+from leaf_distill.training.teacher import Head, Hidden, Signal, Teacher, signal_kl
+from leaf_ext import DualKLRows, row_weights
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +73,17 @@ def _row_weight(batch: Batch) -> Tensor:
 def metrics(sums: Tensor) -> dict[str, float]:
     """Return means over label tokens, and counts of rows, from `SUMS` (float64 [len(SUMS)]).
 
-    A branch without tokens has no loss.
+    A branch without tokens has no loss, and a teacher's stored top k gives no `nll`.
     """
     total = dict(zip(SUMS, sums.tolist(), strict=True))
     kd, cd = total["kd_tokens"], total["cd_tokens"]
     parts = {"kd_loss": (total["kd_kl"], kd), "cd_loss": (total["cd_kl"], cd)}
     parts |= {name: (total[name], kd + cd) for name in _MEANS}
-    means = {name: value / tokens for name, (value, tokens) in parts.items() if tokens}
+    means = {
+        name: value / tokens
+        for name, (value, tokens) in parts.items()
+        if tokens and not math.isnan(value)
+    }
     return {**means, "cf_rows": total["cf_rows"], "skipped_rows": total["skipped_rows"]}
 
 
@@ -138,11 +144,11 @@ class _Tokens:
 class Objective:
     """L = lambda L_kd + (1 - lambda) L_cd of one batch, with the denominators of its step.
 
-    `teacher` is the unwrapped teacher, frozen and in eval mode.
+    `teacher` gives the signal of a batch: see `leaf_distill.training.teacher`.
     """
 
     student: LMHeadHook
-    teacher: LMHeadHook
+    teacher: Teacher
     temperature: float
     backend: Any  # leaf_ext checks the name
 
@@ -170,14 +176,7 @@ class Objective:
             RuntimeError: the student's loss is NaN; the sentence names the rows.
         """
         tokens, at, row_id = _Tokens.of(batch), batch["loss_mask"], batch["row_id"]
-        with torch.no_grad():
-            teacher_hidden = self.teacher.run(
-                self.teacher.model,
-                batch["teacher_input_ids"],
-                batch["teacher_attention_mask"],
-                batch["teacher_loss_mask"],
-                lambda hidden, weight, bias: hidden,
-            )
+        signal = self.teacher(batch)
         measured: list[DualKLRows] = []
 
         def weights() -> Tensor:
@@ -187,7 +186,8 @@ class Objective:
             )
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            models, rows = ((hidden, weight, bias), teacher_hidden), None
+            head = Head(weight, bias, self.student.scale, self.student.softcap)
+            models, rows = (Hidden(hidden, head), signal), None
             if selection.measures:
                 with torch.no_grad():
                     _, rows = self._loss(*models, torch.ones_like(tokens.weight))
@@ -231,7 +231,7 @@ class Objective:
                 f"{', '.join(lacking)}"
             )
         self.student.check(*(batch[key] for key in KEYS[:3]))
-        self.teacher.check(*(batch[key] for key in KEYS[3:6]))
+        self.teacher.check(batch)
 
     def from_sums(self, sums: Tensor, kd_weight: KdWeight) -> float:
         """Return the loss of a whole dataset from its `SUMS`."""
@@ -243,27 +243,14 @@ class Objective:
         return float(mean * self.temperature**2)
 
     def _loss(
-        self,
-        student: tuple[Tensor, Tensor, Tensor | None],
-        teacher_hidden: Tensor,
-        weights: Tensor,
-        labels: Tensor | None = None,
+        self, student: Hidden, signal: Signal, weights: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, DualKLRows]:
-        hidden, weight, bias = student
-        head, rows = self.teacher.head, self.teacher.vocab_size
-        return linear_dual_kl(
-            hidden,
-            weight,
-            teacher_hidden,
-            head.weight[:rows],
-            weights.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
-            student_bias=bias,
-            teacher_bias=None if head.bias is None else head.bias[:rows],
+        return signal_kl(
+            student,
+            signal,
+            weights,
             labels=labels,
             temperature=self.temperature,
-            logit_scale=(self.student.scale, self.teacher.scale),
-            logit_softcap=(self.student.softcap, self.teacher.softcap),
-            return_rows=True,
             backend=self.backend,
         )
 

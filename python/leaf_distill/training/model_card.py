@@ -49,7 +49,8 @@ def model_card(arguments: DistillArguments, config: LeafConfig, metrics: Mapping
         [
             f"---\n{yaml.safe_dump(_metadata(arguments), sort_keys=False)}---",
             f"\n# {Path(str(config.output_dir)).name}\n",
-            f"`{arguments.student}`, distilled from `{arguments.teacher}` {_method(metrics)}\n",
+            f"`{arguments.student}`, distilled from `{metrics['teacher']['name']}` "
+            f"{_method(metrics)}\n",
             f"## Data\n\n{_data(arguments, metrics)}\n",
             f"## Settings\n\n{_settings(arguments, config, metrics)}\n",
             f"## Measured\n\n{_measured(metrics)}\n",
@@ -123,6 +124,8 @@ def _settings(arguments: DistillArguments, config: LeafConfig, metrics: Mapping[
             continue
         value = getattr(config, name)
         lines.append((name, str(value.value if isinstance(value, Enum) else value)))
+    if stored := metrics["teacher"]["stored"]:
+        lines.append(("the teacher's part", f"stored by `leaf cache`: {stored}"))
     if changes := metrics["changes"]:
         lines.append(("changed on the way", "; ".join(changes)))
     if arguments.lora_r is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from leaf_distill.config import json_object
+from leaf_distill.config import LARGEST, json_object
 from leaf_distill.data.collator import ExampleDataset, prepare_dataset
-from leaf_distill.data.example import ROLES, Example, Role
+from leaf_distill.data.example import Example, Role
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.data.template import template_differences
 from leaf_distill.models.checks import check_causal, embedding_rows, max_positions, warm_up
+from leaf_distill.models.lm_head import logit_rows
 from leaf_distill.models.loading import load_model
+from leaf_distill.models.placement import BALANCED, resolve_device
 from leaf_distill.models.source import named
 from leaf_distill.models.tokenizer import check_same_tokenizer, load_tokenizer
 from leaf_distill.training.config import LeafConfig
+from leaf_distill.training.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +33,16 @@ Model = str | nn.Module
 
 @dataclass(frozen=True)
 class Pair:
-    """Student and teacher as LeafTrainer needs them.
+    """Student and teacher as LeafTrainer needs them; with a cache, no teacher among the models.
 
+    embedding_rows: the number of token ids in each model's embedding.
     max_length: tokens that a row may have in all, at most the positions of either model.
     span_weighting: as for `prepare_dataset`.
     """
 
     models: dict[Role, Any]
     renderers: dict[Role, Renderer]
+    embedding_rows: dict[Role, int]
     max_length: int
     span_weighting: str
 
@@ -46,7 +52,7 @@ class Pair:
             rows,
             self.renderers,
             max_length=self.max_length,
-            embedding_rows={role: embedding_rows(model) for role, model in self.models.items()},
+            embedding_rows=self.embedding_rows,
             name=name,
             span_weighting=self.span_weighting,
         )
@@ -55,29 +61,33 @@ class Pair:
 def make_pair(
     args: LeafConfig,
     model: Model,
-    teacher_model: Model,
+    teacher_model: Model | TeacherCache,
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     teacher_dtype: str = "auto",
+    teacher_device: str = "auto",
+    teacher_quantization: str | None = None,
     trust_remote_code: bool = False,
     peft_config: Any = None,
 ) -> Pair:
     """Load what is given by name, wrap the student in an adapter, and check that both fit.
 
     A student that is loaded here is float32: steps of 1e-5 vanish in bfloat16 weights. Of an
-    adapter's directory the adapter is what trains. A teacher is bfloat16 where `args.bf16` is on,
-    else float32. A tokenizer that is not given is loaded from the model's name; the teacher's is
-    the student's where its model has no name.
+    adapter's directory the adapter is what trains. A teacher is bfloat16 where `args.bf16` is on
+    and its device is no CPU beside a GPU, else float32. A tokenizer that is not given is loaded
+    from the model's name; the teacher's is the student's where its model has no name. A cache
+    brings its own.
 
     Logs how the two models' prompts differ, positions fewer than `args.max_length`, and trainable
     weights of 16 bits.
 
     Args:
         args: the settings.
-        model, teacher_model: models in memory, or names.
+        model, teacher_model: models in memory, or names; in the teacher's place, also its cache.
         tokenizer, teacher_tokenizer: of the student and of the teacher.
-        teacher_dtype: of a teacher that is given by name.
+        teacher_dtype, teacher_quantization: of a teacher that is given by name.
+        teacher_device: "auto" for the student's; see `resolve_device`.
         trust_remote_code: whether code that comes with a named model may run.
         peft_config: the adapter to wrap the student in.
 
@@ -92,40 +102,80 @@ def make_pair(
             "names no place that has one"
         )
     with named("teacher_model"):
-        theirs = teacher_tokenizer or _own_tokenizer(teacher_model, trust_remote_code) or tokenizer
+        if isinstance(teacher_model, TeacherCache):
+            theirs = teacher_model.tokenizer
+        else:
+            own = teacher_tokenizer or _own_tokenizer(teacher_model, trust_remote_code)
+            theirs = own or tokenizer
     if theirs is not tokenizer:
         check_same_tokenizer(theirs, tokenizer)
+    devices = {"student": str(args.device), "teacher": str(args.device)}
+    if teacher_device != "auto":
+        with named("teacher_device", "device"):
+            resolve_device(teacher_device)
+        devices["teacher"] = teacher_device
     if teacher_dtype == "auto":
-        teacher_dtype = "bfloat16" if args.bf16 else "float32"
+        beside = teacher_device == "cpu" and args.device.type != "cpu"
+        teacher_dtype = "bfloat16" if args.bf16 and not beside else "float32"
     dtypes = {"student": "float32", "teacher": teacher_dtype}
     tokenizers: dict[Role, PreTrainedTokenizerBase] = {"student": tokenizer, "teacher": theirs}
-    models: dict[Role, Any] = {"student": model, "teacher": teacher_model}
-    for role in ROLES:
+    models: dict[Role, Any] = {"student": model}
+    if not isinstance(teacher_model, TeacherCache):
+        models["teacher"] = teacher_model
+    for role in list(models):
         if isinstance(models[role], str):
-            models[role] = load_model(
-                models[role],
-                dtype=dtypes[role],
-                device=str(args.device),
-                trainable_adapter=role == "student",
-                trust_remote_code=trust_remote_code,
-            )
+            with named("teacher_quantization", "model_quantization"):
+                models[role] = load_model(
+                    models[role],
+                    dtype=dtypes[role],
+                    device=devices[role],
+                    trainable_adapter=role == "student",
+                    trust_remote_code=trust_remote_code,
+                    quantization=teacher_quantization if role == "teacher" else None,
+                )
         else:
             warm_up()
             check_causal(models[role], type(models[role]).__name__)
+            if role == "teacher":
+                _place(models[role], devices[role], teacher_device, teacher_quantization)
         _check_vocabulary(role, models[role], tokenizers[role])
-    _check_apart(models["student"], models["teacher"])
+    if "teacher" in models:
+        _check_apart(models["student"], models["teacher"])
+        models["teacher"].eval().requires_grad_(False)
     if peft_config is not None:
         set_seed(args.seed)  # an adapter begins with random weights
         models["student"] = _wrap(models["student"], peft_config)
     if args.disable_dropout:
         _disable_dropout(models["student"])
-    models["teacher"].eval().requires_grad_(False).to(args.device)
     renderers = {role: _renderer(tokenizer, args) for role, tokenizer in tokenizers.items()}
     templates = [renderers[role].template for role in ("teacher", "student")]
     for sentence in template_differences(*templates):
         logger.warning("%s", sentence)
     _warn_of_rounding(models["student"], args.learning_rate)
-    return Pair(models, renderers, _max_length(models, args.max_length), args.span_weighting)
+    rows = {role: embedding_rows(one) for role, one in models.items()}
+    positions = {role: max_positions(one.config) for role, one in models.items()}
+    if isinstance(teacher_model, TeacherCache):
+        rows["teacher"] = teacher_model.manifest["embedding_rows"]
+        positions["teacher"] = teacher_model.manifest["max_positions"]
+        vocab_size = logit_rows(models["student"]) or LARGEST  # a head that is refused later
+        teacher_model.check_training(renderers["teacher"], args.temperature, vocab_size)
+    max_length = _max_length(positions, args.max_length)
+    return Pair(models, renderers, rows, max_length, args.span_weighting)
+
+
+def _place(teacher: Any, device: str, asked: str, quantization: str | None) -> None:
+    """Bring a teacher in memory to its device; one that is spread or rounded stays where it is."""
+    fixed = hasattr(teacher, "hf_device_map") or hasattr(teacher, "quantization_method")
+    if quantization is not None or asked == BALANCED or (fixed and asked != "auto"):
+        name, value = "teacher_device", asked
+        if quantization is not None:
+            name, value = "teacher_quantization", quantization
+        raise ValueError(
+            f"{name}: must be left out for a model in memory that is to stay as it is, got "
+            f"{value!r}; name the teacher's directory, or load it so"
+        )
+    if not fixed:
+        teacher.to(resolve_device(device))
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, args: LeafConfig) -> Renderer:
@@ -137,12 +187,11 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, args: LeafConfig) -> Renderer:
     )
 
 
-def _max_length(models: dict[Role, Any], wanted: int) -> int:
-    for role, model in models.items():
-        positions = max_positions(model.config)
-        if positions is not None and positions < wanted:
-            logger.info("max_length is %d: the %s has no more positions", positions, role)
-            wanted = positions
+def _max_length(positions: Mapping[Role, int | None], wanted: int) -> int:
+    for role, most in positions.items():
+        if most is not None and most < wanted:
+            logger.info("max_length is %d: the %s has no more positions", most, role)
+            wanted = most
     return wanted
 
 

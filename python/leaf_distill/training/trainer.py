@@ -43,6 +43,8 @@ from leaf_distill.training.loss import (
 from leaf_distill.training.pair import Model, make_pair
 from leaf_distill.training.sampler import StepLoader, StepSampler
 from leaf_distill.training.selection import Selection
+from leaf_distill.training.teacher import LiveTeacher
+from leaf_distill.training.teacher_cache import StoredTeacher, open_cache
 from leaf_ext import linear_dual_kl
 
 
@@ -62,8 +64,8 @@ class LeafTrainer(Trainer):
     Args:
         model: the student, a causal language model of transformers or a PeftModel around one, or
             its name, which is loaded in float32.
-        teacher_model: the teacher or its name; put into eval mode, frozen, moved to the student's
-            device, and neither optimized nor saved.
+        teacher_model: the teacher or its name; put into eval mode, frozen, moved to its device, and
+            neither optimized nor saved. With a `teacher_cache` None, or its name to be compared.
         args: the settings.
         train_dataset: a run directory of `leaf detect`, rows in the layout of its
             `dataset.parquet`, or in any other that it takes (all originals): a path, a hub name, a
@@ -81,11 +83,17 @@ class LeafTrainer(Trainer):
         callbacks, optimizers: as for `transformers.Trainer`.
         peft_config: wraps the student in an adapter, which alone is trained and saved.
         teacher_dtype: of a teacher that is given by name: auto, float32, bfloat16 or float16.
+        teacher_device: where the teacher is: "auto" is the student's device; "cpu", "cuda:1" and so
+            on; "balanced", for a teacher that is given by name, spreads it over all GPUs, the CPU's
+            memory and the disk.
+        teacher_quantization: int8, bnb8 or nf4: how the weights of a teacher that is given by name
+            are rounded.
+        teacher_cache: the output directory of `leaf cache`, which takes the teacher's place.
         trust_remote_code: whether code that comes with a named model may run.
 
     Raises:
         ValueError: a model has no plain linear head, the two do not share a vocabulary, the rows
-            cannot be read, or none is left.
+            cannot be read, none is left, or the cache does not fit or lacks some of them.
     """
 
     args: LeafConfig
@@ -95,7 +103,7 @@ class LeafTrainer(Trainer):
     def __init__(
         self,
         model: Model,
-        teacher_model: Model,
+        teacher_model: Model | None,
         args: LeafConfig,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -108,31 +116,43 @@ class LeafTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         peft_config: Any = None,
         teacher_dtype: str = "auto",
+        teacher_device: str = "auto",
+        teacher_quantization: str | None = None,
+        teacher_cache: str | Path | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if not isinstance(args, LeafConfig):
             raise ValueError(f"args: must be a LeafConfig, got a {type(args).__name__}; convert it")
+        self.teacher_cache = (
+            None if teacher_cache is None else open_cache(teacher_cache, teacher_model)
+        )
+        if self.teacher_cache is None and teacher_model is None:
+            raise ValueError("teacher_model: must be given without a teacher_cache, got None")
         self._pair = make_pair(
             args,
             model,
-            teacher_model,
+            self.teacher_cache or cast(Model, teacher_model),
             processing_class,
             teacher_processing_class,
             teacher_dtype=teacher_dtype,
+            teacher_device=teacher_device,
+            teacher_quantization=teacher_quantization,
             trust_remote_code=trust_remote_code,
             peft_config=peft_config,
         )
-        student, self.teacher_model = self._pair.models["student"], self._pair.models["teacher"]
+        student, self.teacher_model = self._pair.models["student"], self._pair.models.get("teacher")
         self.left_out: list[Example] = []
         """Training rows that were left out, each with its `outcome`."""
         train_rows = None
         if train_dataset is not None:
-            train_rows, self.left_out = self._pair.prepare(train_dataset, "train_dataset")
+            train_rows, self.left_out = self._prepare(train_dataset, "train_dataset")
         one = torch.ones(1, 1, device=args.device)
         linear_dual_kl(one, one, one, one, one[0], backend=cast(Any, args.backend))  # is it there?
         self._objective = Objective(
             LMHeadHook(student, "student"),
-            LMHeadHook(self.teacher_model, "teacher"),
+            StoredTeacher(self.teacher_cache, args.device)
+            if self.teacher_cache
+            else LiveTeacher(self.teacher_model, args.device),
             args.temperature,
             args.backend,
         )
@@ -161,12 +181,18 @@ class LeafTrainer(Trainer):
 
     # ---- data ----
 
+    def _prepare(self, rows: Any, name: str) -> tuple[ExampleDataset, list[Example]]:
+        prepared = self._pair.prepare(rows, name)
+        if self.teacher_cache is not None:
+            self.teacher_cache.check_rows(prepared[0], name)
+        return prepared
+
     def _prepare_eval(self, rows: Any) -> Any:
         if isinstance(rows, Mapping):
-            return {name: self._pair.prepare(part, name)[0] for name, part in rows.items()}
+            return {name: self._prepare(part, name)[0] for name, part in rows.items()}
         if rows is None or isinstance(rows, ExampleDataset):
             return rows
-        return self._pair.prepare(rows, "eval_dataset")[0]
+        return self._prepare(rows, "eval_dataset")[0]
 
     def get_train_dataloader(self) -> DataLoader[Example]:
         """Return this rank's batches, which accelerate must not share among the ranks again."""

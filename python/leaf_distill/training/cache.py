@@ -1,0 +1,315 @@
+"""`leaf cache`: a teacher and rows in; what the teacher says about them on the disk."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from leaf_distill.data.collator import ExampleDataset, collate, pad, plan_batches, prepare_dataset
+from leaf_distill.data.dataset import load_examples
+from leaf_distill.data.example import Example, Rendering
+from leaf_distill.data.prompt import Renderer
+from leaf_distill.io import Progress, is_of, locked, read_json, user_directory, write_json
+from leaf_distill.models.checks import embedding_rows, input_device
+from leaf_distill.models.label_logits import widened
+from leaf_distill.models.lm_head import finish_logits
+from leaf_distill.models.loading import LazyModel
+from leaf_distill.models.placement import resolve_device
+from leaf_distill.models.tokenizer import check_same_tokenizer, load_tokenizer
+from leaf_distill.ranks import processes
+from leaf_distill.training.cache_columns import (
+    Columns,
+    hidden_columns,
+    rendering_key,
+    top_k_columns,
+)
+from leaf_distill.training.cache_writer import CacheWriter, write_head
+from leaf_distill.training.config import CacheConfig
+from leaf_distill.training.teacher import Head, LiveTeacher
+from leaf_distill.training.teacher_cache import (
+    COMMAND,
+    FILE,
+    HEAD,
+    TOKENIZER,
+    StoredTeacher,
+    TeacherCache,
+)
+from leaf_distill.training.top_k_difference import difference, load_student, shared_vocabulary
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "summary.json"
+LOGIT_ROWS = 128  # of which all logits are formed at a time
+
+_SETTINGS = ("chat_template", "chat_template_kwargs", "system_prompt")
+
+
+@dataclass(frozen=True)
+class CacheResult:
+    """The directory of a cache, and the content of its summary.json."""
+
+    output_dir: Path
+    summary: dict[str, Any]
+
+
+def cache_teacher(config: CacheConfig) -> CacheResult:
+    """Store the signal of a teacher for the rows of a dataset that a cache lacks.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        The directory, and what was measured.
+
+    Raises:
+        ValueError: the teacher or the rows cannot be read, no row is left, or the directory holds
+            other files or a cache of another teacher, template or form.
+        StoreError: the disk is full, or another process works in the directory.
+    """
+    directory = user_directory(config.output_dir)
+    if processes() > 1:
+        raise ValueError(
+            f"leaf cache: must be started as one process, got {processes()}; give each a part of "
+            "the rows and an output_dir of its own, or start one"
+        )
+    teacher = LazyModel(
+        config.teacher,
+        dtype=_dtype(config),
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        argument="teacher",
+        quantization=config.teacher_quantization,
+    )
+    columns = config.columns if isinstance(config.columns, dict) else None
+    examples = load_examples(
+        config.dataset, split=config.dataset_split, columns=columns, max_rows=config.max_rows
+    )
+    renderer = _renderer(config, _as_loaded(teacher.tokenizer))
+    with locked(directory):
+        manifest = _manifest(config, directory, teacher, renderer)
+        rows = _prepare(config, examples, renderer, manifest)
+        _claim(directory, manifest, teacher)
+        cache = TeacherCache(directory)
+        renderings = {
+            rendering_key(one.renderings["teacher"]): one.renderings["teacher"]
+            for one in rows.examples
+        }
+        lacking = {key: one for key, one in renderings.items() if key not in cache}
+        whole = (directory / SUMMARY).exists()
+        measured = read_json(directory / SUMMARY).get("difference") if whole else None
+        if lacking or not whole:
+            live = _live(teacher, rows)
+            _store(config, directory, manifest, live, lacking)
+            if config.signal == "topk":
+                stored = StoredTeacher(TeacherCache(directory), live.device)
+                student = load_student(config, live.device)
+                measured = difference(stored, live, student, rows.examples)
+        summary = {**TeacherCache(directory).totals(), "difference": measured}
+        write_json(directory / SUMMARY, summary)
+    print(_said(directory, summary, len(lacking)))
+    return CacheResult(directory, summary)
+
+
+def _said(directory: Path, summary: Mapping[str, Any], new: int) -> str:
+    lines = [
+        f"The cache {directory}: rows {summary['rows']} (new {new}), label tokens "
+        f"{summary['label_tokens']}, bytes a label token {summary['bytes_a_token']:.1f}"
+    ]
+    if (outside := summary["outside"]) is not None:
+        lines.append(
+            f"Mass outside of the stored probabilities: {outside['mean']:.2g} a token, at most "
+            f"{outside['highest']:.2g}"
+        )
+    if (measured := summary["difference"]) is not None:
+        lines.append(
+            f"KL(teacher, student) on a sample of {measured['label_tokens']} label tokens: "
+            f"{measured['stored']:.5f} nats from the cache, {measured['whole']:.5f} over the whole "
+            "vocabulary"
+        )
+    return "\n".join(lines)
+
+
+def _dtype(config: CacheConfig) -> str:
+    """Return the dtype that a training would load the teacher in."""
+    if config.dtype != "auto":
+        return config.dtype
+    on_gpu = resolve_device(config.device).type == "cuda"
+    return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+
+
+def _renderer(config: CacheConfig, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    kwargs = config.chat_template_kwargs
+    return Renderer(
+        tokenizer,
+        chat_template=config.chat_template,
+        system_prompt=config.system_prompt,
+        template_kwargs=kwargs if isinstance(kwargs, dict) else None,
+    )
+
+
+def _as_loaded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer as a training will load it, so that both have the same fingerprint."""
+    with tempfile.TemporaryDirectory(prefix="leaf-tokenizer-") as folder:
+        tokenizer.save_pretrained(folder)
+        return load_tokenizer(folder)
+
+
+# ---- the directory ----
+
+
+def _manifest(
+    config: CacheConfig, directory: Path, teacher: LazyModel, renderer: Renderer
+) -> dict[str, Any]:
+    """Return the content of cache.json, after comparing it with the one that is there."""
+    topk = config.signal == "topk"
+    wanted: dict[str, Any] = {
+        "command": COMMAND,
+        "teacher": {"name": teacher.name, "digest": teacher.fingerprint},
+        "renderer": renderer.fingerprint,
+        "settings": {name: getattr(config, name) for name in _SETTINGS},
+        "signal": config.signal,
+        "dtype": teacher.dtype,
+        "quantization": config.teacher_quantization,
+        "temperature": config.temperature if topk else None,
+    }
+    if is_of(directory / FILE, COMMAND):
+        old = read_json(directory / FILE)
+        if topk and old.get("signal") == "topk":
+            wanted["top_k"] = min(config.top_k, old["vocab_size"])
+        _check_same(directory, old, wanted)
+        return old
+    others = sorted(path.name for path in directory.iterdir() if path.name != ".lock")
+    if others:
+        raise ValueError(
+            f"output_dir: must be empty or hold a cache of `leaf cache`, got {directory} with "
+            f"{', '.join(others[:4])}; give another output_dir"
+        )
+    model: Any = teacher.load()
+    vocabulary = None
+    if topk:
+        vocabulary = shared_vocabulary(model, load_student(config, input_device(model)))
+    return wanted | {
+        "embedding_rows": embedding_rows(model),
+        "max_positions": teacher.max_positions,
+        "hidden_size": model.get_output_embeddings().in_features,
+        "vocab_size": vocabulary,
+        "top_k": min(config.top_k, vocabulary) if vocabulary else None,
+    }
+
+
+def _check_same(directory: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for name, value in new.items():
+        there = old.get(name)
+        if name == "teacher":
+            there, value = ({**one, "name": None} for one in (there or {}, value))
+        if there != value:
+            shown = "" if name in ("teacher", "renderer") else f" {there!r}, not {value!r}"
+            words = {"teacher": "content of the teacher", "renderer": "tokenizer or template"}
+            raise ValueError(
+                f"output_dir: must hold a cache of the same settings, got {directory}, made with "
+                f"another {words.get(name, name)}{shown}; give another output_dir"
+            )
+
+
+def _claim(directory: Path, manifest: Mapping[str, Any], teacher: LazyModel) -> None:
+    """Write what describes the rows, as far as it is not there."""
+    if not (directory / FILE).exists():
+        write_json(directory / FILE, manifest)
+    if not (directory / TOKENIZER).exists():
+        with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=directory) as folder:
+            made = Path(folder) / "saved"
+            teacher.tokenizer.save_pretrained(made)
+            made.rename(directory / TOKENIZER)
+
+
+# ---- rows ----
+
+
+def _prepare(
+    config: CacheConfig,
+    examples: Sequence[Example],
+    renderer: Renderer,
+    manifest: Mapping[str, Any],
+) -> ExampleDataset:
+    """Render the rows as the teacher reads them; those that no training takes are left out."""
+    theirs = renderer
+    if config.student:
+        tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
+        check_same_tokenizer(renderer.tokenizer, tokenizer)
+        theirs = _renderer(config, tokenizer)
+    ids, positions = manifest["embedding_rows"], manifest["max_positions"]
+    rows, _ = prepare_dataset(
+        list(examples),
+        {"student": theirs, "teacher": renderer},
+        max_length=min(config.max_length, positions or config.max_length),
+        embedding_rows={"student": ids, "teacher": ids},
+        name="dataset",
+    )
+    return rows
+
+
+def _live(teacher: LazyModel, rows: ExampleDataset) -> LiveTeacher:
+    """Load the teacher, and compare its head with its own logits on the shortest row."""
+    model = teacher.load().requires_grad_(False)
+    live = LiveTeacher(model, input_device(model))
+    live.check(collate([rows.shortest]))
+    return live
+
+
+def _store(
+    config: CacheConfig,
+    directory: Path,
+    manifest: Mapping[str, Any],
+    live: LiveTeacher,
+    lacking: Mapping[bytes, Rendering],
+) -> None:
+    """Run the teacher on rows, and write its head where the rows need it."""
+    keys, rows = list(lacking), list(lacking.values())
+    if manifest["signal"] == "hidden" and not (directory / HEAD).exists():
+        write_head(directory / HEAD, live.head)
+    # Rows that are read alone make whole batches; the longest come first.
+    most = 1 if live.rows_alone else config.max_batch_tokens
+    batches = plan_batches([len(row) for row in rows], max_tokens=most)
+    with (
+        CacheWriter(directory, manifest) as writer,
+        Progress(len(rows), "teacher") as progress,
+    ):
+        for batch in batches:
+            signals = _signals(live, [rows[at] for at in batch], manifest)
+            writer.add(zip((keys[at] for at in batch), signals, strict=True))
+            progress.update(len(batch))
+
+
+def _signals(
+    live: LiveTeacher, rows: Sequence[Rendering], manifest: Mapping[str, Any]
+) -> Iterator[Columns]:
+    """Yield the signal of each row of a batch."""
+    batch = pad(rows)
+    at = batch["loss_mask"]
+    states = live.hidden(batch["input_ids"], batch["attention_mask"], at)
+    for part in torch.split(states, at.sum(dim=1).tolist()):
+        if manifest["signal"] == "hidden":
+            yield hidden_columns(part)
+        else:
+            yield _top_k(part, live.head, manifest)
+
+
+def _top_k(states: Tensor, head: Head, manifest: Mapping[str, Any]) -> Columns:
+    """Return the stored probabilities of hidden states, from logits in float32 or wider."""
+    weight = head.weight[: manifest["vocab_size"]]
+    bias = None if head.bias is None else head.bias[: manifest["vocab_size"]]
+    chunks = []
+    for part in torch.split(states, LOGIT_ROWS):
+        logits = widened(nn.functional.linear(part, weight, bias))
+        logits = finish_logits(logits, head.scale, head.softcap)
+        chunks.append(top_k_columns(logits, manifest["top_k"], manifest["temperature"]))
+    return {name: np.concatenate([one[name] for one in chunks]) for name in chunks[0]}
