@@ -209,6 +209,8 @@ def test_a_student_learns_from_a_stored_top_k(teacher: str, student: str, tmp_pa
     trainer = make(tmp_path, None, rows, tmp_path / "cache", num_train_epochs=8)
     trainer.train()
     assert losses(trainer)[-1] < 0.7 * losses(trainer)[0]
+    assert "agreement" in trainer.state.log_history[0]
+    assert "nll" not in trainer.state.log_history[0]  # it would take a product of its own
 
 
 # ---- what is new, what was killed ----
