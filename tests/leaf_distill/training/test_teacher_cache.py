@@ -301,6 +301,13 @@ def test_another_rendering_or_temperature_is_refused(
         make(tmp_path, None, rows, tmp_path / "cache", **settings)
 
 
+def test_a_student_of_fewer_tokens_is_refused(teacher: str, tmp_path: Path) -> None:
+    rows, larger = make_rows(3, 0), save(make_student(vocab_size=48), tmp_path / "larger")
+    fill(tmp_path / "cache", teacher, rows, student=larger, signal="topk")
+    with pytest.raises(ValueError, match="at most the 45 tokens of the student, got 48"):
+        make(tmp_path, None, rows, tmp_path / "cache")
+
+
 def test_another_teacher_is_refused(teacher: str, tmp_path: Path) -> None:
     rows = make_rows(3, 0)
     fill(tmp_path / "cache", teacher, rows)
