@@ -244,7 +244,9 @@ def pad(rows: Sequence[Rendering]) -> Batch:
     }
 
 
-def plan_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], *, max_tokens: int, packed: bool = False
+) -> list[list[int]]:
     """Group rows into batches of like length, longest first.
 
     The longest come first so that a batch too large for the memory fails at once.
@@ -252,6 +254,7 @@ def plan_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
     Args:
         lengths: tokens of each row.
         max_tokens: most tokens of a batch, padding included; a longer row stands alone.
+        packed: whether rows follow one another, and there is no padding.
 
     Returns:
         The positions of each batch's rows.
@@ -262,17 +265,19 @@ def plan_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
     if max_tokens < 1:
         raise ValueError(f"max_tokens: must be at least 1, got {max_tokens}")
     batches: list[list[int]] = []
-    width = 0
+    width = taken = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * width <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            width = lengths[index]
+        taken += lengths[index] if packed else width
+        if not batches or taken > max_tokens:
+            batches.append([])
+            width = taken = lengths[index]
+        batches[-1].append(index)
     return batches
 
 
-def split_batch(batch: Batch, max_tokens: int, *, at_least: int = 1) -> list[Batch]:
+def split_batch(
+    batch: Batch, max_tokens: int, *, at_least: int = 1, packed: bool = False
+) -> list[Batch]:
     """Split a batch into forward passes.
 
     Args:
@@ -280,6 +285,7 @@ def split_batch(batch: Batch, max_tokens: int, *, at_least: int = 1) -> list[Bat
         max_tokens: most tokens of a pass for either model, padding included; a longer row stands
             alone.
         at_least: fewest passes, for ranks that must run in step; passes without labels are added.
+        packed: whether both models run rows one after the other: no padding counts then.
 
     Returns:
         The passes, each a batch, the longest row last: gradients are reduced after a pass with
@@ -287,7 +293,7 @@ def split_batch(batch: Batch, max_tokens: int, *, at_least: int = 1) -> list[Bat
     """
     widths = [batch[f"{prefix}attention_mask"].sum(dim=1) for prefix in PREFIXES.values()]
     lengths = torch.stack(widths).amax(dim=0).tolist()
-    passes = plan_batches(lengths, max_tokens=max_tokens)[::-1]
+    passes = plan_batches(lengths, max_tokens=max_tokens, packed=packed)[::-1]
     parts = [batch] if len(passes) == 1 else [_rows(batch, rows) for rows in passes]
     if len(parts) < at_least:
         empty = _rows(batch, passes[0][-1:])

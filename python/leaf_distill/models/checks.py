@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,25 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(planning)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def without_mask_advice() -> Iterator[None]:
+    """Hide the advice to pass a mask where a row ends with the pad token.
+
+    Some architectures, GPT-2 among them, give it; the last label, the end token, may be their pad
+    token, and padding behind a row needs no mask.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_advice)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "passing in an `attention_mask`" not in record.getMessage()
 
 
 def input_device(model: Any) -> torch.device:
@@ -123,17 +143,17 @@ def pads_in_front(model: Any) -> bool:
         padded, _ = _answer(model, ids, kept)
         alone, answered = _answer(model, ids[kept], kept[kept])
         forward = model(input_ids=answered[None, :-1], use_cache=False).logits[0, -2:].double()
-        if rounding(model) < 1e-5 and not _agree(alone, forward, 1e-3):
+        if rounding(model) < 1e-5 and not logits_agree(alone, forward, 1e-3):
             raise ValueError(
                 "model: must answer with the logits of its forward pass, got "
                 f"{type(model).__name__}, which numbers or masks its tokens otherwise when it "
                 "generates; choose another architecture"
             )
-        _pads[model] = _agree(padded, alone, tolerance)
+        _pads[model] = logits_agree(padded, alone, tolerance)
     return _pads[model]
 
 
-def _agree(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+def logits_agree(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     """Return whether the finite logits of both differ by rounding at most."""
     finite = one.isfinite() & other.isfinite()
     if not finite.any():

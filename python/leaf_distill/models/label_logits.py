@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
@@ -11,7 +10,7 @@ import torch
 
 from leaf_distill.data.collator import pad
 from leaf_distill.data.example import Rendering
-from leaf_distill.models.checks import check_below, check_ids
+from leaf_distill.models.checks import check_below, check_ids, without_mask_advice
 from leaf_distill.models.lm_head import logit_rows
 
 if TYPE_CHECKING:  # seconds to import
@@ -47,21 +46,9 @@ def logits_a_sum(device: str) -> int:
 
 
 def batch_output(model: PreTrainedModel, batch: LabelBatch) -> Any:
-    """Return a model's output for a batch.
-
-    Some architectures, GPT-2 among them, advise to pass a mask where a row ends with the pad token,
-    as one whose last label is the end token may. That advice is not shown.
-    """
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_no_advice)
-    try:
+    """Return a model's output for a batch."""
+    with without_mask_advice():
         return model(**batch.arguments)
-    finally:
-        logger.removeFilter(_is_no_advice)
-
-
-def _is_no_advice(record: logging.LogRecord) -> bool:
-    return "passing in an `attention_mask`" not in record.getMessage()
 
 
 def check_label_ids(model: PreTrainedModel, rows: Sequence[Rendering]) -> None:

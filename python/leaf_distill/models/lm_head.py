@@ -9,14 +9,16 @@ weight. `output_hidden_states` would keep every layer's output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from leaf_distill.models.checks import eval_mode
+from leaf_distill.models.checks import eval_mode, without_mask_advice
+from leaf_distill.models.packing import attention_of_rows, can_pack, packed, padded
 
 # Settings in transformers' configurations that act on the logits: a factor first, then the softcap.
 _FACTORS: Final = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -36,6 +38,7 @@ class LMHeadHook:
     Attributes:
         scale, softcap: the factor and the softcap that the model applies to its logits.
         vocab_size: the rows of the head that make logits; a padded head may have more.
+        packs: whether `run` runs the rows of a batch as one sequence, without padding.
 
     Raises:
         ValueError: the model has no plain linear head.
@@ -52,6 +55,7 @@ class LMHeadHook:
         self.model, self.head, self.role = model, head, role
         self.scale, self.softcap = logit_transform(model.config)
         self.vocab_size = logit_count(model.config, head)
+        self.packs = False
         self._positions: Tensor | None = None
         self._at_head: AtHead | None = None
         self._hidden: Tensor | None = None
@@ -79,12 +83,28 @@ class LMHeadHook:
         Raises:
             ValueError: the model does not call its head, or not with one state per position.
         """
-        self._positions, self._at_head = at, then
+        self._positions = at[attention_mask.bool()][None] if self.packs else at
+        self._at_head = then
+        pack = packed if self.packs else padded
         try:
-            result: Tensor = module(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+            with pack(ids, attention_mask) as arguments, without_mask_advice():
+                result: Tensor = module(**arguments, use_cache=False)
         finally:
             self._positions = self._at_head = self._hidden = self._result = None
         return result
+
+    @contextmanager
+    def packing(self) -> Iterator[None]:
+        """Let `run` pack rows, where the model keeps them apart; it must outlast the backward."""
+        if self.packs or not can_pack(self.model, self.role):
+            yield
+            return
+        with attention_of_rows(self.model):
+            self.packs = True
+            try:
+                yield
+            finally:
+                self.packs = False
 
     def check(self, ids: Tensor, attention_mask: Tensor, at: Tensor) -> None:
         """Compare the logits computed from the head's input with the model's on one row.

@@ -67,8 +67,15 @@ class LeafConfig(TrainingArguments):
     max_batch_tokens: int = field(
         default=8192,
         metadata=about(
-            "padded tokens of one forward pass, counterfactuals included; a larger batch runs in "
-            "several passes, with the same loss"
+            "tokens of one forward pass, counterfactuals and any padding included; a larger batch "
+            "runs in several passes, with the same loss"
+        ),
+    )
+    packing: bool = field(
+        default=True,
+        metadata=about(
+            "run the rows of a pass one after the other, without padding, where the model keeps "
+            "them apart; else, and with torch_compile, they are padded"
         ),
     )
     max_length: int = field(

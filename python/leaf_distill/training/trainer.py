@@ -263,7 +263,8 @@ class LeafTrainer(Trainer):
         self._read.zero_()
         if checkpoint is not None and (output := self._take_last(checkpoint)) is not None:
             return output
-        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        with self._packing():
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _take_last(self, checkpoint: str) -> TrainOutput | None:
@@ -289,7 +290,7 @@ class LeafTrainer(Trainer):
         counts = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
             counts += torch.cat([count_labels(batch, self._selection()), count_tokens(batch)])
-        passes = [len(split_batch(batch, self.args.max_batch_tokens)) for batch in batches]
+        passes = [len(self._passes(batch)) for batch in batches]
         everywhere = self._of_ranks(torch.cat([counts, torch.tensor(passes)]))
         for batch, number in zip(batches, everywhere[:, 4:].amax(dim=0), strict=True):
             batch["passes"] = number  # as many on all ranks: a sharded model gathers in each
@@ -307,12 +308,17 @@ class LeafTrainer(Trainer):
         """Return lambda of a step, counted from 0."""
         return self.args.kd_weight_at(step / max(self.state.max_steps - 1, 1))
 
+    def _passes(self, batch: Batch, at_least: int = 1) -> list[Batch]:
+        objective = self._objective
+        packed = objective.student.packs and objective.teacher.packs
+        return split_batch(batch, self.args.max_batch_tokens, at_least=at_least, packed=packed)
+
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run a batch forward and backward, in passes of at most `max_batch_tokens`."""
         at_least = int(inputs.pop("passes", 1))
-        parts = split_batch(inputs, self.args.max_batch_tokens, at_least=at_least)
+        parts = self._passes(inputs, at_least)
         gradients, losses = self.accelerator.gradient_state, []
         ends_step = gradients.sync_gradients
         for number, part in enumerate(parts, 1):
@@ -386,6 +392,15 @@ class LeafTrainer(Trainer):
         gathered: Tensor = self.accelerator.gather(values[None].to(self.args.device))
         return gathered.cpu()
 
+    @contextlib.contextmanager
+    def _packing(self) -> Iterator[None]:
+        """Let both models run rows without padding, where they can and the settings allow it."""
+        with contextlib.ExitStack() as stack:
+            if self.args.packing and not self.args.torch_compile:
+                stack.enter_context(self._objective.student.packing())
+                stack.enter_context(self._objective.teacher.packing())
+            yield
+
     # ---- evaluation ----
 
     def prediction_step(
@@ -398,9 +413,8 @@ class LeafTrainer(Trainer):
         """Measure one batch; its sums count, and not the mean that the Trainer would take."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            parts = split_batch(inputs, self.args.max_batch_tokens)
-            at_least = int(self._of_ranks(torch.tensor(len(parts))).max())
-            parts = split_batch(inputs, self.args.max_batch_tokens, at_least=at_least)
+            at_least = int(self._of_ranks(torch.tensor(len(self._passes(inputs)))).max())
+            parts = self._passes(inputs, at_least)
             counts, losses = count_labels(inputs), []
             for part in parts:
                 loss, sums = self._objective(model, part, counts, self.args.kd_weight_at(1))
@@ -418,9 +432,10 @@ class LeafTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluate, with the loss of the whole dataset in place of a mean over batches."""
         self._eval_sums = _zeros()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        with self._packing():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         sums = self._of_ranks(self._eval_sums).sum(dim=0)
         measured = {
             "loss": self._objective.from_sums(sums, self.args.kd_weight_at(1)),
