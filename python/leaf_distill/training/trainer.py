@@ -263,7 +263,7 @@ class LeafTrainer(Trainer):
         self._read.zero_()
         if checkpoint is not None and (output := self._take_last(checkpoint)) is not None:
             return output
-        with self._packing():
+        with self.packing():
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -393,7 +393,7 @@ class LeafTrainer(Trainer):
         return gathered.cpu()
 
     @contextlib.contextmanager
-    def _packing(self) -> Iterator[None]:
+    def packing(self) -> Iterator[None]:
         """Let both models run rows without padding, where they can and the settings allow it."""
         with contextlib.ExitStack() as stack:
             if self.args.packing and not self.args.torch_compile:
@@ -432,7 +432,7 @@ class LeafTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluate, with the loss of the whole dataset in place of a mean over batches."""
         self._eval_sums = _zeros()
-        with self._packing():
+        with self.packing():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )

@@ -231,6 +231,20 @@ def test_a_batch_is_split_into_bounded_passes_and_nothing_is_lost(max_tokens: in
     assert (len(parts) == 1) is (max_tokens == 10_000)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 20, 40, 60, 10_000])
+def test_packed_passes_are_filled_by_the_tokens_of_their_rows(max_tokens: int) -> None:
+    batch = collate(render(make_rows(8, 5), "w39 w39 " + TEMPLATE))
+    parts = split_batch(batch, max_tokens, packed=True)
+    assert sorted(chain(*map(labels_of, parts))) == sorted(labels_of(batch))
+    taken = [int(part["teacher_attention_mask"].sum()) for part in parts]  # the longer prompts
+    for size, part in zip(taken, parts, strict=True):
+        assert size <= max_tokens or len(part["row_id"]) == 1
+    assert len(parts) <= len(split_batch(batch, max_tokens))
+    first = [int(part["teacher_attention_mask"].sum(dim=1).max()) for part in parts[:-1]]
+    for size, longest in zip(taken[1:], first, strict=True):
+        assert size + longest > max_tokens  # full: the next row, the longest, did not fit
+
+
 def test_passes_without_labels_are_added_for_ranks_in_step() -> None:
     batch = collate(render(make_rows(3, 1)))
     parts = split_batch(batch, 10_000, at_least=3)
