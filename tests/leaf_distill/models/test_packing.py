@@ -128,6 +128,12 @@ def test_a_model_that_mixes_rows_is_told(
     assert type(model).__name__ in line or "it has eager" in line
 
 
+def test_a_leak_below_the_rounding_of_other_shapes_is_told() -> None:
+    model: Any = made(MIXED["convolution"])
+    model.model.layers[0].conv.out_proj.weight.data *= 0.01
+    assert not can_pack(model.bfloat16(), "student")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_model_that_keeps_rows_apart_is_told_in_every_dtype(dtype: torch.dtype) -> None:
     assert can_pack(made(KEPT_APART["llama"]).to(dtype), "student")
