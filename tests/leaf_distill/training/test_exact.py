@@ -51,6 +51,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "one_batch": {},
     "accumulation": {"per_device_train_batch_size": 2},
     "passes": {"max_batch_tokens": 40, "per_device_train_batch_size": 4},
+    "padded": {"max_batch_tokens": 40, "per_device_train_batch_size": 4, "packing": False},
     "checkpointing": {"gradient_checkpointing": True, "per_device_train_batch_size": 4},
 }
 # The others are slow: each objective and each cut is in a fast one.
