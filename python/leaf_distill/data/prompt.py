@@ -15,15 +15,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from leaf_distill.data.example import Example, Rendering, UnusableRow
+from leaf_distill.data.example import Example, Mask, Rendering, UnusableRow
 from leaf_distill.data.offsets import solid_tokens, text_offsets
 from leaf_distill.data.template import ChatTemplate, cache_key, remember
+from leaf_distill.data.turns import earlier_turns, turn_tokens
 
 THOUGHT = re.compile(r"(<(?:think|thinking|thought|reasoning)>|\[THINK\])(\s*)\Z")
 """The end of a generation prompt that leaves a thought open: its tag, and white space."""
@@ -51,6 +52,8 @@ class Renderer:
         system_prompt: Put before conversations that bring no system message.
         template_kwargs: Variables for the template, such as `enable_thinking`; those of an example
             win over these.
+        train_on: Which assistant turns of an original are labels: its completion ("last"), or all
+            of them, each with its end token. Of a counterfactual it is always the completion.
 
     Raises:
         ValueError: An argument is malformed, the tokenizer has no end token, or the template
@@ -64,8 +67,9 @@ class Renderer:
         chat_template: str = "auto",
         system_prompt: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        train_on: Literal["last", "all"] = "last",
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.train_on = tokenizer, train_on
         self.template = ChatTemplate(tokenizer, chat_template, system_prompt, template_kwargs or {})
         self._prompts: dict[str, _Prompt] = {}
         plain = self.template.source is None
@@ -90,7 +94,8 @@ class Renderer:
         one = self.template
         chat = (one.sources, one.system_prompt, one.variables, one.probe)
         parts = (tokenizer_fingerprint(self.tokenizer), *chat, self._prefix_ids, self.end_ids)
-        return hashlib.sha256(cache_key(*parts).encode()).hexdigest()
+        every = ("all",) if self.train_on == "all" else ()
+        return hashlib.sha256(cache_key(*parts, *every).encode()).hexdigest()
 
     def prompt(self, example: Example) -> Rendering:
         """Render the prompt, up to the start of the model's answer or the end of its prefix.
@@ -137,6 +142,9 @@ class Renderer:
         A `reply` with keys that the template reads is rendered by the template, as long as its
         content is the example's completion.
 
+        With `train_on` "all" the texts of an original's earlier assistant turns are labels too;
+        tool calls and thoughts that the template writes beside them are not.
+
         Args:
             example: An example with a completion.
 
@@ -145,7 +153,8 @@ class Renderer:
 
         Raises:
             UnusableRow: As for `prompt`; or the completion is empty; or the template's form of it
-                does not go on from the generation prompt.
+                does not go on from the generation prompt; or an earlier turn that is to be a label
+                does not stand in the prompt as it is.
         """
         self._note_ignored(example)
         prompt = self._prompt(example)
@@ -157,10 +166,12 @@ class Renderer:
         ids, _ = self._tokens_behind(prompt, text)
         labels = np.asarray([*ids, self._end_id], dtype=np.int32)
         behind = np.ones(len(labels), dtype=np.bool_)
-        head = prompt.rendering
+        head, earlier = prompt.rendering, prompt.rendering.loss_mask
+        if self.train_on == "all" and example.branch == "original":
+            earlier = self._earlier_labels(example, prompt)
         return Rendering(
             input_ids=np.concatenate([head.input_ids, labels]),
-            loss_mask=np.concatenate([head.loss_mask, behind]),
+            loss_mask=np.concatenate([earlier, behind]),
             offsets=np.concatenate([head.offsets, np.full((len(labels), 2), -1, np.int32)]),
             prunable=np.concatenate([head.prunable, ~behind]),
         )
@@ -191,6 +202,25 @@ class Renderer:
             prunable=solid_tokens(offsets, turns.text),
         )
         return remember(self._prompts, key, _Prompt(text, text[places[-1].stop :], rendering))
+
+    def _earlier_labels(self, example: Example, prompt: _Prompt) -> Mask:
+        """bool [T] over the prompt: the tokens of earlier assistant turns and their ends."""
+        none = prompt.rendering.loss_mask
+        turns = earlier_turns(example.messages)
+        if not turns:
+            return none
+        try:
+            turned = replace(example, turns=turns, segment=0)
+            places = self.template.find_texts(turned, prompt.text)
+        except UnusableRow as problem:
+            raise UnusableRow(
+                "not_renderable",
+                f"the chat template of {self.template.name} changes an earlier assistant turn, "
+                "which can then be no label; use train_on last, or another template",
+            ) from problem
+        encoding = self._encode(prompt.text)
+        tokens = turn_tokens(places, prompt.text, encoding.ids, encoding.offsets, self.end_ids)
+        return np.concatenate([none[: len(none) - len(tokens)], tokens])
 
     def _with_prefix(self, example: Example, prompt: _Prompt) -> _Prompt:
         """Return the prompt with the response's prefix behind it, whose tokens are the domain."""
