@@ -39,7 +39,7 @@ ROOMS = {
     "models": _BASE | {"models"},
     "grading": _BASE | {"grading"},
     "detection": _STAGES | {"detection"},
-    "training": _BASE | {"models", "training"},
+    "training": _BASE | {"models", "grading", "training"},
     "evaluation": _STAGES | {"detection", "training", "evaluation"},
     "report": _STAGES | {"detection", "training", "evaluation", "report"},
     "demo": _STAGES | {"detection", "training", "evaluation", "report", "demo"},

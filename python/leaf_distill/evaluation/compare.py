@@ -110,6 +110,11 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
     """
     need(detection, "student", "teacher", "dataset")
     need(config, "eval_dataset")
+    for name in ("eval_answers", "early_stopping_patience", "load_best_model_at_end"):
+        if value := getattr(training, name):
+            raise ValueError(
+                f"{name}: must be left out, got {value}; all arms are evaluated after the training"
+            )
     root = user_directory(detection.output_dir)
     check_table(root, "compare", "compare")
     for name in (UNTRAINED, *config.arms):

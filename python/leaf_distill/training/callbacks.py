@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from leaf_distill.training.checkpoint import write_manifest
 
@@ -22,18 +23,19 @@ _SHOWN = {
     "kd_loss": "originals {:.4g}",
     "cd_loss": "counterfactuals {:.4g}",
     "agreement": "agreement {:.0%}",
+    "accuracy": "accuracy {:.1%}",
     "train_loss": "mean loss {:.4g}",
 }
 
 
 class LogLines(TrainerCallback):
-    """Prints a log as one line: step, losses, agreement with the teacher, seconds."""
+    """Prints a log as one line: step, losses, agreement, the time and how much of it is left."""
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
+        self._started, self._first = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._started = time.monotonic()
+        self._started, self._first = time.monotonic(), state.global_step
         if state.max_steps <= args.get_warmup_steps(state.max_steps):
             logger.warning(
                 "the run has %d steps in all, and the warm-up never ends: lower originals_per_step "
@@ -54,8 +56,18 @@ class LogLines(TrainerCallback):
         if state.is_world_process_zero and words:
             step = f"step {state.global_step}/{state.max_steps}"
             evaluated = [prefix.rstrip("_")] if prefix else []
-            seconds = f"{time.monotonic() - self._started:.0f} s"
-            tqdm.write("  ".join([step, *evaluated, *words, seconds]))
+            passed = time.monotonic() - self._started
+            done, left = state.global_step - self._first, state.max_steps - state.global_step
+            known = done > 0 and left > 0 and not evaluated
+            rest = f", {duration(passed / done * left)} left" if known else ""
+            tqdm.write("  ".join([step, *evaluated, *words, f"{duration(passed)}{rest}"]))
+
+
+def duration(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours, whichever can be read."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class ProgressBar(ProgressCallback):
@@ -80,13 +92,33 @@ class CompleteLogs(TrainerCallback):
 
 
 class WriteManifest(TrainerCallback):
-    """Writes the hashes of a checkpoint's files into it, once all ranks have written theirs."""
+    """Writes the hashes of a checkpoint's files into it, once all ranks have written theirs.
+
+    Only then is the last older checkpoint deleted, where one alone is kept.
+    """
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size > 1:
             torch.distributed.barrier()
         if args.should_save:
             write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            rotate_checkpoints(
+                args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True
+            )
+
+
+class StopEarly(EarlyStoppingCallback):
+    """Stops a run whose evaluations bring nothing better; one that goes on keeps its count."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.early_stopping_patience_counter = self.count(state)
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+    @classmethod
+    def count(cls, state: Any) -> int:
+        """Return the evaluations without a better value before a checkpoint's state."""
+        saved = state.stateful_callbacks.get(cls.__name__, {"attributes": {}})
+        return int(saved["attributes"].get("early_stopping_patience_counter", 0))
 
 
 class SetLearningRate(TrainerCallback):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import traceback
 from dataclasses import MISSING, fields
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, get_args
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
+from leaf_distill.config import GradeRule
 from leaf_distill.training.selection import SELECTIONS
 
 _LARGEST = 1e30  # float32 holds it, and what is computed from it
@@ -31,7 +34,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("dataloader_num_workers", "data_seed"), _NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _BELOW_1),
     **dict.fromkeys(("gradient_accumulation_steps", "torch_empty_cache_steps"), _COUNT),
-    "save_total_limit": _COUNT,
+    **dict.fromkeys(("save_total_limit", "early_stopping_patience", "max_new_tokens"), _COUNT),
+    "eval_answers": _NOT_NEGATIVE,
+    "grade_timeout": _POSITIVE,
     "token_share": (5e-324, 1, "above 0 and at most 1"),
     # Beyond these, logits of the usual size leave float32 or become all alike.
     "temperature": (1e-3, 1e3, "from 0.001 to 1000"),
@@ -63,6 +68,8 @@ _UNUSED = {
 _CHOICES = {
     "span_weighting": ["span", "sample"],
     "token_selection": [*SELECTIONS],
+    "train_on": ["last", "all"],
+    "grade": [*get_args(GradeRule)],
     "lr_scheduler_type": [*SchedulerType],
     "optim": [*OptimizerNames],
     "logging_strategy": [*IntervalStrategy],
@@ -72,6 +79,10 @@ _CHOICES = {
     "log_level": [*trainer_log_levels],
     "log_level_replica": [*trainer_log_levels],
 }
+
+
+_TRACKERS = ("tensorboard", "trackio", "wandb")
+"""Reporters whose package has their name."""
 
 
 def check_ranges(config: TrainingArguments) -> None:
@@ -110,6 +121,36 @@ def check_choices(config: TrainingArguments) -> None:
         if value is not None and value not in choices:  # a choice equals its text
             listed = ", ".join(getattr(choice, "value", choice) for choice in choices)
             raise ValueError(f"{name}: must be one of {listed}, got {value!r}")
+
+
+def check_evaluation(config: Any) -> None:
+    """Raise ValueError where answers cannot be graded, or an early stop has nothing to go by."""
+    if config.eval_answers and config.grade == "code" and not config.allow_code_execution:
+        raise ValueError(
+            "allow_code_execution: must be true to run the programs in answers, got false; give "
+            "--allow_code_execution, which confines them"
+        )
+    if config.early_stopping_patience is not None and config.eval_strategy == "no":
+        raise ValueError(
+            "eval_strategy: must be steps or epoch with early_stopping_patience, got no; give "
+            "--eval_strategy steps --eval_steps N"
+        )
+
+
+def check_reporters(config: TrainingArguments) -> None:
+    """Raise ValueError for the first name in `report_to` that is unknown or not installed."""
+    given: Any = config.report_to
+    for name in [given] if isinstance(given, str) else given or []:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            listed = ", ".join(("none", "all", *sorted(INTEGRATION_TO_CALLBACK)))
+            raise ValueError(f"report_to: must be of {listed}, got {name!r}")
+        if name in _TRACKERS and not find_spec(name):
+            raise ValueError(
+                f"report_to: must name an installed package, got {name!r}, which is not; run: pip "
+                f"install {name}"
+            )
 
 
 def changed_settings(config: TrainingArguments) -> str:

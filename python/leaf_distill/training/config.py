@@ -10,8 +10,10 @@ import torch
 from transformers import TrainingArguments
 
 from leaf_distill.config import (
+    GRADES,
     LARGEST,
     ROWS,
+    GradeRule,
     ModelOptions,
     PairOptions,
     RowOptions,
@@ -29,7 +31,9 @@ from leaf_distill.training.checks import (
     changed_settings,
     check_accelerator,
     check_choices,
+    check_evaluation,
     check_ranges,
+    check_reporters,
     check_unused,
     refused,
 )
@@ -81,6 +85,13 @@ class LeafConfig(TrainingArguments):
     max_length: int = field(
         default=4096,
         metadata=about("tokens of prompt and completion; longer rows are left out, and counted"),
+    )
+    train_on: Literal["last", "all"] = field(
+        default="last",
+        metadata=about(
+            "labels of an original with several assistant turns: its last one, or all; of a "
+            "counterfactual always the last one"
+        ),
     )
     kd_weight: KdWeight = field(
         default="pool",
@@ -148,6 +159,29 @@ class LeafConfig(TrainingArguments):
     save_total_limit: int | None = field(
         default=2, metadata=about("how many checkpoints are kept, the newest ones")
     )
+    eval_answers: int = field(
+        default=0,
+        metadata=about(
+            "originals of eval_dataset that the student answers greedily at each evaluation, "
+            "graded as eval_accuracy; 0: none"
+        ),
+    )
+    max_new_tokens: int = field(default=512, metadata=about("most tokens of an answer"))
+    grade: GradeRule = field(default="math", metadata=about(GRADES))
+    grade_timeout: float = field(
+        default=5.0, metadata=about("processor seconds after which grading an answer is given up")
+    )
+    allow_code_execution: bool = field(
+        default=False,
+        metadata=about("run the programs in answers, confined by the kernel (for --grade code)"),
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata=about(
+            "stop after so many evaluations without a better metric_for_best_model (by default "
+            "the loss)"
+        ),
+    )
     remove_unused_columns: bool = field(
         default=False, metadata=about("must stay off: rows carry columns that no model takes")
     )
@@ -163,6 +197,10 @@ class LeafConfig(TrainingArguments):
                 f"token_share: must come with token_selection, got {self.token_share} alone; give "
                 "both"
             )
+        check_evaluation(self)
+        check_reporters(self)
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.fp16
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported()
@@ -231,6 +269,13 @@ class DistillArguments(RowOptions, PairOptions):
             use with a cache.
     """
 
+    show: int = field(
+        default=0,
+        metadata=about(
+            "print the tokens and labels of so many rows in the order of the training, and train "
+            "nothing"
+        ),
+    )
     dataset: str = field(
         default="",
         metadata=about(
@@ -294,6 +339,7 @@ class DistillArguments(RowOptions, PairOptions):
                     "decided it"
                 )
         check_rows(self)
+        check_range(self, "show", 0, LARGEST)
         for name in ("lora_r", "lora_alpha"):
             check_range(self, name, 1, 2**31 - 1)
         if not 0 <= self.lora_dropout < 1:

@@ -36,6 +36,7 @@ from leaf_distill.training.identity import (
 from leaf_distill.training.loss import MEASURES
 from leaf_distill.training.model_card import model_card
 from leaf_distill.training.pair import import_peft
+from leaf_distill.training.show import show_rows
 from leaf_distill.training.trainer import LeafTrainer
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
     what is there, and with more `max_steps` it trains on. Weights train and are saved in float32
     (bfloat16 autocast on a GPU that has it): steps of 1e-5 vanish in bfloat16 weights. The teacher
     is bfloat16 there, else float32. With `arguments.lora_r`, or with an adapter as the student, an
-    adapter is trained and saved.
+    adapter is trained and saved. With `arguments.show` it prints rows as the models read them, and
+    neither trains nor writes.
 
     Args:
         arguments: models, rows, and the adapter.
@@ -77,13 +79,17 @@ def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
     Raises:
         ValueError: models or rows cannot be read, the tokenizers differ, no row is left, settings
             do not fit together, or the directory holds other files or a run of other settings.
-        RuntimeError: the loss became NaN, or the weights are not finite.
+        RuntimeError: the loss or the gradient is not finite, or the weights are not.
         StoreError: the disk is full, or another process works in the directory.
     """
     output_dir = user_directory(str(config.output_dir))
-    check_output(output_dir)
+    if not arguments.show:
+        check_output(output_dir)
     _check_together(arguments, config)
     examples = _load(arguments, arguments.dataset, arguments.dataset_split, arguments.max_rows)
+    if arguments.show:
+        show_rows(arguments, config, examples)
+        return DistillResult(output_dir, {})
     eval_examples = None
     if arguments.eval_dataset is not None:
         with named("eval_dataset", "dataset"):
@@ -103,7 +109,7 @@ def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
             trainer.save_model()  # before an evaluation, which may round the weights
             evaluated = trainer.evaluate() if eval_examples is not None else {}
         metrics = _metrics(trainer, examples, detected) | {"train": trained, "eval": evaluated}
-        metrics["changes"] = identity["changes"]
+        metrics |= {"changes": identity["changes"], "best": _best(trainer)}
         cache = trainer.teacher_cache
         metrics["teacher"] = {
             "name": identity["teacher"]["name"],
@@ -124,10 +130,15 @@ def _check_together(arguments: DistillArguments, config: LeafConfig) -> None:
         )
     if config.eval_on_start and arguments.eval_dataset is None:
         raise ValueError("eval_dataset: must be given with eval_on_start, got nothing; give rows")
+    for name in ("eval_answers", "early_stopping_patience", "load_best_model_at_end"):
+        if getattr(config, name) and arguments.eval_dataset is None:
+            raise ValueError(f"eval_dataset: must be given with {name}, got nothing; give rows")
     measured = str(config.metric_for_best_model or "loss").removeprefix("eval_")
-    if measured not in MEASURES:
+    known = (*MEASURES, "accuracy") if config.eval_answers else MEASURES
+    if measured not in known:
+        hint = "; give --eval_answers N" if measured == "accuracy" else ""
         raise ValueError(
-            f"metric_for_best_model: must be one of {', '.join(MEASURES)}, got {measured!r}"
+            f"metric_for_best_model: must be one of {', '.join(known)}, got {measured!r}{hint}"
         )
 
 
@@ -279,6 +290,15 @@ def _metrics(
         "log": trainer.state.log_history,
         "weights": hash_weights(Path(str(trainer.args.output_dir))),
     }
+
+
+def _best(trainer: LeafTrainer) -> dict[str, Any] | None:
+    """Return the step whose weights were taken as the best ones, and its measure."""
+    state, config = trainer.state, trainer.args
+    if not config.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    measure = f"eval_{str(config.metric_for_best_model).removeprefix('eval_')}"
+    return {"step": state.best_global_step, "measure": measure, "value": state.best_metric}
 
 
 class _Claim(TrainerCallback):

@@ -26,8 +26,11 @@ _DECIDING = (
     *("lr_scheduler_type", "lr_scheduler_kwargs", "num_train_epochs", "max_steps", "optim"),
     *("optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "max_grad_norm", "bf16", "fp16", "neftune_noise_alpha", "seed", "data_seed"),
-    *("dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model"),
+    *("dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model", "train_on"),
+    "early_stopping_patience",
 )
+_DECIDING_BEST = ("eval_strategy", "eval_steps", "eval_answers", "grade", "max_new_tokens")
+"""Settings of the evaluation, which decide where a run stops early and which weights are best."""
 _DECIDING_ARGUMENTS = (
     *(
         "teacher_dtype",
@@ -41,7 +44,7 @@ _DECIDING_ARGUMENTS = (
 _WRITTEN = (
     *("README.md", "metrics.json", "run.json", "*config.json", "*.safetensors", "*.bin"),
     *("*.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*"),
-    *("merges.txt", "checkpoint-*"),
+    *("merges.txt", "checkpoint-*", "broken_batch*.json"),
 )
 """Patterns of the files that a run writes; it must not overwrite those of others."""
 
@@ -70,7 +73,8 @@ def identity_of(
         if rows is not None:
             identity[source] = {"name": getattr(arguments, source), "digest": digest_of(rows)}
     identity |= {name: getattr(arguments, name) for name in _DECIDING_ARGUMENTS}
-    for name in _DECIDING:
+    by_evaluation = config.load_best_model_at_end or config.early_stopping_patience is not None
+    for name in (*_DECIDING, *(_DECIDING_BEST if by_evaluation else ())):
         value = getattr(config, name, None)
         identity[name] = value.value if isinstance(value, Enum) else value
     result: Identity = json.loads(json.dumps(identity, default=str))
@@ -172,7 +176,8 @@ def earlier_changes(directory: Path) -> list[str]:
 def claim(directory: Path, identity: Identity) -> None:
     """Write that the directory belongs to a run that is not finished."""
     make_directory(directory)
-    (directory / "metrics.json").unlink(missing_ok=True)
+    for stale in (directory / "metrics.json", *directory.glob("broken_batch*.json")):
+        stale.unlink(missing_ok=True)
     write_json(directory / "run.json", identity)
 
 

@@ -97,6 +97,19 @@ def mean_loss(history: Sequence[Mapping[str, Any]]) -> float:
     return total / max(reached, 1)
 
 
+class BrokenLoss(RuntimeError):
+    """A KL is NaN or infinite.
+
+    Attributes:
+        batch: the batch.
+        kl: of each row of the batch, the KL of its label tokens.
+    """
+
+    def __init__(self, message: str, batch: Batch, kl: list[list[float]]) -> None:
+        super().__init__(message)
+        self.batch, self.kl = batch, kl
+
+
 @dataclass
 class _Tokens:
     """The N label tokens of a batch.
@@ -173,7 +186,7 @@ class Objective:
             The loss with its graph, and the batch's `SUMS`, float64 [len(SUMS)] on the CPU.
 
         Raises:
-            RuntimeError: the student's loss is NaN; the sentence names the rows.
+            BrokenLoss: a KL is NaN or infinite; the sentence names the rows.
         """
         tokens, at, row_id = _Tokens.of(batch), batch["loss_mask"], batch["row_id"]
         signal = self.teacher(batch)
@@ -202,10 +215,15 @@ class Objective:
         loss = self.student.run(module, batch["input_ids"], batch["attention_mask"], at, at_head)
         sums, invalid = _sums(measured[0], weights(), tokens, batch)
         if invalid:
-            bad = sorted(set(row_id[tokens.sequence[measured[0].kl.isnan()]].tolist()))
-            raise RuntimeError(
-                f"the loss is NaN on the rows with row_id {bad}: the student's output is not "
-                f"finite there. {CURE}"
+            rows = measured[0]
+            bad = sorted(set(row_id[tokens.sequence[~rows.kl.isfinite()]].tolist()))
+            what, reason = "NaN", "the student's output is not finite there"
+            if not rows.kl.isnan().any():
+                what, reason = "infinite", "the student rules out what the teacher does not"
+            raise BrokenLoss(
+                f"the loss is {what} on the rows with row_id {bad}: {reason}. {CURE}",
+                batch,
+                [rows.kl[tokens.sequence == row].tolist() for row in range(len(row_id))],
             )
         if sums[SUMS.index("skipped_rows")]:
             logger.warning(
@@ -256,7 +274,7 @@ class Objective:
 
 
 def _sums(rows: DualKLRows, weights: Tensor, tokens: _Tokens, batch: Batch) -> tuple[Tensor, bool]:
-    """Return the batch's `SUMS`, and whether a KL is NaN, by one transfer from the device."""
+    """Return the batch's `SUMS`, and whether a KL is not finite, by one transfer."""
     counts, cd = tokens.weight * (weights > 0), tokens.counterfactual
     kl = counts * rows.kl
     cf_rows = batch["counterfactual"] & batch["loss_mask"].any(dim=1)
@@ -268,7 +286,7 @@ def _sums(rows: DualKLRows, weights: Tensor, tokens: _Tokens, batch: Batch) -> t
         *((counts * getattr(rows, name)).sum() for name in _MEANS),
         cf_rows.sum(),
         (~tokens.live).sum(),
-        rows.kl.isnan().any(),
+        ~rows.kl.isfinite().all(),
     ]
     values = torch.stack([part.double() for part in parts]).cpu()
     return values[:-1], bool(values[-1])

@@ -151,6 +151,7 @@ def _measured(metrics: Mapping[str, Any]) -> str:
         "cd_loss": "KL per token, counterfactuals",
         "agreement": "top-1 agreement with the teacher",
         "nll": "student's negative log-likelihood of a label (nats)",
+        "accuracy": "accuracy of greedy answers",
         "student_entropy": "student's entropy (nats)",
         "teacher_entropy": "teacher's entropy (nats)",
     }
@@ -160,6 +161,11 @@ def _measured(metrics: Mapping[str, Any]) -> str:
     ]
     table = markdown_table([("", *(title for title, _ in columns)), *lines])
     mean = f"Mean training loss over the whole run: {metrics['train']['train_loss']:.4f}."
+    if best := metrics["best"]:
+        mean += (
+            f" The weights are those after step {best['step']}, where {best['measure']} was best "
+            f"({best['value']:.4f})."
+        )
     return f"{table}\n\n{mean} The columns of the training are means over different rows."
 
 

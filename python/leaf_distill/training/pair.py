@@ -17,6 +17,7 @@ from leaf_distill.data.collator import ExampleDataset, prepare_dataset
 from leaf_distill.data.example import Example, Role
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.data.template import template_differences
+from leaf_distill.data.turns import earlier_turns
 from leaf_distill.models.checks import check_causal, embedding_rows, max_positions, warm_up
 from leaf_distill.models.lm_head import logit_rows
 from leaf_distill.models.loading import load_model
@@ -48,7 +49,7 @@ class Pair:
 
     def prepare(self, rows: Any, name: str) -> tuple[ExampleDataset, list[Example]]:
         """Render rows for both models; see `prepare_dataset`."""
-        return prepare_dataset(
+        dataset, left = prepare_dataset(
             rows,
             self.renderers,
             max_length=self.max_length,
@@ -56,6 +57,14 @@ class Pair:
             name=name,
             span_weighting=self.span_weighting,
         )
+        several = sum(bool(earlier_turns(dataset.examples[i].messages)) for i in dataset.originals)
+        if several and self.renderers["student"].train_on == "last":
+            logger.warning(
+                "%s: %d rows have earlier assistant turns, which are no labels; with train_on all "
+                "they are",
+                *(name, several),
+            )
+        return dataset, left
 
 
 def make_pair(
@@ -147,10 +156,7 @@ def make_pair(
         models["student"] = _wrap(models["student"], peft_config)
     if args.disable_dropout:
         _disable_dropout(models["student"])
-    renderers = {role: _renderer(tokenizer, args) for role, tokenizer in tokenizers.items()}
-    templates = [renderers[role].template for role in ("teacher", "student")]
-    for sentence in template_differences(*templates):
-        logger.warning("%s", sentence)
+    renderers = make_renderers(tokenizers, args)
     _warn_of_rounding(models["student"], args.learning_rate)
     rows = {role: embedding_rows(one) for role, one in models.items()}
     positions = {role: max_positions(one.config) for role, one in models.items()}
@@ -159,8 +165,9 @@ def make_pair(
         positions["teacher"] = teacher_model.manifest["max_positions"]
         vocab_size = logit_rows(models["student"]) or LARGEST  # a head that is refused later
         teacher_model.check_training(renderers["teacher"], args.temperature, vocab_size)
-    max_length = _max_length(positions, args.max_length)
-    return Pair(models, renderers, rows, max_length, args.span_weighting)
+    return Pair(
+        models, renderers, rows, max_length(positions, args.max_length), args.span_weighting
+    )
 
 
 def _place(teacher: Any, device: str, asked: str, quantization: str | None) -> None:
@@ -178,16 +185,28 @@ def _place(teacher: Any, device: str, asked: str, quantization: str | None) -> N
         teacher.to(resolve_device(device))
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase, args: LeafConfig) -> Renderer:
-    return Renderer(
-        tokenizer,
-        chat_template=args.chat_template,
-        system_prompt=args.system_prompt,
-        template_kwargs=json_object(args.chat_template_kwargs, "chat_template_kwargs"),
-    )
+def make_renderers(
+    tokenizers: Mapping[Role, PreTrainedTokenizerBase], args: LeafConfig
+) -> dict[Role, Renderer]:
+    """Return the renderers of both models; logs how their prompts differ."""
+    renderers = {
+        role: Renderer(
+            tokenizer,
+            chat_template=args.chat_template,
+            system_prompt=args.system_prompt,
+            template_kwargs=json_object(args.chat_template_kwargs, "chat_template_kwargs"),
+            train_on=args.train_on,
+        )
+        for role, tokenizer in tokenizers.items()
+    }
+    templates = [renderers[role].template for role in ("teacher", "student")]
+    for sentence in template_differences(*templates):
+        logger.warning("%s", sentence)
+    return renderers
 
 
-def _max_length(positions: Mapping[Role, int | None], wanted: int) -> int:
+def max_length(positions: Mapping[Role, int | None], wanted: int) -> int:
+    """Return the tokens that a row may have: as many as wanted, or the positions of a model."""
     for role, most in positions.items():
         if most is not None and most < wanted:
             logger.info("max_length is %d: the %s has no more positions", most, role)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -19,13 +20,17 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from leaf_distill.data.collator import Batch, ExampleDataset, collate, split_batch
 from leaf_distill.data.example import Example
+from leaf_distill.models.checks import eval_mode, pads_in_front
 from leaf_distill.models.lm_head import LMHeadHook
 from leaf_distill.models.loading import without_progress_bars
+from leaf_distill.training.answers import count_right, gradable
+from leaf_distill.training.broken import save_broken_batch
 from leaf_distill.training.callbacks import (
     CompleteLogs,
     LogLines,
     ProgressBar,
     SetLearningRate,
+    StopEarly,
     WriteManifest,
 )
 from leaf_distill.training.checkpoint import all_finite, find_checkpoint
@@ -33,6 +38,7 @@ from leaf_distill.training.config import LeafConfig
 from leaf_distill.training.loss import (
     CURE,
     SUMS,
+    BrokenLoss,
     KdWeight,
     Objective,
     count_labels,
@@ -78,8 +84,9 @@ class LeafTrainer(Trainer):
         data_collator: makes a batch of Examples, with the keys that
             `leaf_distill.data.collator.collate` describes.
         compute_metrics: takes the measures of an evaluation by name (`loss`, `kd_loss`, `cd_loss`,
-            `student_entropy`, `teacher_entropy`, `agreement`, `nll`, `cf_rows`, `skipped_rows`) and
-            returns more of them. It gets no logits: these are never formed.
+            `student_entropy`, `teacher_entropy`, `agreement`, `nll`, `cf_rows`, `skipped_rows`,
+            with `eval_answers` also `accuracy` and `accuracy_n`) and returns more of them. It gets
+            no logits: these are never formed.
         callbacks, optimizers: as for `transformers.Trainer`.
         peft_config: wraps the student in an adapter, which alone is trained and saved.
         teacher_dtype: of a teacher that is given by name: auto, float32, bfloat16 or float16.
@@ -158,6 +165,8 @@ class LeafTrainer(Trainer):
         )
         own = [CompleteLogs(), LogLines(), WriteManifest()]
         own += [] if optimizers[0] else [SetLearningRate()]
+        if args.early_stopping_patience is not None:
+            own.append(StopEarly(args.early_stopping_patience))
         super().__init__(
             model=student,
             args=args,
@@ -178,6 +187,15 @@ class LeafTrainer(Trainer):
         self._steps_without_cf = 0
         self._read = torch.zeros(2, dtype=torch.float64)  # tokens and label tokens, of all ranks
         self._since: float | None = None  # the start of the first step since the last log
+        self._step: list[Batch] = []
+        if args.eval_answers:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "eval_answers: must be 0 with FSDP or DeepSpeed, whose shards of a model "
+                    f"cannot answer alone, got {args.eval_answers}; use `leaf evaluate` afterwards"
+                )
+            with eval_mode(student):
+                pads_in_front(student)  # measured before autocast rounds the logits
 
     # ---- data ----
 
@@ -250,7 +268,7 @@ class LeafTrainer(Trainer):
         Raises:
             ValueError: a head does not give its model's logits, or the named checkpoint is not
                 whole, or there is none.
-            RuntimeError: the loss became NaN, or the weights are not finite.
+            RuntimeError: the loss or the gradient is not finite, or the weights are not.
         """
         checkpoint = None
         if resume_from_checkpoint:
@@ -270,14 +288,20 @@ class LeafTrainer(Trainer):
     def _take_last(self, checkpoint: str) -> TrainOutput | None:
         """Take a checkpoint of the last step as the result; transformers would train a step more.
 
-        Returns None for an earlier one, and for one whose weights are no plain files.
+        The last step is also one at which the run has stopped early. Returns None for an earlier
+        one, and for one whose weights are no plain files.
         """
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        if state.global_step < max_steps or not any(Path(checkpoint).glob("*.safetensors")):
+        patience = self.args.early_stopping_patience
+        stopped = patience is not None and StopEarly.count(state) >= patience
+        last = stopped or state.global_step >= max_steps
+        if not last or not any(Path(checkpoint).glob("*.safetensors")):
             return None
         self._load_from_checkpoint(checkpoint)
         self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
         loss = mean_loss(state.log_history)
         return TrainOutput(state.global_step, loss, {"train_loss": loss})
 
@@ -294,6 +318,7 @@ class LeafTrainer(Trainer):
         everywhere = self._of_ranks(torch.cat([counts, torch.tensor(passes)]))
         for batch, number in zip(batches, everywhere[:, 4:].amax(dim=0), strict=True):
             batch["passes"] = number  # as many on all ranks: a sharded model gathers in each
+        self._step = batches
         counts = everywhere[:, :4].sum(dim=0)
         self._read += counts[2:]
         self._steps_without_cf += int(counts[1] == 0)
@@ -342,10 +367,37 @@ class LeafTrainer(Trainer):
         if not isinstance(counts, Tensor):
             counts = count_labels(inputs, selection)
         weight = self._kd_weight(self.state.global_step)
-        loss, sums = self._objective(model, inputs, counts, weight, selection)
+        loss, sums = self._measure(model, inputs, counts, weight, selection)
         self._sums = self._sums + sums
         scaled: Tensor = loss * self.args.world_size
         return scaled
+
+    def _measure(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Return the objective of a pass; a batch whose loss is not finite is saved, and told."""
+        try:
+            return self._objective(*arguments)
+        except BrokenLoss as error:
+            place = self._save_broken(str(error), [error.batch], error.kl)
+            raise RuntimeError(f"{error}. The batch is in {place}") from error
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of a step's gradient, which must be finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        # The scaler of float16 looks for infinities, and steps over them.
+        if self.args.fp16 or norm is None or math.isfinite(float(norm)):
+            return norm
+        reason = f"the gradient is not finite, though the loss is. {CURE}"
+        place = self._save_broken(reason, self._step)
+        raise RuntimeError(f"{reason}. The rows of the step are in {place}")
+
+    def _save_broken(
+        self, reason: str, batches: list[Batch], kl: list[list[float]] | None = None
+    ) -> Path:
+        rank = f"-{self.args.process_index}" if self.args.world_size > 1 else ""
+        place = Path(str(self.args.output_dir)) / f"broken_batch{rank}.json"
+        step, tokenizer = self.state.global_step, self._pair.renderers["student"].tokenizer
+        save_broken_batch(place, reason, step, batches, tokenizer, kl)
+        return place
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a log of the loss what was measured on the way since the last one."""
@@ -417,7 +469,7 @@ class LeafTrainer(Trainer):
             parts = self._passes(inputs, at_least)
             counts, losses = count_labels(inputs), []
             for part in parts:
-                loss, sums = self._objective(model, part, counts, self.args.kd_weight_at(1))
+                loss, sums = self._measure(model, part, counts, self.args.kd_weight_at(1))
                 losses.append(loss)
                 self._eval_sums = self._eval_sums + sums
         return torch.stack(losses).sum(), None, None
@@ -441,11 +493,25 @@ class LeafTrainer(Trainer):
             "loss": self._objective.from_sums(sums, self.args.kd_weight_at(1)),
             **metrics(sums),
         }
+        if self.args.eval_answers:
+            measured |= self._accuracy(cast(ExampleDataset, dataloader.dataset))
         if (compute := cast(Any, self.compute_metrics)) is not None:
             measured |= compute(dict(measured))
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in measured.items()})
         return output
+
+    def _accuracy(self, dataset: ExampleDataset) -> dict[str, float]:
+        """Return the share of right answers among the graded ones of all ranks, and their number.
+
+        Where no row can be graded, there is no share.
+        """
+        rows = gradable(dataset.examples, self.args)[
+            self.args.process_index :: self.args.world_size
+        ]
+        counts = count_right(self.model, self._pair.renderers["student"], rows, self.args)
+        right, number = self._of_ranks(torch.tensor(counts)).sum(dim=0).tolist()
+        return {"accuracy": right / number, "accuracy_n": number} if number else {"accuracy_n": 0}
 
 
 def _zeros() -> Tensor:

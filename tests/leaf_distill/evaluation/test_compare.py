@@ -122,6 +122,8 @@ def test_a_missing_evaluation_set_is_asked_for(pair: dict[str, str], tmp_path: P
         compare(replace(config, eval_dataset=""), detection, training)
     with pytest.raises(ValueError, match=r"^eval_dataset: gone\.jsonl: must be a file"):
         compare(replace(config, eval_dataset="gone.jsonl"), detection, training)
+    with pytest.raises(ValueError, match=r"^eval_answers: must be left out, got 5"):
+        compare(config, detection, training.with_changes(eval_answers=5))
     assert not (tmp_path / "out").exists()
 
 

@@ -75,14 +75,15 @@ def test_a_log_is_one_line_and_a_bar_needs_a_terminal(
     out, err = capsys.readouterr()
     number = r"\d[\d.e-]*"
     measured = f"originals {number}  counterfactuals {number}  agreement \\d+%  \\d+ s"
-    steps = [rf"step {step}/2  loss {number}  {measured}" for step in (1, 2)]
     wanted = [
-        *steps,
+        rf"step 1/2  loss {number}  {measured}, \d+ s left",
+        rf"step 2/2  loss {number}  {measured}",
         rf"step 2/2  mean loss {number}  \d+ s",
         rf"step 2/2  eval  loss {number}  {measured}",
     ]
     for form, line in zip(wanted, out.splitlines(), strict=True):
         assert re.fullmatch(form, line), line
+        assert len(line) <= 100
     assert "%|" not in err
 
     make_trainer(tmp_path / "terminal", disable_tqdm=False, **settings).train()
