@@ -61,8 +61,9 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is damaged"
     if "trainer_state.json" not in hashes:
         return "trainer_state.json is missing"
-    # FSDP and DeepSpeed keep the optimizer in folders of their own.
-    if "optimizer.pt" not in hashes and not any("/" in name for name in hashes):
+    # FSDP writes optimizer.bin or, in shards as DeepSpeed does, a folder.
+    whole = {"optimizer.pt", "optimizer.bin"} & hashes.keys()
+    if not whole and not any("/" in name for name in hashes):
         return "optimizer.pt is missing"
     for path in checkpoint.glob("*.safetensors"):
         with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:

@@ -25,6 +25,7 @@ from leaf_distill.models.placement import BALANCED, resolve_device
 from leaf_distill.models.source import named
 from leaf_distill.models.tokenizer import check_same_tokenizer, load_tokenizer
 from leaf_distill.training.config import LeafConfig
+from leaf_distill.training.sharding import check_whole, loaded_whole
 from leaf_distill.training.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def make_pair(
         models["teacher"] = teacher_model
     for role in list(models):
         if isinstance(models[role], str):
-            with named("teacher_quantization", "model_quantization"):
+            with named("teacher_quantization", "model_quantization"), loaded_whole():
                 models[role] = load_model(
                     models[role],
                     dtype=dtypes[role],
@@ -143,6 +144,7 @@ def make_pair(
                     quantization=teacher_quantization if role == "teacher" else None,
                 )
         else:
+            check_whole(models[role], "model" if role == "student" else "teacher_model")
             warm_up()
             check_causal(models[role], type(models[role]).__name__)
             if role == "teacher":

@@ -49,6 +49,7 @@ from leaf_distill.training.loss import (
 from leaf_distill.training.pair import Model, make_pair
 from leaf_distill.training.sampler import StepLoader, StepSampler
 from leaf_distill.training.selection import Selection
+from leaf_distill.training.sharding import is_sharded, keep_float32, saved_whole
 from leaf_distill.training.teacher import LiveTeacher
 from leaf_distill.training.teacher_cache import StoredTeacher, open_cache
 from leaf_ext import linear_dual_kl
@@ -181,6 +182,7 @@ class LeafTrainer(Trainer):
         self.pop_callback(PrinterCallback if args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         if not args.disable_tqdm:
             self.add_callback(ProgressBar)
+        keep_float32(self.accelerator)
         # The Trainer then leaves the loss as it is: it is already a mean over the whole step.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._sums = self._eval_sums = _zeros()
@@ -289,14 +291,15 @@ class LeafTrainer(Trainer):
         """Take a checkpoint of the last step as the result; transformers would train a step more.
 
         The last step is also one at which the run has stopped early. Returns None for an earlier
-        one, and for one whose weights are no plain files.
+        one, and for one that only DeepSpeed can read.
         """
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         patience = self.args.early_stopping_patience
         stopped = patience is not None and StopEarly.count(state) >= patience
         last = stopped or state.global_step >= max_steps
-        if not last or not any(Path(checkpoint).glob("*.safetensors")):
+        readable = self.is_fsdp_enabled or any(Path(checkpoint).glob("*.safetensors"))
+        if not last or not readable:
             return None
         self._load_from_checkpoint(checkpoint)
         self.state = state
@@ -434,7 +437,8 @@ class LeafTrainer(Trainer):
                 f"the student's weights are not finite after step {self.state.global_step}, and "
                 f"were not saved. {CURE}"
             )
-        with without_progress_bars():
+        whole = contextlib.nullcontext() if _internal_call else saved_whole(self.accelerator)
+        with without_progress_bars(), whole:
             super().save_model(output_dir, _internal_call)
 
     def _of_ranks(self, values: Tensor) -> Tensor:
@@ -484,6 +488,11 @@ class LeafTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluate, with the loss of the whole dataset in place of a mean over batches."""
         self._eval_sums = _zeros()
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            # accelerate shards a model together with its optimizer only.
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
         with self.packing():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
