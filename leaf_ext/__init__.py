@@ -15,6 +15,7 @@ from leaf_ext.ops import (
     linear_topk_kl,
     row_weights,
     topk_kl,
+    vocab_parallel_dual_kl,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "row_weights",
     "topk_kl",
     "use_cpu_memory_pool",
+    "vocab_parallel_dual_kl",
 ]
 
 

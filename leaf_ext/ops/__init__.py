@@ -9,6 +9,7 @@ from leaf_ext.ops.linear_dual_kl import linear_dual_kl
 from leaf_ext.ops.linear_topk_kl import linear_topk_kl
 from leaf_ext.ops.row_weights import row_weights
 from leaf_ext.ops.topk_kl import topk_kl
+from leaf_ext.ops.vocab_parallel import vocab_parallel_dual_kl
 
 __all__ = [
     "DualKLRows",
@@ -20,4 +21,5 @@ __all__ = [
     "linear_topk_kl",
     "row_weights",
     "topk_kl",
+    "vocab_parallel_dual_kl",
 ]

@@ -35,22 +35,26 @@ def apply_temperature(logits: Tensor, scale: float, softcap: float, temperature:
 
 
 def kl_rows(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(p_t, p_s) of each row of logits x, differentiable.
+    """Return KL(p_t, p_s) of each row of logits x, differentiable."""
+    return kl_of_logs(teacher.log_softmax(-1), student.log_softmax(-1))
 
-        kl[i] = sum_v (p_s - p_t + p_t * l),     l = log p_t - log p_s
+
+def kl_of_logs(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p, q) of each row of log-probabilities, differentiable.
+
+        kl[i] = sum_v (q - p + p * l),     l = log p - log q
 
     Each term is at least 0, so nothing cancels between terms. Within a term
-    p_s - p_t = p_t * (e^-l - 1), which `expm1` computes to full precision if l is small.
+    q - p = p * (e^-l - 1), which `expm1` computes to full precision if l is small.
     """
-    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
-    p_s, p_t = log_s.exp(), log_t.exp()
-    shared = (p_t > 0) | p_t.isnan()
-    ratio = torch.where(shared, log_t - log_s, torch.zeros_like(log_t))
+    q, p = log_q.exp(), log_p.exp()
+    shared = (p > 0) | p.isnan()
+    ratio = torch.where(shared, log_p - log_q, torch.zeros_like(log_p))
     close = ratio.abs() < _CLOSE
     near = torch.where(close, ratio, torch.zeros_like(ratio))
     far = torch.where(close, torch.ones_like(ratio), ratio)
-    terms = torch.where(close, p_t * (torch.expm1(-near) + near), p_s - p_t + p_t * far)
-    return torch.where(shared, terms, p_s).sum(-1)
+    terms = torch.where(close, p * (torch.expm1(-near) + near), q - p + p * far)
+    return torch.where(shared, terms, q).sum(-1)
 
 
 def dual_kl(
@@ -157,7 +161,11 @@ def float16_scale(weight: Tensor, bound: float) -> Tensor:
 
 def entropy(x: Tensor) -> Tensor:
     """Return -sum_v p log p of each row of logits x, in nats; 0 log 0 = 0."""
-    log_p = x.log_softmax(-1)
+    return entropy_of_logs(x.log_softmax(-1))
+
+
+def entropy_of_logs(log_p: Tensor) -> Tensor:
+    """Return -sum_v p log p of each row of log-probabilities."""
     p = log_p.exp()
     return -torch.where(p == 0, torch.zeros_like(p), p * log_p).sum(-1)
 

@@ -23,7 +23,7 @@ def loaded_whole() -> Iterator[None]:
     """
     efficient, config = os.environ.get(_EFFICIENT), deepspeed._hf_deepspeed_config_weak_ref
     os.environ[_EFFICIENT] = "false"
-    deepspeed.unset_hf_deepspeed_config()
+    deepspeed._hf_deepspeed_config_weak_ref = None
     try:
         yield
     finally:
@@ -43,7 +43,7 @@ def check_whole(model: torch.nn.Module, argument: str) -> None:
         )
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
+def is_sharded(model: object) -> bool:
     """Return whether FSDP2 has taken over a model."""
     from torch.distributed.fsdp import FSDPModule  # a build of torch may lack it
 
