@@ -55,12 +55,16 @@ def launch(directory: Path, config: str, *, killed: bool = False, **settings: An
 def environment(config: str) -> dict[str, str]:
     """Return what `accelerate launch` gives its processes under one of our configs."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     given = ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", "2", "script"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
     # The settings say `use_cpu`, but accelerate would still ask for a GPU for each rank.
     ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        _, given_to_ranks = prepare_deepspeed_cmd_env(arguments)
+        return {**given_to_ranks, **ours, "DS_ACCELERATOR": "cpu"}
     return {**prepare_multi_gpu_env(arguments), **ours}
 
 

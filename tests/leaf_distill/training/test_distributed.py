@@ -1,0 +1,100 @@
+"""Two ranks under the accelerate configs that we ship: nothing changes but where things are."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks_training
+import torch
+from distill_pair import assert_same
+from ranks_training import CONFIGS, launch, measured, saved_weights, train
+
+# Ranks need different numbers of passes, and the last step of an epoch has rows on one rank only.
+SETTINGS = {"per_device_train_batch_size": 2, "max_batch_tokens": 60, "kd_weight": 0.4}
+SAVING = {"save_strategy": "steps", "save_steps": 1}
+# Sums of two ranks have another order than those of one: float64 differs in the last digits, which
+# AdamW's division by the gradient's own size keeps small.
+TOLERANCE = 1e-10
+
+
+def alone(directory: Path, **settings: Any) -> dict[str, Any]:
+    """Train in this process, and save."""
+    trainer, result = train({**SETTINGS, **settings}, directory)
+    trainer.save_model(str(directory / "saved"))
+    return result
+
+
+def assert_equal_runs(ours: Path, theirs: Path, our_log: Any, their_log: Any) -> None:
+    assert_same(saved_weights(theirs), saved_weights(ours), TOLERANCE)
+    names = {"loss", "kd_loss", "cd_loss", "agreement", "cf_rows", "eval_loss", "grad_norm"}
+    assert len(our_log) == len(their_log)
+    for one, two in zip(our_log, their_log, strict=True):
+        for name in names & one.keys():
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_fsdp2_changes_nothing_and_gathers_the_head_once_a_pass(tmp_path: Path, tied: bool) -> None:
+    settings = {**SETTINGS, "max_steps": 3, "tied": tied}
+    launch(tmp_path / "two", "fsdp2", **settings)
+    result, single = measured(tmp_path / "two"), alone(tmp_path / "one", **settings)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", single["log"], result["log"])
+    assert result["train"]["gathers"] == result["train"]["passes"] > 3
+    assert result["eval"]["gathers"] <= result["eval"]["passes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [("ddp", None), ("fsdp2", "FULL_STATE_DICT"), ("fsdp2", "SHARDED_STATE_DICT")],
+)
+def test_a_killed_run_goes_on_and_ends_as_one_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, kind: str | None
+) -> None:
+    if kind is not None:
+        plain = ranks_training.environment
+        monkeypatch.setattr(
+            ranks_training, "environment", lambda name: plain(name) | {"FSDP_STATE_DICT_TYPE": kind}
+        )
+    settings = {**SETTINGS, **SAVING, "max_steps": 5}
+    directory = tmp_path / "two"
+    launch(directory, config, killed=True, kill_after=4, **settings)
+    launch(directory, config, resume=True, **settings)
+    result = measured(directory)
+    assert result["began"] == 3  # the kill came before step 4 was saved
+    single = alone(tmp_path / "one", max_steps=5)
+    assert_equal_runs(tmp_path / "one", directory, single["log"], result["log"])
+    # And once more, from the checkpoint of the last step: nothing is left to train.
+    launch(directory, config, resume=True, **settings)
+    assert measured(directory)["train"]["passes"] == 0
+    assert_same(saved_weights(directory), saved_weights(tmp_path / "one"), TOLERANCE)
+
+
+@pytest.mark.slow
+def test_an_evaluation_before_the_training_changes_nothing(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "max_steps": 2, "evaluate_first": True}
+    launch(tmp_path / "two", "fsdp2", **settings)
+    single = alone(tmp_path / "one", **settings)
+    result = measured(tmp_path / "two")
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", single["log"], result["log"])
+
+
+@pytest.mark.slow
+def test_bfloat16_rounds_neither_the_loss_nor_the_sums_of_gradients(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "max_steps": 2, "double": False, "bf16": True}
+    launch(tmp_path / "two", "fsdp2", **settings)
+    for log in measured(tmp_path / "two")["log"]:
+        for name in {"loss", "grad_norm"} & log.keys():
+            value = torch.tensor(log[name])
+            assert value != value.bfloat16().float(), name
+    assert {one.dtype for one in saved_weights(tmp_path / "two").values()} == {torch.float32}
+
+
+def test_the_configs_are_part_of_the_package() -> None:
+    found = importlib.util.find_spec("leaf_distill")
+    assert found is not None and found.submodule_search_locations
+    assert Path(found.submodule_search_locations[0]) / "configs" == CONFIGS
+    assert {path.stem for path in CONFIGS.iterdir()} == {"ddp", "fsdp2", "deepspeed_zero3"}
