@@ -34,7 +34,8 @@ demo: $(BUILT)
 test: $(DEV)
 	pytest
 
-test-slow: $(VENV)/.smollm2 $(VENV)/.oracles $(VENV)/.harness $(VENV)/.trl $(VENV)/.servers $(VENV)/.quantize
+test-slow: $(VENV)/.smollm2 $(VENV)/.oracles $(VENV)/.harness $(VENV)/.trl $(VENV)/.servers $(VENV)/.quantize \
+  $(VENV)/.deepspeed
 	pytest -m slow
 
 bench: $(DEV)
@@ -160,6 +161,16 @@ $(VENV)/.quantize: $(DEV)
 	python -m venv $(VENV)/quantize
 	$(call SEE_OURS,$(VENV)/quantize)
 	$(VENV)/quantize/bin/pip install -q 'torchao==0.18.0' 'bitsandbytes==0.50.2'
+	touch $@
+
+# DeepSpeed, in such an environment too, with the one extension that it compiles at its first start: a
+# test that is killed meanwhile would leave a lock behind.
+$(VENV)/.deepspeed: $(DEV)
+	python -m venv $(VENV)/deepspeed
+	$(call SEE_OURS,$(VENV)/deepspeed)
+	DS_BUILD_OPS=0 $(VENV)/deepspeed/bin/pip install -q --no-build-isolation 'deepspeed==0.19.8'
+	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(VENV))/deepspeed/extensions $(VENV)/deepspeed/bin/python \
+	  -c 'from deepspeed.accelerator import get_accelerator as cpu; cpu().create_op_builder("ShareMemCommBuilder").load()'
 	touch $@
 
 # Servers that give answers, `transformers serve` and llama.cpp's, in such an environment too.

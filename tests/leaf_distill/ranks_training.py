@@ -28,17 +28,26 @@ from transformers import TrainerCallback
 from leaf_distill.training.trainer import LeafTrainer
 
 CONFIGS = Path(__file__).parents[2] / "python" / "leaf_distill" / "configs"
+DEEPSPEED = Path(sys.prefix) / "deepspeed"
+"""The environment of `make test-slow` that has DeepSpeed."""
 
 
 # ---- in the test ----
 
 
-def launch(directory: Path, config: str, *, killed: bool = False, **settings: Any) -> None:
+def launch(
+    directory: Path,
+    config: str,
+    *,
+    killed: bool = False,
+    python: Path | str = sys.executable,
+    **settings: Any,
+) -> None:
     """Train on two ranks under one of our accelerate configs; `killed`: expect that both die."""
     directory.mkdir(exist_ok=True)
     file = directory / "settings.json"
     file.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command = [str(python), "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", __file__, str(file)]
     log = directory / "ranks.log"
     with (
@@ -62,9 +71,10 @@ def environment(config: str) -> dict[str, str]:
     # The settings say `use_cpu`, but accelerate would still ask for a GPU for each rank.
     ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if arguments.use_deepspeed:
-        arguments.deepspeed_fields_from_accelerate_config = ""
+        arguments.deepspeed_fields_from_accelerate_config = ""  # `launch` would list them
         _, given_to_ranks = prepare_deepspeed_cmd_env(arguments)
-        return {**given_to_ranks, **ours, "DS_ACCELERATOR": "cpu"}
+        built = {"TORCH_EXTENSIONS_DIR": str(DEEPSPEED / "extensions"), "DS_ACCELERATOR": "cpu"}
+        return {**given_to_ranks, **ours, **built}
     return {**prepare_multi_gpu_env(arguments), **ours}
 
 
@@ -127,16 +137,21 @@ def check_wrapping(trainer: LeafTrainer) -> None:
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
 
+    optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    teacher, students = trainer.teacher_model, list(trainer.model.parameters())
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+        assert all(hasattr(weight, "ds_id") and not weight.numel() for weight in students)
+        assert not any(hasattr(weight, "ds_id") for weight in teacher.parameters())
+        assert not optimized & {id(weight) for weight in teacher.parameters()}
+        return
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         assert trainer.accelerator.is_fsdp2
-        assert all(isinstance(weight, DTensor) for weight in trainer.model.parameters())
+        assert all(isinstance(weight, DTensor) for weight in students)
     else:
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
-    optimized = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    students = {id(weight) for weight in trainer.model.parameters()}
-    assert {id(weight) for weight in optimized} == students
-    teacher = trainer.teacher_model
-    assert not isinstance(teacher, DistributedDataParallel)
+    assert optimized == {id(weight) for weight in students}
+    assert not any(isinstance(weight, DTensor) for weight in teacher.parameters())
     assert not any(weight.requires_grad for weight in teacher.parameters())
 
 

@@ -59,11 +59,14 @@ class LMHeadHook:
         self._positions: Tensor | None = None
         self._at_head: AtHead | None = None
         self._hidden: Tensor | None = None
+        self._output: Tensor | None = None
         self._result: Tensor | None = None
         # torch.compile leaves the hooks as they are: a trace of them would hold for one batch only.
         untraced: Any = torch.compiler.disable
         head.register_forward_pre_hook(untraced(self._enter))
         head.register_forward_hook(untraced(self._compute))
+        self._taking = untraced(self._take)
+        self._last = head.register_forward_hook(self._taking)
         model.register_forward_hook(untraced(self._leave))
 
     def run(
@@ -85,12 +88,16 @@ class LMHeadHook:
         """
         self._positions = at[attention_mask.bool()][None] if self.packs else at
         self._at_head = then
+        if next(reversed(self.head._forward_hooks)) != self._last.id:  # behind those of a wrapper
+            self._last.remove()
+            self._last = self.head.register_forward_hook(self._taking)
         pack = packed if self.packs else padded
         try:
             with pack(ids, attention_mask) as arguments, without_mask_advice():
                 result: Tensor = module(**arguments, use_cache=False)
         finally:
-            self._positions = self._at_head = self._hidden = self._result = None
+            self._positions = self._at_head = self._hidden = None
+            self._output = self._result = None
         return result
 
     @contextmanager
@@ -170,16 +177,30 @@ class LMHeadHook:
         self._hidden = hidden[self._positions.to(hidden.device)]
         return (hidden[:1, :1],)  # the ordinary product is not used, and costs one row this way
 
-    def _compute(self, head: nn.Linear, args: Any, output: Tensor) -> None:
-        if self._at_head is not None and self._hidden is not None:
-            # accelerate has taken an offloaded weight away again: it is fetched once more.
-            with align_module_device(head):
-                weight: Tensor = head.weight
-                bias: Tensor | None = head.bias
-                if self.vocab_size < len(weight):
-                    weight = weight[: self.vocab_size]
-                    bias = None if bias is None else bias[: self.vocab_size]
-                self._result = self._at_head(self._hidden, weight, bias)
+    def _compute(self, head: nn.Linear, args: Any, output: Tensor) -> Tensor | None:
+        """Return the result as the head's output, until `_take`.
+
+        A wrapper's hooks see it between the two. ZeRO-3 then gathers the weight in the backward,
+        where its gradient arrives; it gathers for the outputs of a module only.
+        """
+        if self._at_head is None or self._hidden is None:
+            return None
+        self._output = output
+        # accelerate has taken an offloaded weight away again: it is fetched once more.
+        with align_module_device(head):
+            weight: Tensor = head.weight
+            bias: Tensor | None = head.bias
+            if self.vocab_size < len(weight):
+                weight = weight[: self.vocab_size]
+                bias = None if bias is None else bias[: self.vocab_size]
+            return self._at_head(self._hidden, weight, bias)
+
+    def _take(self, head: nn.Linear, args: Any, output: Tensor) -> Tensor | None:
+        """Keep the result, and give the model the ordinary output, with which it goes on."""
+        if self._output is None:
+            return None
+        self._result = output
+        return self._output
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> Any:
         if self._at_head is None:

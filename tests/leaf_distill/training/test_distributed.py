@@ -10,7 +10,7 @@ import pytest
 import ranks_training
 import torch
 from distill_pair import assert_same
-from ranks_training import CONFIGS, launch, measured, saved_weights, train
+from ranks_training import CONFIGS, DEEPSPEED, launch, measured, saved_weights, train
 
 # Ranks need different numbers of passes, and the last step of an epoch has rows on one rank only.
 SETTINGS = {"per_device_train_batch_size": 2, "max_batch_tokens": 60, "kd_weight": 0.4}
@@ -91,6 +91,23 @@ def test_bfloat16_rounds_neither_the_loss_nor_the_sums_of_gradients(tmp_path: Pa
             value = torch.tensor(log[name])
             assert value != value.bfloat16().float(), name
     assert {one.dtype for one in saved_weights(tmp_path / "two").values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DEEPSPEED.is_dir(), reason="DeepSpeed is not installed: make test-slow")
+@pytest.mark.parametrize("tied", [True, False])
+def test_zero3_trains_as_one_process_does(tmp_path: Path, tied: bool) -> None:
+    settings = {**SETTINGS, "max_steps": 2, "double": False, "tied": tied, "warmup_steps": 0}
+    on_gloo = {"use_cpu": False, "ddp_backend": "gloo"}  # else accelerate takes no DeepSpeed
+    python = DEEPSPEED / "bin" / "python"
+    launch(tmp_path / "two", "deepspeed_zero3", python=python, **settings, **on_gloo)
+    result, single = measured(tmp_path / "two"), alone(tmp_path / "one", **settings)
+    # DeepSpeed keeps gradients in float32. Where one is as small as its rounding, the first steps
+    # of Adam, which divide by its size, differ by a share of the learning rate of 1e-2.
+    assert_same(saved_weights(tmp_path / "two"), saved_weights(tmp_path / "one"), 1e-4)
+    for one, two in zip(single["log"], result["log"], strict=True):
+        for name in {"loss", "kd_loss", "cd_loss", "eval_loss", "grad_norm"} & one.keys():
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
 
 
 def test_the_configs_are_part_of_the_package() -> None:
