@@ -285,7 +285,7 @@ def split_batch(
         max_tokens: most tokens of a pass for either model, padding included; a longer row stands
             alone.
         at_least: fewest passes, for ranks that must run in step; passes without labels are added.
-        packed: whether both models run rows one after the other: no padding counts then.
+        packed: whether neither model computes padding, which then does not count.
 
     Returns:
         The passes, each a batch, the longest row last: gradients are reduced after a pass with

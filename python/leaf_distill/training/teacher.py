@@ -6,6 +6,7 @@ Another source gives the same, or another signal: see `leaf_distill.training.tea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -117,7 +118,17 @@ def signal_kl(
 
 
 class Teacher(Protocol):
-    """Where the signal of a batch comes from."""
+    """Where the signal of a batch comes from.
+
+    Attributes:
+        packs: whether no padding is computed.
+    """
+
+    @property
+    def packs(self) -> bool: ...
+
+    def packing(self) -> AbstractContextManager[None]:
+        """Let rows run without padding, where that can be; see `LMHeadHook.packing`."""
 
     def __call__(self, batch: Batch) -> Signal:
         """Return the teacher's signal at the label positions of a batch, row by row in order."""
@@ -147,6 +158,13 @@ class LiveTeacher:
         offloaded = any(weight.device.type == "meta" for weight in model.parameters())
         self.rows_alone = self.input_device.type == "cpu" and not offloaded
         self.head = _head(self.hook, device)
+
+    @property
+    def packs(self) -> bool:
+        return self.rows_alone or self.hook.packs
+
+    def packing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.rows_alone else self.hook.packing()
 
     def __call__(self, batch: Batch) -> Hidden:
         ids, mask, at = (batch[f"teacher_{name}"] for name in TENSORS)

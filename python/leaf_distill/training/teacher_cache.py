@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -233,11 +234,16 @@ class StoredTeacher:
         ValueError: the file of the head is damaged.
     """
 
+    packs = True
+
     def __init__(self, cache: TeacherCache, device: torch.device) -> None:
         self.cache, self.device = cache, device
         self.head: Head | None = None
         if cache.manifest["signal"] == "hidden":
             self.head = _read_head(cache.directory / HEAD, device)
+
+    def packing(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def __call__(self, batch: Batch) -> Signal:
         tensors = [batch[f"teacher_{name}"].cpu() for name in TENSORS]
