@@ -148,6 +148,8 @@ def check_wrapping(trainer: LeafTrainer) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         assert trainer.accelerator.is_fsdp2
         assert all(isinstance(weight, DTensor) for weight in students)
+        policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy
+        assert policy is None or policy.reduce_dtype == torch.float32
     else:
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
     assert optimized == {id(weight) for weight in students}
