@@ -98,6 +98,26 @@ def test_stored_hidden_states_give_the_live_loss_to_the_bit(teacher: str, tmp_pa
     assert_same(stored[2], live[2])
 
 
+def test_every_turns_labels_are_stored_and_a_cache_without_them_is_refused(
+    teacher: str, tmp_path: Path
+) -> None:
+    roles = ("user", "assistant", "user", "assistant")
+    rows = [
+        {"messages": [{"role": role, "content": f"w{i} w{i + n}"} for n, role in enumerate(roles)]}
+        for i in range(8)
+    ]
+    fill(tmp_path / "all", teacher, rows, train_on="all")
+    settings = {"train_on": "all", "max_steps": 2}
+    live = make(tmp_path, teacher, rows, **settings)
+    stored = make(tmp_path, None, rows, tmp_path / "all", **settings)
+    assert stored.train_dataset is not None and stored.train_dataset.label_tokens == 8 * 6
+    live.train()
+    stored.train()
+    assert_same(weights(stored.model), weights(live.model))
+    with pytest.raises(ValueError, match=r"teacher_cache: must be made with .*'train_on': 'all'"):
+        make(tmp_path, None, rows, tmp_path / "all")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_hidden_states_and_head_are_stored_as_they_are(
     dtype: str, teacher: str, tmp_path: Path
@@ -367,6 +387,8 @@ def test_the_commands_need_no_teacher_once_it_is_stored(
     shutil.rmtree(own)
     output = tmp_path / "out"
     argv = ["--student", student, "--teacher_cache", cache, "--dataset", dataset, "--use_cpu"]
+    assert main(["distill", *argv, "--output_dir", str(output), "--show", "1"]) == 0
+    assert "the student and the teacher read" in capsys.readouterr().out
     argv += ["--output_dir", str(output), "--originals_per_step", "8", "--max_steps", "1"]
     assert main(["distill", *argv]) == 0, capsys.readouterr().err
     card = (output / "README.md").read_text()
