@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 LOGIT_ROWS = 128  # of which all logits are formed at a time
 
-_SETTINGS = ("chat_template", "chat_template_kwargs", "system_prompt")
+_SETTINGS = ("chat_template", "chat_template_kwargs", "system_prompt", "train_on")
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def _renderer(config: CacheConfig, tokenizer: PreTrainedTokenizerBase) -> Render
         chat_template=config.chat_template,
         system_prompt=config.system_prompt,
         template_kwargs=kwargs if isinstance(kwargs, dict) else None,
+        train_on=config.train_on,
     )
 
 

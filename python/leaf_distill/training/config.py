@@ -389,6 +389,13 @@ class CacheConfig(ModelOptions, RowOptions, PairOptions):
         default=None,
         metadata=about("round the teacher's weights: int8, bnb8 or nf4; see docs/quantized.md"),
     )
+    train_on: Literal["last", "all"] = field(
+        default="last",
+        metadata=about(
+            "labels of an original with several assistant turns: its last one, or all, as in the "
+            "training"
+        ),
+    )
     signal: Literal["hidden", "topk"] = field(
         default="hidden",
         metadata=about(

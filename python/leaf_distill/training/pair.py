@@ -167,9 +167,8 @@ def make_pair(
         positions["teacher"] = teacher_model.manifest["max_positions"]
         vocab_size = logit_rows(models["student"]) or LARGEST  # a head that is refused later
         teacher_model.check_training(renderers["teacher"], args.temperature, vocab_size)
-    return Pair(
-        models, renderers, rows, max_length(positions, args.max_length), args.span_weighting
-    )
+    limit = max_length(positions, args.max_length)
+    return Pair(models, renderers, rows, limit, args.span_weighting)
 
 
 def _place(teacher: Any, device: str, asked: str, quantization: str | None) -> None:

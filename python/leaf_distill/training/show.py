@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from leaf_distill.data.collator import ExampleDataset, prepare_dataset
 from leaf_distill.data.example import ROLES, Example, Rendering, Role
 from leaf_distill.data.prompt import Renderer
-from leaf_distill.models.checks import max_positions
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.tokenizer import check_same_tokenizer
 from leaf_distill.training.config import DistillArguments, LeafConfig
@@ -35,31 +34,25 @@ def show_rows(arguments: DistillArguments, config: LeafConfig, examples: list[Ex
     Raises:
         ValueError: a model cannot be read, the tokenizers differ, or no row can be trained on.
     """
-    cache = None if arguments.teacher_cache is None else TeacherCache(arguments.teacher_cache)
-    roles: tuple[Role, ...] = ROLES if cache is None else ("student",)
+    roles = ROLES if arguments.teacher_cache is None else ROLES[:1]
+    trust = arguments.trust_remote_code
     models = {
-        role: LazyModel(
-            getattr(arguments, role),
-            trust_remote_code=arguments.trust_remote_code,
-            argument=role,
-        )
+        role: LazyModel(getattr(arguments, role), trust_remote_code=trust, argument=role)
         for role in roles
     }
     tokenizers = {role: model.tokenizer for role, model in models.items()}
     rows = {role: int(one.config.get_text_config().vocab_size) for role, one in models.items()}
-    positions = {role: max_positions(one.config) for role, one in models.items()}
-    if cache is not None:
+    positions = {role: one.max_positions for role, one in models.items()}
+    if arguments.teacher_cache is not None:
+        cache = TeacherCache(arguments.teacher_cache)
         tokenizers["teacher"] = cache.tokenizer
         rows["teacher"] = cache.manifest["embedding_rows"]
         positions["teacher"] = cache.manifest["max_positions"]
     check_same_tokenizer(tokenizers["teacher"], tokenizers["student"])
     renderers = make_renderers(tokenizers, config)
+    limit = max_length(positions, config.max_length)
     dataset, _ = prepare_dataset(
-        examples,
-        renderers,
-        max_length=max_length(positions, config.max_length),
-        embedding_rows=rows,
-        name="dataset",
+        examples, renderers, max_length=limit, embedding_rows=rows, name="dataset"
     )
     if not config.process_index:
         console = Console(highlight=False)
