@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from leaf_distill.detection.pipeline import DetectResult, detect
     from leaf_distill.evaluation.analyze import AnalyzeResult, analyze
     from leaf_distill.evaluation.benchmarks import Benchmark
-    from leaf_distill.evaluation.compare import CompareResult, compare
+    from leaf_distill.evaluation.compare import compare
+    from leaf_distill.evaluation.compare_table import CompareResult
     from leaf_distill.evaluation.config import AnalyzeConfig, CompareConfig, EvaluateConfig
     from leaf_distill.evaluation.evaluate import evaluate, evaluate_benchmarks
     from leaf_distill.evaluation.measure import EvaluateResult
@@ -40,7 +41,7 @@ _HOME = {
     "CacheResult": "training.cache",
     "CodeGrader": "grading.code",
     "CompareConfig": "evaluation.config",
-    "CompareResult": "evaluation.compare",
+    "CompareResult": "evaluation.compare_table",
     "DetectConfig": "detection.config",
     "DetectResult": "detection.pipeline",
     "DistillArguments": "training.config",

@@ -44,6 +44,7 @@ def line(branch: str = "original", candidate_id: int = -1, **columns: Any) -> di
         "accepted": True,
         "reason": None,
         "strategy": None,
+        "student_verdict": None if branch == "cross" else "wrong",
         "provenance": None if branch == "original" else json.dumps({"seed": 0}),
         **({} if branch == "original" else made),
         **columns,

@@ -51,7 +51,8 @@ def read_branches(examples: Sequence[Example], records: Sequence[Record]) -> Non
                 spans[position] = _spans(record.get("spans"))
             if example.outcome is None:
                 _read_context(example, record)
-            _read_verdict(example, record)
+            _read_accepted(example, record)
+            example.verdict = _text(record, "student_verdict")
     _read_cuts(examples, spans)
 
 
@@ -69,10 +70,7 @@ def _read_origin(example: Example, record: Record, seen: Counter[int]) -> None:
     given = _integer(record, "candidate_id", -1)
     example.candidate_id = given if given >= 0 else seen[example.row_id]
     seen[example.row_id] += 1
-    strategy = plain(record.get("strategy"))
-    if strategy is not None and not (isinstance(strategy, str) and strategy.isprintable()):
-        raise ValueError(f"strategy: must be the name of one, got {strategy!r:.60}")
-    example.strategy = strategy
+    example.strategy = _text(record, "strategy")
     inserted = plain(record.get("inserted")) or ()
     if not isinstance(inserted, list | tuple) or not all(isinstance(t, str) for t in inserted):
         raise ValueError(f"inserted: must be a list of texts, got {inserted!r:.60}")
@@ -113,13 +111,21 @@ def _read_context(example: Example, record: Record) -> None:
         example.notes.append("message_key_ignored")
 
 
-def _read_verdict(example: Example, record: Record) -> None:
+def _read_accepted(example: Example, record: Record) -> None:
     accepted = plain(record.get("accepted"))
     if accepted not in (None, True, False):
         raise ValueError(f"accepted: must be true or false, got {accepted!r:.60}")
     if accepted is not None and not accepted:
         reason = plain(record.get("reason"))
         example.leave("rows", "not_accepted", f"`leaf detect` says {reason!r:.80}")
+
+
+def _text(record: Record, name: str) -> str | None:
+    """Return a short code."""
+    value = plain(record.get(name))
+    if value is not None and not (isinstance(value, str) and value.isprintable()):
+        raise ValueError(f"{name}: must be the name of one, got {value!r:.60}")
+    return value
 
 
 def _integer(record: Record, name: str, missing: int) -> int:

@@ -135,6 +135,11 @@ class ExampleDataset(Dataset[Example]):
         return [i for i, one in enumerate(self.examples) if one.branch == "original"]
 
     @property
+    def failed(self) -> list[int]:
+        """The indices of the originals that the student fails, as the rows say."""
+        return [i for i in self.originals if self.examples[i].failed]
+
+    @property
     def counterfactuals(self) -> list[int]:
         """The indices of the counterfactuals, those of the branch "cross" among them."""
         return [i for i, one in enumerate(self.examples) if one.branch != "original"]

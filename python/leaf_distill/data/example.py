@@ -125,6 +125,7 @@ class Example:
     reply: Message | None = None  # the completion's message, if it holds more than text
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # tools and other variables
     given: Mapping[Role, str] = field(default_factory=dict)  # models' answers that the row brings
+    verdict: str | None = None  # on the student's answer, as the dataset of `leaf detect` has it
     turns: tuple[int, ...] = ()  # messages that are analyzed; none given: the last one
     segment: int = 0  # segments of the response in `prefix`; 0: the instruction level
     prefix: str = ""  # the response up to the end of this segment; `completion` is what follows
@@ -132,6 +133,7 @@ class Example:
     candidate_id: int = -1
     cut: tuple[Range, ...] = ()  # sorted, disjoint characters of the original's `text`
     inserted: tuple[str, ...] = ()  # what stands in place of each range of `cut`; (): nothing
+    # Where a range is empty, its text was inserted before that character.
     strategy: str | None = None  # the strategy that proposed the cut
     cut_score: float | None = None  # mean score of the tokens that were chosen
     weight: float = 1.0  # of each label token, within its term of the distillation loss
@@ -162,6 +164,11 @@ class Example:
         if self.candidate_id < 0:
             return "original"
         return "counterfactual" if self.teacher_messages is None else "cross"
+
+    @property
+    def failed(self) -> bool:
+        """Whether the student was asked, as the dataset says, and gave no right answer."""
+        return self.verdict not in (None, "right")
 
     @property
     def places(self) -> tuple[int, ...]:

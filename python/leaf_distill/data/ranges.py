@@ -13,7 +13,7 @@ def in_messages(example: Example, ranges: Iterable[Range]) -> list[dict[str, int
     Args:
         example: a row.
         ranges: characters [start, stop) of its text; one over a border between two messages gives
-            a span in each.
+            a span in each. An empty one is the place before a character.
 
     Returns:
         For each span, the index of its `message`, and `start` and `stop` in that message's content.
@@ -23,7 +23,7 @@ def in_messages(example: Example, ranges: Iterable[Range]) -> list[dict[str, int
         {"message": place, "start": max(start, first) - first, "stop": min(stop, last) - first}
         for start, stop in ranges
         for place, (first, last) in zip(example.places, example.parts, strict=True)
-        if max(start, first) < min(stop, last)
+        if max(start, first) < min(stop, last) or start == stop in range(first, last)
     ]
 
 
@@ -38,13 +38,13 @@ def in_text(example: Example, spans: Iterable[Mapping[str, int]]) -> tuple[Range
         A range [start, stop) for each span, sorted.
 
     Raises:
-        ValueError: a span is in no analyzed message, is empty, or reaches beyond its message.
+        ValueError: a span is in no analyzed message, or reaches beyond its message.
     """
     parts = dict(zip(example.places, example.parts, strict=True))
     ranges = []
     for span in spans:
-        first, last = parts.get(span["message"], (0, 0))
-        if not 0 <= span["start"] < span["stop"] <= last - first:
+        first, last = parts.get(span["message"], (0, -1))
+        if not 0 <= span["start"] <= span["stop"] <= last - first:
             raise ValueError(
                 f"spans: must be characters within the messages {list(parts)} of "
                 f"{[stop - start for start, stop in parts.values()]} characters, got {dict(span)}"

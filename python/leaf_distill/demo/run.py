@@ -28,7 +28,8 @@ from leaf_distill.demo.show import show_results
 from leaf_distill.demo.task import Kind, Problem, make_problems
 from leaf_distill.detection.config import DetectConfig, Strategy
 from leaf_distill.detection.pipeline import detect
-from leaf_distill.evaluation.compare import CompareResult, compare
+from leaf_distill.evaluation.compare import compare
+from leaf_distill.evaluation.compare_table import CompareResult
 from leaf_distill.evaluation.config import CompareConfig
 from leaf_distill.io import is_of, make_directory, write_bytes, write_json
 from leaf_distill.models.loading import load_model

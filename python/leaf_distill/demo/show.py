@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from leaf_distill.demo.measure import Detection, Pruning
-from leaf_distill.evaluation.compare import CompareResult, training_table
+from leaf_distill.evaluation.compare_table import CompareResult, training_table
 from leaf_distill.evaluation.tables import printed_table
 
 EVIDENCE = (

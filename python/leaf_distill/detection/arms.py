@@ -61,7 +61,7 @@ def arm_name(config: DetectConfig) -> str:
 def _draws(config: DetectConfig) -> bool:
     """Whether the seed changes a result."""
     return (
-        config.strategy.startswith("random")
+        config.strategy in ("random_tokens", "random_spans", "distractors")
         or config.edit == "substitute"
         or (config.score == "intervention" and config.draws > 0)
         or config.guard == "agreement"

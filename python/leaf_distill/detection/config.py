@@ -31,6 +31,7 @@ Strategy = Literal[
     "student_saliency",
     "teacher_saliency",
     "perplexity",
+    "distractors",
 ]
 Level = Literal["instruction", "response", "both"]
 Target = Literal["rest", "next"]
@@ -54,6 +55,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Settings of a preset that are not the defaults. The release takes 0.10 for programs."""
+
+INSERTS: dict[str, Any] = {"level": "instruction", "edit": "delete", "cross_branch": False}
+"""The settings that go with the strategy distractors."""
 
 TURNS = re.compile(r"all|last|-?[1-9]\d{0,5}(,-?[1-9]\d{0,5})*")
 
@@ -150,7 +154,7 @@ class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
         metadata=about(
             "span: one span at a time (the paper); collective: all together; controls of the same "
             "size under the same validation: random_tokens, random_spans, student_saliency, "
-            "teacher_saliency, perplexity"
+            "teacher_saliency, perplexity; distractors: insert a sentence of another prompt"
         ),
     )
     widen: Unit = field(
@@ -237,6 +241,13 @@ def _check_edits(config: DetectConfig) -> None:
     """Refuse settings that contradict each other."""
     if config.edit == "substitute" and config.draws < 1:
         raise ValueError("draws: must be at least 1 for edit substitute, got 0")
+    if config.strategy == "distractors":
+        for name, needed in INSERTS.items():
+            if (given := getattr(config, name)) != needed:
+                raise ValueError(
+                    f"{name}: must be {_text(needed)} with strategy distractors, which inserts a "
+                    f"sentence in the prompt, got {_text(given)}"
+                )
     if config.guard == "agreement" and not config.relabel:
         raise ValueError("guard: must be grader without relabel, got agreement; give --relabel")
     if config.guard == "agreement" and config.grade == "code":
@@ -257,3 +268,7 @@ def _check_edits(config: DetectConfig) -> None:
         raise ValueError(
             f"{name}: must be false at the response level, got true; give --level instruction"
         )
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -10,9 +10,13 @@ import numpy as np
 
 from leaf_distill.data.example import Example, Floats, Range
 from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.distractors import Distractors
 from leaf_distill.detection.spans import characters
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.units import tidy, widen
+
+Change = tuple[tuple[Range, ...], tuple[str, ...], float | None]
+"""Ranges, the texts in their place (none: they are deleted), and the mean score of the tokens."""
 
 
 def propose(
@@ -21,26 +25,30 @@ def propose(
     *,
     perplexity: Floats | None = None,
     vocabulary: Vocabulary | None = None,
+    distractors: Distractors | None = None,
     first_id: int = 0,
 ) -> None:
     """Set the example's candidates; it leaves where it has no span, or a perplexity is not finite.
 
     Args:
-        example: a row with spans. A candidate that leaves nothing but whitespace, changes nothing,
-            or repeats an earlier one is kept with an outcome.
+        example: a row with spans, which "distractors" alone does not need. A candidate that leaves
+            nothing but whitespace, changes nothing, or repeats an earlier one is kept with an
+            outcome.
         config: `strategy` "span" takes one detected span at a time, "collective" all of them
             together (the paper's two). The others are controls that take as many tokens:
             "random_tokens" draws prunable tokens and takes them together (the paper's control);
             "random_spans" draws one run for each span, as long, disjoint where there is room;
             "student_saliency" and "perplexity" take the tokens with the highest value,
             "teacher_saliency" those with the lowest, one run at a time. What is taken is widened to
-            whole units (`widen`), and deleted or replaced (`edit`). With the row_id and the segment
-            `seed` decides the draws, which no other row changes.
+            whole units (`widen`), and deleted or replaced (`edit`). "distractors" takes nothing: it
+            inserts one sentence of another row. With the row_id and the segment `seed` decides the
+            draws, which no other row changes.
         perplexity: float32 [d], needed for the strategy of that name.
         vocabulary: the words that replacements are drawn from, needed for edit "substitute".
+        distractors: the sentences that are inserted, needed for the strategy of that name.
         first_id: the candidate_id of the first.
     """
-    if not example.spans:
+    if not example.spans and distractors is None:
         example.leave("prune", "no_span", "no confounder was found")
         return
     if perplexity is not None and not np.isfinite(perplexity).all():
@@ -51,22 +59,42 @@ def propose(
     view = f"/{example.segment}" if example.segment else ""
     draw = random.Random(f"{config.seed}/{example.row_id}{view}")
     seen: set[str] = set()
-    for spans in _choose(example, config, draw, perplexity):
-        chosen = merge(characters(example, span) for span in spans)
-        ranges = widen(text, chosen, config.widen, example.parts)
-        for cut, inserted in _edits(example, ranges, config, draw, vocabulary):
-            candidate = changed(example, cut, inserted)
-            candidate.candidate_id = first_id + len(example.candidates)
-            candidate.cut, candidate.inserted = cut, inserted
-            candidate.strategy, candidate.cut_score = config.strategy, _mean_score(example, spans)
-            if any(_inside_word(text, at) for one in cut for at in one):
-                candidate.notes.append("cut_inside_word")
-            _check(candidate, example, seen)
-            seen.add(candidate.text)
-            example.candidates.append(candidate)
-    if not example.candidates:
+    if distractors is not None:
+        found = distractors.insert(example, draw)
+        changes: Iterable[Change] = [((found[0],), (found[1],), None)] if found else []
+    else:
+        changes = _changes(example, config, draw, perplexity, vocabulary)
+    for cut, inserted, score in changes:
+        candidate = changed(example, cut, inserted)
+        candidate.candidate_id = first_id + len(example.candidates)
+        candidate.cut, candidate.inserted = cut, inserted
+        candidate.strategy, candidate.cut_score = config.strategy, score
+        if any(_inside_word(text, at) for one in cut for at in one):
+            candidate.notes.append("cut_inside_word")
+        _check(candidate, example, seen)
+        seen.add(candidate.text)
+        example.candidates.append(candidate)
+    if not example.candidates and distractors is not None:
+        detail = "no other prompt has a sentence that asks nothing and is not in this one"
+        example.leave("prune", "no_distractor", detail)
+    elif not example.candidates:
         detail = "no word of the spans has another one of its class in the dataset"
         example.leave("prune", "no_replacement", detail)
+
+
+def _changes(
+    example: Example,
+    config: DetectConfig,
+    draw: random.Random,
+    perplexity: Floats | None,
+    vocabulary: Vocabulary | None,
+) -> Iterator[Change]:
+    """Yield what each candidate takes out of the text."""
+    for spans in _choose(example, config, draw, perplexity):
+        chosen = merge(characters(example, span) for span in spans)
+        ranges = widen(example.text, chosen, config.widen, example.parts)
+        for cut, inserted in _edits(example, ranges, config, draw, vocabulary):
+            yield cut, inserted, _mean_score(example, spans)
 
 
 def changed(example: Example, ranges: Sequence[Range], inserted: Sequence[str] = ()) -> Example:

@@ -39,10 +39,11 @@ DATASET = pa.schema(
         ("reason", pa.string()),
         ("strategy", pa.string()),
         ("provenance", pa.string()),
+        ("student_verdict", pa.string()),
     ]
 )
-ANSWERS = [(f"{role}_{what}", pa.string()) for what in ("answer", "verdict") for role in ROLES]
-CANDIDATES = pa.schema([*DATASET, *ANSWERS])
+ANSWERS = ("teacher_answer", "student_answer", "teacher_verdict")
+CANDIDATES = pa.schema([*DATASET, *((name, pa.string()) for name in ANSWERS)])
 CANDIDATE = pa.struct(
     [
         ("cut", RANGES),
@@ -144,6 +145,7 @@ def _line(
         "reason": one.outcome.reason if one.outcome and parent is not None else None,
         "strategy": one.strategy,
         "provenance": provenance,
+        "student_verdict": _answers(one)["student_verdict"],
     }
     kwargs = dict(one.template_kwargs)
     if tools := kwargs.pop("tools", None):

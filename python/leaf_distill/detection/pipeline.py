@@ -49,6 +49,7 @@ from leaf_distill.detection.arms import (
 )
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import propose
+from leaf_distill.detection.distractors import Distractors
 from leaf_distill.detection.estimate import estimate, show_estimate
 from leaf_distill.detection.funnel import UNUSED, funnel, outcomes_table, show_funnel
 from leaf_distill.detection.judge import Judge
@@ -335,10 +336,18 @@ class Run:
 
         These rows are the originals of the dataset, so that a sweep of it draws the same.
         """
-        usable = (
-            one for one in self.examples if not one.outcome or one.outcome.stage not in UNUSED
-        )
-        return Vocabulary(one.text[start:stop] for one in usable for start, stop in one.parts)
+        return Vocabulary(self._texts())
+
+    @cached_property
+    def _distractors(self) -> Distractors:
+        """The sentences of these prompts that ask nothing."""
+        return Distractors(self._texts())
+
+    def _texts(self) -> Iterator[str]:
+        """Yield the analyzed turns of the usable rows."""
+        for one in self.examples:
+            if not one.outcome or one.outcome.stage not in UNUSED:
+                yield from (one.text[start:stop] for start, stop in one.parts)
 
     def _set_suspicion(self, views: Sequence[Example], config: DetectConfig) -> None:
         vocabulary = self._vocabulary if config.score == "intervention" else None
@@ -357,6 +366,7 @@ class Run:
                 self.config,
                 perplexity=values,
                 vocabulary=self._vocabulary if self.config.edit == "substitute" else None,
+                distractors=self._distractors if self.config.strategy == "distractors" else None,
                 first_id=ids[example.row_id],
             )
             ids[example.row_id] += len(example.candidates)

@@ -5,101 +5,63 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.table import Table
 
 from leaf_distill.config import AnswerOptions, json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Mask
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.detection.pipeline import detect
+from leaf_distill.evaluation.arm_datasets import make_datasets, plan_detections
+from leaf_distill.evaluation.compare_table import (
+    Arm,
+    CompareResult,
+    Training,
+    accuracy_table,
+    markdown,
+    training_table,
+)
+from leaf_distill.evaluation.compared import ARMS
 from leaf_distill.evaluation.config import CompareConfig, EvaluateConfig
 from leaf_distill.evaluation.evaluate import evaluate
 from leaf_distill.evaluation.measure import check_directory
-from leaf_distill.evaluation.tables import check_table, printed_table
+from leaf_distill.evaluation.tables import check_table
 from leaf_distill.io import (
     locked,
-    make_directory,
     user_directory,
     write_bytes,
     write_json,
-    write_table,
 )
 from leaf_distill.models.source import named
 from leaf_distill.statistics import paired_bootstrap, wilson_interval
 from leaf_distill.training.config import DistillArguments, LeafConfig
 from leaf_distill.training.distill import distill
 from leaf_distill.training.identity import check_output
-from leaf_distill.training.model_card import markdown_table
 
 UNTRAINED = "untrained"
-
-
-@dataclass(frozen=True)
-class Training:
-    """One distillation: its rows and its cost.
-
-    tokens: all that the student read, without padding. kl_first, kl_last: the first and the last
-    logged KL of the originals, nats a label token; they are means over different rows.
-    """
-
-    model: Path
-    steps: int
-    originals: int
-    counterfactuals: int
-    originals_a_step: int
-    tokens: int
-    kl_first: float
-    kl_last: float
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One line of the comparison.
-
-    interval: Wilson's 95 % interval of the accuracy. difference: the accuracy less that of the
-    reference, on the same problems, with the 95 % interval of a paired bootstrap over problems.
-    """
-
-    name: str
-    training: Training | None
-    accuracy: float
-    interval: tuple[float, float]
-    difference: tuple[float, float, float] | None
-
-
-@dataclass(frozen=True)
-class CompareResult:
-    """The arms, the reference of their differences, and the written table."""
-
-    arms: tuple[Arm, ...]
-    reference: str
-    problems: int
-    table: Path
 
 
 def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig) -> CompareResult:
     """Run arms through both stages and evaluation, and write one table of them.
 
-    Every arm starts from the same student and sees the same originals. It makes the same number of
-    optimizer steps and reads `training.originals_per_step` rows in each, as nearly as whole
-    originals allow: an arm with counterfactuals has fewer originals in a step. All students answer
-    the same problems.
+    `ARMS` says what each arm is; its settings win over the given ones. Every arm starts from the
+    same student and sees the same originals. It makes the same number of optimizer steps and reads
+    `training.originals_per_step` rows in each, as nearly as whole originals allow: an arm with
+    counterfactuals has fewer originals in a step. All students answer the same problems.
 
     Writes compare.json and compare.md in `detection.output_dir`, beside arms/, students/ and
     evaluation/. The same command goes on where a killed one stopped.
 
     Args:
         config: the arms, and the problems of the evaluation.
-        detection: models, rows and settings of detection; its strategy is each arm's own.
-        training: settings of the distillation; its output_dir is each arm's own.
+        detection: models, rows and settings of detection, which runs for the arms that need it.
+        training: settings of the distillation; its output_dir is each arm's own, and `failed_share`
+            holds for kd_failed alone.
 
     Returns:
         The arms in their order, after the student before any training.
@@ -116,6 +78,9 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
                 f"{name}: must be left out, got {value}; all arms are evaluated after the training"
             )
     root = user_directory(detection.output_dir)
+    # Settings that do not go together are said before anything runs.
+    trainings = {name: ARMS[name].trains(training) for name in config.arms}
+    plan = plan_detections(config.arms, detection)
     check_table(root, "compare", "compare")
     for name in (UNTRAINED, *config.arms):
         check_directory(root / "evaluation" / name)
@@ -129,19 +94,23 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
             need_completion=False,
         )
     with locked(root / "students"):
-        result = _compare(config, detection, training, root)
-    Console().print(training_table(result), accuracy_table(result))
+        trained = _train(detection, make_datasets(plan, root), trainings, root)
+        result = _compare(config, detection, trained, root)
+        _write(result, config, detection, training)
+    Console().print(training_table(result), accuracy_table(result), *result.notes, sep="\n")
     print(f"The table is in {result.table}, its numbers are in {root / 'compare.json'}")
     return result
 
 
-def _compare(
-    config: CompareConfig, detection: DetectConfig, training: LeafConfig, root: Path
-) -> CompareResult:
-    datasets = _detect(config.arms, detection, root)
-    models = {UNTRAINED: detection.student}
+def _train(
+    detection: DetectConfig,
+    datasets: Mapping[str, Path],
+    trainings: Mapping[str, LeafConfig],
+    root: Path,
+) -> dict[str, Training]:
+    """Return the distillation of each arm."""
     trained: dict[str, Training] = {}
-    for name in config.arms:
+    for name, training in trainings.items():
         _say(f"distillation: {name}")
         trained[name] = distill_equally(
             DistillArguments(
@@ -153,7 +122,14 @@ def _compare(
             training,
             root / "students" / name,
         )
-        models[name] = str(trained[name].model)
+    return trained
+
+
+def _compare(
+    config: CompareConfig, detection: DetectConfig, trained: Mapping[str, Training], root: Path
+) -> CompareResult:
+    """Evaluate the student before any training and after each."""
+    models = {UNTRAINED: detection.student} | {name: str(trained[name].model) for name in trained}
     right = {}
     for name, model in models.items():
         _say(f"evaluation: {name}")
@@ -162,6 +138,8 @@ def _compare(
     arms = [
         Arm(
             name=name,
+            says=ARMS[name].says if name in trained else "the student before any training",
+            settings=ARMS[name].settings if name in trained else {},
             training=trained.get(name),
             accuracy=float(mine.mean()),
             interval=wilson_interval(int(mine.sum()), len(mine)),
@@ -169,14 +147,19 @@ def _compare(
         )
         for name, mine in right.items()
     ]
-    result = CompareResult(tuple(arms), reference, len(right[UNTRAINED]), root / "compare.md")
+    return CompareResult(tuple(arms), reference, len(right[UNTRAINED]), root / "compare.md")
+
+
+def _write(
+    result: CompareResult, config: CompareConfig, detection: DetectConfig, training: LeafConfig
+) -> None:
     write_json(
-        root / "compare.json",
+        result.table.with_name("compare.json"),
         {
             "command": "compare",
-            "reference": reference,
+            "reference": result.reference,
             "problems": result.problems,
-            "arms": [asdict(arm) for arm in arms],
+            "arms": [asdict(arm) for arm in result.arms],
             "settings": {
                 "compare": asdict(config),
                 "detect": asdict(detection),
@@ -185,33 +168,19 @@ def _compare(
             "versions": package_versions(),
         },
     )
-    write_bytes(result.table, _markdown(result).encode())
-    return result
+    write_bytes(result.table, markdown(result).encode())
 
 
 def _say(step: str) -> None:
     print(f"{step} ...", file=sys.stderr, flush=True)
 
 
-def _detect(arms: Sequence[str], detection: DetectConfig, root: Path) -> dict[str, Path]:
-    """Return the dataset of each arm; that of `kd` has the originals of the others alone."""
-    datasets: dict[str, Path] = {}
-    for name in arms:
-        if name != "kd":
-            _say(f"detection: {name}")
-            datasets[name] = detect(replace(detection, strategy=name)).dataset  # type: ignore[arg-type]
-    if "kd" in arms:
-        table = pq.read_table(next(iter(datasets.values())))
-        make_directory(root / "arms" / "kd")
-        datasets["kd"] = root / "arms" / "kd" / "dataset.parquet"
-        write_table(datasets["kd"], table.filter(pc.equal(table["branch"], "original")))
-    return datasets
-
-
 def distill_equally(
     arguments: DistillArguments, training: LeafConfig, output_dir: Path
 ) -> Training:
     """Distil with a number of steps, and of rows in a step, that do not depend on counterfactuals.
+
+    Tokens and passes may differ: a token that is not trained on is read all the same.
 
     A step has a whole number of originals, so that its rows with their counterfactuals are as many
     as `training.originals_per_step` only to within half of what comes with one original.
@@ -244,8 +213,8 @@ def distill_equally(
         counterfactuals=branches.total() - originals,
         originals_a_step=a_step,
         tokens=int(log[-1]["num_input_tokens_seen"]),
-        kl_first=log[0]["kd_loss"],
-        kl_last=log[-1]["kd_loss"],
+        kl_first=log[0].get("kd_loss"),
+        kl_last=log[-1].get("kd_loss"),
     )
 
 
@@ -268,58 +237,3 @@ def _evaluate(
     )
     verdicts = pq.read_table(result.answers, columns=["verdict"])["verdict"].to_pylist()
     return np.array([verdict == "right" for verdict in verdicts])
-
-
-Lines = list[tuple[str, ...]]
-
-COMPUTE = (
-    "All arms make as many steps, and read as many rows in each as whole originals allow. "
-    "Cut: counterfactuals; a step: originals in one; tokens: all that the student read, without "
-    "padding. KL(teacher, student) of the originals, a token: the first and the last logged mean, "
-    "over different rows."
-)
-CHANCE = (
-    "Accuracy with Wilson's 95 % interval. Differences in points, with the 95 % interval of a "
-    "paired bootstrap over the problems, which says little where fewer than ten changed. Chance in "
-    "training is in no interval: there is one seed."
-)
-
-
-def _training_lines(result: CompareResult) -> Lines:
-    lines: Lines = [("arm", "originals", "cut", "steps", "a step", "tokens", "KL")]
-    for arm in result.arms:
-        if (done := arm.training) is not None:
-            counts = done.originals, done.counterfactuals, done.steps, done.originals_a_step
-            kl = f"{done.kl_first:.3f} to {done.kl_last:.3f}"
-            lines.append((arm.name, *map(str, counts), f"{done.tokens:,}", kl))
-    return lines
-
-
-def _accuracy_lines(result: CompareResult) -> Lines:
-    lines: Lines = [("arm", "accuracy", "95 %", f"less {result.reference}", "95 %")]
-    for arm in result.arms:
-        low, high = (f"{100 * value:.1f}" for value in arm.interval)
-        difference, between = "", ""
-        if arm.difference is not None:
-            difference, least, most = (f"{100 * value:+.1f}" for value in arm.difference)
-            between = f"{least} to {most}"
-        lines.append((arm.name, f"{arm.accuracy:.1%}", f"{low} to {high}", difference, between))
-    return lines
-
-
-def training_table(result: CompareResult) -> Table:
-    """Return the printed table of the arms' distillations."""
-    title = "Distillation at equal compute"
-    return printed_table(title, _training_lines(result), caption=COMPUTE)
-
-
-def accuracy_table(result: CompareResult) -> Table:
-    """Return the printed table of the arms' accuracies."""
-    title = f"Accuracy on {result.problems} problems"
-    return printed_table(title, _accuracy_lines(result), caption=CHANCE)
-
-
-def _markdown(result: CompareResult) -> str:
-    accuracies, trainings = _accuracy_lines(result), _training_lines(result)
-    parts = ("# Arms at equal compute", markdown_table(accuracies), f"{result.problems} problems.")
-    return "\n\n".join([*parts, CHANCE, markdown_table(trainings), COMPUTE]) + "\n"

@@ -22,6 +22,7 @@ from leaf_distill.config import (
 )
 from leaf_distill.detection.config import Score, SpanRule, Strategy, Unit
 from leaf_distill.evaluation.benchmarks import BENCHMARKS, SUITES
+from leaf_distill.evaluation.compared import ARMS
 
 
 @documented
@@ -125,8 +126,8 @@ class CompareConfig:
     arms: list[str] = field(
         default_factory=lambda: ["kd", "span", "random_spans"],
         metadata=about(
-            "the arms: kd (originals alone), and strategies of `leaf detect` "
-            "(default: kd span random_spans)"
+            "the arms (default: kd span random_spans): "
+            + "; ".join(f"{name}: {arm.says}" for name, arm in ARMS.items())
         ),
     )
     eval_dataset: str = field(
@@ -135,13 +136,11 @@ class CompareConfig:
     eval_split: str = field(default="test", metadata=about("split of the evaluation dataset"))
 
     def __post_init__(self) -> None:
-        choices = ("kd", *get_args(Strategy))
         for arm in self.arms:
-            if arm not in choices:
-                raise ValueError(f"arms: must be of {', '.join(choices)}, got {arm!r}")
-        if len(set(self.arms)) != len(self.arms) or set(self.arms) <= {"kd"}:
-            listed = " ".join(self.arms)
-            raise ValueError(f"arms: must be different, one of them no kd, got {listed!r}")
+            if arm not in ARMS:
+                raise ValueError(f"arms: must be of {', '.join(ARMS)}, got {arm!r}")
+        if len(set(self.arms)) != len(self.arms) or not self.arms:
+            raise ValueError(f"arms: must be different names, got {' '.join(self.arms)!r}")
 
 
 @documented

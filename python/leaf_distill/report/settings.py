@@ -51,6 +51,7 @@ STRATEGIES = {
     "student_saliency": "tokens of the highest student saliency (a control)",
     "teacher_saliency": "tokens of the lowest teacher saliency (a control)",
     "perplexity": "tokens of the highest perplexity (a control)",
+    "distractors": "none: a sentence of another prompt is inserted (a control)",
 }
 CONTROLS = {
     "random_tokens": (
@@ -73,6 +74,7 @@ CONTROLS = {
         "the student's perplexity",
         "the tokens that the student finds least likely, as many as the score flags,",
     ),
+    "distractors": ("inserted distractors", "sentences of other prompts"),
 }
 """Each control's name, and what it changes in place of the suspects, by strategy."""
 
@@ -138,6 +140,8 @@ def lede(settings: Mapping[str, Any]) -> str:
     where = LEVELS.get(settings["level"], settings["level"])
     done = "replaced by others in" if settings["edit"] == "substitute" else "cut out of"
     changed = "changed" if settings["edit"] == "substitute" else "cut"
+    if settings["strategy"] == "distractors":
+        done, changed = "inserted in", "changed"
     what = {"instruction": "prompts", "response": "beginnings"}.get(settings["level"], "texts")
     _, chosen, *_ = score_words(settings)
     if settings["strategy"] in CONTROLS:
@@ -213,6 +217,8 @@ def _threshold(settings: Mapping[str, Any]) -> str:
 
 
 def _change(settings: Mapping[str, Any]) -> str:
+    if settings["strategy"] == "distractors":
+        return "one sentence inserted, no token deleted"
     edit = "deleted"
     if settings["edit"] == "substitute":
         edit = f"replaced by words of the same class, up to {settings['draws']} times"

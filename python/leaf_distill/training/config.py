@@ -120,6 +120,13 @@ class LeafConfig(TrainingArguments):
         default=0.5,
         metadata=about("share of each row's label tokens that token_selection chooses"),
     )
+    failed_share: float | None = field(
+        default=None,
+        metadata=about(
+            "share of each step's originals that are rows the student fails, as the column "
+            "student_verdict says; default: every original once an epoch"
+        ),
+    )
     temperature: float = field(
         default=1.0, metadata=about("softens both distributions; the loss has its square")
     )

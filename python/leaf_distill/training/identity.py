@@ -27,7 +27,7 @@ _DECIDING = (
     *("optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "max_grad_norm", "bf16", "fp16", "neftune_noise_alpha", "seed", "data_seed"),
     *("dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model", "train_on"),
-    "early_stopping_patience",
+    *("early_stopping_patience", "failed_share"),
 )
 _DECIDING_BEST = ("eval_strategy", "eval_steps", "eval_answers", "grade", "max_new_tokens")
 """Settings of the evaluation, which decide where a run stops early and which weights are best."""
@@ -72,6 +72,9 @@ def identity_of(
     for rows, source in ((examples, "dataset"), (eval_examples, "eval_dataset")):
         if rows is not None:
             identity[source] = {"name": getattr(arguments, source), "digest": digest_of(rows)}
+    if config.failed_share is not None:
+        failed = digest([one.row_id] for one in examples if one.failed)
+        identity["failed_rows"] = {"name": arguments.dataset, "digest": failed}
     identity |= {name: getattr(arguments, name) for name in _DECIDING_ARGUMENTS}
     by_evaluation = config.load_best_model_at_end or config.early_stopping_patience is not None
     for name in (*_DECIDING, *(_DECIDING_BEST if by_evaluation else ())):

@@ -47,7 +47,7 @@ from leaf_distill.training.loss import (
     metrics,
 )
 from leaf_distill.training.pair import Model, make_pair
-from leaf_distill.training.sampler import StepLoader, StepSampler
+from leaf_distill.training.sampler import StepLoader, StepSampler, check_failed
 from leaf_distill.training.selection import Selection
 from leaf_distill.training.sharding import is_sharded, keep_float32, saved_whole
 from leaf_distill.training.teacher import LiveTeacher
@@ -154,6 +154,8 @@ class LeafTrainer(Trainer):
         train_rows = None
         if train_dataset is not None:
             train_rows, self.left_out = self._prepare(train_dataset, "train_dataset")
+            if args.failed_share is not None:
+                check_failed(train_rows.failed)
         one = torch.ones(1, 1, device=args.device)
         linear_dual_kl(one, one, one, one, one[0], backend=cast(Any, args.backend))  # is it there?
         self._objective = Objective(
@@ -221,6 +223,8 @@ class LeafTrainer(Trainer):
         sampler = StepSampler(
             self.train_dataset.originals,
             self.train_dataset.counterfactuals,
+            failed=self.train_dataset.failed,
+            failed_share=self.args.failed_share,
             batch_size=self.args.per_device_train_batch_size,
             accumulation=self.args.gradient_accumulation_steps,
             world_size=self.args.world_size,

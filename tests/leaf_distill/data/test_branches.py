@@ -60,6 +60,21 @@ def test_what_was_inserted_reads_back() -> None:
     assert (cut.cut, cut.inserted) == (((13, 16),), ("her",))
 
 
+def test_an_insertion_reads_back() -> None:
+    longer = [*PROMPT[:3], {**LAST, "content": "It rains. How many, by the way, has Tom?"}]
+    columns = {"spans": [span(3, 0, 0)], "inserted": ["It rains. "]}
+    _, cut = load_examples([line(), line("counterfactual", 0, prompt=longer, **columns)])
+    assert (cut.cut, cut.inserted) == (((0, 0),), ("It rains. ",))
+
+
+def test_the_dataset_says_which_rows_the_student_fails() -> None:
+    verdicts = ["right", "wrong", "cut_off", None, np.nan]
+    rows = [{**ROW, "branch": "original", "student_verdict": one} for one in verdicts]
+    examples = load_examples(rows)
+    assert [one.verdict for one in examples] == ["right", "wrong", "cut_off", None, None]
+    assert [one.failed for one in examples] == [False, True, True, False, False]
+
+
 def test_each_model_reads_its_own_prompt() -> None:
     _, early, _, cross, _ = load_examples(detected())
     assert early.as_read_by("teacher") is early and cross.as_read_by("student") is cross
@@ -124,10 +139,11 @@ def test_branches_as_people_hand_them_over() -> None:
         ({"candidate_id": -(2**70)}, "candidate_id: must be a whole number of 64 bits"),
         ({"strategy": 5}, "strategy: must be the name of one, got 5"),
         ({"strategy": "\ud800"}, "strategy: must be the name of one"),
+        ({"student_verdict": True}, "student_verdict: must be the name of one, got True"),
         ({"spans": [[5, 1]]}, "spans: must be a list of message, start and stop"),
         ({"spans": 4}, "spans: must be a list of message, start and stop"),
         ({"spans": [span(0, 0, 2**70)]}, r"spans: must be characters within the messages \[0\]"),
-        ({"spans": [span(0, 5, 5)]}, "spans: must be characters within the messages"),
+        ({"spans": [span(0, 6, 5)]}, "spans: must be characters within the messages"),
         ({"spans": [span(1, 0, 1)]}, "spans: must be characters within the messages"),
         ({"spans": [span(-1, 0, 1)]}, "spans: must be characters within the messages"),
         ({"inserted": "one"}, "inserted: must be a list of texts, got 'one'"),

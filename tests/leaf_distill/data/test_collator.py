@@ -323,6 +323,51 @@ def test_the_order_follows_seed_and_epoch() -> None:
     assert steps(8, 1, 1, shuffle=False)[0][:8] == list(range(8))
 
 
+FAILED = range(0, 7)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
+def test_every_step_has_its_share_of_failed_rows(share: float) -> None:
+    drawn: Counter[int] = Counter()
+    for number in range(12):
+        epoch = steps(8, 1, 1, number, failed=FAILED, failed_share=share)
+        assert [sum(i < 100 for i in step) for step in epoch] == [8] * 6 + [2]
+        for step in epoch:
+            originals = [i for i in step if i < 100]
+            assert abs(sum(i in FAILED for i in originals) - share * len(originals)) < 1
+        assert sorted(i for step in epoch for i in step if i >= 100) == list(COUNTERFACTUALS)
+        drawn.update(i for step in epoch for i in step if i < 100)
+    for kind in (FAILED, range(7, 50)):  # in turns: none comes twice more often than another
+        times = [drawn[i] for i in kind]
+        assert max(times) - min(times) <= 1
+
+
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_failed_rows_do_not_depend_on_how_a_step_is_divided(split: tuple[int, int, int]) -> None:
+    options = {"failed": FAILED, "failed_share": 0.4}
+    for epoch in (0, 3):
+        whole = steps(*SPLITS[0], epoch, **options)
+        assert [sorted(s) for s in steps(*split, epoch, **options)] == [sorted(s) for s in whole]
+
+
+def test_failed_rows_follow_seed_and_epoch() -> None:
+    options = {"failed": FAILED, "failed_share": 0.5, "drop_last": True}
+    first = steps(8, 1, 1, **options)
+    assert steps(8, 1, 1, **options) == first and len(first) == 6
+    assert steps(8, 1, 1, epoch=1, **options) != first
+    assert steps(8, 1, 1, seed=1, **options) != first
+
+
+def test_where_the_student_fails_every_row_each_comes_once() -> None:
+    epoch = steps(8, 1, 1, failed=ORIGINALS, failed_share=0.5)
+    assert sorted(i for step in epoch for i in step if i < 100) == list(ORIGINALS)
+
+
+def test_without_a_failed_row_none_can_be_drawn() -> None:
+    with pytest.raises(ValueError, match=r"^failed_share: must come with rows"):
+        StepSampler(range(5), batch_size=1, failed_share=0.5)
+
+
 def test_a_rank_that_runs_dry_gets_a_filler() -> None:
     sampler = StepSampler(range(5), batch_size=2, world_size=2, rank=1)
     assert list(sampler)[-1] == [FILLER]

@@ -54,8 +54,15 @@ def test_a_range_over_a_border_becomes_a_span_in_each_message() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "start", "stop"), [(0, 0, 1), (4, 3, 3), (4, -1, 2), (4, 8, 10), (5, 0, 1)]
+    ("message", "start", "stop"), [(0, 0, 1), (4, 3, 2), (4, -1, 2), (4, 8, 10), (5, 0, 1)]
 )
 def test_a_span_outside_its_message_is_refused(message: int, start: int, stop: int) -> None:
     with pytest.raises(ValueError, match=r"^spans: must be characters within the messages \[4\]"):
         in_text(LAST, [{"message": message, "start": start, "stop": stop}])
+
+
+@pytest.mark.parametrize("at", [0, 16, 17, 25])
+def test_the_place_of_an_insertion_is_before_a_character(at: int) -> None:
+    message, start = (1, at) if at < 17 else (4, at - 17)
+    assert in_messages(TURNS, [(at, at)]) == [{"message": message, "start": start, "stop": start}]
+    assert in_text(TURNS, in_messages(TURNS, [(at, at)])) == ((at, at),)

@@ -24,6 +24,7 @@ from leaf_distill.io import StoreError, locked
         ({}, "span"),
         ({"seed": 3, "max_rows": 5, "grade": "exact"}, "span"),
         ({"strategy": "random_spans", "seed": 3}, "random_spans-seed-3"),
+        ({"strategy": "distractors", "seed": 3}, "distractors-seed-3"),
         ({"threshold": 0.05, "rule": "quantile"}, "span-threshold-0.05-rule-quantile"),
         ({"threshold": 0.1000001, "cap": 1.0}, "span-threshold-0.1000001-cap-1"),
         ({"teacher_max": 0.5, "validate": "none"}, "span-teacher_max-0.5-validate-none"),

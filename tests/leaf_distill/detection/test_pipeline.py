@@ -46,6 +46,8 @@ def test_finds_cuts_and_validates(finished: DetectResult) -> None:
         row = ROWS[line["row_id"]]
         assert line["completion"] == [{"role": "assistant", "content": row["completion"]}]
         assert line["answer"] == row["answer"]
+        failed = line["branch"] == "original" and CONFOUNDED[line["row_id"]]
+        assert line["student_verdict"] == ("wrong" if failed else "right")
         if line["branch"] == "original":
             assert line["prompt"] == [{"role": "user", "content": row["prompt"]}]
             assert line["candidate_id"] == -1 and line["spans"] == [] and line["strategy"] is None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections import Counter
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.evaluation.compare import CompareResult, compare, distill_equally
+from leaf_distill.evaluation.compare import compare, distill_equally
+from leaf_distill.evaluation.compare_table import CompareResult
+from leaf_distill.evaluation.compared import ARMS
 from leaf_distill.evaluation.config import CompareConfig
 from leaf_distill.statistics import paired_bootstrap
 from leaf_distill.training.config import DistillArguments, LeafConfig
 
 ROWS = detect_pair.make_rows(40)
-ARMS = ["kd", "span", "random_spans", "student_saliency"]
+CHOSEN = ["kd", "span", "random_spans", "student_saliency"]
 
 
 def settings(pair: dict[str, str], root: Path) -> tuple[CompareConfig, DetectConfig, LeafConfig]:
@@ -49,7 +52,7 @@ def settings(pair: dict[str, str], root: Path) -> tuple[CompareConfig, DetectCon
         disable_tqdm=True,
         use_cpu=True,
     )
-    return CompareConfig(arms=ARMS, eval_dataset=test), detection, training
+    return CompareConfig(arms=CHOSEN, eval_dataset=test), detection, training
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +63,9 @@ def compared(pair: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_every_arm_is_trained_at_equal_compute(compared: tuple[Path, CompareResult]) -> None:
     root, result = compared
-    assert [arm.name for arm in result.arms] == ["untrained", *ARMS]
+    assert [arm.name for arm in result.arms] == ["untrained", *CHOSEN]
     trained = {arm.name: arm.training for arm in result.arms if arm.training}
-    assert list(trained) == ARMS and trained["kd"].counterfactuals == 0
+    assert list(trained) == CHOSEN and trained["kd"].counterfactuals == 0
     assert trained["span"].counterfactuals > 0
     for name, one in trained.items():
         assert (one.steps, one.originals) == (3, 24)
@@ -72,6 +75,103 @@ def test_every_arm_is_trained_at_equal_compute(compared: tuple[Path, CompareResu
         branches = pq.read_table(root / "out/arms" / arm / "dataset.parquet")["branch"].to_pylist()
         assert branches.count("counterfactual") == one.counterfactuals
         assert branches.count("original") == 24
+
+
+def compared_arms(
+    pair: dict[str, str], root: Path, arms: list[str], **changes: Any
+) -> tuple[CompareResult, dict[str, Any]]:
+    config, detection, training = settings(pair, root)
+    training = training.with_changes(max_steps=2, **changes)
+    result = compare(replace(config, arms=arms), detection, training)
+    return result, json.loads((root / "out/compare.json").read_text())
+
+
+def branches(root: Path, arm: str) -> Counter[str]:
+    (path,) = (root / "out/arms").glob(f"{arm}/dataset.parquet")
+    return Counter(pq.read_table(path)["branch"].to_pylist())
+
+
+@pytest.fixture(scope="module")
+def others(pair: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("others") / "root"
+    arms = ["augmented", "kd_failed", "release", "cross", "kd"]
+    return root, *compared_arms(pair, root, arms, failed_share=0.75)
+
+
+def test_arms_have_their_own_settings_and_only_they(others: Any) -> None:
+    _, result, stored = others
+    trained = {arm["name"]: arm for arm in stored["arms"]}
+    for name, arm in ARMS.items():
+        if name in trained:
+            assert trained[name]["settings"] == json.loads(json.dumps(arm.settings))
+            line = f"- `{name}`: {arm.says}"
+            assert line in result.table.read_text()
+    cards = {arm.name: (arm.training.model / "run.json") for arm in result.arms if arm.training}
+    runs = {name: json.loads(path.read_text()) for name, path in cards.items()}
+    assert {name: run["failed_share"] for name, run in runs.items()} == {
+        **dict.fromkeys(runs),
+        "kd_failed": 0.75,
+    }
+    assert {run["max_steps"] for run in runs.values()} == {2}
+    assert result.reference == "kd" and result.notes == []
+
+
+def test_the_rows_of_each_arm_are_those_it_names(others: Any) -> None:
+    root, result, _ = others
+    assert branches(root, "distractors-*") == {"original": 24, "counterfactual": 24}
+    crossed = branches(root, "span-threshold-0.15-cross_branch")
+    assert crossed["cross"] > 0 and not crossed["counterfactual"]
+    released = branches(root, "span-*-rule-quantile-*select-all-validate-none")
+    assert released["counterfactual"] > crossed["cross"]
+    # kd_failed and kd share the originals of the arm that asked, and no detection ran for them.
+    table = pq.read_table(root / "out/arms/kd/dataset.parquet")
+    assert {*table["student_verdict"].to_pylist()} == {"right", "wrong"}
+    assert len(list((root / "out/arms").iterdir())) == 4
+    done = {arm.name: arm.training for arm in result.arms if arm.training}
+    assert (done["augmented"].originals_a_step, done["kd_failed"].originals_a_step) == (4, 8)
+    assert done["kd_failed"].counterfactuals == done["kd"].counterfactuals == 0
+
+
+def test_arms_on_originals_alone_find_them(pair: dict[str, str], tmp_path: Path) -> None:
+    result, _ = compared_arms(pair, tmp_path, ["kd_failed"])
+    assert result.reference == "kd_failed"
+    made = {path.name for path in (tmp_path / "out/arms").iterdir()}
+    assert made == {"kd", "span-threshold-0.15-validate-none"}
+
+
+def test_an_arm_that_found_nothing_is_named(pair: dict[str, str], tmp_path: Path) -> None:
+    config, detection, training = settings(pair, tmp_path)
+    nothing = replace(detection, min_length=40)
+    result = compare(replace(config, arms=["span"]), nothing, training.with_changes(max_steps=1))
+    (note,) = result.notes
+    assert note.startswith("span has no counterfactuals") and note in result.table.read_text()
+
+
+def test_failed_rows_need_a_detection_that_asks(pair: dict[str, str], tmp_path: Path) -> None:
+    config, detection, training = settings(pair, tmp_path)
+    every = replace(detection, select="all")
+    with pytest.raises(ValueError, match="select: must be student_wrong with the arm kd_failed"):
+        compare(replace(config, arms=["kd", "kd_failed"]), every, training)
+    solved = [row for row in ROWS if not detect_pair.misled(row)][:8]
+    rows = detect_pair.write_rows(tmp_path / "solved.jsonl", solved)
+    with pytest.raises(ValueError, match="failed_share: must come with rows that the student fai"):
+        compare(replace(config, arms=["kd_failed"]), replace(detection, dataset=rows), training)
+    assert not list((tmp_path / "out/students").glob("*/*"))
+
+
+@pytest.mark.parametrize("arms", [["kd", "kd"], [], ["span", "spam"]])
+def test_arms_are_different_names_of_the_table(arms: list[str]) -> None:
+    needed = f"of {', '.join(ARMS)}, got 'spam'" if "spam" in arms else "different names"
+    with pytest.raises(ValueError, match=f"^arms: must be {needed}"):
+        CompareConfig(arms=arms)
+
+
+def test_each_arm_has_a_sentence_in_help_and_docs() -> None:
+    says = next(item for item in fields(CompareConfig) if item.name == "arms").metadata["help"]
+    page = (Path(__file__).parents[3] / "docs/training.md").read_text()
+    for name, arm in ARMS.items():
+        assert f"{name}: {arm.says}" in says
+        assert f"| `{name}` | {arm.says}" in page
 
 
 def test_crossed_rows_take_their_share_of_the_compute(pair: dict[str, str], tmp_path: Path) -> None:

@@ -59,6 +59,31 @@ def dropout_trainer(directory: Path, **settings: Any) -> LeafTrainer:
     return LeafTrainer(student, make_teacher(), config, rows, None, make_tokenizer())
 
 
+def test_a_run_of_failed_rows_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    rows = make_rows(9, 4)
+    for at, row in enumerate(rows):
+        row["student_verdict"] = "wrong" if at < 3 else "right"
+
+    def trainer(name: str) -> LeafTrainer:
+        settings = {**SAVING, "failed_share": 0.5, "originals_per_step": 4, "num_train_epochs": 3}
+        return make_trainer(tmp_path / name, rows, **settings)
+
+    straight, killed = trainer("straight"), trainer("killed")
+    straight.train()
+    killed.add_callback(_Kill(6))  # in the second of three epochs
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = trainer("killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == straight.state.global_step == 9
+    assert_same(weights(resumed.model), weights(straight.model))
+
+
+def test_rows_that_do_not_say_what_the_student_fails_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^failed_share: must come with rows that the student f"):
+        make_trainer(tmp_path, failed_share=0.5)
+
+
 # Three steps an epoch, and one step is lost: it goes on in the first, between both, in the second.
 @pytest.mark.parametrize("killed_after", [2, 4, 5])
 def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path: Path, killed_after: int) -> None:

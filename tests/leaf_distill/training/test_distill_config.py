@@ -37,6 +37,8 @@ KD_WEIGHT = "kd_weight: must be 'pool', a number from 0 to 1, or two of them as 
         ({"token_share": 0.2}, "token_share: must come with token_selection, got 0.2 alone"),
         ({"temperature": 0.0}, "temperature: must be from 0.001 to 1000, got 0.0"),
         ({"temperature": 1e-60}, "temperature: must be from 0.001 to 1000, got 1e-60"),
+        ({"failed_share": 0.0}, "failed_share: must be above 0 and at most 1, got 0"),
+        ({"failed_share": 1.5}, "failed_share: must be above 0 and at most 1, got 1.5"),
         ({"max_length": 0}, "max_length: must be at least 1, got 0"),
         ({"max_batch_tokens": 0}, "max_batch_tokens: must be at least 1, got 0"),
         ({"num_train_epochs": -1}, "num_train_epochs: must be a number above 0, got -1"),

@@ -1,0 +1,69 @@
+"""The rows of each arm of `leaf compare`: of its own detection, or the originals of another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from leaf_distill.data.dataset import load_examples
+from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.pipeline import detect
+from leaf_distill.evaluation.compared import ARMS
+from leaf_distill.io import make_directory, write_table
+from leaf_distill.training.sampler import check_failed
+
+
+def plan_detections(arms: Sequence[str], given: DetectConfig) -> dict[str, DetectConfig]:
+    """Return the settings of the detection that finds each arm's rows.
+
+    Arms on the originals alone share those of one detection: of the first arm that asks which rows
+    the student fails, else of the first one; where there is none, or none asks and an arm needs it,
+    a detection runs for its originals.
+
+    Raises:
+        ValueError: settings do not go together.
+    """
+    own = {name: ARMS[name].detects(given) for name in arms if ARMS[name].detection is not None}
+    plain = [name for name in arms if name not in own]
+    need_marks = any("failed_share" in ARMS[name].training for name in plain)
+    if need_marks and given.select == "all":
+        raise ValueError(
+            "select: must be student_wrong with the arm kd_failed, got all, which does not ask "
+            "what the student fails"
+        )
+    asking = [one for one in own.values() if one.select != "all"]
+    known = asking or ([] if need_marks else [*own.values()])
+    return own | {name: known[0] if known else ARMS[name].detects(given) for name in plain}
+
+
+def make_datasets(plan: Mapping[str, DetectConfig], root: Path) -> dict[str, Path]:
+    """Run the planned detections, each once, and return the dataset of each arm.
+
+    The arms on the originals alone have them in `root`/arms/kd.
+
+    Raises:
+        ValueError: an arm draws rows that the student fails, and it fails none.
+    """
+    datasets: dict[str, Path] = {}
+    made: list[tuple[DetectConfig, Path]] = []
+    for name, config in plan.items():
+        path = next((path for known, path in made if known == config), None)
+        if path is None:
+            print(f"detection: {name} ...", file=sys.stderr, flush=True)
+            path = detect(config).dataset
+            made.append((config, path))
+        datasets[name] = path
+    plain = [name for name in plan if ARMS[name].detection is None]
+    if plain:
+        table = pq.read_table(datasets[plain[0]])
+        make_directory(root / "arms" / "kd")
+        path = root / "arms" / "kd" / "dataset.parquet"
+        write_table(path, table.filter(pc.equal(table["branch"], "original")))
+        datasets |= dict.fromkeys(plain, path)
+        if any("failed_share" in ARMS[name].training for name in plain):
+            check_failed([one for one in load_examples(path) if one.failed])
+    return datasets
