@@ -58,6 +58,23 @@ ARMS: dict[str, ArmSettings] = {
         None,
         {"failed_share": FAILED_SHARE},
     ),
+    "kd_entropy": ArmSettings(
+        "plain distillation on the half of each row's label tokens (token_share) with the highest "
+        "student entropy",
+        None,
+        {"token_selection": "entropy"},
+    ),
+    "kd_tip": ArmSettings(
+        "plain distillation on as many tokens: half of them as kd_entropy, half with a low student "
+        "entropy and the highest KL",
+        None,
+        {"token_selection": "tip"},
+    ),
+    "sft": ArmSettings(
+        "supervised fine-tuning on the completions of the originals, without the teacher",
+        None,
+        {"ce_weight": 1.0},
+    ),
     "augmented": ArmSettings(
         "distractor-augmented distillation: every original, and again with a sentence of another "
         "prompt inserted, whatever the models answer",
@@ -72,7 +89,7 @@ ARMS: dict[str, ArmSettings] = {
         "the authors' release: its preset of `leaf detect`, and one mean over the tokens of all "
         "rows",
         {"strategy": "span", "edit": "delete", "preset": "release", **UNRELABELLED},
-        {"kd_weight": "pool"},
+        {"kd_weight": "pool", "span_weighting": "span"},
     ),
     "span": ArmSettings("LeaF: cuts of one span at a time", {"strategy": "span"}),
     "collective": ArmSettings("cuts of all spans of a row together", {"strategy": "collective"}),

@@ -46,8 +46,8 @@ class LogLines(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: Mapping[str, float] = kwargs["logs"]
         # The names in a log of an evaluation begin with the evaluation's own, as in eval_loss.
-        agreement = next((name for name in logs if name.endswith("_agreement")), "")
-        prefix = agreement.removesuffix("agreement")
+        counted = next((name for name in logs if name.endswith("_cf_rows")), "")
+        prefix = counted.removesuffix("cf_rows")
         words = [
             form.format(logs[prefix + name])
             for name, form in _SHOWN.items()

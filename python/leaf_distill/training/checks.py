@@ -38,6 +38,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "eval_answers": _NOT_NEGATIVE,
     "grade_timeout": _POSITIVE,
     "token_share": (5e-324, 1, "above 0 and at most 1"),
+    "ce_weight": (0, 1, "from 0 to 1"),
     "failed_share": (5e-324, 1, "above 0 and at most 1"),
     # Beyond these, logits of the usual size leave float32 or become all alike.
     "temperature": (1e-3, 1e3, "from 0.001 to 1000"),

@@ -127,6 +127,13 @@ class LeafConfig(TrainingArguments):
             "student_verdict says; default: every original once an epoch"
         ),
     )
+    ce_weight: float = field(
+        default=0.0,
+        metadata=about(
+            "weight of the cross-entropy of the labels beside the distillation loss, from 0 to 1; "
+            "1: supervised fine-tuning, for which no teacher runs"
+        ),
+    )
     temperature: float = field(
         default=1.0, metadata=about("softens both distributions; the loss has its square")
     )
@@ -208,6 +215,8 @@ class LeafConfig(TrainingArguments):
         check_reporters(self)
         if self.early_stopping_patience is not None and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
+        if self.token_selection == "tip" and self.ce_weight == 1:
+            raise ValueError("token_selection: must not need a teacher with ce_weight 1, got tip")
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.fp16
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported()

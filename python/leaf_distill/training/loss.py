@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from leaf_distill.data.collator import Batch
 from leaf_distill.models.lm_head import LMHeadHook
 from leaf_distill.training.selection import Selection
-from leaf_distill.training.teacher import Head, Hidden, Signal, Teacher, signal_kl
+from leaf_distill.training.teacher import Head, Hidden, Signal, Teacher, TopK, signal_kl
 from leaf_ext import DualKLRows, row_weights
 
 logger = logging.getLogger(__name__)
@@ -32,13 +32,21 @@ KEYS: Final = (
 _MEANS: Final = ("student_entropy", "teacher_entropy", "agreement", "nll")
 """What `linear_dual_kl` measures of each token besides the KL, and the log has as a mean."""
 
-SUMS: Final = ("kd_kl", "cd_kl", "kd_tokens", "cd_tokens", *_MEANS, "cf_rows", "skipped_rows")
+SUMS: Final = (
+    *("kd_kl", "cd_kl", "kd_tokens", "cd_tokens", *_MEANS, "cf_rows", "skipped_rows"),
+    "cd_nll",
+)
 """Sums over a batch, in this order; those of several batches can be added.
 
-All but the rows are sums over tokens, each times its weight within its term.
+All but the rows are sums over tokens, each times its weight within its term. Without a teacher the
+sums that need one are NaN.
 """
 
-MEASURES: Final = ("loss", "kd_loss", "cd_loss", *SUMS[4:])
+_OF_TEACHER: Final = [
+    SUMS.index(name) for name in ("kd_kl", "cd_kl", "teacher_entropy", "agreement")
+]
+
+MEASURES: Final = ("loss", "kd_loss", "cd_loss", *SUMS[4:-1])
 """The measures of an evaluation: the loss, and the entries of `metrics`."""
 
 CURE: Final = (
@@ -73,7 +81,8 @@ def _row_weight(batch: Batch) -> Tensor:
 def metrics(sums: Tensor) -> dict[str, float]:
     """Return means over label tokens, and counts of rows, from `SUMS` (float64 [len(SUMS)]).
 
-    A branch without tokens has no loss, and a teacher's stored top k gives no `nll`.
+    A branch without tokens has no loss. A teacher's stored top k gives no `nll`, and no teacher
+    nothing that needs one.
     """
     total = dict(zip(SUMS, sums.tolist(), strict=True))
     kd, cd = total["kd_tokens"], total["cd_tokens"]
@@ -139,6 +148,12 @@ class _Tokens:
             torch.ones_like(batch["counterfactual"]),
         )
 
+    def signal(self, student: LMHeadHook) -> TopK:
+        """Return the signal of a teacher that is sure of each label: its KL is the `nll`."""
+        certain = torch.zeros_like(self.weight)
+        tail = torch.full_like(certain, -torch.inf)
+        return TopK(self.label[:, None], certain[:, None], tail, student.vocab_size)
+
     def skip_faulty(self, rows: DualKLRows) -> bool:
         """Give weight 0 to the rows where the teacher's output is not finite, if there are any.
 
@@ -157,13 +172,16 @@ class _Tokens:
 class Objective:
     """L = lambda L_kd + (1 - lambda) L_cd of one batch, with the denominators of its step.
 
-    `teacher` gives the signal of a batch: see `leaf_distill.training.teacher`.
+    The loss of a token is (1 - ce_weight) temperature^2 KL(teacher, student) + ce_weight nll, the
+    negative log-likelihood of the label. `teacher` gives the signal of a batch, unless ce_weight is
+    1: see `leaf_distill.training.teacher`.
     """
 
     student: LMHeadHook
     teacher: Teacher
     temperature: float
     backend: Any  # leaf_ext checks the name
+    ce_weight: float = 0.0
 
     def __call__(
         self,
@@ -189,7 +207,7 @@ class Objective:
             BrokenLoss: a KL is NaN or infinite; the sentence names the rows.
         """
         tokens, at, row_id = _Tokens.of(batch), batch["loss_mask"], batch["row_id"]
-        signal = self.teacher(batch)
+        signal = tokens.signal(self.student) if self.ce_weight == 1 else self.teacher(batch)
         measured: list[DualKLRows] = []
 
         def weights() -> Tensor:
@@ -203,7 +221,7 @@ class Objective:
             models, rows = (Hidden(hidden, head), signal), None
             if selection.measures:
                 with torch.no_grad():
-                    _, rows = self._loss(*models, torch.ones_like(tokens.weight))
+                    _, rows = self._loss(*models, torch.ones_like(tokens.weight), tokens.label)
                 tokens.skip_faulty(rows)
             tokens.weight = tokens.weight * selection.choose(tokens.sequence, row_id, rows)
             loss, rows = self._loss(*models, weights(), tokens.label)
@@ -225,6 +243,8 @@ class Objective:
                 batch,
                 [rows.kl[tokens.sequence == row].tolist() for row in range(len(row_id))],
             )
+        if self.ce_weight == 1:
+            sums[_OF_TEACHER] = torch.nan
         if sums[SUMS.index("skipped_rows")]:
             logger.warning(
                 "skipped row_id %s: the teacher's output is not finite",
@@ -249,25 +269,37 @@ class Objective:
                 f"{', '.join(lacking)}"
             )
         self.student.check(*(batch[key] for key in KEYS[:3]))
-        self.teacher.check(batch)
+        if self.ce_weight < 1:
+            self.teacher.check(batch)
 
     def from_sums(self, sums: Tensor, kd_weight: KdWeight) -> float:
         """Return the loss of a whole dataset from its `SUMS`."""
-        kd_kl, cd_kl, n_kd, n_cd = sums[:4].tolist()
-        if kd_weight == "pool" or not n_kd or not n_cd:
-            mean = (kd_kl + cd_kl) / (n_kd + n_cd or 1)
-        else:
-            mean = kd_weight * kd_kl / n_kd + (1 - kd_weight) * cd_kl / n_cd
-        return float(mean * self.temperature**2)
+        total = dict(zip(SUMS, sums.tolist(), strict=True))
+        n_kd, n_cd = total["kd_tokens"], total["cd_tokens"]
+
+        def mean(kd: float, cd: float) -> float:
+            if kd_weight == "pool" or not n_kd or not n_cd:
+                return (kd + cd) / (n_kd + n_cd or 1)
+            return float(kd_weight * kd / n_kd + (1 - kd_weight) * cd / n_cd)
+
+        loss = self.ce_weight * mean(total["nll"] - total["cd_nll"], total["cd_nll"])
+        if self.ce_weight < 1:
+            kl = mean(total["kd_kl"], total["cd_kl"])
+            loss += (1 - self.ce_weight) * self.temperature**2 * kl
+        return loss
 
     def _loss(
-        self, student: Hidden, signal: Signal, weights: Tensor, labels: Tensor | None = None
+        self, student: Hidden, signal: Signal, weights: Tensor, labels: Tensor
     ) -> tuple[Tensor, DualKLRows]:
+        if self.ce_weight == 1:
+            loss, rows = signal_kl(student, signal, weights, temperature=1.0, backend=self.backend)
+            return loss, rows._replace(nll=rows.kl)
         return signal_kl(
             student,
             signal,
-            weights,
+            weights * (1 - self.ce_weight),
             labels=labels,
+            label_weight=weights * self.ce_weight if self.ce_weight else None,
             temperature=self.temperature,
             backend=self.backend,
         )
@@ -286,6 +318,7 @@ def _sums(rows: DualKLRows, weights: Tensor, tokens: _Tokens, batch: Batch) -> t
         *((counts * getattr(rows, name)).sum() for name in _MEANS),
         cf_rows.sum(),
         (~tokens.live).sum(),
+        (counts * cd * rows.nll).sum(),
         ~rows.kl.isfinite().all(),
     ]
     values = torch.stack([part.double() for part in parts]).cpu()

@@ -32,6 +32,7 @@ _DETECTED = (
 _SETTINGS = (
     *("originals_per_step", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim"),
     *("kd_weight", "span_weighting", "token_selection", "token_share", "temperature"),
+    *("failed_share", "ce_weight"),
     *("max_length", "disable_dropout", "bf16", "fp16", "seed"),
 )
 _CONTROLS = ("random_tokens", "random_spans", "perplexity", "student_saliency")
@@ -49,8 +50,7 @@ def model_card(arguments: DistillArguments, config: LeafConfig, metrics: Mapping
         [
             f"---\n{yaml.safe_dump(_metadata(arguments), sort_keys=False)}---",
             f"\n# {Path(str(config.output_dir)).name}\n",
-            f"`{arguments.student}`, distilled from `{metrics['teacher']['name']}` "
-            f"{_method(metrics)}\n",
+            f"`{arguments.student}`, {_method(config, metrics)}\n",
             f"## Data\n\n{_data(arguments, metrics)}\n",
             f"## Settings\n\n{_settings(arguments, config, metrics)}\n",
             f"## Measured\n\n{_measured(metrics)}\n",
@@ -60,7 +60,14 @@ def model_card(arguments: DistillArguments, config: LeafConfig, metrics: Mapping
     )
 
 
-def _method(metrics: Mapping[str, Any]) -> str:
+def _method(config: LeafConfig, metrics: Mapping[str, Any]) -> str:
+    if config.ce_weight == 1:
+        return "fine-tuned on the completions of the rows, without a teacher."
+    mixed = f" and the rows' completions (ce_weight {config.ce_weight:g})" * bool(config.ce_weight)
+    return f"distilled from `{metrics['teacher']['name']}`{mixed} {_rows_of(metrics)}"
+
+
+def _rows_of(metrics: Mapping[str, Any]) -> str:
     paper = "[LeaF](https://arxiv.org/abs/2506.07851) (Learning to Focus)"
     if not metrics["rows"]["counterfactuals"]:
         return "by plain distillation: there were no counterfactual prompts."

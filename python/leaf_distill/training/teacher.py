@@ -70,6 +70,7 @@ def signal_kl(
     *,
     temperature: float,
     labels: Tensor | None = None,
+    label_weight: Tensor | None = None,
     backend: Any = "auto",
 ) -> tuple[Tensor, DualKLRows]:
     """Return the weighted KL(teacher, student) over N label positions, and its rows.
@@ -78,8 +79,8 @@ def signal_kl(
         student: hidden states [N, H] and the head, with their graph.
         signal: the teacher's, at the same positions.
         row_weight: [N].
-        temperature, labels, backend: as for `linear_dual_kl`. A top k takes no labels: the `nll` of
-            its rows is NaN.
+        temperature, labels, label_weight, backend: as for `linear_dual_kl`. A top k takes no
+            labels: the `nll` of its rows is NaN.
     """
     hidden, head = student.states, student.head
     weights = row_weight.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
@@ -110,6 +111,7 @@ def signal_kl(
         student_bias=head.bias,
         teacher_bias=theirs.bias,
         labels=labels,
+        label_weight=None if label_weight is None else label_weight.to(weights.dtype),
         logit_scale=(head.scale, theirs.scale),
         logit_softcap=(head.softcap, theirs.softcap),
         return_rows=True,

@@ -165,6 +165,7 @@ class LeafTrainer(Trainer):
             else LiveTeacher(self.teacher_model, args.device),
             args.temperature,
             args.backend,
+            args.ce_weight,
         )
         own = [CompleteLogs(), LogLines(), WriteManifest()]
         own += [] if optimizers[0] else [SetLearningRate()]

@@ -94,7 +94,7 @@ def branches(root: Path, arm: str) -> Counter[str]:
 @pytest.fixture(scope="module")
 def others(pair: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("others") / "root"
-    arms = ["augmented", "kd_failed", "release", "cross", "kd"]
+    arms = ["augmented", "kd_failed", "release", "cross", "kd", "kd_entropy", "kd_tip", "sft"]
     return root, *compared_arms(pair, root, arms, failed_share=0.75)
 
 
@@ -112,6 +112,10 @@ def test_arms_have_their_own_settings_and_only_they(others: Any) -> None:
         **dict.fromkeys(runs),
         "kd_failed": 0.75,
     }
+    chosen = {name: run["token_selection"] for name, run in runs.items()}
+    assert chosen == {**dict.fromkeys(runs, "all"), "kd_entropy": "entropy", "kd_tip": "tip"}
+    sums = {name: run["ce_weight"] for name, run in runs.items()}
+    assert sums == {**dict.fromkeys(runs, 0.0), "sft": 1.0}
     assert {run["max_steps"] for run in runs.values()} == {2}
     assert result.reference == "kd" and result.notes == []
 
@@ -129,7 +133,10 @@ def test_the_rows_of_each_arm_are_those_it_names(others: Any) -> None:
     assert len(list((root / "out/arms").iterdir())) == 4
     done = {arm.name: arm.training for arm in result.arms if arm.training}
     assert (done["augmented"].originals_a_step, done["kd_failed"].originals_a_step) == (4, 8)
-    assert done["kd_failed"].counterfactuals == done["kd"].counterfactuals == 0
+    plain = [done[name] for name in ("kd", "kd_failed", "kd_entropy", "kd_tip", "sft")]
+    assert {(one.counterfactuals, one.originals) for one in plain} == {(0, 24)}
+    assert done["sft"].kl_last is None and done["kd_tip"].kl_last is not None
+    assert "fine-tuned on the completions" in (done["sft"].model / "README.md").read_text()
 
 
 def test_arms_on_originals_alone_find_them(pair: dict[str, str], tmp_path: Path) -> None:
