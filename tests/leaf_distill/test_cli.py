@@ -101,7 +101,7 @@ def test_a_bad_file_is_one_sentence(
         (["detect", *NAMES, "--thresh", "1"], "--thresh is not an option of this command; did"),
         (["detect", *NAMES, "--threshold", "nan"], "threshold: must be from 0 to 1, got nan"),
         (["report"], "run_dir: must be given"),
-        (["compare", *NAMES, "--arms", "kd", "spam"], "arms: must be of kd, kd_failed, augmented"),
+        (["compare", *NAMES, "--arms", "kd", "spam"], "arms: must be of kd, kd_failed, kd_entropy"),
         (["distill", *NAMES, "--lr_scheduler_type", "foo"], "foo"),
     ],
 )
