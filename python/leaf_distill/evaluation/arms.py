@@ -127,7 +127,8 @@ def read_arms(run_dir: str | Path, names: Sequence[str] | None = None) -> tuple[
         ValueError: there is no such arm, or a file in it cannot be read or has another shape.
     """
     directory = Path(run_dir).expanduser().absolute()
-    found = sorted(path.parent for path in directory.glob("arms/*/dataset.parquet"))
+    # The originals of `leaf compare`, in arms/kd, are no arm of `leaf detect`.
+    found = sorted(path.parent for path in directory.glob("arms/*/funnel.json"))
     if not found:
         found = [find_arm(directory, "run_dir")]
     root = found[0].parent.parent

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -95,7 +96,8 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
         )
     with locked(root / "students"):
         trained = _train(detection, make_datasets(plan, root), trainings, root)
-        result = _compare(config, detection, trained, root)
+        settings = {name: ARMS[name].settings(one) for name, one in trainings.items()}
+        result = _compare(config, detection, trained, settings, root)
         _write(result, config, detection, training)
     Console().print(training_table(result), accuracy_table(result), *result.notes, sep="\n")
     print(f"The table is in {result.table}, its numbers are in {root / 'compare.json'}")
@@ -126,7 +128,11 @@ def _train(
 
 
 def _compare(
-    config: CompareConfig, detection: DetectConfig, trained: Mapping[str, Training], root: Path
+    config: CompareConfig,
+    detection: DetectConfig,
+    trained: Mapping[str, Training],
+    settings: Mapping[str, dict[str, Any]],
+    root: Path,
 ) -> CompareResult:
     """Evaluate the student before any training and after each."""
     models = {UNTRAINED: detection.student} | {name: str(trained[name].model) for name in trained}
@@ -139,7 +145,7 @@ def _compare(
         Arm(
             name=name,
             says=ARMS[name].says if name in trained else "the student before any training",
-            settings=ARMS[name].settings if name in trained else {},
+            settings=settings.get(name, {}),
             training=trained.get(name),
             accuracy=float(mine.mean()),
             interval=wilson_interval(int(mine.sum()), len(mine)),

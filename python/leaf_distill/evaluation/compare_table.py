@@ -76,8 +76,8 @@ COMPUTE = (
     "All arms make as many steps, and read as many rows in each as whole originals allow; their "
     "tokens, and the passes of the teacher, differ. Cut: counterfactuals, also those with an "
     "insertion; a step: originals in one; tokens: all that the student read, without padding. "
-    "KL(teacher, student) of the originals, a token: the first and the last logged mean, over "
-    "different rows."
+    "KL(teacher, student) of the originals, a token that counts: the first and the last logged "
+    "mean, over different rows."
 )
 CHANCE = (
     "Accuracy with Wilson's 95 % interval. Differences in points, with the 95 % interval of a "

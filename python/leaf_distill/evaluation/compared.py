@@ -32,11 +32,11 @@ class ArmSettings:
     detection: Mapping[str, Any] | None
     training: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of detection, or None, and of training."""
+    def settings(self, training: LeafConfig) -> dict[str, Any]:
+        """Return the arm's own settings of detection, or None, and of a training by `trains`."""
         detection = None if self.detection is None else dict(self.detection)
-        return {"detection": detection, "training": dict(self.training)}
+        own = {name: getattr(training, name) for name in self.training}
+        return {"detection": detection, "training": own}
 
     def detects(self, given: DetectConfig) -> DetectConfig:
         """Return the settings of the arm's own detection, or of one that finds its originals."""
@@ -53,8 +53,8 @@ class ArmSettings:
 ARMS: dict[str, ArmSettings] = {
     "kd": ArmSettings("plain distillation, on the originals alone", None),
     "kd_failed": ArmSettings(
-        "plain distillation that draws half of each step (failed_share) from rows that the student "
-        "fails",
+        "plain distillation that draws a share of each step (failed_share, by default half) from "
+        "rows that the student fails",
         None,
         {"failed_share": FAILED_SHARE},
     ),

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from leaf_distill.detection.config import DetectConfig
+from leaf_distill.evaluation.arms import read_arms
 from leaf_distill.evaluation.compare import compare, distill_equally
 from leaf_distill.evaluation.compare_table import CompareResult
 from leaf_distill.evaluation.compared import ARMS
@@ -103,7 +104,9 @@ def test_arms_have_their_own_settings_and_only_they(others: Any) -> None:
     trained = {arm["name"]: arm for arm in stored["arms"]}
     for name, arm in ARMS.items():
         if name in trained:
-            assert trained[name]["settings"] == json.loads(json.dumps(arm.settings))
+            changed = {"failed_share": 0.75} if name == "kd_failed" else arm.training
+            own = {"detection": arm.detection, "training": changed}
+            assert trained[name]["settings"] == json.loads(json.dumps(own))
             line = f"- `{name}`: {arm.says}"
             assert line in result.table.read_text()
     cards = {arm.name: (arm.training.model / "run.json") for arm in result.arms if arm.training}
@@ -127,6 +130,8 @@ def test_the_rows_of_each_arm_are_those_it_names(others: Any) -> None:
     assert crossed["cross"] > 0 and not crossed["counterfactual"]
     released = branches(root, "span-*-rule-quantile-*select-all-validate-none")
     assert released["counterfactual"] > crossed["cross"]
+    _, found = read_arms(root / "out")
+    assert len(found) == 3  # kd's rows are no arm of `leaf detect`
     # kd_failed and kd share the originals of the arm that asked, and no detection ran for them.
     table = pq.read_table(root / "out/arms/kd/dataset.parquet")
     assert {*table["student_verdict"].to_pylist()} == {"right", "wrong"}
