@@ -282,7 +282,9 @@ class Objective:
                 return (kd + cd) / (n_kd + n_cd or 1)
             return float(kd_weight * kd / n_kd + (1 - kd_weight) * cd / n_cd)
 
-        loss = self.ce_weight * mean(total["nll"] - total["cd_nll"], total["cd_nll"])
+        loss = 0.0
+        if self.ce_weight > 0:  # of what is not measured the sums are NaN
+            loss = self.ce_weight * mean(total["nll"] - total["cd_nll"], total["cd_nll"])
         if self.ce_weight < 1:
             kl = mean(total["kd_kl"], total["cd_kl"])
             loss += (1 - self.ce_weight) * self.temperature**2 * kl

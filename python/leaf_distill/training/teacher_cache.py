@@ -188,6 +188,14 @@ class TeacherCache:
                 "another output_dir"
             )
 
+    def check_labels(self) -> None:
+        """Raise ValueError where the loss of the signal cannot be mixed with that of the labels."""
+        if self.manifest["signal"] == "topk":
+            raise ValueError(
+                "ce_weight: must be 0 or 1 with a stored top k, got a number between and "
+                f"{self.directory}; run `leaf cache --signal hidden` with another output_dir"
+            )
+
     def check_rows(self, dataset: ExampleDataset, name: str) -> None:
         """Raise ValueError, naming them, where rows of a dataset are not in the cache."""
         lacking = sorted(

@@ -134,6 +134,8 @@ class LeafTrainer(Trainer):
         self.teacher_cache = (
             None if teacher_cache is None else open_cache(teacher_cache, teacher_model)
         )
+        if self.teacher_cache is not None and 0 < args.ce_weight < 1:
+            self.teacher_cache.check_labels()
         if self.teacher_cache is None and teacher_model is None:
             raise ValueError("teacher_model: must be given without a teacher_cache, got None")
         self._pair = make_pair(
