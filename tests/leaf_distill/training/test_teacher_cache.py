@@ -321,9 +321,11 @@ def test_another_rendering_or_temperature_is_refused(
         make(tmp_path, None, rows, tmp_path / "cache", **settings)
 
 
-def test_a_stored_top_k_is_not_mixed_with_labels(teacher: str, tmp_path: Path) -> None:
+def test_a_stored_top_k_is_not_mixed_with_labels(
+    teacher: str, student: str, tmp_path: Path
+) -> None:
     rows = make_rows(6, 2)
-    fill(tmp_path / "cache", teacher, rows, signal="topk", top_k=4)
+    fill(tmp_path / "cache", teacher, rows, signal="topk", top_k=4, student=student)
     with pytest.raises(ValueError, match=r"^ce_weight: must be 0 or 1 with a stored top k"):
         make(tmp_path, None, rows, tmp_path / "cache", ce_weight=0.5)
 
