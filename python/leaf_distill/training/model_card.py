@@ -35,7 +35,9 @@ _SETTINGS = (
     *("failed_share", "ce_weight"),
     *("max_length", "disable_dropout", "bf16", "fp16", "seed"),
 )
-_CONTROLS = ("random_tokens", "random_spans", "perplexity", "student_saliency")
+_CONTROLS = (
+    *("random_tokens", "random_spans", "perplexity", "student_saliency", "teacher_saliency"),
+)
 
 
 def model_card(arguments: DistillArguments, config: LeafConfig, metrics: Mapping[str, Any]) -> str:
@@ -72,6 +74,8 @@ def _rows_of(metrics: Mapping[str, Any]) -> str:
     if not metrics["rows"]["counterfactuals"]:
         return "by plain distillation: there were no counterfactual prompts."
     strategies = metrics["strategies"]
+    if strategies == ["distractors"]:
+        return "on prompts and on the same prompts with a sentence of another prompt inserted."
     if any(strategy in _CONTROLS for strategy in strategies):
         return (
             f"as a control of {paper}: on prompts and on the same prompts with parts cut out that "

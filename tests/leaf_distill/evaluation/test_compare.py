@@ -141,7 +141,9 @@ def test_the_rows_of_each_arm_are_those_it_names(others: Any) -> None:
     plain = [done[name] for name in ("kd", "kd_failed", "kd_entropy", "kd_tip", "sft")]
     assert {(one.counterfactuals, one.originals) for one in plain} == {(0, 24)}
     assert done["sft"].kl_last is None and done["kd_tip"].kl_last is not None
-    assert "fine-tuned on the completions" in (done["sft"].model / "README.md").read_text()
+    said = {"sft": "fine-tuned on the completions", "augmented": "another prompt inserted."}
+    for name, words in said.items():
+        assert words in (done[name].model / "README.md").read_text()
 
 
 def test_arms_on_originals_alone_find_them(pair: dict[str, str], tmp_path: Path) -> None:
