@@ -27,7 +27,7 @@ _DECIDING = (
     *("optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "max_grad_norm", "bf16", "fp16", "neftune_noise_alpha", "seed", "data_seed"),
     *("dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model", "train_on"),
-    *("early_stopping_patience", "failed_share"),
+    "early_stopping_patience",
 )
 _DECIDING_BEST = ("eval_strategy", "eval_steps", "eval_answers", "grade", "max_new_tokens")
 """Settings of the evaluation, which decide where a run stops early and which weights are best."""
