@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 FOLDER = build.CSRC.parent / "build" / "cuda_emulation"
-OPS = ("grad_norm", "detect_spans", "dual_kl", "scale")
+OPS = ("grad_norm", "detect_spans", "dual_kl", "scale", "topk_kl")
 
 
 def run(program: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

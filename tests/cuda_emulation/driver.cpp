@@ -102,7 +102,8 @@ int main(int count, char** arguments) {
   } ops[] = {{"grad_norm", grad_norm},
              {"detect_spans", detect_spans},
              {"dual_kl", dual_kl},
-             {"scale", scale}};
+             {"scale", scale},
+             {"topk_kl", topk_kl}};
   for (const auto& [name, run] : ops) {
     bool wanted = count == 1;
     for (int i = 1; i < count; ++i) wanted |= std::strcmp(arguments[i], name) == 0;

@@ -119,5 +119,6 @@ void grad_norm();
 void detect_spans();
 void dual_kl();
 void scale();
+void topk_kl();
 
 }  // namespace leaf::driver
