@@ -83,7 +83,8 @@ sanitize: $(DEV)
 EMULATED := python tools/test_build.py build/emulate -DLEAF_EMULATE_CUDA=ON -DLEAF_SANITIZE=ON --
 
 emulate: $(DEV)
-	$(EMULATED) $(OP_TESTS) tests/test_inner_ops.py tests/test_autograd.py tests/test_hard_values.py -k cpu
+	$(EMULATED) $(OP_TESTS) tests/test_inner_ops.py tests/test_autograd.py tests/test_hard_values.py \
+	  tests/test_topk_kl.py -k cpu
 	LEAF_EMULATION_SHARED=5000 LEAF_EMULATION_ORDER=random $(EMULATED) tests/test_ops.py -k 'cpu and kl'
 	LEAF_EMULATION_CAPABILITY=8.0 $(EMULATED) tests/test_ops.py -k 'cpu and kl'
 

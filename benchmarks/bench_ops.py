@@ -18,6 +18,7 @@ from checked import (
     compiled,
     exact_kl,
     exact_linear,
+    exact_topk,
     on_backend,
     refuse_unless,
     relative,
@@ -172,6 +173,54 @@ def bench_dual_kl(
         "itemsize": given.student.element_size(),
     }
     job = Job("dual_kl", str(case), case.dtype, variant, sizes, prepare, step)
+    measure(benchmark, job, copy_bandwidth, tiny)
+
+
+@lru_cache(maxsize=1)
+def topk_truth(case: cases.TopkCase) -> tuple[inputs.TopkInputs, float, Tensor]:
+    """Return inputs, the loss in float64, and the gradient of all rows."""
+    given = inputs.topk_inputs(case)
+    teacher = given.ids, given.logprobs, given.row_weight
+    return given, *exact_topk(given.student, *teacher, at_once=16)
+
+
+@pytest.mark.parametrize("variant", _KL_VARIANTS)
+@pytest.mark.parametrize("case", cases.BENCH_TOPK_CASES, ids=str)
+def bench_topk_kl(
+    benchmark: Any, case: cases.TopkCase, variant: str, copy_bandwidth: float, tiny: bool
+) -> None:
+    if tiny:
+        logits = replace(case.logits, rows=4, student_vocabulary=64, teacher_vocabulary=64)
+        case = replace(case, logits=logits, k=5)
+    given, total, exact = topk_truth(case)
+    loss = {
+        "cpu": lambda: on_backend(leaf_ext.topk_kl, "cpu"),
+        "cpu inplace": lambda: on_backend(leaf_ext.topk_kl, "cpu", inplace_grad=True),
+        "reference": lambda: on_backend(leaf_ext.topk_kl, "reference"),
+        "eager": lambda: eager.eager_topk_kl,
+        "compiled": lambda: compiled(eager.eager_topk_kl, tiny),
+    }[variant]()
+    step = backward(loss, 1)
+
+    def prepare() -> tuple[Tensor, ...]:
+        student = given.student.clone().requires_grad_()
+        return student, given.ids, given.logprobs, given.row_weight
+
+    arguments = prepare()
+    value = float(step(*arguments))
+    refuse_unless(abs(value - total) / abs(total), 1e-5, "loss")
+    grad = arguments[0].grad
+    assert grad is not None
+    bound = max(1e-5, torch.finfo(case.logits.dtype).eps)
+    refuse_unless(worst_relative(grad, exact, rows=64), bound, "gradient")
+    del arguments, grad
+    sizes = {
+        "N": case.logits.rows,
+        "V_s": case.logits.student_vocabulary,
+        "k": case.k,
+        "itemsize": given.student.element_size(),
+    }
+    job = Job("topk_kl", str(case), case.logits.dtype, variant, sizes, prepare, step)
     measure(benchmark, job, copy_bandwidth, tiny)
 
 

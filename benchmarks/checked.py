@@ -82,6 +82,22 @@ def exact_kl(
     return total, gradient
 
 
+def exact_topk(
+    student: Tensor, ids: Tensor, logprobs: Tensor, weight: Tensor, at_once: int
+) -> tuple[float, Tensor]:
+    """Return the loss of `topk_kl` in float64, and the gradient rounded to float32."""
+    total, gradient = 0.0, torch.empty_like(student, dtype=torch.float32)
+    for rows in _blocks(student.shape[0], at_once):
+        leaf = student[rows].double().requires_grad_()
+        given = ids[rows], logprobs[rows].double(), weight[rows].double()
+        loss = leaf_ext.topk_kl(leaf, *given, backend="reference")
+        loss.backward()
+        total += float(loss.detach())
+        assert leaf.grad is not None
+        gradient[rows] = leaf.grad
+    return total, gradient
+
+
 def exact_linear(tensors: Sequence[Tensor], at_once: int) -> tuple[float, list[Tensor]]:
     """Return `linear_dual_kl`'s loss and gradients (hidden states, head) in float64."""
     student_hidden, student_head, teacher_hidden, teacher_head, weight = tensors

@@ -8,11 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from op_samples import kl_tensors, linear_tensors, span_tensors
+from op_samples import kl_tensors, linear_tensors, span_tensors, topk_tensors
 
 import leaf_ext
 
 ONES = torch.ones
+
+
+def topk(**changed: Any) -> object:
+    """Call `topk_kl` with [4, 9] logits and 3 ids a row, the second of which has weight 0."""
+    names = ("student_logits", "teacher_ids", "teacher_logprobs", "row_weight")
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = dict(zip(names, topk_tensors(), strict=True))
+    return leaf_ext.topk_kl(**arguments | changed)
+
+
+def with_id(row: int, value: int) -> torch.Tensor:
+    ids = torch.tensor([[2, 5, 7]] * 4)
+    ids[row, 1] = value
+    return ids
+
+
 BAD: dict[str, tuple[Callable[[], object], str]] = {
     "norm_dtype": (
         lambda: leaf_ext.grad_norm(ONES(3, 4, dtype=torch.int64)),
@@ -83,6 +99,69 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "kl_inplace_shared": (
         lambda: leaf_ext.dual_kl(ONES(9).expand(4, 9), ONES(4, 9), ONES(4), inplace_grad=True),
         "student_logits must be rows of adjacent elements that share no memory",
+    ),
+    "topk_ids_dtype": (
+        lambda: topk(teacher_ids=ONES(4, 3)),
+        "topk_kl: teacher_ids must be int64 or int32, got torch.float32",
+    ),
+    "topk_ids_shape": (
+        lambda: topk(teacher_ids=ONES(4).long()),
+        r"teacher_ids must be \[N, k\] with N = 4 rows like row_weight and 1 <= k <= 9, got shape",
+    ),
+    "topk_more_ids_than_tokens": (
+        lambda: topk(teacher_ids=ONES(4, 10).long(), teacher_logprobs=ONES(4, 10)),
+        "teacher_ids must be .* 1 <= k <= 9, got shape",
+    ),
+    "topk_id_too_large": (
+        lambda: topk(teacher_ids=with_id(2, 9)),
+        r"teacher_ids must be in \[0, V = 9\) in rows that count, got 9",
+    ),
+    "topk_id_negative": (lambda: topk(teacher_ids=with_id(2, -100)), "rows that count, got -100"),
+    "topk_id_twice": (
+        lambda: topk(teacher_ids=with_id(3, 7)),
+        "teacher_ids must be distinct in a row, got 7 twice",
+    ),
+    "topk_logprobs_dtype": (
+        lambda: topk(teacher_logprobs=ONES(4, 3).half()),
+        "teacher_logprobs must be torch.float32, got torch.float16",
+    ),
+    "topk_logprobs_shape": (
+        lambda: topk(teacher_logprobs=ONES(4, 2)),
+        r"teacher_logprobs must be \[N, k\] like teacher_ids, got shape \(4, 2\)",
+    ),
+    "topk_tail_shape": (
+        lambda: topk(teacher_tail_logprob=ONES(4, 1)),
+        r"teacher_tail_logprob must be \[N\] with N = 4 rows, got shape \(4, 1\)",
+    ),
+    "topk_scale_pair": (
+        lambda: topk(logit_scale=(1.0, 2.0)),
+        r"logit_scale must be a finite number > 0, got \(1.0, 2.0\)",
+    ),
+    "topk_weight_grad": (
+        lambda: topk(row_weight=ONES(4, requires_grad=True)),
+        "topk_kl: row_weight must be a constant",
+    ),
+    "linear_topk_rows": (
+        lambda: leaf_ext.linear_topk_kl(ONES(5, 3), ONES(9, 3), *topk_tensors()[1:]),
+        r"linear_topk_kl: row_weight must be \[N\] with N = 5 rows, got shape \(4,\)",
+    ),
+    "labels_dtype": (
+        lambda: leaf_ext.linear_dual_kl(*linear_tensors(), labels=ONES(4)),
+        "linear_dual_kl: labels must be torch.int64, got torch.float32",
+    ),
+    "labels_too_large": (
+        lambda: leaf_ext.linear_dual_kl(*linear_tensors(), labels=torch.tensor([0, 20, 9, 1])),
+        "labels must be below the common vocabulary, 9, in rows that count, got 9",
+    ),
+    "labels_missing": (
+        lambda: leaf_ext.linear_dual_kl(*linear_tensors(), label_weight=ONES(4)),
+        "labels must be given with label_weight, got None",
+    ),
+    "label_weight_shape": (
+        lambda: leaf_ext.linear_dual_kl(
+            *linear_tensors(), labels=ONES(4).long(), label_weight=ONES(3)
+        ),
+        r"label_weight must be \[N\] with N = 4 rows, got shape \(3,\)",
     ),
     "linear_student_hidden_list": (
         lambda: leaf_ext.linear_dual_kl([1], *linear_tensors()[1:]),  # type: ignore[arg-type]
@@ -186,6 +265,10 @@ def test_bad_arguments_are_named(case: str) -> None:
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_ids_of_rows_that_do_not_count_may_be_anything() -> None:
+    assert torch.equal(topk(teacher_ids=with_id(1, -100)), topk(teacher_ids=with_id(1, 7)))  # type: ignore[arg-type]
 
 
 def test_numbers_of_numpy_and_pairs_from_a_file_are_taken() -> None:

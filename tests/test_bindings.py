@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_samples import kl_tensors, span_tensors
+from op_samples import kl_tensors, raw_topk_tensors, span_tensors
 from torch import Tensor
 
 SCALARS = (1.0, 1.0, 1.0, 0.0, 0.0)
@@ -20,6 +20,13 @@ def kl(*, inplace: bool = False, **changed: Tensor) -> Any:
     tensors = dict(zip(names, kl_tensors(), strict=True)) | changed
     op = torch.ops.leaf_ext.dual_kl_ if inplace else torch.ops.leaf_ext.dual_kl
     return op(*tensors.values(), *SCALARS, True, True)
+
+
+def topk(*, inplace: bool = False, **changed: Tensor) -> Any:
+    names = ("student", "teacher_ids", "teacher_logprobs", "teacher_tail", "row_weight")
+    tensors = dict(zip(names, raw_topk_tensors(), strict=True)) | changed
+    op = torch.ops.leaf_ext.topk_kl_ if inplace else torch.ops.leaf_ext.topk_kl
+    return op(*tensors.values(), 1.0, 1.0, 0.0, True, True)
 
 
 def spans(*, packed: bool = False, **changed: Any) -> Any:
@@ -40,7 +47,7 @@ def spans(*, packed: bool = False, **changed: Any) -> Any:
 
 def test_the_unchanged_calls_are_right() -> None:
     """The calls below therefore fail because of the one argument that each changes."""
-    for result in (kl(), kl(inplace=True), spans(), spans(packed=True)):
+    for result in (kl(), kl(inplace=True), topk(), topk(inplace=True), spans(), spans(packed=True)):
         assert result[0].numel()
 
 
@@ -62,6 +69,41 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "kl_weight_strided": (lambda: kl(row_weight=ONES(8)[::2]), "row_weight must be contiguous"),
     "kl_shared_rows": (
         lambda: kl(student=ONES(9).expand(4, 9), inplace=True),
+        "rows of student must not overlap",
+    ),
+    "topk_student_3d": (lambda: topk(student=ONES(4, 9, 1)), r"student must be \[N, V\]"),
+    "topk_ids_dtype": (
+        lambda: topk(teacher_ids=ONES(4, 3, dtype=torch.int32)),
+        "teacher_ids must be int64",
+    ),
+    "topk_ids_rows": (
+        lambda: topk(teacher_ids=ONES(3, 3).long()),
+        r"teacher_ids must be \[N, k\] with N = 4 and 1 <= k <= 1024",
+    ),
+    "topk_ids_1d": (lambda: topk(teacher_ids=ONES(4).long()), r"teacher_ids must be \[N, k\]"),
+    "topk_no_ids": (
+        lambda: topk(teacher_ids=ONES(4, 0).long(), teacher_logprobs=ONES(4, 0)),
+        r"teacher_ids must be \[N, k\]",
+    ),
+    "topk_too_many_ids": (
+        lambda: topk(teacher_ids=ONES(4, 1025).long(), teacher_logprobs=ONES(4, 1025)),
+        r"teacher_ids must be \[N, k\]",
+    ),
+    "topk_logprobs_shape": (lambda: topk(teacher_logprobs=ONES(4, 2)), "teacher_logprobs must be"),
+    "topk_logprobs_strided": (
+        lambda: topk(teacher_logprobs=ONES(3, 4).t()),
+        "teacher_logprobs must be contiguous",
+    ),
+    "topk_tail_short": (
+        lambda: topk(teacher_tail=ONES(3)),
+        r"teacher_tail must be \[N\] with N = 4",
+    ),
+    "topk_weight_strided": (
+        lambda: topk(row_weight=ONES(8)[::2]),
+        "row_weight must be contiguous",
+    ),
+    "topk_shared_rows": (
+        lambda: topk(student=ONES(9).expand(4, 9), inplace=True),
         "rows of student must not overlap",
     ),
     "spans_domain_dtype": (lambda: spans(domain=ONES(3, 20)), "domain must be bool"),

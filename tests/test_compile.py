@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_samples import kl_tensors, linear_tensors
+from op_samples import kl_tensors, linear_tensors, topk_tensors
 from torch import Tensor
 
 import leaf_ext
@@ -29,6 +29,47 @@ def test_dual_kl_compiles_whole(backend: str, dynamic: bool, inplace_grad: bool)
             (3 * run(leaf, teacher, weight)).backward()
             gradients.append(leaf.grad)
         assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("inplace_grad", [False, True], ids=["copied", "inplace"])
+def test_topk_kl_compiles_whole(backend: str, dynamic: bool, inplace_grad: bool) -> None:
+    torch.compiler.reset()
+
+    def loss(student: Tensor, *rest: Tensor) -> Tensor:
+        return leaf_ext.topk_kl(student * 2, *rest, inplace_grad=inplace_grad, backend=backend)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (4, 3):
+        student, *rest = topk_tensors(rows)
+        gradients = []
+        for run in (loss, compiled):
+            leaf = student.clone().requires_grad_()
+            (3 * run(leaf, *rest)).backward()
+            gradients.append(leaf.grad)
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("op", ["linear_topk_kl", "labels"])
+def test_linear_losses_compile_whole(backend: str, dynamic: bool, op: str) -> None:
+    torch.compiler.reset()
+    student, teacher = linear_tensors(), topk_tensors()[1:]
+    labels, label_weight = torch.tensor([3, 0, -100, 8]), torch.rand(4)
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        if op == "labels":
+            given = {"labels": labels, "label_weight": label_weight}
+            return leaf_ext.linear_dual_kl(hidden, head, *student[2:], **given, backend=backend)
+        return leaf_ext.linear_topk_kl(hidden, head, *teacher, backend=backend)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    gradients = []
+    for run in (loss, compiled):
+        leaves = [t.clone().requires_grad_() for t in student[:2]]
+        gradients.append(torch.autograd.grad(run(*leaves), leaves))
+    for eager, traced in zip(*gradients, strict=True):
+        assert torch.equal(eager, traced)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from backends import BACKENDS, device_of
 from test_ops import test_linear_dual_kl as check_linear_dual_kl
+from test_ops import test_linear_topk_kl as check_linear_topk_kl
 from torch import Tensor
 
 import leaf_ext
@@ -56,6 +57,26 @@ def test_a_narrow_gradient_is_the_wide_one_rounded(
     assert (scale == 1) == (dtype != torch.float16 or sizes[0] == 0)
 
 
+@pytest.mark.parametrize(("vocabulary", "k"), [(1, 1), (9, 4), (300, 300), (4103, 70)])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_a_narrow_gradient_of_topk_kl_is_the_wide_one_rounded(
+    backend: str, namespace: str, vocabulary: int, k: int, dtype: torch.dtype
+) -> None:
+    ops: Any = getattr(torch.ops, namespace)
+    student, teacher, weight = logits(5, vocabulary, vocabulary)
+    given = (*inputs.stored_teacher(teacher, 1.0, k), weight, 1.5, 0.5, 20.0, True, True)
+    loss, wide, _, rows = ops.topk_kl(student, *given)
+    if not narrows(backend):
+        with pytest.raises(RuntimeError, match="topk_kl_: grad_dtype must be the student's"):
+            ops.topk_kl_(student, *given, dtype)
+        return
+    found, scale, measures = ops.topk_kl_(student, *given, dtype)
+    gradient = gradient_rows(student, dtype)
+    assert torch.equal(gradient, (wide * scale).to(dtype))
+    assert torch.equal(found, loss) and torch.equal(measures, rows)
+    assert (scale == 1) == (dtype != torch.float16)
+
+
 @pytest.mark.parametrize("factor", [1.0, -0.3])
 @pytest.mark.parametrize("width", [0, 1, 7, 8, 1000, 8193])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,6 +100,11 @@ def test_scaling_of_any_number_of_dimensions(namespace: str) -> None:
     for shape in ((), (5,), (2, 3, 4), (0, 4)):
         grad = torch.randn(shape)
         assert torch.equal(ops.scaled(grad, torch.tensor(0.5), torch.float32), grad / 2)
+
+
+PRODUCT_BACKENDS = [
+    b for b in BACKENDS if b != "reference" and narrows(b) and device_of(b).type == "cpu"
+]
 
 
 @pytest.fixture
@@ -107,17 +133,27 @@ def products_into_float32(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in cases.LINEAR_CASES if case.logits.dtype in NARROW], ids=str
+    "case",
+    [case for case in cases.LINEAR_CASES + cases.LINEAR_LABEL_CASES if case.logits.dtype in NARROW],
+    ids=str,
 )
-@pytest.mark.parametrize(
-    "backend",
-    [b for b in BACKENDS if b != "reference" and narrows(b) and device_of(b).type == "cpu"],
-)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
 def test_linear_dual_kl_with_products_into_float32(
     case: cases.LinearCase, backend: str, products_into_float32: list[torch.Size]
 ) -> None:
     check_linear_dual_kl(case, backend)
     assert bool(products_into_float32) == (case.logits.live > 0 and case.logits.rows > 0)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in cases.LINEAR_TOPK_CASES if case.logits.dtype in NARROW], ids=str
+)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
+def test_linear_topk_kl_with_products_into_float32(
+    case: cases.LinearCase, backend: str, products_into_float32: list[torch.Size]
+) -> None:
+    check_linear_topk_kl(case, backend)
+    assert products_into_float32
 
 
 BFLOAT16_CASES = [case for case in cases.LINEAR_CASES if case.logits.dtype == torch.bfloat16]
