@@ -80,13 +80,27 @@ class Op:
 
 
 class LogitScalars(NamedTuple):
-    """The scalars of softcap * tanh(scale * z / softcap) / temperature; softcap 0 means none."""
+    """The scalars of softcap * tanh(scale * z / softcap) / temperature, and of the divergence.
+
+    A softcap of 0 means none. `beta` is 0 for KL(teacher, student), 1 for KL(student, teacher), and
+    between them that of the generalized Jensen-Shannon divergence.
+    """
 
     temperature: float
     student_scale: float
     teacher_scale: float
     student_softcap: float
     teacher_softcap: float
+    beta: float
+
+
+def slope_bound(beta: float) -> float:
+    """Return a bound of the gradient of a row's divergence with respect to the student's logits x.
+
+    It scales float16 gradients. The reverse KL's p_s (log(p_s / p_t) - KL), with a logarithm of at
+    most 1000, is below 1000 / 4 + 6; all others are at most 1.
+    """
+    return 256.0 if beta == 1 else 1.0
 
 
 class StudentScalars(NamedTuple):

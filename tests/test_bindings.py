@@ -11,7 +11,7 @@ import torch
 from op_samples import kl_tensors, raw_topk_tensors, span_tensors
 from torch import Tensor
 
-SCALARS = (1.0, 1.0, 1.0, 0.0, 0.0)
+SCALARS = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
 ONES = torch.ones
 
 

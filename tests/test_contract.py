@@ -30,7 +30,8 @@ from leaf_ext.ops import linear_losses
 from leaf_ext.schema import NAMESPACES, OPS
 from leaf_ext.testing.inputs import strided
 
-SCALARS = (1.5, 0.9, 1.1, 20.0, 0.0)
+SCALARS = (1.5, 0.9, 1.1, 20.0, 0.0, 0.0)
+OTHER_SCALARS = (*SCALARS[:-1], 0.3)  # beta
 STUDENT_SCALARS = (1.5, 0.9, 20.0)
 
 assert_equal_bits = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -70,7 +71,11 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "dual_kl-autograd": lambda: (
         kl_tensors()[0].requires_grad_(), *kl_tensors()[1:], *SCALARS, True, False,
     ),
+    "dual_kl-divergence": lambda: (
+        kl_tensors()[0].requires_grad_(), *kl_tensors()[1:], *OTHER_SCALARS, True, True,
+    ),
     "dual_kl_": lambda: (*kl_tensors(), *SCALARS, True, True),
+    "dual_kl_-divergence": lambda: (*kl_tensors(), *OTHER_SCALARS, True, True),
     "linear_dual_kl": lambda: (
         *linear_tensors(), None, None, None, None, *SCALARS, False, None, False, True, 2,
     ),
@@ -78,6 +83,10 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(t.requires_grad_() for t in linear_tensors()[:2]), *linear_tensors()[2:],
         torch.randn(9, requires_grad=True), torch.randn(11), None, None, *SCALARS, True,
         torch.float32, True, True, 3,
+    ),
+    "linear_dual_kl-divergence": lambda: (
+        *(t.requires_grad_() for t in linear_tensors()[:2]), *linear_tensors()[2:],
+        None, None, None, None, *OTHER_SCALARS, True, torch.float32, False, True, 3,
     ),
     "linear_dual_kl-labels": lambda: (
         *(t.requires_grad_() for t in linear_tensors()[:2]), *linear_tensors()[2:],
@@ -358,7 +367,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_of_the_linear_loss_does_not_grow_with_the_logits(run: Callable[..., Any]) -> None:
     rows, vocabulary, width, chunk_size = 400, 1000, 4, 10
     tensors = [torch.randn(n, width) for n in (rows, vocabulary, rows, vocabulary)]
-    options = (1.0, 1.0, 1.0, 0.0, 0.0, True, torch.float32, False, True, chunk_size)
+    options = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, True, torch.float32, False, True, chunk_size)
     with LargestTensor() as largest:
         run(*tensors, torch.ones(rows), None, None, None, None, *options)
     assert largest.elements <= max(chunk_size * vocabulary, rows * width, vocabulary * width)

@@ -20,6 +20,7 @@ from leaf_ext.schema import DTYPES, gradient_rows
 from leaf_ext.testing import cases, inputs
 
 SCALARS = (1.5, 1.0, 0.5, 0.0, 20.0)
+BETAS = (0.0, 1.0, 0.3)
 NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -38,17 +39,19 @@ def narrows(backend: str) -> bool:
 
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (3, 9, 7), (5, 300, 340), (2, 4103, 4099), (0, 8, 8)])
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("beta", BETAS)
 def test_a_narrow_gradient_is_the_wide_one_rounded(
-    backend: str, namespace: str, sizes: tuple[int, int, int], dtype: torch.dtype
+    backend: str, namespace: str, sizes: tuple[int, int, int], dtype: torch.dtype, beta: float
 ) -> None:
     ops: Any = getattr(torch.ops, namespace)
     student, teacher, weight = logits(*sizes)
-    loss, wide, _, rows = ops.dual_kl(student, teacher, weight, *SCALARS, True, True)
+    scalars = (*SCALARS, beta)
+    loss, wide, _, rows = ops.dual_kl(student, teacher, weight, *scalars, True, True)
     if not narrows(backend):
         with pytest.raises(RuntimeError, match="dual_kl_: grad_dtype must be the student's"):
-            ops.dual_kl_(student, teacher, weight, *SCALARS, True, True, dtype)
+            ops.dual_kl_(student, teacher, weight, *scalars, True, True, dtype)
         return
-    found, scale, measures = ops.dual_kl_(student, teacher, weight, *SCALARS, True, True, dtype)
+    found, scale, measures = ops.dual_kl_(student, teacher, weight, *scalars, True, True, dtype)
     gradient = gradient_rows(student, dtype)
     assert gradient.dtype == dtype and gradient.shape == wide.shape
     assert gradient.data_ptr() == student.data_ptr()

@@ -15,7 +15,7 @@ from leaf_ext.ops import linear_chunks
 from leaf_ext.reference.detect_spans import spans_of
 from leaf_ext.testing import cases, inputs
 from leaf_ext.testing.budget import assert_within_budget, error
-from leaf_ext.testing.eager import eager_grad_norm, eager_kl_rows, eager_topk_rows
+from leaf_ext.testing.eager import eager_divergence_rows, eager_grad_norm, eager_topk_rows
 
 # The error of two computed norms together, in half units in the last place.
 NORM_UNITS = 4
@@ -57,7 +57,7 @@ def eager_results(
     case: cases.KLCase, student: Tensor, teacher: Tensor, weight: Tensor
 ) -> dict[str, Tensor]:
     student = student.requires_grad_()
-    kl = eager_kl_rows(student, teacher, **case.options)
+    kl = eager_divergence_rows(student, teacher, **case.options)
     (case.temperature**2 * (weight * kl).sum()).backward()
     assert student.grad is not None
     return {"kl": kl.detach(), "gradient": student.grad}
@@ -142,7 +142,7 @@ def topk_results(
         given.row_weight[rows].to(weight_dtype),
         teacher_tail_logprob=None if given.tail is None else given.tail[rows].to(weight_dtype),
         return_rows=True,
-        **case.logits.options,
+        **case.logits.logit_options,
         **options,
     )
     loss.backward()
@@ -156,7 +156,7 @@ def topk_eager_results(
     student = given.student.detach()[rows].float().requires_grad_()
     tail = None if given.tail is None else given.tail[rows]
     kl = eager_topk_rows(
-        student, given.ids[rows], given.logprobs[rows], tail, **case.logits.options
+        student, given.ids[rows], given.logprobs[rows], tail, **case.logits.logit_options
     )
     (case.logits.temperature**2 * (given.row_weight[rows] * kl).sum()).backward()
     assert student.grad is not None
@@ -287,7 +287,7 @@ def eager_linear(case: cases.LinearCase, given: inputs.LinearInputs, live: Tenso
         given.teacher_hidden[live].to(dtype), given.teacher_head.to(dtype), biases[1]
     )
     weight = given.row_weight[live]
-    kl = eager_kl_rows(student, teacher.nan_to_num(), **case.logits.options)
+    kl = eager_divergence_rows(student, teacher.nan_to_num(), **case.logits.options)
     kl = torch.where(weight != 0, kl, torch.zeros_like(kl))
     loss = case.logits.temperature**2 * (weight * kl).sum()
     nll = torch.zeros_like(kl)

@@ -135,7 +135,7 @@ def test_borders_on_a_gpu_are_not_trusted(device: torch.device) -> None:
 
 def test_a_direct_call_with_a_wrong_shape_is_refused() -> None:
     student, teacher = torch.randn(3, 5), torch.randn(2, 5)
-    scalars = (1.0, 1.0, 1.0, 0.0, 0.0)
+    scalars = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
     with pytest.raises(RuntimeError, match=r"dual_kl: teacher must be \[N, V\]"):
         torch.ops.leaf_ext_triton.dual_kl(student, teacher, torch.ones(3), *scalars, True, True)
     with pytest.raises(RuntimeError, match="row_weight must be contiguous float32"):

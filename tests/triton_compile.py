@@ -63,16 +63,20 @@ def kl_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[Va
     pairs = [(dtype, dtype) for dtype in dtypes]
     pairs += [("fp32", dtype) for dtype in dtypes if dtype != "fp32"]
     sizes = (dual_kl._LONG, 2 * dual_kl._LONG)
-    for (dtype, grad), size, *chosen in itertools.product(pairs, sizes, *[flags] * len(names)):
+    betas = (0.0, 1.0, 0.5)
+    for (dtype, grad), size, beta, *chosen in itertools.product(
+        pairs, sizes, betas, *[flags] * len(names)
+    ):
         types = _named(f"*{dtype}", "student teacher") | _named(f"*{grad}", "grad")
         types |= _named("*fp32", "row_weight grad_scale kl measures")
-        types |= _named("fp32", scalars + " teacher_softcap")
-        block, warps = dual_kl.block_of(
-            size, 4 if dtype == "fp32" else 2, chosen[1], any(chosen[2:]), lanes=32
-        )
+        types |= _named("fp32", scalars + " teacher_softcap beta rest")
+        heavy = any(chosen[2:]) or beta != 0
+        itemsize = 4 if dtype == "fp32" else 2
+        block, warps = dual_kl.block_of(size, itemsize, chosen[1], heavy, lanes=32)
         constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": block}
+        constants |= {"DIVERGENCE": dual_kl.divergence_of(beta)}
         constants |= {"THREADS": 32 * warps, "NARROWED": grad != dtype}
-        registers = dual_kl.REGISTERS if any(chosen[2:]) else None
+        registers = dual_kl.REGISTERS if heavy else None
         yield Variant(dual_kl.rows_kernel, types, constants, warps, registers)
     sum_block, warps = {"BLOCK": dual_kl._SUM_BLOCK}, dual_kl._SUM_WARPS
     sums = _named("*fp32", "row_weight kl loss") | {"temperature": "fp64"}

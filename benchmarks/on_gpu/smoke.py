@@ -116,7 +116,7 @@ def hot(clock: Clock, backend: str) -> Iterator[Line]:
     def kl(dtype: torch.dtype, measures: bool) -> None:
         shape, narrow = ((2048, 128256), torch.bfloat16) if on_gpu else ((4, 999), None)
         both = [torch.randn(shape, device=device, dtype=dtype) for _ in range(2)]
-        weight, neutral = torch.ones(shape[0], device=device), (1.0, 1.0, 1.0, 0.0, 0.0)
+        weight, neutral = torch.ones(shape[0], device=device), (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
         torch.ops.leaf_ext.dual_kl_(*both, weight, *neutral, True, measures, narrow)
 
     def detection() -> None:

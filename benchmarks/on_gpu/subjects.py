@@ -141,7 +141,7 @@ class KL(Subject):
             z[~live] = float("nan")
         self.tensors = (*logits, live.float())
         chunks = zip(*(z.split(256) for z in logits), strict=True)
-        kl = torch.cat([eager.eager_kl_rows(*both) for both in chunks])
+        kl = torch.cat([eager.eager_divergence_rows(*both) for both in chunks])
         self.kl = kl.where(live, torch.zeros_like(kl))
         self.some = some(clock, case.rows)
         _, self.gradient = exact_kl(*(t[self.some] for t in self.tensors), at_once=16)
@@ -164,7 +164,7 @@ class KL(Subject):
         dtype = torch.bfloat16 if self.clock.on_gpu else None
 
         def step(*tensors: Tensor) -> tuple[Any, ...]:
-            loss, _, found = op(*tensors, 1.0, 1.0, 1.0, 0.0, 0.0, True, rows, dtype)
+            loss, _, found = op(*tensors, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, True, rows, dtype)
             return loss, gradient_rows(tensors[0], dtype), *([(found[0],)] if rows else [])
 
         def on_a_copy(*_: Tensor) -> tuple[Any, ...]:
@@ -210,7 +210,7 @@ class Linear(Subject):
         gradient = total.new_zeros(len(self.words), head.shape[1])
         for h_s, h_t in zip(hidden.split(512), teacher_hidden.split(512), strict=True):
             logits = h_s.float() @ heads[0].T, h_t.float() @ heads[1].T
-            total += eager.eager_kl_rows(*logits).double().sum()
+            total += eager.eager_divergence_rows(*logits).double().sum()
             p_s, p_t = (
                 (z[:, self.words] - z.logsumexp(1, keepdim=True)).double().exp() for z in logits
             )

@@ -19,7 +19,8 @@ Tensor as_the_other(const Tensor& logits, const Tensor& other) {
 
 DualKLParams input_params(const char* op, const Tensor& student, const Tensor& teacher,
                           const Tensor& row_weight, double temperature, double student_scale,
-                          double teacher_scale, double student_softcap, double teacher_softcap) {
+                          double teacher_scale, double student_softcap, double teacher_softcap,
+                          double beta) {
   DualKLParams params{};
   params.student = logits_view(op, "student", student, student_scale, student_softcap);
   params.teacher = logits_view(op, "teacher", teacher, teacher_scale, teacher_softcap);
@@ -31,6 +32,10 @@ DualKLParams input_params(const char* op, const Tensor& student, const Tensor& t
   params.row_weight = row_floats(op, "row_weight", row_weight, params.rows);
   check(temperature > 0.0, op, ": temperature must be positive, got ", temperature);
   params.temperature = static_cast<float>(temperature);
+  check(beta >= 0.0 && beta <= 1.0, op, ": beta must be in [0, 1], got ", beta);
+  params.beta = static_cast<float>(beta);
+  params.rest = static_cast<float>(1.0 - beta);
+  params.slope_bound = beta == 1.0 ? 256.0f : 1.0f;  // as in slope_bound of schema.py
   return params;
 }
 
@@ -48,12 +53,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_kl(Tensor student, Tensor teache
                                                    Tensor row_weight, double temperature,
                                                    double student_scale, double teacher_scale,
                                                    double student_softcap, double teacher_softcap,
-                                                   bool need_grad, bool need_rows) {
+                                                   double beta, bool need_grad, bool need_rows) {
   const Tensor logits = as_the_other(student, teacher);
   const Tensor teacher_logits = as_the_other(teacher, student);
   DualKLParams params =
       input_params("dual_kl", logits, teacher_logits, row_weight, temperature, student_scale,
-                   teacher_scale, student_softcap, teacher_softcap);
+                   teacher_scale, student_softcap, teacher_softcap, beta);
   Tensor grad = new_gradient("dual_kl", params, student, need_grad);
   auto [loss, grad_scale, rows] = run_op("dual_kl", params, student, need_rows);
   return {loss, grad, grad_scale, rows};
@@ -63,13 +68,13 @@ std::tuple<Tensor, Tensor, Tensor> dual_kl_inplace(Tensor student, Tensor teache
                                                    Tensor row_weight, double temperature,
                                                    double student_scale, double teacher_scale,
                                                    double student_softcap, double teacher_softcap,
-                                                   bool need_grad, bool need_rows,
+                                                   double beta, bool need_grad, bool need_rows,
                                                    std::optional<ScalarType> grad_dtype) {
   const Tensor logits = as_the_other(student, teacher);
   const Tensor teacher_logits = as_the_other(teacher, student);
   DualKLParams params =
       input_params("dual_kl_", logits, teacher_logits, row_weight, temperature, student_scale,
-                   teacher_scale, student_softcap, teacher_softcap);
+                   teacher_scale, student_softcap, teacher_softcap, beta);
   overwrite_student("dual_kl_", params, student, need_grad, grad_dtype);
   return run_op("dual_kl_", params, student, need_rows);
 }

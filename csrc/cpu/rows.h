@@ -16,10 +16,9 @@
 
 namespace leaf::cpu {
 
-// The factor of a difference of probabilities in a row's gradient, without the derivative of the
-// softcap.
+// The factor of the slope dD/dx_s in a row's gradient, without the derivative of the softcap.
 template <class Params>
-float gradient_bound(const Params& params, int64_t row) {
+float gradient_factor(const Params& params, int64_t row) {
   return params.row_weight[row] * params.temperature * params.student.scale;
 }
 
@@ -44,15 +43,16 @@ void skip_row(const Params& params, int64_t row, bool uncached) {
   for (int64_t i = 0; i < 4; ++i) params.row_results[i * params.rows + row] = 0.0f;
 }
 
-// Returns the power of two that scales the largest possible entry of a float16 gradient, at a
-// difference of 1, into (2^14, 2^15]: below overflow and as far from underflow as possible.
+// Returns the power of two that scales the largest possible entry of a float16 gradient into
+// (2^14, 2^15]: below overflow and as far from underflow as possible.
 template <class Params>
 float float16_gradient_scale(const Params& params, const std::vector<int64_t>& live) {
   if (params.grad == nullptr || params.student.dtype != DType::kFloat16) return 1.0f;
   float largest = 0.0f;
   for (const int64_t row : live) {
-    largest = std::max(largest, std::fabs(gradient_bound(params, row)));
+    largest = std::max(largest, std::fabs(gradient_factor(params, row)));
   }
+  largest *= params.slope_bound;
   if (largest == 0.0f || !std::isfinite(largest)) return 1.0f;
   const int exponent = 15 - static_cast<int>(std::ceil(std::log2(largest)));
   return std::ldexp(1.0f, std::clamp(exponent, -126, 126));

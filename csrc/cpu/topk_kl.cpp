@@ -128,7 +128,7 @@ class RowKernel {
     const bool agree = measures() && agrees(row);
 
     double kl = 0.0;
-    const double scale = gradient_bound(params_, row) * *params_.grad_scale;
+    const double scale = gradient_factor(params_, row) * *params_.grad_scale;
     for (int64_t i = 0; i < count_; ++i) {
       const double l = (logprob_[i] - teacher.base) + teacher.shift -
                        (y_[i] - student.base) / temperature - student.shift;

@@ -1,4 +1,4 @@
-// loss = T^2 sum_i w_i KL(p_t, p_s) over the common vocabulary, and its gradient. Per row, with y
+// loss = T^2 sum_i w_i D(p_t, p_s) over the common vocabulary, and its gradient. Per row, with y
 // the scaled, capped logit, m its maximum and d = sum_v exp((y - m) / T):
 //
 //     log2 p = (y - m) / T log2(e) - log2 d
@@ -8,14 +8,15 @@
 //
 // If l is small, the term of the sum is p_t (exp(-l) - 1 + l), computed by its series to avoid
 // cancellation. Errors of log2 d cancel in the sum to first order, except for a factor of p_t,
-// which is known and removed.
+// which is known and removed. The other divergences are in terms.cuh.
 //
 // A row of both models is resident in the shared memory of a cluster of thread blocks, a slice in
 // each block: a logit is read from memory once. Three passes over shared memory compute maxima,
-// then sums of powers, then terms and gradient. Warps and blocks merge their parts once, in a fixed
-// order: one warp of each block sends its part to all blocks, and one thread sends the block's sums
-// to the first block. Logits beyond the shared memory of the largest cluster are streaming: they
-// are read from memory twice.
+// then sums of powers, then terms and gradient. The gradient of a divergence other than KL(p_t,
+// p_s) is a fourth pass, after an exchange of sums. Warps and blocks merge their parts once, in a
+// fixed order: one warp of each block sends its part to all blocks, and one thread sends the
+// block's sums to the first block. Logits beyond the shared memory of the largest cluster are
+// streaming: they are read from memory twice, or three times.
 
 #include "leaf/dual_kl.h"
 
@@ -67,6 +68,9 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     if (threadIdx.x == 0) {
       expect(shared.parts, size * sizeof(RowPart<Kind::kExact>));
       if (rank == 0) expect(shared.outcomes, size * sizeof(Outcome<Kind::kMeasures>));
+      if constexpr (!Kind::kOnePass) {
+        if (params.grad != nullptr) expect(shared.mean_arrivals, size * sizeof(Means<double>));
+      }
     }
     cluster_announce();
   }
@@ -81,7 +85,16 @@ __global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
 
   float factor = weight * params.temperature * params.student.scale;
   if (params.grad_dtype == DType::kFloat16) factor *= *params.grad_scale;
-  const Sums<float> sums = row.terms(shared.student, shared.teacher, factor);
+  Sums<float> sums;
+  if constexpr (Kind::kOnePass) {
+    sums = row.terms(shared.student, shared.teacher, factor);
+  } else {
+    Means<float> means;
+    sums = row.sums(shared.student, shared.teacher, means);
+    if (params.grad != nullptr) {
+      row.write(shared.student, shared.teacher, mean_of_row(shared, means), factor);
+    }
+  }
   row.zero_rest();
   const Outcome<Kind::kMeasures> outcome = outcome_of_warp(row, sums);
   if (lane_index() == 0) shared.warp_outcomes[warp_index()] = outcome;
@@ -196,6 +209,20 @@ cudaError_t start_rows(const DualKLParams& params, float* row_kl, void* stream) 
   return launch_rows<Kind>(params, make_plan<Kind>(params, 1), row_kl, stream);
 }
 
+template <class E, bool kMeasures>
+cudaError_t start(const DualKLParams& params, float* row_kl, void* stream) {
+  if (params.beta == 1.0f) {
+    return start_rows<RowKind<E, false, kMeasures, ReverseKL>>(params, row_kl, stream);
+  }
+  if (params.beta != 0.0f) {
+    return start_rows<RowKind<E, false, kMeasures, JensenShannon>>(params, row_kl, stream);
+  }
+  const auto plain = [](const Logits& z) { return z.scale == 1.0f && z.softcap == 0.0f; };
+  return plain(params.student) && plain(params.teacher)
+             ? start_rows<RowKind<E, true, kMeasures>>(params, row_kl, stream)
+             : start_rows<RowKind<E, false, kMeasures>>(params, row_kl, stream);
+}
+
 template <bool kMeasures>
 cudaError_t run(const DualKLParams& params, float* row_kl, void* stream) {
   const Launch alone{1, kFinishThreads};
@@ -205,12 +232,8 @@ cudaError_t run(const DualKLParams& params, float* row_kl, void* stream) {
     if (error != cudaSuccess) return error;
   }
   if (params.rows > 0) {
-    const auto plain = [](const Logits& z) { return z.scale == 1.0f && z.softcap == 0.0f; };
     error = with_element(params.student.dtype, [&](auto element) {
-      using E = decltype(element);
-      return plain(params.student) && plain(params.teacher)
-                 ? start_rows<RowKind<E, true, kMeasures>>(params, row_kl, stream)
-                 : start_rows<RowKind<E, false, kMeasures>>(params, row_kl, stream);
+      return start<decltype(element), kMeasures>(params, row_kl, stream);
     });
     if (error != cudaSuccess) return error;
   }

@@ -3,6 +3,8 @@
 // The exchange between the warps and blocks of dual_kl's kernel: one for the softmax of a row
 // before its gradient is written, one for its sums afterwards.
 
+#include <type_traits>
+
 #include "block.cuh"
 #include "device.cuh"
 #include "dual_kl_row.cuh"
@@ -42,8 +44,17 @@ struct alignas(16) Outcome<true> {
   }
 };
 
+// What a divergence with a second pass for its gradient exchanges in between.
+struct alignas(16) SharedMeans {
+  Means<double> warp_means[kRowWarps];
+  Means<double> block_means[kMaxCluster];
+  Arrivals mean_arrivals;
+  float mean;
+};
+struct NoMeans {};
+
 template <class Kind>
-struct alignas(16) Shared {
+struct alignas(16) Shared : std::conditional_t<Kind::kOnePass, NoMeans, SharedMeans> {
   using Part = RowPart<Kind::kExact>;
   Part warps[kRowWarps];
   Part blocks[kMaxCluster];
@@ -86,6 +97,35 @@ __device__ __forceinline__ void merge_parts(Shared<Kind>& shared, float exponent
   if (lane != 0) return;
   shared.student = Normalizer<Kind::kExact>(part.student);
   shared.teacher = Normalizer<Kind::kExact>(part.teacher);
+}
+
+__device__ __forceinline__ Means<double> over_warp(const Means<double>& means) {
+  const auto add = [](double a, double b) { return a + b; };
+  return {warp_all(means.ratio, add), warp_all(means.mass, add)};
+}
+
+// Returns sum_v p_s r of the row from the sums of a thread. All threads of the cluster call it; no
+// block writes its gradient before all have read their logits.
+template <class Kind>
+__device__ __forceinline__ float mean_of_row(Shared<Kind>& shared, const Means<float>& means) {
+  Means<double> part = over_warp({means.ratio, means.mass});
+  if (lane_index() == 0) shared.warp_means[warp_index()] = part;
+  __syncthreads();
+  if (warp_index() == 0) {
+    const int lane = lane_index();
+    const int size = cluster_size();
+    part = over_warp(lane < warp_count() ? shared.warp_means[lane] : Means<double>{});
+    if (size > 1) {
+      if (lane < size) {
+        send_all(&shared.block_means[cluster_rank()], part, shared.mean_arrivals, lane);
+      }
+      wait(shared.mean_arrivals);
+      part = over_warp(lane < size ? shared.block_means[lane] : Means<double>{});
+    }
+    if (lane == 0) shared.mean = static_cast<float>(part.ratio / part.mass);
+  }
+  __syncthreads();
+  return shared.mean;
 }
 
 template <class Kind>

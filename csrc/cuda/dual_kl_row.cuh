@@ -24,12 +24,14 @@ LEAF_HOST_DEVICE inline int common_vocab(const DualKLParams& params) {
 }
 
 // kPlain: y is the logit itself. kMeasures: entropies and the positions of the largest logits too.
-template <class E, bool kIsPlain, bool kHasMeasures>
+template <class E, bool kIsPlain, bool kHasMeasures, class Of = ForwardKL>
 struct RowKind {
   using Element = E;
+  using Divergence = Of;
   static constexpr bool kPlain = kIsPlain;
   static constexpr bool kMeasures = kHasMeasures;
-  static constexpr bool kExact = kMeasures || std::is_same_v<E, Float32>;
+  static constexpr bool kOnePass = std::is_same_v<Divergence, ForwardKL>;
+  static constexpr bool kExact = kMeasures || !kOnePass || std::is_same_v<E, Float32>;
 };
 
 template <class Kind>
@@ -130,33 +132,50 @@ class Row {
     // The probabilities are 2^rest times too large: p_s - p_t is (e_s - even e_t) 2^-rest.
     const float even = Kind::kExact ? 1.0f : fmaf(kLn2, student.rest - teacher.rest, 1.0f);
     if constexpr (!Kind::kExact) factor *= fmaf(-kLn2, student.rest, 1.0f);
-#pragma unroll(N == 4 ? 2 : 1)
-    for (int g = begin_ + thread(); g < end_; g += threads()) {
-      const Group<N> y_s = activated(student_activation(), g, resident_student(g));
-      const Group<N> y_t = activated(teacher_activation(), g, resident_teacher(g));
-      add_group(g, y_s, y_t, student, teacher, even, factor, sums, excess);
-    }
-    // All threads make the same number of rounds, because each has a barrier.
-#pragma unroll 1
-    for (int start = overflow_begin_; start < overflow_end_; start += threads()) {
-      const int g = start + thread();
-      const bool mine = g < overflow_end_;
-      Words<E, N> z_s;
-      Words<E, N> z_t;
-      if (mine) {
-        z_s = student_.read(grouping_, g);
-        z_t = teacher_.read(grouping_, g);
-      }
-      // A narrower gradient may overwrite the student's logits. The logits that this round
-      // overwrites were read in this round or before; with several blocks they are resident.
-      __syncthreads();
-      if (!mine) continue;
-      const Group<N> y_s = activated(student_activation(), g, z_s);
-      const Group<N> y_t = activated(teacher_activation(), g, z_t);
-      add_group(g, y_s, y_t, student, teacher, even, factor, sums, excess);
-    }
+    for_groups([&](int g, const Group<N>& y_s, const Group<N>& y_t) {
+      Group<N> difference;
+      add_terms(y_s, y_t, student, teacher, even, difference, sums, excess);
+      if (p_.grad != nullptr) write_gradient(g, y_s, factor, difference);
+    });
     sums.kl = fmaf(sums.kl, kLn2, excess);
     return sums;
+  }
+
+  // For divergences other than KL(p_t, p_s): returns the sums of this thread's groups.
+  __device__ Sums<float> sums(const Normalizer student, const Normalizer teacher,
+                              Means<float>& means) const {
+    const typename Kind::Divergence divergence(p_);
+    Sums<float> sums;
+    float excess = 0.0f;
+    for_groups([&](int, const Group<N>& y_s, const Group<N>& y_t) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const Token<Normalizer> x(y_s.x[i], y_t.x[i], student, teacher, exponent_);
+        const float r = divergence.add(x.p_s, x.p_t, x.ratio, sums.kl, excess);
+        if (x.p_s != 0.0f) means.ratio = fmaf(x.p_s, r, means.ratio);  // else r may be NaN
+        means.mass += x.p_s;
+        if constexpr (Kind::kMeasures) sums.add_measures(x.e_s, x.power_s, x.p_t, x.power_t);
+      }
+    });
+    sums.kl = fmaf(sums.kl, kLn2, excess);
+    return sums;
+  }
+
+  // Writes their gradient, factor * p_s (r - mean), of this thread's groups.
+  __device__ void write(const Normalizer student, const Normalizer teacher, float mean,
+                        float factor) const {
+    const typename Kind::Divergence divergence(p_);
+    for_groups([&](int g, const Group<N>& y_s, const Group<N>& y_t) {
+      Group<N> slope;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const Token<Normalizer> x(y_s.x[i], y_t.x[i], student, teacher, exponent_);
+        float unused[2] = {};
+        const float r = divergence.add(x.p_s, x.p_t, x.ratio, unused[0], unused[1]);
+        slope.x[i] = x.p_s * ((x.p_s == 0.0f ? 0.0f : r) - mean);
+      }
+      write_gradient(g, y_s, factor, slope);
+    });
   }
 
   // Returns the first of the largest logits of this warp's groups.
@@ -175,6 +194,33 @@ class Row {
   __device__ float exponent() const { return exponent_; }
 
  private:
+  // Calls visit(g, y_s, y_t) for this thread's groups, of which `visit` may write the gradient.
+  template <class Visit>
+  __device__ __forceinline__ void for_groups(const Visit& visit) const {
+#pragma unroll(N == 4 ? 2 : 1)
+    for (int g = begin_ + thread(); g < end_; g += threads()) {
+      visit(g, activated(student_activation(), g, resident_student(g)),
+            activated(teacher_activation(), g, resident_teacher(g)));
+    }
+    // All threads make the same number of rounds, because each has a barrier.
+#pragma unroll 1
+    for (int start = overflow_begin_; start < overflow_end_; start += threads()) {
+      const int g = start + thread();
+      const bool mine = g < overflow_end_;
+      Words<E, N> z_s;
+      Words<E, N> z_t;
+      if (mine) {
+        z_s = student_.read(grouping_, g);
+        z_t = teacher_.read(grouping_, g);
+      }
+      // A narrower gradient may overwrite the student's logits. The logits that this round
+      // overwrites were read in this round or before; with several blocks they are resident.
+      __syncthreads();
+      if (!mine) continue;
+      visit(g, activated(student_activation(), g, z_s), activated(teacher_activation(), g, z_t));
+    }
+  }
+
   // The largest logit of a thread, and the first group that contains it.
   struct Top {
     float value = -INFINITY;
@@ -282,19 +328,6 @@ class Row {
     return all;
   }
 
-  __device__ __forceinline__ void add_group(int g, const Group<N>& y_s, const Group<N>& y_t,
-                                            const Normalizer& student, const Normalizer& teacher,
-                                            float even, float factor, Sums<float>& sums,
-                                            float& excess) const {
-    Group<N> difference;
-    add_terms(y_s, y_t, student, teacher, even, difference, sums, excess);
-    if (p_.grad == nullptr) return;
-#pragma unroll
-    for (float& x : difference.x) x *= factor;
-    if constexpr (!Kind::kPlain) student_activation().multiply_slope(y_s, difference);
-    write_gradient(g, difference);
-  }
-
   __device__ __forceinline__ void add_terms(const Group<N>& y_s, const Group<N>& y_t,
                                             const Normalizer& student, const Normalizer& teacher,
                                             float even, Group<N>& difference, Sums<float>& sums,
@@ -312,6 +345,15 @@ class Row {
       add_term(p_t, ratio, Kind::kExact ? difference.x[i] : e_s - p_t, sums.kl, excess);
       if constexpr (Kind::kMeasures) sums.add_measures(e_s, power_s, p_t, power_t);
     }
+  }
+
+  // Writes a group of the gradient, factor * slope, with the derivative of the softcap.
+  __device__ __forceinline__ void write_gradient(int g, const Group<N>& y_s, float factor,
+                                                 Group<N>& slope) const {
+#pragma unroll
+    for (float& x : slope.x) x *= factor;
+    if constexpr (!Kind::kPlain) student_activation().multiply_slope(y_s, slope);
+    write_gradient(g, slope);
   }
 
   __device__ __forceinline__ void write_gradient(int g, const Group<N>& x) const {

@@ -10,9 +10,8 @@ namespace leaf::cuda {
 
 constexpr int kFinishThreads = 1024;
 
-// Computes the power of two that scales the largest possible entry of a float16 gradient, at a
-// difference of probabilities of 1, into (2^14, 2^15]: below overflow and as far from underflow as
-// possible.
+// Computes the power of two that scales the largest possible entry of a float16 gradient into
+// (2^14, 2^15]: below overflow and as far from underflow as possible.
 template <class Params>
 __global__ void __launch_bounds__(kFinishThreads) scale_kernel(const Params params) {
   __shared__ float warps[kMaxWarps];
@@ -22,7 +21,7 @@ __global__ void __launch_bounds__(kFinishThreads) scale_kernel(const Params para
   }
   most = block_reduce(
              most, [](float a, float b) { return fmaxf(a, b); }, warps) *
-         (params.temperature * params.student.scale);
+         (params.temperature * params.student.scale * params.slope_bound);
   if (threadIdx.x != 0) return;
   const int bits = __float_as_int(most);
   const int ceiling = (bits >> 23) - 127 + ((bits & 0x7fffff) != 0 ? 1 : 0);  // of log2(most)

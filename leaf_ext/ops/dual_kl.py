@@ -10,7 +10,7 @@ from torch import Tensor
 from leaf_ext.dispatch import Backend, implementation
 from leaf_ext.ops import checks
 from leaf_ext.ops.first_order import refuse_forward_mode
-from leaf_ext.ops.logit_options import Pair, PairOfCaps, logit_options
+from leaf_ext.ops.logit_options import Divergence, Pair, PairOfCaps, logit_options
 from leaf_ext.ops.loss_autograd import Overwrite, check_overwritten, fake_loss, register_loss
 from leaf_ext.schema import LIBRARIES, LogitScalars
 
@@ -19,7 +19,7 @@ class DualKLRows(NamedTuple):
     """Measures of each row, [N] float32 each, detached; 0 on rows of weight 0.
 
     Attributes:
-        kl: KL(teacher, student), in nats.
+        kl: the divergence that was asked for, by default KL(teacher, student), in nats.
         student_entropy: of the student's softmax at the temperature, in nats.
         teacher_entropy: of the teacher's softmax at the temperature, in nats.
         agreement: 1 if both models have their largest logit at the same index, otherwise 0.
@@ -50,6 +50,7 @@ def dual_kl(
     temperature: float = ...,
     logit_scale: float | Pair = ...,
     logit_softcap: float | PairOfCaps | None = ...,
+    divergence: Divergence = ...,
     inplace_grad: bool = ...,
     return_rows: Literal[False] = ...,
     backend: Backend = ...,
@@ -65,6 +66,7 @@ def dual_kl(
     temperature: float = ...,
     logit_scale: float | Pair = ...,
     logit_softcap: float | PairOfCaps | None = ...,
+    divergence: Divergence = ...,
     inplace_grad: bool = ...,
     return_rows: Literal[True],
     backend: Backend = ...,
@@ -79,14 +81,24 @@ def dual_kl(
     temperature: float = 1.0,
     logit_scale: float | Pair = 1.0,
     logit_softcap: float | PairOfCaps | None = None,
+    divergence: Divergence = "kl",
     inplace_grad: bool = False,
     return_rows: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, DualKLRows]:
-    """Compute both terms of LeaF's loss as one KL divergence with a weight on each row.
+    """Compute both terms of LeaF's loss as one divergence with a weight on each row.
 
-        loss = temperature^2 * sum_i row_weight_i * KL(p_teacher_i, p_student_i)
+        loss = temperature^2 * sum_i row_weight_i * D(p_teacher_i, p_student_i)
 
+        kl          D = KL(p_t, p_s)
+        reverse_kl  D = KL(p_s, p_t)
+        beta        D = beta KL(p_t, m) + (1 - beta) KL(p_s, m),   m = beta p_t + (1 - beta) p_s
+
+    The last is the generalized Jensen-Shannon divergence of GKD (arXiv:2306.13649). D / beta tends
+    to KL(p_t, p_s) for beta -> 0, and D / (1 - beta) to KL(p_s, p_t) for beta -> 1.
+
+    A token with p_s > 0 that the teacher excludes (a logit of -inf) makes the reverse KL +inf; in
+    its gradient a log(p_s / p_t) above 1000 counts as 1000.
     On a CPU probabilities and entries of a float32 gradient below 2^-126 count as 0.
 
     Args:
@@ -98,6 +110,8 @@ def dual_kl(
         temperature: > 0, divides the logits after scale and softcap.
         logit_scale: > 0, multiplies the logits; a number, or a pair (student, teacher).
         logit_softcap: > 0, z becomes softcap * tanh(z / softcap), or None; a number, or a pair.
+        divergence: "kl", "reverse_kl", "jsd" (beta = 0.5), or beta, strictly between 0 and 1 (at
+            least 1e-6 from both). All but "kl" take one more pass over a row that gets a gradient.
         inplace_grad: overwrites the student's logits with the gradient. They must not be a leaf
             that requires grad, nor share memory with another argument. The backward scales the
             gradient in place, so that a second backward raises. Inside torch.compile the backward
@@ -112,7 +126,7 @@ def dual_kl(
         RuntimeError: the backend is not available (says why), or a second-order gradient or a
             forward-mode derivative was asked for.
     """
-    options = logit_options("dual_kl", temperature, logit_scale, logit_softcap)
+    options = logit_options("dual_kl", temperature, logit_scale, logit_softcap, divergence)
     _check(student_logits, teacher_logits, row_weight, backend)
     refuse_forward_mode("dual_kl", student_logits, teacher_logits, row_weight)
     if inplace_grad:

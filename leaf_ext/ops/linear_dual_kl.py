@@ -18,7 +18,7 @@ from leaf_ext.ops.linear_autograd import (
     register_linear_loss,
 )
 from leaf_ext.ops.linear_losses import make_linear_dual_kl
-from leaf_ext.ops.logit_options import Pair, PairOfCaps, logit_options
+from leaf_ext.ops.logit_options import Divergence, Pair, PairOfCaps, logit_options
 
 _OP = "linear_dual_kl"
 
@@ -38,6 +38,7 @@ def linear_dual_kl(
     temperature: float = ...,
     logit_scale: float | Pair = ...,
     logit_softcap: float | PairOfCaps | None = ...,
+    divergence: Divergence = ...,
     return_rows: Literal[False] = ...,
     chunk_size: int | None = ...,
     backend: Backend = ...,
@@ -59,6 +60,7 @@ def linear_dual_kl(
     temperature: float = ...,
     logit_scale: float | Pair = ...,
     logit_softcap: float | PairOfCaps | None = ...,
+    divergence: Divergence = ...,
     return_rows: Literal[True],
     chunk_size: int | None = ...,
     backend: Backend = ...,
@@ -79,6 +81,7 @@ def linear_dual_kl(
     temperature: float = 1.0,
     logit_scale: float | Pair = 1.0,
     logit_softcap: float | PairOfCaps | None = None,
+    divergence: Divergence = "kl",
     return_rows: bool = False,
     chunk_size: int | None = None,
     backend: Backend = "auto",
@@ -122,7 +125,7 @@ def linear_dual_kl(
             quarter as many of the teacher (2.5 GiB in float32), otherwise 2^28 of each (2 GiB). The
             head's gradient is read and written once a chunk. If all N rows are one chunk, a CPU
             with bfloat16 products keeps the head's gradient of bfloat16 inputs in bfloat16.
-        temperature, logit_scale, logit_softcap, return_rows, backend: as in `dual_kl`.
+        temperature, logit_scale, logit_softcap, divergence, return_rows, backend: as in `dual_kl`.
     Returns:
         The loss, [] float32, in nats; with `return_rows` a pair (loss, rows).
     Raises:
@@ -130,7 +133,7 @@ def linear_dual_kl(
         RuntimeError: the backend is not available (says why), or a second-order gradient or a
             forward-mode derivative was asked for.
     """
-    options = logit_options(_OP, temperature, logit_scale, logit_softcap)
+    options = logit_options(_OP, temperature, logit_scale, logit_softcap, divergence)
     student = autocast_model(_OP, "student", (student_hidden, student_head, student_bias))
     teacher = autocast_model(_OP, "teacher", (teacher_hidden, teacher_head, teacher_bias))
     check_model(_OP, "student", student, student[0], backend)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leaf_ext.ops.linear_chunks import Gradients, Head, Needs, PieceLoss, Products, run_chunks
 from leaf_ext.reference.dual_kl import float16_scale
-from leaf_ext.schema import LogitScalars, StudentScalars, gradient_rows
+from leaf_ext.schema import LogitScalars, StudentScalars, gradient_rows, slope_bound
 
 
 def make_linear_dual_kl(namespace: str) -> Callable[..., Gradients]:
@@ -134,7 +134,8 @@ class _Labels:
             gradient = gradient_rows(z, dtype)[:, : self.vocabulary]
             if dtype == torch.float16:
                 # At half the scale of the larger one the sum is within the bound of one.
-                both = torch.cat((row_weight[index] * self.scalars.temperature, weight))
+                bound = self.scalars.temperature * slope_bound(self.scalars.beta)
+                both = torch.cat((row_weight[index] * bound, weight))
                 common = float16_scale(both, self.scalars.student_scale) / 2
                 gradient.mul_(common / scale)
                 slope, scale = slope.mul_(common), common

@@ -30,6 +30,7 @@ def linear_dual_kl(
     teacher_scale: float,
     student_softcap: float,
     teacher_softcap: float,
+    beta: float,
     need_hidden_grad: bool,
     head_grad_dtype: torch.dtype | None,
     need_bias_grad: bool,
@@ -46,7 +47,7 @@ def linear_dual_kl(
     """
     teacher_weight = upcast(teacher_head)
     vocabulary = min(student_head.shape[0], teacher_head.shape[0])
-    options = (temperature, student_scale, teacher_scale, student_softcap, teacher_softcap)
+    options = (temperature, student_scale, teacher_scale, student_softcap, teacher_softcap, beta)
 
     def loss_of(z_s: Tensor, index: Tensor, need_grad: bool) -> DualKL:
         z_t = project(upcast(teacher_hidden[index]), teacher_weight, teacher_bias)

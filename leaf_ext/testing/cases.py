@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 
+from leaf_ext.ops.logit_options import Divergence
+
 # Triton's interpreter takes up to a second for so many elements or tokens. A larger case is marked
 # slow for the interpreter only.
 _INTERPRETED_ELEMENTS = 2**16
@@ -91,6 +93,7 @@ class KLCase:
     temperature: float = 1.0
     logit_scale: float | tuple[float, float] = 1.0
     logit_softcap: float | tuple[float | None, float | None] | None = None
+    divergence: Divergence = "kl"
     live: float = 0.8
     minus_infinity: float = 0.0
     strided: bool = False
@@ -100,13 +103,18 @@ class KLCase:
         return f"{self.name}-{_SHORT[self.dtype]}"
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The case's arguments of `dual_kl` and `linear_dual_kl`."""
+    def logit_options(self) -> dict[str, Any]:
+        """The case's arguments of all losses."""
         return {
             "temperature": self.temperature,
             "logit_scale": self.logit_scale,
             "logit_softcap": self.logit_softcap,
         }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The case's arguments of `dual_kl` and `linear_dual_kl`."""
+        return {**self.logit_options, "divergence": self.divergence}
 
     @property
     def slow_to_interpret(self) -> bool:
@@ -163,6 +171,14 @@ class LinearCase:
 
 def _each_dtype(case: KLCase) -> list[KLCase]:
     return [replace(case, dtype=dtype) for dtype in DTYPES]
+
+
+# JSD, once with a share of either model that nearly vanishes.
+_OTHERS: tuple[Divergence, ...] = ("reverse_kl", "jsd", 0.1, 0.99)
+
+
+def _each_divergence(case: KLCase) -> list[KLCase]:
+    return [replace(case, name=f"{case.name}_{d}", divergence=d) for d in _OTHERS]
 
 
 NORM_CASES = [
@@ -244,6 +260,31 @@ KL_CASES = [
     # A softcap makes -inf finite, so that all of a row may be -inf.
     *_each_dtype(KLCase("capped_infinity", 17, 2, 1, minus_infinity=0.3, logit_softcap=30.0)),
     *_each_dtype(KLCase("strided", 8, 513, 517, strided=True)),
+    *(c for case in _each_dtype(KLCase("plain", 12, 1000, 1000)) for c in _each_divergence(case)),
+    *(c for v in (1, 2, 17) for c in _each_divergence(KLCase(f"v{v}", 5, v, v + v // 2))),
+    *_each_divergence(KLCase("v4097", 6, 4097, 4096, torch.bfloat16)),
+    *_each_divergence(KLCase("three_blocks", 2, 9000, 9011, torch.bfloat16, live=1.0)),
+    *_each_divergence(KLCase("v151936_152064", 1, 151936, 152064, torch.bfloat16, live=1.0)),
+    *_each_divergence(KLCase("no_rows", 0, 100, 100)),
+    *_each_divergence(KLCase("all_dropped", 6, 300, 300, live=0.0)),
+    *_each_divergence(KLCase("std_30", 16, 2000, 2000, std=30.0)),
+    *_each_divergence(KLCase("std_30", 16, 2000, 2000, torch.float16, std=30.0)),
+    *_each_divergence(KLCase("softcap", 8, 1500, 1500, std=20.0, logit_softcap=30.0)),
+    *_each_divergence(
+        KLCase(
+            "pairs",
+            8,
+            1500,
+            1400,
+            logit_scale=(0.5, 1.5),
+            logit_softcap=(30.0, None),
+            temperature=0.7,
+        )
+    ),
+    *_each_divergence(KLCase("near", 16, 3000, 3000, noise=1.4e-3)),
+    *_each_divergence(KLCase("near_bf16", 16, 3000, 3000, torch.bfloat16, noise=2e-2)),
+    *_each_divergence(KLCase("minus_infinity", 8, 600, 610, minus_infinity=0.3)),
+    *_each_divergence(KLCase("strided", 8, 513, 517, torch.bfloat16, strided=True)),
     KLCase("above_2_31", 65_600, 32_768, 32_768, torch.bfloat16, live=1.0, slow=True),
 ]
 
@@ -257,6 +298,11 @@ LINEAR_CASES = [
     LinearCase("softcap", KLCase("", 12, 400, 400, logit_softcap=(8.0, None), logit_scale=1.5)),
     LinearCase("all_dropped", KLCase("", 9, 200, 200, live=0.0), bias=True),
     LinearCase("no_rows", KLCase("", 0, 200, 200)),
+    *(
+        LinearCase(f"{case.divergence}", case, chunk_size=7)
+        for case in _each_divergence(KLCase("", 24, 500, 510, torch.bfloat16, temperature=2.0))
+    ),
+    LinearCase("reverse_kl", KLCase("", 24, 500, 510, torch.float16, divergence="reverse_kl")),
     LinearCase("v50257", KLCase("", 4, 50257, 50264), chunk_size=3),
 ]
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from leaf_ext.ops.logit_options import Divergence
 
 # Replaces a logit of -inf: its probability is 0 in float32, and 0 * log 0 stays 0.
 _ABSENT = -1e5
@@ -15,14 +19,15 @@ def eager_grad_norm(grad: Tensor) -> Tensor:
     return norm
 
 
-def eager_kl_rows(
+def eager_divergence_rows(
     student: Tensor,
     teacher: Tensor,
+    divergence: Divergence = "kl",
     temperature: float = 1.0,
     logit_scale: float | tuple[float, float] = 1.0,
     logit_softcap: float | tuple[float | None, float | None] | None = None,
 ) -> Tensor:
-    """Return KL(teacher, student) of each row over the common vocabulary, in float32."""
+    """Return the divergence of each row over the common vocabulary, in float32."""
     vocabulary = min(student.shape[1], teacher.shape[1])
     scales = logit_scale if isinstance(logit_scale, tuple) else (logit_scale, logit_scale)
     caps = logit_softcap if isinstance(logit_softcap, tuple) else (logit_softcap, logit_softcap)
@@ -32,7 +37,18 @@ def eager_kl_rows(
         if cap is not None:
             x = cap * torch.tanh(x / cap)
         log_p.append(functional.log_softmax(x.clamp(min=_ABSENT) / temperature, -1))
-    return functional.kl_div(log_p[0], log_p[1], log_target=True, reduction="none").sum(-1)
+    log_s, log_t = log_p
+    if divergence == "kl":
+        return _eager_kl(log_t, log_s)
+    if divergence == "reverse_kl":
+        return _eager_kl(log_s, log_t)
+    beta = 0.5 if isinstance(divergence, str) else divergence
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    return beta * _eager_kl(log_t, log_m) + (1 - beta) * _eager_kl(log_s, log_m)
+
+
+def _eager_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
 
 
 def eager_topk_rows(

@@ -94,12 +94,15 @@ def kl_inputs(case: KLCase) -> KLInputs:
     if case.noise is not None:
         student = teacher + student / case.std * case.noise
     if case.minus_infinity:
-        # The teacher has no probability where the student has none, so that the KL is finite.
+        # The teacher has no probability where the student has none, so that the KL is finite. For
+        # the reverse KL it is the other way round.
         common = min(case.teacher_vocabulary, case.student_vocabulary)
         absent = uniform(seed, case.rows, common) < case.minus_infinity
         both = uniform(seed, case.rows, common) < 0.5
-        teacher[:, :common].masked_fill_(absent, float("-inf"))
-        student[:, :common].masked_fill_(absent & both, float("-inf"))
+        reverse = case.divergence == "reverse_kl"
+        of_teacher, of_student = (absent & both, absent) if reverse else (absent, absent & both)
+        teacher[:, :common].masked_fill_(of_teacher, float("-inf"))
+        student[:, :common].masked_fill_(of_student, float("-inf"))
     weight = row_weight(case.rows, case.live, seed)
     student, teacher = student.to(case.dtype), teacher.to(case.dtype)
     student[weight == 0] = float("nan")

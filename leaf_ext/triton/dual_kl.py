@@ -1,8 +1,8 @@
-"""loss = T^2 sum_i w_i KL(p_t, p_s) over the common vocabulary, and its gradient.
+"""loss = T^2 sum_i w_i D(p_t, p_s) over the common vocabulary, and its gradient.
 
 One program computes a row, in two passes over blocks of its logits. The first pass computes, for
 both models, the maximum m of the scaled, capped logits y and the sum d = sum_v exp((y - m) / T).
-The second pass computes, with p = exp((y - m) / T) / d, the terms of loss and gradient:
+The second pass computes, with p = exp((y - m) / T) / d, the terms of loss and gradient, here of KL:
 
     l    = log p_t - log p_s = ((y_t - m_t) - (y_s - m_s)) / T + log d_s - log d_t
     KL   = sum_v p_s - p_t + p_t l
@@ -11,11 +11,12 @@ The second pass computes, with p = exp((y - m) / T) / d, the terms of loss and g
 If l is small, the term of the sum is p_t phi; the series of phi = exp(-l) - 1 + l >= 0 avoids
 cancellation. p_s, p_t and l are computed from the same two logarithms to base 2 (log2 d is rounded
 once), so that the error of a model's d cancels in the sum of the terms. The maxima are subtracted
-first, so that an offset between the two models does not cost accuracy.
+first, so that an offset between the two models does not cost accuracy. The gradients of the other
+divergences (divergence.py) take a third pass, because they need a sum over the row.
 
 The first pass goes backwards, so that the second begins with blocks that are still in the cache.
-The second pass goes forwards, because a narrower gradient may overwrite the student's logits: the
-logits that a block overwrites were read in this block or before. A barrier separates reads and
+The pass that writes goes forwards, because a narrower gradient may overwrite the student's logits:
+the logits that a block overwrites were read in this block or before. A barrier separates reads and
 writes.
 """
 
@@ -28,8 +29,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leaf_ext.schema import LogitScalars, gradient_rows
-from leaf_ext.triton.dual_kl_block import parts_with_block, sums_with_block
+from leaf_ext.schema import LogitScalars, gradient_rows, slope_bound
+from leaf_ext.triton.divergence import JENSEN_SHANNON, KL, REVERSE_KL
+from leaf_ext.triton.dual_kl_block import (
+    kl_with_block,
+    parts_with_block,
+    sums_with_block,
+    write_gradient,
+)
 from leaf_ext.triton.launch import check, check_adjacent, on_device_of, options
 from leaf_ext.triton.softmax import first_of_largest, fold, no_logits
 
@@ -73,6 +80,9 @@ def rows_kernel(
     teacher_scale,
     student_softcap,
     teacher_softcap,
+    beta,
+    rest,
+    DIVERGENCE: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     NEED_ROWS: tl.constexpr,
     STUDENT_CAPPED: tl.constexpr,
@@ -130,16 +140,44 @@ def rows_kernel(
     softmaxes = (top_s, tl.log2(sum_s), top_t, tl.log2(sum_t))
     zeros = tl.full([THREADS], 0.0, tl.float32)
     sums = (zeros, zeros, zeros, zeros)
-    for block in range(blocks):
-        sums = sums_with_block(
-            sums, model_s, model_t, softmaxes, grad, factor, block * BLOCK, vocabulary, False,
-            NEED_GRAD, NEED_ROWS, STUDENT_CAPPED, TEACHER_CAPPED, NARROWED, BLOCK, GROUP,
-        )  # fmt: skip
-    if tail < vocabulary:
-        sums = sums_with_block(
-            sums, model_s, model_t, softmaxes, grad, factor, tail, vocabulary, True,
-            NEED_GRAD, NEED_ROWS, STUDENT_CAPPED, TEACHER_CAPPED, NARROWED, BLOCK, GROUP,
-        )  # fmt: skip
+    if DIVERGENCE == KL:
+        for block in range(blocks):
+            sums = kl_with_block(
+                sums, model_s, model_t, softmaxes, grad, factor, block * BLOCK, vocabulary, False,
+                NEED_GRAD, NEED_ROWS, STUDENT_CAPPED, TEACHER_CAPPED, NARROWED, BLOCK, GROUP,
+            )  # fmt: skip
+        if tail < vocabulary:
+            sums = kl_with_block(
+                sums, model_s, model_t, softmaxes, grad, factor, tail, vocabulary, True,
+                NEED_GRAD, NEED_ROWS, STUDENT_CAPPED, TEACHER_CAPPED, NARROWED, BLOCK, GROUP,
+            )  # fmt: skip
+    else:
+        mixture = (beta, rest)
+        means = (zeros, zeros)
+        for block in range(blocks):
+            sums, means = sums_with_block(
+                sums, means, model_s, model_t, softmaxes, mixture, block * BLOCK, vocabulary,
+                False, DIVERGENCE, NEED_ROWS, STUDENT_CAPPED, TEACHER_CAPPED, BLOCK, GROUP,
+            )  # fmt: skip
+        if tail < vocabulary:
+            sums, means = sums_with_block(
+                sums, means, model_s, model_t, softmaxes, mixture, tail, vocabulary,
+                True, DIVERGENCE, NEED_ROWS, STUDENT_CAPPED, TEACHER_CAPPED, BLOCK, GROUP,
+            )  # fmt: skip
+        if NEED_GRAD:
+            mean = tl.sum(means[0]) / tl.sum(means[1])
+            for block in range(blocks):
+                write_gradient(
+                    model_s, model_t, softmaxes, mixture, mean, grad, factor,
+                    block * BLOCK, vocabulary, False,
+                    DIVERGENCE, STUDENT_CAPPED, TEACHER_CAPPED, NARROWED, BLOCK,
+                )  # fmt: skip
+            if tail < vocabulary:
+                write_gradient(
+                    model_s, model_t, softmaxes, mixture, mean, grad, factor,
+                    tail, vocabulary, True,
+                    DIVERGENCE, STUDENT_CAPPED, TEACHER_CAPPED, NARROWED, BLOCK,
+                )  # fmt: skip
     divergence = tl.sum(sums[0] * _LN2 + sums[1])
     tl.store(kl + row, divergence)
     if NEED_GRAD:
@@ -217,16 +255,21 @@ def dual_kl_(
     return _run("dual_kl_", student, teacher, row_weight, target, scalars, need_rows)
 
 
+def divergence_of(beta: float) -> int:
+    return int((KL if beta == 0 else REVERSE_KL if beta == 1 else JENSEN_SHANNON).value)
+
+
 def block_of(
-    vocabulary: int, itemsize: int, need_rows: bool, capped: bool, lanes: int
+    vocabulary: int, itemsize: int, need_rows: bool, heavy: bool, lanes: int
 ) -> tuple[int, int]:
     """Return the elements of a block and its warps of `lanes`, which leave each value a register.
 
+    A softcap, or another divergence than KL, makes it `heavy`: more registers a value.
     Where measures of the rows are kept, few values a thread are the fastest of the sizes that were
     tried on an H100. Without them, three rows of up to _LONG logits share a multiprocessor, and a
     longer row has it alone, so that more of it stays in the L2 cache.
     """
-    if capped or lanes != 32:
+    if heavy or lanes != 32:
         block, warps = 4096, 16
     elif need_rows:
         block, warps = (2048, 16) if itemsize == 4 else (4096, 8)
@@ -257,20 +300,22 @@ def _run(
     with on_device_of(student):
         if grad is not None and grad.dtype == torch.float16:
             bound = scalars.temperature * scalars.student_scale
+            bound *= slope_bound(scalars.beta)
             scale_kernel[(1,)](
                 row_weight, grad_scale, rows, bound, BLOCK=_SUM_BLOCK, **options(_SUM_WARPS)
             )
         if rows:
-            student_capped, teacher_capped = (cap != 0 for cap in scalars[-2:])
-            capped = student_capped or teacher_capped
+            student_capped, teacher_capped = (cap != 0 for cap in scalars[3:5])
+            heavy = student_capped or teacher_capped or scalars.beta != 0
             lanes = 32 if torch.version.hip is None else 64
-            block, warps = block_of(vocabulary, student.element_size(), need_rows, capped, lanes)
-            registers = {"maxnreg": REGISTERS} if capped and lanes == 32 else {}
+            block, warps = block_of(vocabulary, student.element_size(), need_rows, heavy, lanes)
+            registers = {"maxnreg": REGISTERS} if heavy and lanes == 32 else {}
             rows_kernel[(rows,)](
                 student, teacher, row_weight, target, grad_scale, kl, measures,
                 student.stride(0), teacher.stride(0), target.stride(0),
                 rows, student.shape[1], vocabulary,
                 scalars.temperature, 1.0 / scalars.temperature, *scalars[1:],
+                1.0 - scalars.beta, DIVERGENCE=divergence_of(scalars.beta),
                 NEED_GRAD=grad is not None, NEED_ROWS=need_rows,
                 STUDENT_CAPPED=student_capped, TEACHER_CAPPED=teacher_capped,
                 NARROWED=target.dtype != student.dtype,

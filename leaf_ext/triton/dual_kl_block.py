@@ -5,14 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from leaf_ext.triton.divergence import kl_of_logs, terms_and_ratio
 from leaf_ext.triton.narrow import narrow
 from leaf_ext.triton.softmax import add, capped, sums_of_threads
-
-# phi = ln(2) r^2 (_LINE + _SQUARE r + _CUBE r^2), r = l / ln(2); relative error 3e-6 below _NEAR.
-_NEAR = tl.constexpr(0.125)
-_LINE = tl.constexpr(0.34657359027997264)
-_SQUARE = tl.constexpr(-0.08009804480979624)
-_CUBE = tl.constexpr(0.013876027166205394)
 
 
 @triton.jit
@@ -45,36 +40,19 @@ def parts_with_block(
 
 
 @triton.jit
-def _terms(log_s, log_t):
-    """Return p_s, p_t (from their log2), and p_s - p_t + p_t l in two parts, the first in bits."""
-    p_s = tl.exp2(log_s)
-    p_t = tl.exp2(log_t)
-    ratio = log_t - log_s
-    series = _CUBE * ratio + _SQUARE
-    series = series * ratio + _LINE
-    near = tl.abs(ratio) < _NEAR
-    far = tl.where(p_t == 0.0, 0.0, ratio)  # otherwise NaN or infinite
-    slope = tl.where(near, series * ratio * ratio, far)
-    return p_s, p_t, p_t * slope, tl.where(near, 0.0, p_s - p_t)
-
-
-@triton.jit
-def sums_with_block(
-    sums, student, teacher, softmaxes, grad, factor, start, end, MASKED: tl.constexpr,
-    NEED_GRAD: tl.constexpr, NEED_ROWS: tl.constexpr,
-    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, NARROWED: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+def _logs(
+    student, teacher, softmaxes, start, end, MASKED: tl.constexpr,
+    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """Add the terms of a block to each thread's sums, and write its gradient."""
-    bits, rest, entropy_s, entropy_t = sums
+    """Return log2 of both models' probabilities and the slope of the student's softcap."""
     row_s, scale_s, softcap_s, exponent_s = student
     row_t, scale_t, softcap_t, exponent_t = teacher
     top_s, total_s, top_t, total_t = softmaxes
-    THREADS: tl.constexpr = bits.shape[0]
     columns = start + tl.arange(0, BLOCK)
     inside = columns < end
-    y_s = _load(row_s, columns, end, MASKED, "evict_first")
-    y_t = _load(row_t, columns, end, MASKED, "evict_first")
+    y_s = _load(row_s, columns, end, MASKED, POLICY)
+    y_t = _load(row_t, columns, end, MASKED, POLICY)
     slope = 1.0
     if STUDENT_CAPPED:
         y_s, slope = capped(y_s, inside, scale_s, softcap_s)
@@ -82,18 +60,101 @@ def sums_with_block(
         y_t, _slope = capped(y_t, inside, scale_t, softcap_t)
     log_s = (y_s - top_s) * exponent_s - total_s
     log_t = (y_t - top_t) * exponent_t - total_t
-    p_s, p_t, term_bits, term_rest = _terms(log_s, log_t)
+    return log_s, log_t, slope
+
+
+@triton.jit
+def _store(grad, value, start, end, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    columns = start + tl.arange(0, BLOCK)
+    value = narrow(value, grad.dtype.element_ty)
+    if MASKED:
+        tl.store(grad + columns, value, mask=columns < end, eviction_policy="evict_first")
+    else:
+        tl.store(grad + columns, value, eviction_policy="evict_first")
+
+
+@triton.jit
+def _entropies(p_s, p_t, log_s, log_t, THREADS: tl.constexpr, GROUP: tl.constexpr):
+    """Return each thread's -sum p log2 p of both models; p may be 0 and its logarithm -inf."""
+    entropy_s = -sums_of_threads(p_s * tl.maximum(log_s, -1000.0), THREADS, GROUP)
+    entropy_t = -sums_of_threads(p_t * tl.maximum(log_t, -1000.0), THREADS, GROUP)
+    return entropy_s, entropy_t
+
+
+@triton.jit
+def kl_with_block(
+    sums, student, teacher, softmaxes, grad, factor, start, end, MASKED: tl.constexpr,
+    NEED_GRAD: tl.constexpr, NEED_ROWS: tl.constexpr,
+    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, NARROWED: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Add the terms of KL(p_t, p_s) to each thread's sums, and write the block's gradient."""
+    bits, rest, entropy_s, entropy_t = sums
+    THREADS: tl.constexpr = bits.shape[0]
+    log_s, log_t, slope = _logs(
+        student, teacher, softmaxes, start, end, MASKED,
+        STUDENT_CAPPED, TEACHER_CAPPED, BLOCK, "evict_first",
+    )  # fmt: skip
+    p_s, p_t, term_bits, term_rest = kl_of_logs(log_s, log_t)
     bits += sums_of_threads(term_bits, THREADS, GROUP)
     rest += sums_of_threads(term_rest, THREADS, GROUP)
-    if NEED_ROWS:  # p may be 0 and its logarithm -inf
-        entropy_s -= sums_of_threads(p_s * tl.maximum(log_s, -1000.0), THREADS, GROUP)
-        entropy_t -= sums_of_threads(p_t * tl.maximum(log_t, -1000.0), THREADS, GROUP)
+    if NEED_ROWS:
+        more_s, more_t = _entropies(p_s, p_t, log_s, log_t, THREADS, GROUP)
+        entropy_s += more_s
+        entropy_t += more_t
     if NARROWED:
         tl.debug_barrier()
     if NEED_GRAD:
-        value = narrow(factor * (p_s - p_t) * slope, grad.dtype.element_ty)
-        if MASKED:
-            tl.store(grad + columns, value, mask=inside, eviction_policy="evict_first")
-        else:
-            tl.store(grad + columns, value, eviction_policy="evict_first")
+        _store(grad, factor * (p_s - p_t) * slope, start, end, MASKED, BLOCK)
     return bits, rest, entropy_s, entropy_t
+
+
+@triton.jit
+def sums_with_block(
+    sums, means, student, teacher, softmaxes, mixture, start, end, MASKED: tl.constexpr,
+    DIVERGENCE: tl.constexpr, NEED_ROWS: tl.constexpr,
+    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Add the terms of another divergence to the sums, and p_s r and p_s to the means."""
+    bits, rest, entropy_s, entropy_t = sums
+    ratio, mass = means
+    THREADS: tl.constexpr = bits.shape[0]
+    log_s, log_t, _slope = _logs(
+        student, teacher, softmaxes, start, end, MASKED,
+        STUDENT_CAPPED, TEACHER_CAPPED, BLOCK, "evict_last",
+    )  # fmt: skip
+    p_s = tl.exp2(log_s)
+    p_t = tl.exp2(log_t)
+    term_bits, term_rest, r = terms_and_ratio(
+        p_s, p_t, log_s, log_t, mixture[0], mixture[1], DIVERGENCE
+    )
+    bits += sums_of_threads(term_bits, THREADS, GROUP)
+    rest += sums_of_threads(term_rest, THREADS, GROUP)
+    ratio += sums_of_threads(p_s * r, THREADS, GROUP)
+    mass += sums_of_threads(p_s, THREADS, GROUP)
+    if NEED_ROWS:
+        more_s, more_t = _entropies(p_s, p_t, log_s, log_t, THREADS, GROUP)
+        entropy_s += more_s
+        entropy_t += more_t
+    return (bits, rest, entropy_s, entropy_t), (ratio, mass)
+
+
+@triton.jit
+def write_gradient(
+    student, teacher, softmaxes, mixture, mean, grad, factor, start, end, MASKED: tl.constexpr,
+    DIVERGENCE: tl.constexpr, STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
+    NARROWED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write a block's gradient of another divergence, p_s (r - mean)."""
+    log_s, log_t, slope = _logs(
+        student, teacher, softmaxes, start, end, MASKED,
+        STUDENT_CAPPED, TEACHER_CAPPED, BLOCK, "evict_first",
+    )  # fmt: skip
+    p_s = tl.exp2(log_s)
+    _bits, _rest, r = terms_and_ratio(
+        p_s, tl.exp2(log_t), log_s, log_t, mixture[0], mixture[1], DIVERGENCE
+    )
+    if NARROWED:
+        tl.debug_barrier()
+    _store(grad, factor * p_s * (r - mean) * slope, start, end, MASKED, BLOCK)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from leaf_ext.schema import StudentScalars, gradient_rows
 from leaf_ext.triton import dual_kl as rows_of
+from leaf_ext.triton.divergence import kl_of_logs
 from leaf_ext.triton.dual_kl import _zero, loss_kernel, scale_kernel
-from leaf_ext.triton.dual_kl_block import _terms
 from leaf_ext.triton.launch import check, check_adjacent, on_device_of, options
 from leaf_ext.triton.narrow import narrow
 from leaf_ext.triton.softmax import LOWEST, first_of_largest, fold, no_logits
@@ -117,9 +117,9 @@ def topk_rows_kernel(
     total_all = total * tl.exp2((top - top_all) * exponent)
     log_all = tl.log2(total_all + total_ids * tl.exp2((top_ids - top_all) * exponent))
 
-    p_s, p_t, bits, rest = _terms((y - top_all) * exponent - log_all, log_t)
+    p_s, p_t, bits, rest = kl_of_logs((y - top_all) * exponent - log_all, log_t)
     tail_s = (top - top_all) * exponent + tl.log2(total) - log_all
-    u, t, tail_bits, tail_rest = _terms(tail_s, tail_t)
+    u, t, tail_bits, tail_rest = kl_of_logs(tail_s, tail_t)
     divergence = (tl.sum(bits) + tail_bits) * _LN2 + (tl.sum(rest) + tail_rest)
     tl.store(kl + row, divergence)
     if NEED_ROWS:

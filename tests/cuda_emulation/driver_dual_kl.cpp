@@ -19,6 +19,7 @@ struct Case {
   bool measures;
   float scale = 1.0f;  // of the student's logits
   float softcap = 0.0f;
+  float beta = 0.0f;  // the divergence
 };
 
 constexpr int64_t kRows = 5;
@@ -63,6 +64,9 @@ DualKLParams params_of(const Case& c, Inputs& inputs, Results& results) {
   params.row_weight = inputs.weight.data();
   params.rows = kRows;
   params.temperature = 1.5f;
+  params.beta = c.beta;
+  params.rest = 1.0f - c.beta;
+  params.slope_bound = c.beta == 1.0f ? 256.0f : 1.0f;
   params.loss = results.loss.data();
   params.grad_scale = results.scale.data();
   params.row_results = c.measures ? results.rows.data() : nullptr;
@@ -134,6 +138,15 @@ void dual_kl() {
       {"9.0", 1500, k16, 6001, 6001, 0, 0, Gradient::kInPlace, false, 1.25f, 20.0f},  // most of it
       {"8.0", 4000, k32, 1100, 1090, 2, 1, Gradient::kNarrower, true, 1.25f},
       {"8.0", kAllShared, kB16, 900, 900, 0, 0, Gradient::kInPlace, true},
+      // The other divergences; the teacher of the fourth row excludes tokens.
+      {"9.0", kAllShared, k32, 1, 1, 0, 0, Gradient::kOwn, true, 1.25f, 0.0f, 0.5f},
+      {"9.0", kAllShared, k16, 777, 776, 3, 1, Gradient::kOwn, true, 1.25f, 20.0f, 1.0f},
+      {"9.0", 7000, k32, 1203, 1203, 5, 0, Gradient::kInPlace, false, 1.0f, 0.0f, 0.3f},
+      {"9.0", 4500, kB16, 3001, 2999, 0, 3, Gradient::kInPlace, true, 1.0f, 20.0f, 1.0f},
+      {"9.0", 3000, k16, 5120, 5120, 0, 0, Gradient::kNone, true, 1.25f, 0.0f, 0.5f},
+      {"9.0", 2000, k32, 3000, 2990, 0, 1, Gradient::kNarrower, false, 1.0f, 0.0f, 0.9f},
+      {"9.0", 1500, k32, 6001, 6001, 0, 0, Gradient::kNarrower, true, 1.0f, 20.0f, 1.0f},
+      {"8.0", 4000, k32, 1100, 1090, 2, 1, Gradient::kNarrower, true, 1.25f, 0.0f, 0.1f},
   };
   int number = 0;
   for (const Case& c : cases) compare(c, "dual_kl case " + std::to_string(number++));

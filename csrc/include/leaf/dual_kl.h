@@ -22,7 +22,13 @@ struct DualKLParams {
   int64_t grad_row_stride;
   float* loss;         // []
   float* grad_scale;   // []
-  float* row_results;  // [4, rows] KL, student entropy, teacher entropy, agreement; or null
+  float* row_results;  // [4, rows] divergence, student entropy, teacher entropy, agreement; or null
+
+  // The divergence: 0 for KL(p_t, p_s), 1 for KL(p_s, p_t), otherwise the share of p_t in the
+  // mixture of the Jensen-Shannon divergence; `rest` is the share of p_s.
+  float beta;
+  float rest;
+  float slope_bound = 1.0f;  // of |dD/dx_s|; a row's gradient is w T scale dD/dx_s
 };
 
 namespace cpu {

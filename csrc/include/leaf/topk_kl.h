@@ -25,6 +25,7 @@ struct TopkKLParams {
   float* loss;
   float* grad_scale;
   float* row_results;
+  float slope_bound = 1.0f;
 };
 
 constexpr int64_t kMostTopk = 1024;
