@@ -40,8 +40,9 @@ from leaf_distill.training.checks import (
 
 if TYPE_CHECKING:
     KdWeight = float | str
+    Divergence = float | str
 else:  # the command line gives text, which LeafConfig reads
-    KdWeight = str
+    KdWeight = Divergence = str
 
 
 @documented
@@ -134,6 +135,14 @@ class LeafConfig(TrainingArguments):
             "1: supervised fine-tuning, for which no teacher runs"
         ),
     )
+    divergence: Divergence = field(
+        default="kl",
+        metadata=about(
+            "how far the student is from the teacher: kl, KL(teacher, student); reverse_kl, "
+            "KL(student, teacher); jsd; or a number between 0 and 1, the teacher's share in the "
+            "mixture of the generalized Jensen-Shannon divergence"
+        ),
+    )
     temperature: float = field(
         default=1.0, metadata=about("softens both distributions; the loss has its square")
     )
@@ -202,6 +211,7 @@ class LeafConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.kd_weight = _read_weight(self.kd_weight)
+        self.divergence = _read_divergence(self.divergence)
         self.chat_template_kwargs = json_object(self.chat_template_kwargs, "chat_template_kwargs")
         check_ranges(self)
         check_unused(self)
@@ -257,6 +267,22 @@ class LeafConfig(TrainingArguments):
     def with_changes(self, **changes: Any) -> LeafConfig:
         """Return a copy with other values; what follows from them is derived anew."""
         return replace(self, **{"gradient_accumulation_steps": 1, **changes})
+
+
+def _read_divergence(value: object) -> float | str:
+    """Return a divergence of `linear_dual_kl`: a name, or a number that may be text."""
+    if value in ("kl", "reverse_kl", "jsd"):
+        return str(value)
+    try:
+        beta = float(str(value))
+    except ValueError:
+        beta = 0.0
+    if not 1e-6 <= beta <= 1 - 1e-6:
+        raise ValueError(
+            "divergence: must be kl, reverse_kl, jsd or a number between 0 and 1 (0.000001 from "
+            f"both at least), got {value!r}"
+        )
+    return beta
 
 
 def _read_weight(value: object) -> float | str:

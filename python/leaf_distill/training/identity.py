@@ -21,6 +21,7 @@ Identity = dict[str, Any]
 # on, and those that only a newer transformers has.
 _DECIDING = (
     *("span_weighting", "token_selection", "token_share", "failed_share", "ce_weight"),
+    "divergence",
     *("originals_per_step", "max_length", "kd_weight", "temperature", "disable_dropout"),
     *("chat_template", "chat_template_kwargs", "system_prompt", "learning_rate", "warmup_steps"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "num_train_epochs", "max_steps", "optim"),

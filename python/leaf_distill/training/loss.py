@@ -180,7 +180,8 @@ class Objective:
     student: LMHeadHook
     teacher: Teacher
     temperature: float
-    backend: Any  # leaf_ext checks the name
+    divergence: Any  # leaf_ext checks it
+    backend: Any  # and the name
     ce_weight: float = 0.0
 
     def __call__(
@@ -303,6 +304,7 @@ class Objective:
             labels=labels,
             label_weight=weights * self.ce_weight if self.ce_weight else None,
             temperature=self.temperature,
+            divergence=self.divergence,
             backend=self.backend,
         )
 

@@ -32,7 +32,7 @@ _DETECTED = (
 _SETTINGS = (
     *("originals_per_step", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim"),
     *("kd_weight", "span_weighting", "token_selection", "token_share", "temperature"),
-    *("failed_share", "ce_weight"),
+    *("failed_share", "ce_weight", "divergence"),
     *("max_length", "disable_dropout", "bf16", "fp16", "seed"),
 )
 _CONTROLS = (

@@ -69,18 +69,20 @@ def signal_kl(
     row_weight: Tensor,
     *,
     temperature: float,
+    divergence: Any = "kl",
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
     backend: Any = "auto",
 ) -> tuple[Tensor, DualKLRows]:
-    """Return the weighted KL(teacher, student) over N label positions, and its rows.
+    """Return the weighted divergence over N label positions, and its rows.
 
     Args:
         student: hidden states [N, H] and the head, with their graph.
         signal: the teacher's, at the same positions.
         row_weight: [N].
-        temperature, labels, label_weight, backend: as for `linear_dual_kl`. A top k takes no
-            labels: the `nll` of its rows is NaN.
+        temperature, divergence, labels, label_weight, backend: as for `linear_dual_kl`. A top k has
+            the divergence "kl" only (`TeacherCache.check_training`) and takes no labels: the `nll`
+            of its rows is NaN.
     """
     hidden, head = student.states, student.head
     weights = row_weight.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
@@ -112,6 +114,7 @@ def signal_kl(
         teacher_bias=theirs.bias,
         labels=labels,
         label_weight=None if label_weight is None else label_weight.to(weights.dtype),
+        divergence=divergence,
         logit_scale=(head.scale, theirs.scale),
         logit_softcap=(head.softcap, theirs.softcap),
         return_rows=True,

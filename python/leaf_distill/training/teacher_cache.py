@@ -156,16 +156,19 @@ class TeacherCache:
                 "`leaf cache` with it and another output_dir"
             )
 
-    def check_training(self, renderer: Renderer, temperature: float, vocab_size: int) -> None:
+    def check_training(
+        self, renderer: Renderer, temperature: float, divergence: float | str, vocab_size: int
+    ) -> None:
         """Check that the cache fits the settings of a training and its student.
 
         Args:
             renderer: of the teacher's prompts, with the training's template.
-            temperature: of the training.
+            temperature, divergence: of the training.
             vocab_size: the number of the student's logits.
 
         Raises:
-            ValueError: it was made with another template, or another temperature or vocabulary.
+            ValueError: it was made with another template, or another temperature or vocabulary, or
+                has no signal for the divergence.
         """
         made = self.manifest
         if renderer.fingerprint != made["renderer"]:
@@ -180,6 +183,11 @@ class TeacherCache:
                 f"temperature: must be that of the probabilities in teacher_cache, "
                 f"{made['temperature']}, got {temperature}; give that, or run `leaf cache` with "
                 f"--temperature {temperature} and another output_dir"
+            )
+        if made["signal"] == "topk" and divergence != "kl":
+            raise ValueError(
+                "divergence: must be kl where teacher_cache holds the signal topk, got "
+                f"{divergence!r}; run `leaf cache` with --signal hidden and another output_dir"
             )
         if made["signal"] == "topk" and vocab_size < made["vocab_size"]:
             raise ValueError(

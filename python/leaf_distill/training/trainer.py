@@ -166,6 +166,7 @@ class LeafTrainer(Trainer):
             if self.teacher_cache
             else LiveTeacher(self.teacher_model, args.device),
             args.temperature,
+            args.divergence,
             args.backend,
             args.ce_weight,
         )

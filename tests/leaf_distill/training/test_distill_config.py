@@ -10,6 +10,7 @@ from distill_pair import make_config
 
 from leaf_distill.training.config import DistillArguments, LeafConfig
 
+DIVERGENCE = "divergence: must be kl, reverse_kl, jsd or a number between 0 and 1 .*"
 KD_WEIGHT = "kd_weight: must be 'pool', a number from 0 to 1, or two of them as in 0.9:0.5"
 
 
@@ -35,6 +36,10 @@ KD_WEIGHT = "kd_weight: must be 'pool', a number from 0 to 1, or two of them as 
             "token_share: must be above 0 and at most 1, got 0.0",
         ),
         ({"token_share": 0.2}, "token_share: must come with token_selection, got 0.2 alone"),
+        ({"divergence": "js"}, f"{DIVERGENCE}, got 'js'"),
+        ({"divergence": "0"}, f"{DIVERGENCE}, got '0'"),
+        ({"divergence": 1.0}, f"{DIVERGENCE}, got 1.0"),
+        ({"divergence": float("nan")}, f"{DIVERGENCE}, got nan"),
         ({"temperature": 0.0}, "temperature: must be from 0.001 to 1000, got 0.0"),
         ({"temperature": 1e-60}, "temperature: must be from 0.001 to 1000, got 1e-60"),
         ({"failed_share": 0.0}, "failed_share: must be above 0 and at most 1, got 0"),

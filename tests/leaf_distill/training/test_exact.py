@@ -45,6 +45,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "sample_pool": {"span_weighting": "sample"},
     "entropy": {"token_selection": "entropy", "token_share": 0.4, "kd_weight": 0.4},
     "tip": {"token_selection": "tip", "token_share": 0.6, "span_weighting": "sample"},
+    "reverse_kl": {"divergence": "reverse_kl", "temperature": 2.0},
+    "jsd": {"divergence": "0.3", "token_selection": "tip", "token_share": 0.6},
     "random": {"token_selection": "random", "token_share": 0.4, "kd_weight": "0.2:1"},
 }
 CUTS: dict[str, dict[str, Any]] = {
@@ -87,7 +89,7 @@ def materialised_loss(trainer: LeafTrainer, model: torch.nn.Module, batch: Any) 
                 (teacher, batch["teacher_loss_mask"]),
             )
         )
-        kl = (log_t.exp() * (log_t - log_s)).sum(-1)
+        kl = divergence_rows(log_s, log_t, args.divergence)
         entropy = -(log_s.exp() * log_s).sum(-1)
         chosen = chosen_tokens(args, (args.seed, step, row_id), kl.tolist(), entropy.tolist())
         term = int(batch["counterfactual"][row])
@@ -101,6 +103,16 @@ def materialised_loss(trainer: LeafTrainer, model: torch.nn.Module, batch: Any) 
         share = first + (last[0] - first) * step / 4 if last else first
     terms = [total[term] / (count[term] or 1) for term in (0, 1)]
     return args.temperature**2 * (share * terms[0] + (1 - share) * terms[1])
+
+
+def divergence_rows(log_s: Tensor, log_t: Tensor, divergence: Any) -> Tensor:
+    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    if isinstance(divergence, str):
+        return kl(log_t, log_s) if divergence == "kl" else kl(log_s, log_t)
+    log_m = (divergence * log_t.exp() + (1 - divergence) * log_s.exp()).log()
+    return divergence * kl(log_t, log_m) + (1 - divergence) * kl(log_s, log_m)
 
 
 def chosen_tokens(args: Any, seed: Any, kl: list[float], entropy: list[float]) -> list[int]:

@@ -310,9 +310,10 @@ def test_missing_rows_are_named_before_anything_runs(teacher: str, tmp_path: Pat
         ({"chat_template": "none"}, "must be made with the chat template and the settings"),
         ({"system_prompt": "w1"}, "must be made with the chat template and the settings"),
         ({"temperature": 2.0}, "temperature: must be that of the probabilities in teacher_cache"),
+        ({"divergence": "jsd"}, "divergence: must be kl where teacher_cache holds the signal topk"),
     ],
 )
-def test_another_rendering_or_temperature_is_refused(
+def test_another_rendering_temperature_or_divergence_is_refused(
     settings: dict[str, Any], sentence: str, teacher: str, student: str, tmp_path: Path
 ) -> None:
     rows = make_rows(3, 0)
