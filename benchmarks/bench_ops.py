@@ -5,6 +5,7 @@ No result is timed before it has been compared with the reference in float64.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -126,7 +127,8 @@ def bench_detect_spans(
 def kl_truth(case: cases.KLCase) -> tuple[inputs.KLInputs, float, Tensor]:
     """Return inputs, the loss in float64, and the gradient of all rows."""
     given = inputs.kl_inputs(case)
-    return given, *exact_kl(given.student, given.teacher, given.row_weight, at_once=16)
+    tensors = (given.student, given.teacher, given.row_weight)
+    return given, *exact_kl(*tensors, at_once=16, divergence=case.divergence)
 
 
 _KL_VARIANTS = ("cpu", "cpu inplace", "reference", "eager", "compiled")
@@ -136,6 +138,7 @@ _KL_VARIANTS = ("cpu", "cpu inplace", "reference", "eager", "compiled")
     ("case", "variant"),
     [
         *((case, variant) for case in cases.BENCH_KL_CASES for variant in _KL_VARIANTS),
+        *((case, variant) for case in cases.BENCH_OTHER_CASES for variant in _KL_VARIANTS),
         (cases.BENCH_HALF_CASE, "cpu inplace"),
     ],
     ids=str,
@@ -146,12 +149,14 @@ def bench_dual_kl(
     if tiny:
         case = replace(case, rows=4, student_vocabulary=64, teacher_vocabulary=64)
     given, total, exact = kl_truth(case)
+    options: dict[str, Any] = {"divergence": case.divergence}
+    plain = functools.partial(eager.eager_dual_kl, **options)
     loss = {
-        "cpu": lambda: on_backend(leaf_ext.dual_kl, "cpu"),
-        "cpu inplace": lambda: on_backend(leaf_ext.dual_kl, "cpu", inplace_grad=True),
-        "reference": lambda: on_backend(leaf_ext.dual_kl, "reference"),
-        "eager": lambda: eager.eager_dual_kl,
-        "compiled": lambda: compiled(eager.eager_dual_kl, tiny),
+        "cpu": lambda: on_backend(leaf_ext.dual_kl, "cpu", **options),
+        "cpu inplace": lambda: on_backend(leaf_ext.dual_kl, "cpu", inplace_grad=True, **options),
+        "reference": lambda: on_backend(leaf_ext.dual_kl, "reference", **options),
+        "eager": lambda: plain,
+        "compiled": lambda: compiled(plain, tiny),
     }[variant]()
     step = backward(loss, 1)
 

@@ -67,14 +67,14 @@ def _blocks(rows: int, at_once: int) -> Iterator[slice]:
 
 
 def exact_kl(
-    student: Tensor, teacher: Tensor, weight: Tensor, at_once: int
+    student: Tensor, teacher: Tensor, weight: Tensor, at_once: int, **options: Any
 ) -> tuple[float, Tensor]:
     """Return the loss in float64, and the gradient of all rows rounded to float32."""
     total, gradient = 0.0, torch.empty_like(student, dtype=torch.float32)
     for rows in _blocks(student.shape[0], at_once):
         leaf = student[rows].double().requires_grad_()
         exact = teacher[rows].double(), weight[rows].double()
-        loss = leaf_ext.dual_kl(leaf, *exact, backend="reference")
+        loss = leaf_ext.dual_kl(leaf, *exact, backend="reference", **options)
         loss.backward()
         total += float(loss.detach())
         assert leaf.grad is not None

@@ -397,6 +397,12 @@ BENCH_TOPK_CASES = [
     for dtype in _WIDE
     for case in [KLCase("", rows, vocabulary, vocabulary, dtype, live=1.0)]
 ]
+# Compared with the same case of KL, they show what another divergence costs.
+BENCH_OTHER_CASES = [
+    KLCase(f"256x32000_{d}", 256, 32000, 32000, dtype, live=1.0, divergence=d)
+    for d in ("reverse_kl", "jsd")
+    for dtype in _WIDE
+]
 # Compared with the same case with all rows live, it shows what dropped rows save.
 BENCH_HALF_CASE = KLCase("4096x49152_half", 4096, 49152, 49152, torch.bfloat16, live=0.5)
 

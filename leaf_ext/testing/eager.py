@@ -84,8 +84,12 @@ def eager_topk_kl(student: Tensor, ids: Tensor, logprobs: Tensor, row_weight: Te
     return (row_weight * kl).sum()
 
 
-def eager_dual_kl(student: Tensor, teacher: Tensor, row_weight: Tensor) -> Tensor:
+def eager_dual_kl(
+    student: Tensor, teacher: Tensor, row_weight: Tensor, divergence: Divergence = "kl"
+) -> Tensor:
     """Compute the loss in the shortest and fastest way."""
+    if divergence != "kl":
+        return (row_weight * eager_divergence_rows(student, teacher, divergence)).sum()
     log_s = functional.log_softmax(student, -1, dtype=torch.float32)
     log_t = functional.log_softmax(teacher, -1, dtype=torch.float32)
     kl = functional.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
