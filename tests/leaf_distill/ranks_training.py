@@ -179,14 +179,15 @@ def counted_gathers(model: torch.nn.Module) -> Iterator[list[int]]:
 
 
 class Passes:
-    """Counts forward passes."""
+    """Counts the student's forward passes, apart from the checks before a training."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.count = 0
-        model.register_forward_hook(self._see)
+    def __init__(self, trainer: LeafTrainer) -> None:
+        self.trainer, self.train, self.eval = trainer, 0, 0
+        trainer.model.register_forward_hook(self._see)
 
     def _see(self, *_: Any) -> None:
-        self.count += 1
+        self.train += self.trainer.is_in_train
+        self.eval += not self.trainer.is_in_train
 
 
 def train(settings: Mapping[str, Any], directory: Path) -> tuple[LeafTrainer, dict[str, Any]]:
@@ -208,14 +209,14 @@ def train(settings: Mapping[str, Any], directory: Path) -> tuple[LeafTrainer, di
         trainer.add_callback(Kill(kill_after))
     if evaluate_first:
         trainer.evaluate()
-    passes = Passes(student)
+    passes = Passes(trainer)
     with counted_gathers(student) as gathers:
         trainer.train(resume_from_checkpoint=resume)
-        trained = {"passes": passes.count - 2, "gathers": gathers[0]}  # without the two of `check`
-    passes.count = 0
+        trained = {"passes": passes.train, "gathers": gathers[0]}
+    passes.eval = 0
     with counted_gathers(student) as gathers:
         trainer.evaluate()
-        evaluated = {"passes": passes.count, "gathers": gathers[0]}
+        evaluated = {"passes": passes.eval, "gathers": gathers[0]}
     return trainer, {
         "log": trainer.state.log_history,
         "began": began.at,
