@@ -496,12 +496,12 @@ class LeafTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluate, with the loss of the whole dataset in place of a mean over batches."""
         self._eval_sums = _zeros()
-        if self.is_fsdp_enabled and not is_sharded(self.model):
-            # accelerate shards a model together with its optimizer only.
-            self.create_optimizer()
-            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-            self.model_wrapped = self.model
         with self.packing():
+            if self.is_fsdp_enabled and not is_sharded(self.model):
+                # accelerate shards a model together with its optimizer only.
+                self.create_optimizer()
+                self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+                self.model_wrapped = self.model
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
