@@ -1,8 +1,9 @@
 """As a script: `leaf distill` in a process that is killed at random moments, until it is finished.
 
-`killed_runs.py SEED KILLS OUTPUT ARGUMENT ...` forks itself, so that a run does not import all
-anew, and kills the child with SIGKILL once it has made a random number of new files or directories
-in OUTPUT. It prints as JSON how often it killed, and how often half a checkpoint was left.
+`killed_runs.py SEED KILLS EVENTS OUTPUT ARGUMENT ...` forks itself, so that a run does not import
+all anew, and kills the child with SIGKILL once it has made a random number, at most EVENTS, of new
+files or directories in OUTPUT. It prints as JSON how often it killed, and how often half a
+checkpoint was left.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ def halves(output: Path) -> set[str]:
     return {str(one) for one in output.glob("checkpoint-*") if not (one / "manifest.json").exists()}
 
 
-def main(seed: str, kills: str, directory: str, *argv: str) -> None:
+def main(seed: str, kills: str, events: str, directory: str, *argv: str) -> None:
     draw, output = random.Random(int(seed)), Path(directory)
     killed = half = 0
     while killed < int(kills):
-        if not run_and_kill([*argv], output, draw.randint(1, 15), draw.random() * 0.02):
+        if not run_and_kill([*argv], output, draw.randint(1, int(events)), draw.random() * 0.02):
             break
         killed += 1
         half += bool(halves(output))
