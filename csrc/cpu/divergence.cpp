@@ -85,19 +85,18 @@ struct JensenShannon {
   }
 };
 
-// The probabilities, term and r of element `at` of a block.
+// The probability, term and r of a token.
 struct Token {
   float ps;
   float term;
   float r;
 };
 
+// Computes the token at `at` of a block from both models' y.
 template <class Divergence>
-LEAF_INLINE Token token(const Divergence& divergence, const Side& student, const Side& teacher,
-                        const RowScalars& row, int64_t at) {
-  const float* ys = static_cast<const float*>(student.y);
-  const float* yt = static_cast<const float*>(teacher.y);
-  const float apart = (yt[at] - row.max_t) - (ys[at] - row.max_s);
+LEAF_INLINE Token token(const Divergence& divergence, float s, float t, const Side& student,
+                        const Side& teacher, const RowScalars& row, int64_t at) {
+  const float apart = (t - row.max_t) - (s - row.max_s);
   const float log_ratio = apart * row.inv_temperature + row.log_ratio;
   const float ps = student.exps[at] * student.factor;
   float r;
@@ -108,14 +107,16 @@ LEAF_INLINE Token token(const Divergence& divergence, const Side& student, const
 template <class Divergence>
 LEAF_INLINE DivergenceSums sums(const Divergence& divergence, const Side& student,
                                 const Side& teacher, int64_t n, const RowScalars& row) {
+  const float* ys = static_cast<const float*>(student.y);
+  const float* yt = static_cast<const float*>(teacher.y);
   alignas(64) float terms[kChains] = {};
   alignas(64) float ratio[kChains] = {};
   alignas(64) float mass[kChains] = {};
   for_stretches(n, [&](int64_t begin, int64_t width) LEAF_INLINE_LAMBDA {
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      const int64_t at = begin + i;
-      const Token here = token(divergence, student, teacher, row, at);
+      const float s = ys[begin + i];
+      const Token here = token(divergence, s, yt[begin + i], student, teacher, row, begin + i);
       terms[i] += here.term;
       ratio[i] += here.ps * here.r;
       mass[i] += here.ps;
@@ -127,11 +128,13 @@ LEAF_INLINE DivergenceSums sums(const Divergence& divergence, const Side& studen
 template <class Divergence>
 LEAF_INLINE void gradient(const Divergence& divergence, const Side& student, const Side& teacher,
                           int64_t n, const RowScalars& row, float* grad) {
+  const float* ys = static_cast<const float*>(student.y);
+  const float* yt = static_cast<const float*>(teacher.y);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t at = i;
-    const Token here = token(divergence, student, teacher, row, at);
-    grad[at] = row.grad_scale * here.ps * (here.r - row.mean);
+    const float s = ys[i];
+    const Token here = token(divergence, s, yt[i], student, teacher, row, i);
+    grad[i] = row.grad_scale * here.ps * (here.r - row.mean);
   }
 }
 
