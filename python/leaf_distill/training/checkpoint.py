@@ -72,6 +72,15 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
     return None
 
 
+def has_all_files(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written to its end, and not deleted in part since."""
+    try:
+        names = json.loads((checkpoint / MANIFEST).read_bytes())["sha256"]
+        return all((checkpoint / name).is_file() for name in names)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether no tensor has a NaN or an infinity; needs no memory of a tensor's size."""
     return all(

@@ -19,7 +19,13 @@ from leaf_distill.data.example import Example
 from leaf_distill.data.source import find_arm
 from leaf_distill.io import locked, read_json, user_directory, write_bytes, write_json
 from leaf_distill.models.source import named
-from leaf_distill.training.checkpoint import NoCheckpoint, hash_file, hash_weights, stopped
+from leaf_distill.training.checkpoint import (
+    NoCheckpoint,
+    has_all_files,
+    hash_file,
+    hash_weights,
+    stopped,
+)
 from leaf_distill.training.checks import refused
 from leaf_distill.training.config import DistillArguments, LeafConfig
 from leaf_distill.training.identity import (
@@ -309,7 +315,9 @@ class _Claim(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            for checkpoint in sort_checkpoints(str(self.directory)) if self.discard else ():
-                if int(checkpoint.rpartition("-")[2]) > state.global_step:
+            for checkpoint in sort_checkpoints(str(self.directory)):
+                later = int(checkpoint.rpartition("-")[2]) > state.global_step
+                # What a kill left of one that was saved or deleted would count as a newer one.
+                if (self.discard and later) or not has_all_files(Path(checkpoint)):
                     shutil.rmtree(checkpoint)
             claim(self.directory, self.identity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import resource
 import traceback
@@ -360,6 +361,23 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
 
 def trained_steps(metrics: dict[str, Any]) -> list[int]:
     return [log["step"] for log in metrics["log"] if "loss" in log]
+
+
+def test_what_a_kill_left_of_a_checkpoint_takes_no_whole_ones_place(
+    tmp_path: Path, pair: dict[str, str]
+) -> None:
+    """Of three checkpoints one was being deleted, and one being saved, at the kill."""
+    arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(12, 5)))
+    output, settings = tmp_path / "out", {**SAVING, "save_total_limit": None}
+    distill(arguments, make_config(output, **settings))
+    trained = weights(output)
+    (output / "metrics.json").unlink()
+    (output / "checkpoint-1" / "optimizer.pt").unlink()
+    (output / "checkpoint-3" / "manifest.json").unlink()
+    os.utime(output / "checkpoint-1", (2**31, 2**31))  # newer than all others
+    distill(arguments, make_config(output, **{**settings, "save_total_limit": 2}))
+    assert {one.name for one in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert weights(output) == trained
 
 
 # ---- whose a directory is ----
