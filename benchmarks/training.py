@@ -1,6 +1,7 @@
 """Times distillation steps of several contenders in turn, in one run, on equal rows.
 
     python benchmarks/training.py TEACHER STUDENT ROWS.jsonl [--batch 8] [--steps 6] [--threads 2]
+        [--lengths mixed|like] [--dtype float32|bfloat16] [--contenders packed,padded,plain,trl]
         [--columns '{"prompt": "question", "completion": "answer"}'] [--output FILE.md]
 
 TEACHER and STUDENT are model directories; `examples/smollm2.py` makes a pair. A step is the
@@ -10,6 +11,13 @@ changes from step to step. The contenders:
 
 packed: `LeafTrainer` as it is by default: rows one after the other, without padding.
 padded: the same with `packing` off.
+plain: the loss as one writes it first, in transformers' Trainer: both models' logits at all
+    positions, float32 log-softmaxes at the labels, kl_div.
+trl: the experimental GKDTrainer of TRL with lmbda 0 and beta 0, where TRL is installed (in this
+    repository: `make .venv/.trl`, then .venv/trl/bin/python).
+
+Rows of like length are the same rows, sorted. With bfloat16 all contenders run under autocast, with
+the teacher's weights in bfloat16.
 
 No speed is shown of a contender whose loss or gradient is another than the first one's. Both the
 time that passed and the processors' own seconds are shown; ratios are of the latter, which other
@@ -67,9 +75,14 @@ class Contender:
         gradients = [one.grad for one in student.parameters() if one.grad is not None]
         self.gradient = float(sum(float(one.double().square().sum()) for one in gradients) ** 0.5)
 
-    def check(self, first: Contender) -> None:
-        """Refuse a step that is not the first contender's, beyond rounding in float32."""
-        for name, tolerance in (("loss", 1e-5), ("gradient", 1e-4)):
+    def check(self, first: Contender, factor: float) -> None:
+        """Refuse a step that is not the first contender's, beyond rounding.
+
+        Args:
+            first: the contender that made its step on the same batch.
+            factor: 1 in float32, more for what rounds more.
+        """
+        for name, tolerance in (("loss", 1e-5 * factor), ("gradient", 1e-4 * factor)):
             ours, theirs = getattr(first, name), getattr(self, name)
             if not abs(ours - theirs) <= tolerance * abs(ours):
                 raise AssertionError(f"{name}: {first.name} has {ours}, {self.name} {theirs}")
@@ -91,6 +104,78 @@ def leaf_contenders(trainer: Any) -> list[Contender]:
     return [Contender("packed", step(True)), Contender("padded", step(False))]
 
 
+def other_contender(name: str, arguments: argparse.Namespace, leaf: Any) -> Contender:
+    """Return another trainer's step, of the same student and a teacher of its own."""
+    import torch
+
+    from leaf_distill.data.collator import collate
+    from leaf_distill.models.loading import load_model
+
+    teacher = load_model(arguments.teacher, dtype=arguments.dtype, device="cpu")
+    teacher.requires_grad_(False).eval()
+    make = plain_trainer if name == "plain" else trl_trainer
+    trainer = make(arguments, leaf.model, teacher, leaf.processing_class)
+
+    def run(batch: Sequence[Any]) -> float:
+        made = collate(batch)
+        ids, at = made["input_ids"], made["loss_mask"]
+        labels = torch.full_like(ids, -100)
+        labels[:, 1:] = torch.where(at[:, :-1], ids[:, 1:], -100)
+        inputs = {"input_ids": ids, "attention_mask": made["attention_mask"], "labels": labels}
+        return float(trainer.training_step(leaf.model, inputs, at.sum()))
+
+    return Contender(name, run)
+
+
+def plain_trainer(arguments: argparse.Namespace, student: Any, teacher: Any, _: Any) -> Any:
+    import torch
+    from torch.nn.functional import kl_div, log_softmax
+    from transformers import Trainer, TrainingArguments
+
+    class PlainTrainer(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = 1
+        ) -> Any:
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits
+            with torch.no_grad():
+                target = teacher(**inputs).logits
+            at = labels[:, 1:] != -100
+            ours = log_softmax(logits[:, :-1][at].float(), dim=-1)
+            theirs = log_softmax(target[:, :-1][at].float(), dim=-1)
+            return kl_div(ours, theirs, reduction="sum", log_target=True) / num_items_in_batch
+
+    trainer = PlainTrainer(student, TrainingArguments(**shared(arguments)))
+    trainer.model_accepts_loss_kwargs = True
+    return trainer
+
+
+def trl_trainer(arguments: argparse.Namespace, student: Any, teacher: Any, tokenizer: Any) -> Any:
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return GKDTrainer(
+        student,
+        teacher,
+        GKDConfig(**shared(arguments), lmbda=0.0, beta=0.0, temperature=1.0),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"messages": turns}]),  # it wants one
+    )
+
+
+def shared(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of all trainers."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": True,
+        "bf16": arguments.dtype == "bfloat16",
+        "per_device_train_batch_size": arguments.batch,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 def make_trainer(arguments: argparse.Namespace) -> Any:
     from leaf_distill import LeafConfig
     from leaf_distill.data.dataset import load_examples
@@ -101,14 +186,7 @@ def make_trainer(arguments: argparse.Namespace) -> Any:
         columns=json.loads(arguments.columns),
         max_rows=arguments.batch * arguments.steps,
     )
-    config = LeafConfig(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        originals_per_step=arguments.batch,
-        per_device_train_batch_size=arguments.batch,
-        report_to="none",
-        disable_tqdm=True,
-    )
+    config = LeafConfig(originals_per_step=arguments.batch, **shared(arguments))
     return LeafTrainer(arguments.student, arguments.teacher, config, rows)
 
 
@@ -119,8 +197,14 @@ def compare(arguments: argparse.Namespace) -> str:
     torch.set_num_threads(arguments.threads)
     trainer = make_trainer(arguments)
     examples = trainer.train_dataset.examples
+    if arguments.lengths == "like":
+        examples = sorted(examples, key=lambda one: len(one.renderings["student"]))
     lengths = [len(one.renderings["student"]) for one in examples]
-    contenders = leaf_contenders(trainer)
+    known = {one.name: one for one in leaf_contenders(trainer)}
+    contenders = [
+        known[name] if name in known else other_contender(name, arguments, trainer)
+        for name in arguments.contenders.split(",")
+    ]
     for contender in contenders:  # a warm-up
         contender.step(examples[:2])
     starts = range(0, len(examples) - arguments.batch + 1, arguments.batch)
@@ -129,7 +213,7 @@ def compare(arguments: argparse.Namespace) -> str:
         for contender in contenders[shift:] + contenders[:shift]:
             contender.run(trainer.model, examples[start : start + arguments.batch])
         for contender in contenders[1:]:
-            contender.check(contenders[0])
+            contender.check(contenders[0], 300 if arguments.dtype == "bfloat16" else 1)
         shown = {one.name: round(one.cpu_seconds[-1], 2) for one in contenders}
         print(f"batch {turn}: {shown}", file=sys.stderr, flush=True)
     tokens = [sum(lengths[start : start + arguments.batch]) for start in starts]
@@ -186,6 +270,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--lengths", default="mixed", choices=("mixed", "like"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--contenders", default="packed,padded,plain")
     parser.add_argument("--columns", default=COLUMNS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
