@@ -69,7 +69,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("detect_spans", "grad_norm"):
         monkeypatch.setattr(importlib.import_module(f"leaf_ext.triton.{name}"), "_BLOCK", 16)
     module = importlib.import_module("leaf_ext.triton.dual_kl")
-    monkeypatch.setattr(module, "block_of", lambda *_: (16, 1))
+    monkeypatch.setattr(module, "block_of", lambda *_, **__: (16, 1))
 
 
 @pytest.mark.parametrize("join_gap", [0, 2, 40])

@@ -70,13 +70,13 @@ def kl_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[Va
         types = _named(f"*{dtype}", "student teacher") | _named(f"*{grad}", "grad")
         types |= _named("*fp32", "row_weight grad_scale kl measures")
         types |= _named("fp32", scalars + " teacher_softcap beta rest")
-        heavy = any(chosen[2:]) or beta != 0
+        capped, is_kl = any(chosen[2:]), beta == 0
         itemsize = 4 if dtype == "fp32" else 2
-        block, warps = dual_kl.block_of(size, itemsize, chosen[1], heavy, lanes=32)
+        block, warps = dual_kl.block_of(size, itemsize, chosen[1], capped, lanes=32, is_kl=is_kl)
         constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": block}
         constants |= {"DIVERGENCE": dual_kl.divergence_of(beta)}
         constants |= {"THREADS": 32 * warps, "NARROWED": grad != dtype}
-        registers = dual_kl.REGISTERS if heavy else None
+        registers = dual_kl.REGISTERS if capped or not is_kl else None
         yield Variant(dual_kl.rows_kernel, types, constants, warps, registers)
     sum_block, warps = {"BLOCK": dual_kl._SUM_BLOCK}, dual_kl._SUM_WARPS
     sums = _named("*fp32", "row_weight kl loss") | {"temperature": "fp64"}

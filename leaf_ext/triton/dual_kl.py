@@ -260,16 +260,18 @@ def divergence_of(beta: float) -> int:
 
 
 def block_of(
-    vocabulary: int, itemsize: int, need_rows: bool, heavy: bool, lanes: int
+    vocabulary: int, itemsize: int, need_rows: bool, capped: bool, lanes: int, *, is_kl: bool = True
 ) -> tuple[int, int]:
     """Return the elements of a block and its warps of `lanes`, which leave each value a register.
 
-    A softcap, or another divergence than KL, makes it `heavy`: more registers a value.
-    Where measures of the rows are kept, few values a thread are the fastest of the sizes that were
-    tried on an H100. Without them, three rows of up to _LONG logits share a multiprocessor, and a
-    longer row has it alone, so that more of it stays in the L2 cache.
+    A softcap takes more registers a value, and another divergence than KL still more. Where
+    measures of the rows are kept, few values a thread are the fastest of the sizes that were tried
+    on an H100. Without them, three rows of up to _LONG logits share a multiprocessor, and a longer
+    row has it alone, so that more of it stays in the L2 cache.
     """
-    if heavy or lanes != 32:
+    if not is_kl:
+        block, warps = 2048, 16
+    elif capped or lanes != 32:
         block, warps = 4096, 16
     elif need_rows:
         block, warps = (2048, 16) if itemsize == 4 else (4096, 8)
@@ -306,10 +308,13 @@ def _run(
             )
         if rows:
             student_capped, teacher_capped = (cap != 0 for cap in scalars[3:5])
-            heavy = student_capped or teacher_capped or scalars.beta != 0
+            capped, is_kl = student_capped or teacher_capped, scalars.beta == 0
             lanes = 32 if torch.version.hip is None else 64
-            block, warps = block_of(vocabulary, student.element_size(), need_rows, heavy, lanes)
-            registers = {"maxnreg": REGISTERS} if heavy and lanes == 32 else {}
+            block, warps = block_of(
+                vocabulary, student.element_size(), need_rows, capped, lanes, is_kl=is_kl
+            )
+            limited = lanes == 32 and (capped or not is_kl)
+            registers = {"maxnreg": REGISTERS} if limited else {}
             rows_kernel[(rows,)](
                 student, teacher, row_weight, target, grad_scale, kl, measures,
                 student.stride(0), teacher.stride(0), target.stride(0),

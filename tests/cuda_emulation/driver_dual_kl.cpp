@@ -142,10 +142,10 @@ void dual_kl() {
       {"9.0", kAllShared, k32, 1, 1, 0, 0, Gradient::kOwn, true, 1.25f, 0.0f, 0.5f},
       {"9.0", kAllShared, k16, 777, 776, 3, 1, Gradient::kOwn, true, 1.25f, 20.0f, 1.0f},
       {"9.0", 7000, k32, 1203, 1203, 5, 0, Gradient::kInPlace, false, 1.0f, 0.0f, 0.3f},
-      {"9.0", 4500, kB16, 3001, 2999, 0, 3, Gradient::kInPlace, true, 1.0f, 20.0f, 1.0f},
-      {"9.0", 3000, k16, 5120, 5120, 0, 0, Gradient::kNone, true, 1.25f, 0.0f, 0.5f},
-      {"9.0", 2000, k32, 3000, 2990, 0, 1, Gradient::kNarrower, false, 1.0f, 0.0f, 0.9f},
-      {"9.0", 2500, k32, 6001, 6001, 0, 0, Gradient::kNarrower, true, 1.0f, 20.0f, 1.0f},
+      {"9.0", 4500, kB16, 1501, 1499, 0, 3, Gradient::kInPlace, true, 1.0f, 20.0f, 1.0f},
+      {"9.0", 4000, k16, 400, 400, 0, 0, Gradient::kNone, true, 1.25f, 0.0f, 0.5f},
+      {"9.0", 2200, k32, 1000, 990, 0, 1, Gradient::kNarrower, false, 1.0f, 0.0f, 0.9f},
+      {"9.0", 2500, k32, 1803, 1803, 0, 0, Gradient::kNarrower, true, 1.0f, 20.0f, 1.0f},
       {"8.0", 4000, k32, 1100, 1090, 2, 1, Gradient::kNarrower, true, 1.25f, 0.0f, 0.1f},
   };
   int number = 0;
