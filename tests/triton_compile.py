@@ -89,17 +89,14 @@ def topk_variants(dtypes: tuple[str, ...], flags: tuple[bool, ...]) -> Iterator[
     names = ("NEED_GRAD", "NEED_ROWS", "CAPPED")
     pairs = [(dtype, dtype) for dtype in dtypes]
     pairs += [("fp32", dtype) for dtype in dtypes if dtype != "fp32"]
-    sizes = (dual_kl._LONG, 2 * dual_kl._LONG)
     ids = (1024, 1) if len(flags) > 1 else (1024,)
-    for (dtype, grad), size, k, *chosen in itertools.product(
-        pairs, sizes, ids, *[flags] * len(names)
-    ):
+    for (dtype, grad), k, *chosen in itertools.product(pairs, ids, *[flags] * len(names)):
         types = _named(f"*{dtype}", "student") | _named(f"*{grad}", "grad")
         types |= {"teacher_ids": "*i64"}
         types |= _named("*fp32", "teacher_logprobs teacher_tail row_weight grad_scale kl measures")
         types |= _named("fp32", "temperature inv_temperature scale softcap")
         itemsize = 4 if dtype == "fp32" else 2
-        block, warps = dual_kl.block_of(size, itemsize, chosen[1], chosen[2], lanes=32)
+        block, warps = dual_kl.block_of(dual_kl._LONG, itemsize, chosen[1], chosen[2], lanes=32)
         constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": block, "K": k}
         constants |= {"THREADS": 32 * warps, "NARROWED": grad != dtype}
         registers = dual_kl.REGISTERS if chosen[2] else None

@@ -203,7 +203,9 @@ def _run(
             capped = scalars.softcap != 0
             lanes = 32 if torch.version.hip is None else 64
             size = student.element_size()
-            block, warps = rows_of.block_of(vocabulary, size, need_rows, capped, lanes)
+            # The blocks of long rows would leave a thread too few registers.
+            length = min(vocabulary, rows_of._LONG)
+            block, warps = rows_of.block_of(length, size, need_rows, capped, lanes)
             registers = {"maxnreg": rows_of.REGISTERS} if capped and lanes == 32 else {}
             topk_rows_kernel[(rows,)](
                 student, *teacher, row_weight, target, grad_scale, kl, measures,
