@@ -327,7 +327,7 @@ def test_linear_topk_kl(case: cases.LinearCase, backend: str) -> None:
         bias = given.student_bias
         bias = None if bias is None else bias.to(dtype).requires_grad_()
         teacher = ids[rows], logprobs[rows].to(of_weights), given.row_weight[rows].to(of_weights)
-        options: dict[str, Any] = {"return_rows": True, **case.logits.options}
+        options: dict[str, Any] = {"return_rows": True, **case.logits.logit_options}
         if product_dtype is None:
             options |= {"student_bias": bias, "chunk_size": case.chunk_size, "backend": backend}
             loss, measures = leaf_ext.linear_topk_kl(hidden, head, *teacher, **options)
