@@ -312,7 +312,7 @@ def _rows(batch: Batch, rows: list[int]) -> Batch:
     """Return some rows of a batch, without the columns that are padding in all of them."""
     part = {name: tensor[rows] for name, tensor in batch.items()}
     for prefix in PREFIXES.values():
-        width = int(part[f"{prefix}attention_mask"].sum(dim=1).max())
+        used = part[f"{prefix}attention_mask"].any(dim=0)  # a user's collator may pad in front
         for name in ("input_ids", "attention_mask", "loss_mask"):
-            part[prefix + name] = part[prefix + name][:, :width]
+            part[prefix + name] = part[prefix + name][:, used]
     return part

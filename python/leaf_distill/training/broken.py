@@ -47,10 +47,11 @@ def _rows(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, An
     for at, (row_id, cf) in enumerate(zip(batch["row_id"], batch["counterfactual"], strict=True)):
         row: dict[str, Any] = {"row_id": int(row_id), "counterfactual": bool(cf)}
         for role, prefix in PREFIXES.items():
-            length = int(batch[f"{prefix}attention_mask"][at].sum())
-            ids = batch[f"{prefix}input_ids"][at, :length].tolist()
+            tokens_of_row = batch[f"{prefix}attention_mask"][at].bool()
+            ids = batch[f"{prefix}input_ids"][at, tokens_of_row].tolist()
             # The mask marks where the next token is a label.
-            labels = (batch[f"{prefix}loss_mask"][at].nonzero()[:, 0] + 1).tolist()
+            marks = batch[f"{prefix}loss_mask"][at, tokens_of_row]
+            labels = (marks.nonzero()[:, 0] + 1).tolist()
             tokens = tokenizer.convert_ids_to_tokens(ids)
             row[role] = {"input_ids": ids, "tokens": tokens, "labels": labels}
         rows.append(row)

@@ -45,6 +45,12 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "seed": (0, 2**32 - 1, "from 0 to 4294967295"),  # as NumPy takes it
 }
 
+GREATER_IS_BETTER = {
+    **dict.fromkeys(("loss", "kd_loss", "cd_loss", "nll"), False),
+    **dict.fromkeys(("agreement", "accuracy"), True),
+}
+"""The measures of an evaluation by which weights may be called the best, and which way."""
+
 _UNUSED = {
     "label_smoothing_factor": "the labels are the teacher's distributions",
     "train_sampling_strategy": "the sampler spreads originals and counterfactuals over the steps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,7 @@ from leaf_distill.config import (
     check_choices as check_literals,
 )
 from leaf_distill.training.checks import (
+    GREATER_IS_BETTER,
     changed_settings,
     check_accelerator,
     check_choices,
@@ -37,6 +39,8 @@ from leaf_distill.training.checks import (
     check_unused,
     refused,
 )
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     KdWeight = float | str
@@ -225,8 +229,14 @@ class LeafConfig(TrainingArguments):
         check_reporters(self)
         if self.early_stopping_patience is not None and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
+        if self.greater_is_better is None:  # transformers calls all but losses so
+            measured = str(self.metric_for_best_model).removeprefix("eval_")
+            self.greater_is_better = GREATER_IS_BETTER.get(measured)
         if self.token_selection == "tip" and self.ce_weight == 1:
             raise ValueError("token_selection: must not need a teacher with ce_weight 1, got tip")
+        for name, plain in (("divergence", "kl"), ("temperature", 1)):
+            if self.ce_weight == 1 and getattr(self, name) != plain:
+                logger.warning("%s has no effect with ce_weight 1, which asks no teacher", name)
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.fp16
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported()

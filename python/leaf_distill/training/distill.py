@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from leaf_distill.data.example import Example
 from leaf_distill.data.source import find_arm
 from leaf_distill.io import locked, read_json, user_directory, write_bytes, write_json
 from leaf_distill.models.source import named
+from leaf_distill.training.answers import gradable
 from leaf_distill.training.checkpoint import (
     NoCheckpoint,
     has_all_files,
@@ -26,7 +27,7 @@ from leaf_distill.training.checkpoint import (
     hash_weights,
     stopped,
 )
-from leaf_distill.training.checks import refused
+from leaf_distill.training.checks import GREATER_IS_BETTER, refused
 from leaf_distill.training.config import DistillArguments, LeafConfig
 from leaf_distill.training.identity import (
     Identity,
@@ -39,10 +40,10 @@ from leaf_distill.training.identity import (
     identity_of,
     read_finished,
 )
-from leaf_distill.training.loss import MEASURES
 from leaf_distill.training.model_card import model_card
 from leaf_distill.training.pair import import_peft
 from leaf_distill.training.show import show_rows
+from leaf_distill.training.teacher_cache import TeacherCache
 from leaf_distill.training.trainer import LeafTrainer
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
     if arguments.eval_dataset is not None:
         with named("eval_dataset", "dataset"):
             eval_examples = _load(arguments, arguments.eval_dataset, arguments.eval_split, None)
+    if eval_examples is not None:
+        _check_evaluation(arguments, config, eval_examples)
     detected = _detected(arguments.dataset, config)
     identity = identity_of(arguments, config, examples, eval_examples)
     with contextlib.nullcontext() if config.process_index else locked(output_dir):
@@ -139,12 +142,36 @@ def _check_together(arguments: DistillArguments, config: LeafConfig) -> None:
     for name in ("eval_answers", "early_stopping_patience", "load_best_model_at_end"):
         if getattr(config, name) and arguments.eval_dataset is None:
             raise ValueError(f"eval_dataset: must be given with {name}, got nothing; give rows")
+    _check_metric(config)
+
+
+def _check_metric(config: LeafConfig, absent: Collection[str] = ()) -> None:
+    """Check that an evaluation has the measure that weights are compared by."""
+    of_teacher = ("kd_loss", "cd_loss", "agreement") if config.ce_weight == 1 else ()
+    accuracy = () if config.eval_answers else ("accuracy",)
+    known = [one for one in GREATER_IS_BETTER if one not in (*absent, *of_teacher, *accuracy)]
     measured = str(config.metric_for_best_model or "loss").removeprefix("eval_")
-    known = (*MEASURES, "accuracy") if config.eval_answers else MEASURES
     if measured not in known:
-        hint = "; give --eval_answers N" if measured == "accuracy" else ""
+        hint = "; give --eval_answers N" if measured in accuracy else ""
         raise ValueError(
             f"metric_for_best_model: must be one of {', '.join(known)}, got {measured!r}{hint}"
+        )
+
+
+def _check_evaluation(
+    arguments: DistillArguments, config: LeafConfig, rows: Sequence[Example]
+) -> None:
+    """Check that these rows and this teacher give the measures that are needed."""
+    cache = arguments.teacher_cache
+    stored = None if cache is None else TeacherCache(cache).manifest["signal"]
+    absent = ["nll"] if stored == "topk" and not config.ce_weight else []
+    if all(one.branch == "original" for one in rows):
+        absent.append("cd_loss")
+    _check_metric(config, absent)
+    if config.eval_answers and not gradable(rows, config):
+        raise ValueError(
+            "eval_answers: must find a row of eval_dataset with an answer (with grade code, with "
+            f"tests), got none of {len(rows)}; give such rows, or 0"
         )
 
 

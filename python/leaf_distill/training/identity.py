@@ -30,17 +30,15 @@ _DECIDING = (
     *("dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model", "train_on"),
     "early_stopping_patience",
 )
-_DECIDING_BEST = ("eval_strategy", "eval_steps", "eval_answers", "grade", "max_new_tokens")
+_DECIDING_BEST = (
+    *("eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps"),
+    *("eval_answers", "grade", "grade_timeout", "max_new_tokens", "greater_is_better"),
+    *("bf16_full_eval", "fp16_full_eval"),
+)
 """Settings of the evaluation, which decide where a run stops early and which weights are best."""
 _DECIDING_ARGUMENTS = (
-    *(
-        "teacher_dtype",
-        "teacher_quantization",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_target_modules",
-    ),
+    *("teacher_dtype", "teacher_quantization"),
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
 )
 _WRITTEN = (
     *("README.md", "metrics.json", "run.json", "*config.json", "*.safetensors", "*.bin"),
@@ -68,8 +66,8 @@ def identity_of(
     if arguments.teacher_cache is not None:
         cache = TeacherCache(arguments.teacher_cache)
         identity["teacher"] = cache.manifest["teacher"]
-        made = {"name": arguments.teacher_cache, "digest": digest([cache.manifest])}
-        identity["teacher_cache"] = made
+        made = {**cache.manifest, "teacher": cache.manifest["teacher"]["digest"]}
+        identity["teacher_cache"] = {"name": arguments.teacher_cache, "digest": digest([made])}
     for rows, source in ((examples, "dataset"), (eval_examples, "eval_dataset")):
         if rows is not None:
             identity[source] = {"name": getattr(arguments, source), "digest": digest_of(rows)}
@@ -77,7 +75,12 @@ def identity_of(
         failed = digest([one.row_id] for one in examples if one.failed)
         identity["failed_rows"] = {"name": arguments.dataset, "digest": failed}
     identity |= {name: getattr(arguments, name) for name in _DECIDING_ARGUMENTS}
+    if arguments.teacher_dtype == "auto" and arguments.teacher_device == "cpu":
+        identity["teacher_dtype"] = "auto on a CPU"  # which may be another one
     by_evaluation = config.load_best_model_at_end or config.early_stopping_patience is not None
+    if by_evaluation and config.eval_answers and eval_examples is not None:
+        golds = digest([one.row_id, one.answer, one.tests] for one in eval_examples)
+        identity["graded_rows"] = {"name": arguments.eval_dataset, "digest": golds}
     for name in (*_DECIDING, *(_DECIDING_BEST if by_evaluation else ())):
         value = getattr(config, name, None)
         identity[name] = value.value if isinstance(value, Enum) else value

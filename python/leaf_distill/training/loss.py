@@ -232,13 +232,20 @@ class Objective:
             return loss
 
         loss = self.student.run(module, batch["input_ids"], batch["attention_mask"], at, at_head)
-        sums, invalid = _sums(measured[0], weights(), tokens, batch)
+        sums, invalid = _sums(measured[0], weights(), tokens, batch, self.ce_weight)
         if invalid:
             rows = measured[0]
-            bad = sorted(set(row_id[tokens.sequence[~rows.kl.isfinite()]].tolist()))
+            faulty = _not_finite(rows, self.ce_weight)
+            bad = sorted(set(row_id[tokens.sequence[faulty]].tolist()))
             what, reason = "NaN", "the student's output is not finite there"
             if not rows.kl.isnan().any():
                 what, reason = "infinite", "the student rules out what the teacher does not"
+                if self.ce_weight == 1 or rows.kl.isfinite().all():
+                    reason = "the student rules out a label"
+                elif self.divergence == "reverse_kl":
+                    reason = (
+                        "the teacher rules out what the student does not; use another divergence"
+                    )
             raise BrokenLoss(
                 f"the loss is {what} on the rows with row_id {bad}: {reason}. {CURE}",
                 batch,
@@ -309,8 +316,15 @@ class Objective:
         )
 
 
-def _sums(rows: DualKLRows, weights: Tensor, tokens: _Tokens, batch: Batch) -> tuple[Tensor, bool]:
-    """Return the batch's `SUMS`, and whether a KL is not finite, by one transfer."""
+def _not_finite(rows: DualKLRows, ce_weight: float) -> Tensor:
+    """Return which tokens' part of the loss is NaN or infinite, bool [N]."""
+    return ~(rows.kl.isfinite() & rows.nll.isfinite() if ce_weight else rows.kl.isfinite())
+
+
+def _sums(
+    rows: DualKLRows, weights: Tensor, tokens: _Tokens, batch: Batch, ce_weight: float
+) -> tuple[Tensor, bool]:
+    """Return the batch's `SUMS`, and whether a part of the loss is not finite, by one transfer."""
     counts, cd = tokens.weight * (weights > 0), tokens.counterfactual
     kl = counts * rows.kl
     cf_rows = batch["counterfactual"] & batch["loss_mask"].any(dim=1)
@@ -323,7 +337,7 @@ def _sums(rows: DualKLRows, weights: Tensor, tokens: _Tokens, batch: Batch) -> t
         cf_rows.sum(),
         (~tokens.live).sum(),
         (counts * cd * rows.nll).sum(),
-        ~rows.kl.isfinite().all(),
+        _not_finite(rows, ce_weight).any(),
     ]
     values = torch.stack([part.double() for part in parts]).cpu()
     return values[:-1], bool(values[-1])

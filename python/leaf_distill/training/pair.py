@@ -166,9 +166,10 @@ def make_pair(
         rows["teacher"] = teacher_model.manifest["embedding_rows"]
         positions["teacher"] = teacher_model.manifest["max_positions"]
         vocab_size = logit_rows(models["student"]) or LARGEST  # a head that is refused later
-        teacher_model.check_training(
-            renderers["teacher"], args.temperature, args.divergence, vocab_size
-        )
+        if args.ce_weight < 1:
+            teacher_model.check_training(
+                renderers["teacher"], args.temperature, args.divergence, vocab_size
+            )
     limit = max_length(positions, args.max_length)
     return Pair(models, renderers, rows, limit, args.span_weighting)
 

@@ -66,8 +66,11 @@ def _in_turn(dataset: ExampleDataset, config: LeafConfig) -> list[Example]:
     sampler = StepSampler(
         dataset.originals,
         dataset.counterfactuals,
-        batch_size=config.per_device_train_batch_size,
+        failed=dataset.failed,
+        failed_share=config.failed_share,
+        batch_size=config.originals_per_step,
         seed=config.seed if config.data_seed is None else config.data_seed,
+        drop_last=config.dataloader_drop_last,
     )
     rows = [dataset[at] for batch in sampler for at in batch]
     originals = [row for row in rows if row.branch == "original"]

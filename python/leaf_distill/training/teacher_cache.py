@@ -264,7 +264,13 @@ class StoredTeacher:
     def __call__(self, batch: Batch) -> Signal:
         tensors = [batch[f"teacher_{name}"].cpu() for name in TENSORS]
         rows = [(row.numpy(), at.numpy()) for row, at in teacher_rows(*tensors)]
-        found = [self.cache.read(row_key(row, at)) for row, at in rows if at.any()]
+        try:
+            found = [self.cache.read(row_key(row, at)) for row, at in rows if at.any()]
+        except KeyError as error:
+            raise ValueError(
+                "data_collator: must keep the teacher's tokens and labels as teacher_cache has "
+                f"them, got others in a batch of row_id {batch['row_id'].tolist()}; leave them"
+            ) from error
         columns = {
             name: torch.from_numpy(np.concatenate([one[name] for one in found])).to(self.device)
             for name in (found[0] if found else ())
@@ -289,7 +295,8 @@ class StoredTeacher:
         return TopK(ids, top_k_logprobs(steps), tail.double(), made["vocab_size"])
 
     def check(self, batch: Batch) -> None:
-        """Do nothing: `leaf cache` has compared the head with its model."""
+        """Read a batch; `leaf cache` has compared the head with its model."""
+        self(batch)
 
 
 def _read_head(path: Path, device: torch.device) -> Head:

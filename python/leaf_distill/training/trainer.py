@@ -134,6 +134,18 @@ class LeafTrainer(Trainer):
         self.teacher_cache = (
             None if teacher_cache is None else open_cache(teacher_cache, teacher_model)
         )
+        self._asks_teacher = args.ce_weight < 1
+        beside = {
+            "teacher_dtype": teacher_dtype != "auto",
+            "teacher_device": teacher_device != "auto",
+            "teacher_quantization": teacher_quantization is not None,
+            "teacher_processing_class": teacher_processing_class is not None,
+        }
+        for name, given in beside.items() if self.teacher_cache is not None else ():
+            if given:
+                raise ValueError(
+                    f"{name}: must be left out with teacher_cache; `leaf cache` has decided it"
+                )
         if self.teacher_cache is not None and 0 < args.ce_weight < 1:
             self.teacher_cache.check_labels()
         if self.teacher_cache is None and teacher_model is None:
@@ -209,7 +221,7 @@ class LeafTrainer(Trainer):
 
     def _prepare(self, rows: Any, name: str) -> tuple[ExampleDataset, list[Example]]:
         prepared = self._pair.prepare(rows, name)
-        if self.teacher_cache is not None:
+        if self.teacher_cache is not None and self._asks_teacher:
             self.teacher_cache.check_rows(prepared[0], name)
         return prepared
 
@@ -481,7 +493,8 @@ class LeafTrainer(Trainer):
             parts = self._passes(inputs, at_least)
             counts, losses = count_labels(inputs), []
             for part in parts:
-                loss, sums = self._measure(model, part, counts, self.args.kd_weight_at(1))
+                # Every token must be measured, also one that a lambda of 0 or 1 would drop.
+                loss, sums = self._measure(model, part, counts, "pool")
                 losses.append(loss)
                 self._eval_sums = self._eval_sums + sums
         return torch.stack(losses).sum(), None, None

@@ -231,6 +231,21 @@ def test_a_batch_is_split_into_bounded_passes_and_nothing_is_lost(max_tokens: in
     assert (len(parts) == 1) is (max_tokens == 10_000)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_padding_in_front_loses_no_label(packed: bool) -> None:
+    batch = collate(render(make_rows(8, 5)))
+    expected = sorted(labels_of(batch))
+    for prefix in ("", "teacher_"):
+        names = [f"{prefix}{name}" for name in ("input_ids", "attention_mask", "loss_mask")]
+        lengths = batch[names[1]].sum(dim=1).tolist()
+        for name in names:
+            rows = [row.roll(len(row) - n) for row, n in zip(batch[name], lengths, strict=True)]
+            batch[name] = torch.stack(rows)
+    parts = split_batch(batch, 40, packed=packed)
+    assert len(parts) > 1
+    assert sorted(chain(*map(labels_of, parts))) == expected
+
+
 @pytest.mark.parametrize("max_tokens", [1, 20, 40, 60, 10_000])
 def test_packed_passes_are_filled_by_the_tokens_of_their_rows(max_tokens: int) -> None:
     batch = collate(render(make_rows(8, 5), "w39 w39 " + TEMPLATE))

@@ -331,6 +331,49 @@ def test_a_stored_top_k_is_not_mixed_with_labels(
         make(tmp_path, None, rows, tmp_path / "cache", ce_weight=0.5)
 
 
+def test_a_training_on_labels_alone_asks_nothing_of_a_cache(
+    teacher: str, student: str, tmp_path: Path
+) -> None:
+    rows = make_rows(6, 2)
+    fill(tmp_path / "cache", teacher, rows[:2], signal="topk", top_k=4, student=student)
+    settings = {"ce_weight": 1.0, "temperature": 2.0, "max_steps": 1}
+    make(tmp_path, None, rows, tmp_path / "cache", **settings).train()
+
+
+def test_what_a_cache_has_decided_is_refused_beside_it(teacher: str, tmp_path: Path) -> None:
+    rows, cache = make_rows(3, 0), tmp_path / "cache"
+    fill(cache, teacher, rows)
+    args, tokenizer = make_config(tmp_path / "run"), make_tokenizer()
+    given = {"teacher_dtype": "bfloat16", "teacher_device": "cpu", "teacher_quantization": "int8"}
+    for name, value in {**given, "teacher_processing_class": tokenizer}.items():
+        with pytest.raises(ValueError, match=f"^{name}: must be left out with teacher_cache"):
+            LeafTrainer(
+                *(make_student(), None, args, rows, None, tokenizer),
+                teacher_cache=cache,
+                **{name: value},
+            )
+
+
+def test_a_collator_that_changes_what_the_teacher_reads_is_named(
+    teacher: str, tmp_path: Path
+) -> None:
+    rows, cache = make_rows(3, 0), tmp_path / "cache"
+    fill(cache, teacher, rows)
+
+    def other(examples: Any) -> Any:
+        batch = collate(examples)
+        batch["teacher_input_ids"][:, 1] = 7
+        return batch
+
+    trainer = LeafTrainer(
+        *(make_student(), None, make_config(tmp_path / "run"), rows, None, make_tokenizer()),
+        data_collator=other,
+        teacher_cache=cache,
+    )
+    with pytest.raises(ValueError, match=r"^data_collator: must keep the teacher's tokens"):
+        trainer.train()
+
+
 def test_a_student_of_fewer_tokens_is_refused(teacher: str, tmp_path: Path) -> None:
     rows, larger = make_rows(3, 0), save(make_student(vocab_size=48), tmp_path / "larger")
     fill(tmp_path / "cache", teacher, rows, student=larger, signal="topk")

@@ -120,6 +120,16 @@ def test_the_evaluation_loss_is_that_of_the_whole_dataset(
         assert measured["eval_cf_rows"] == 4
 
 
+def test_a_lambda_of_one_measures_the_counterfactuals_all_the_same(tmp_path: Path) -> None:
+    rows = make_rows(7, 4)
+    expected = plain_measures(make_student().eval(), make_teacher().eval(), rows)
+    for batch_size in (1, 16):
+        trainer = make_trainer(tmp_path, rows, per_device_eval_batch_size=batch_size, kd_weight=1.0)
+        measured = trainer.evaluate()
+        assert measured["eval_loss"] == pytest.approx(expected["kd_loss"], rel=1e-5)
+        assert measured["eval_cd_loss"] == pytest.approx(expected["cd_loss"], rel=1e-5)
+
+
 class _Rows:
     """Counts the padded tokens of each forward pass."""
 

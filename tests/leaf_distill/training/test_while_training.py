@@ -224,6 +224,51 @@ def test_accuracy_is_better_when_it_is_greater(tmp_path: Path) -> None:
     assert config.greater_is_better
     config = make_config(tmp_path, early_stopping_patience=1, eval_strategy="epoch")
     assert config.metric_for_best_model == "loss" and not config.greater_is_better
+    for name, greater in (("eval_nll", False), ("agreement", True)):
+        assert make_config(tmp_path, metric_for_best_model=name).greater_is_better is greater
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metric_for_best_model": "cd_loss"}, "metric_for_best_model: must be one of loss, kd"),
+        (
+            {"metric_for_best_model": "agreement", "ce_weight": 1.0},
+            r"metric_for_best_model: must be one of loss, nll, got 'agreement'",
+        ),
+        ({**ANSWERS, "grade": "code"}, "eval_answers: must find a row of eval_dataset"),
+    ],
+)
+def test_what_no_evaluation_measures_is_refused_before_the_training(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows(4, 0))  # no counterfactual, no tests
+    arguments = DistillArguments(
+        student="no", teacher="no", dataset=rows, eval_dataset=rows, eval_split="train"
+    )
+    config = make_config(tmp_path / "out", allow_code_execution=True, **settings)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        distill(arguments, config)
+
+
+def test_other_golds_of_the_evaluation_are_another_run_where_they_decide(tmp_path: Path) -> None:
+    pair, rows = save_pair(tmp_path), make_rows(8, 0)
+    train = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = {**ANSWERS, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    settings |= {"max_steps": 2, "load_best_model_at_end": True, "save_strategy": "steps"}
+    for number in range(2):
+        held_out = [{**row, "answer": f"w{number}"} for row in rows]
+        arguments = DistillArguments(
+            **pair,
+            dataset=train,
+            eval_dataset=write_rows(tmp_path / "held_out.jsonl", held_out),
+            eval_split="train",
+        )
+        if number:
+            with pytest.raises(ValueError, match=r"the content of graded_rows .* has changed"):
+                distill(arguments, make_config(tmp_path / "out", **settings))
+        else:
+            distill(arguments, make_config(tmp_path / "out", **settings))
 
 
 # ---- numbers that are not finite ----
@@ -291,6 +336,11 @@ def test_an_infinite_loss_stops_too(tmp_path: Path) -> None:
         trainer.train()
     by_id = {row["row_id"]: row["kl"] for row in broken_batch(error, tmp_path)["rows"]}
     assert by_id[3][1] == "inf" and "inf" not in (by_id[3][0], by_id[3][2])
+    assert "the student rules out what the teacher does not" in str(error.value)
+    sft = make_config(tmp_path / "sft", ce_weight=1.0)
+    trainer = LeafTrainer(student, make_teacher(), sft, rows, None, make_tokenizer())
+    with pytest.raises(RuntimeError, match="the student rules out a label"):
+        trainer.train()
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
