@@ -71,4 +71,4 @@ def test_a_counterfactual_has_every_field_of_its_row() -> None:
     names = [item.name for item in fields(Example)]
     read = set(names[: names.index("candidate_id")])
     # Answers to the whole prompt are none to a changed one, which the teacher reads too.
-    assert set(ROW_FIELDS) == read - {"given", "teacher_messages"}
+    assert set(ROW_FIELDS) == read - {"given", "verdict", "teacher_messages"}
