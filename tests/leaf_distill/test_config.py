@@ -50,9 +50,9 @@ def test_wrong_settings_are_named(wrong: dict[str, Any], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("arms", "sentence"),
     [
-        (["kd", "spam"], "arms: must be of kd, span, .*, got 'spam'"),
-        (["kd"], "one of them no kd, got 'kd'"),
-        (["span", "span"], "must be different"),
+        (["kd", "spam"], "arms: must be of kd, kd_failed, .*, got 'spam'"),
+        ([], "arms: must be different names, got ''"),
+        (["span", "span"], "arms: must be different names, got 'span span'"),
     ],
 )
 def test_wrong_arms_are_named(arms: list[str], sentence: str) -> None:
