@@ -33,7 +33,9 @@ from leaf_distill.evaluation.evaluate import evaluate
 from leaf_distill.evaluation.measure import check_directory
 from leaf_distill.evaluation.tables import check_table
 from leaf_distill.io import (
+    is_of,
     locked,
+    read_json,
     user_directory,
     write_bytes,
     write_json,
@@ -200,6 +202,13 @@ def distill_equally(
     if steps <= 0:
         steps = math.ceil(training.num_train_epochs * originals / rows)
     a_step = max(1, round(rows * originals / branches.total()))
+    run = output_dir / "run.json"
+    trained = read_json(run).get("max_steps") if is_of(run, "distill") else steps
+    if trained != steps:  # `distill` would go on, with a schedule that is not the other arms'
+        raise ValueError(
+            f"max_steps: must stay {trained} in a directory whose arms have so many, got {steps}; "
+            "give another output_dir"
+        )
     result = distill(
         arguments,
         training.with_changes(

@@ -36,7 +36,8 @@ class LogLines(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started, self._first = time.monotonic(), state.global_step
-        if state.max_steps <= args.get_warmup_steps(state.max_steps):
+        never_ends = state.max_steps <= args.get_warmup_steps(state.max_steps)
+        if never_ends and state.is_world_process_zero:
             logger.warning(
                 "the run has %d steps in all, and the warm-up never ends: lower originals_per_step "
                 "or warmup_steps, or raise num_train_epochs",
@@ -113,6 +114,16 @@ class StopEarly(EarlyStoppingCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.early_stopping_patience_counter = self.count(state)
         state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
+        if control.should_training_stop and state.is_world_process_zero:
+            logger.warning(
+                "stopped early at step %d: no better %s in %d evaluations",
+                *(state.global_step, args.metric_for_best_model, self.early_stopping_patience),
+            )
 
     @classmethod
     def count(cls, state: Any) -> int:

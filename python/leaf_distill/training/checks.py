@@ -138,11 +138,30 @@ def check_evaluation(config: Any) -> None:
             "allow_code_execution: must be true to run the programs in answers, got false; give "
             "--allow_code_execution, which confines them"
         )
-    if config.early_stopping_patience is not None and config.eval_strategy == "no":
+    for name in ("early_stopping_patience", "load_best_model_at_end"):
+        if getattr(config, name) and config.eval_strategy == "no":
+            raise ValueError(
+                f"eval_strategy: must be steps or epoch with {name}, got no; give "
+                "--eval_strategy steps --eval_steps N"
+            )
+    if not config.load_best_model_at_end or config.save_strategy == "best":
+        return
+    if config.save_strategy != config.eval_strategy:
         raise ValueError(
-            "eval_strategy: must be steps or epoch with early_stopping_patience, got no; give "
-            "--eval_strategy steps --eval_steps N"
+            f"save_strategy: must be best or {_text(config.eval_strategy)}, as eval_strategy is, "
+            f"with load_best_model_at_end, got {_text(config.save_strategy)}; give best"
         )
+    every = config.logging_steps if config.eval_steps is None else config.eval_steps
+    if config.eval_strategy == "steps" and config.save_steps != every:
+        raise ValueError(
+            f"save_steps: must be eval_steps, {every:g}, with load_best_model_at_end, since only "
+            f"weights that were saved can be taken, got {config.save_steps:g}; give one number "
+            "for both, or --save_strategy best"
+        )
+
+
+def _text(choice: Any) -> str:
+    return str(getattr(choice, "value", choice))
 
 
 def check_reporters(config: TrainingArguments) -> None:

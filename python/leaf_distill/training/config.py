@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -237,6 +238,10 @@ class LeafConfig(TrainingArguments):
         for name, plain in (("divergence", "kl"), ("temperature", 1)):
             if self.ce_weight == 1 and getattr(self, name) != plain:
                 logger.warning("%s has no effect with ce_weight 1, which asks no teacher", name)
+        by_deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not by_deepspeed
+        if several and not torch.accelerator.is_available():
+            self.use_cpu = True  # else accelerate takes each process for a run of its own
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.fp16
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported()
@@ -477,3 +482,9 @@ class CacheConfig(ModelOptions, RowOptions, PairOptions):
             check_range(self, name, 1, LARGEST)
         check_range(self, "top_k", 1, 1024)
         check_range(self, "temperature", 1e-3, 1e3)
+        for name, unused in (("top_k", 32), ("temperature", 1.0)):
+            if self.signal == "hidden" and getattr(self, name) != unused:
+                raise ValueError(
+                    f"{name}: must come with signal topk, got {getattr(self, name)} for hidden "
+                    "states, which hold for any; leave it out, or give --signal topk"
+                )

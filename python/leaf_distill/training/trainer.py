@@ -461,6 +461,12 @@ class LeafTrainer(Trainer):
         with without_progress_bars(), whole:
             super().save_model(output_dir, _internal_call)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of what a checkpoint lacks, unless another weight of the model is the same one."""
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        if not (set(load_result.missing_keys) <= tied and not load_result.unexpected_keys):
+            super()._issue_warnings_after_load(load_result)
+
     def _of_ranks(self, values: Tensor) -> Tensor:
         """Return the values of all ranks, stacked."""
         if self.args.world_size == 1:

@@ -230,6 +230,15 @@ def test_the_same_command_trains_nothing_again(
     assert compare(*settings(pair, root)) == result
 
 
+def test_arms_with_other_steps_need_another_directory(
+    pair: dict[str, str], compared: tuple[Path, CompareResult]
+) -> None:
+    """A trained arm would go on, with a schedule that a new arm has not."""
+    config, detection, training = settings(pair, compared[0])
+    with pytest.raises(ValueError, match="max_steps: must stay 3 in a directory whose arms have"):
+        compare(config, detection, training.with_changes(max_steps=4))
+
+
 def test_a_missing_evaluation_set_is_asked_for(pair: dict[str, str], tmp_path: Path) -> None:
     config, detection, training = settings(pair, tmp_path)
     with pytest.raises(ValueError, match="eval_dataset: must be given"):

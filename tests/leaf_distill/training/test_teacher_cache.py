@@ -463,6 +463,10 @@ def test_the_commands_need_no_teacher_once_it_is_stored(
             "cache --teacher t --dataset d --output_dir o --temperature 0",
             "temperature: must be from 0.001 to 1000.0, got 0",
         ),
+        (
+            "cache --teacher t --dataset d --output_dir o --top_k 8",
+            "top_k: must come with signal topk, got 8",
+        ),
         ("distill --student s --dataset d --output_dir o", "teacher: must be given"),
         (
             "distill --student s --dataset d --output_dir o --teacher_cache c --teacher_device cpu",

@@ -141,7 +141,7 @@ def test_the_best_weights_are_kept_written_and_told(tmp_path: Path, limit: int) 
 
 
 def test_a_run_that_gets_no_better_stops_and_one_that_goes_on_keeps_its_count(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {**WORSENING, "learning_rate": 1.0, "max_steps": 30, "save_total_limit": None}
     straight = make_trainer(tmp_path / "straight", early_stopping_patience=3, **settings)
@@ -149,6 +149,8 @@ def test_a_run_that_gets_no_better_stops_and_one_that_goes_on_keeps_its_count(
     values = [log["eval_loss"] for log in straight.state.log_history if "eval_loss" in log]
     best = values.index(min(values)) + 1
     assert straight.state.global_step == best + 3 < 30
+    assert f"stopped early at step {best + 3}: no better loss in 3 evaluations" in caplog.text
+    assert "missing keys" not in caplog.text  # the head that is tied to the embedding
 
     class Kill(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -182,6 +184,9 @@ def test_a_run_that_gets_no_better_stops_and_one_that_goes_on_keeps_its_count(
         ({"eval_answers": 2, "grade": "code"}, "allow_code_execution: must be true to run"),
         ({"early_stopping_patience": 0}, "early_stopping_patience: must be at least 1, got 0"),
         ({"early_stopping_patience": 2}, "eval_strategy: must be steps or epoch with early_stop"),
+        ({"load_best_model_at_end": True}, "eval_strategy: must be steps or epoch with load_best"),
+        ({**WORSENING, "save_strategy": "epoch"}, "save_strategy: must be best or steps, as eval"),
+        ({**WORSENING, "save_steps": 2}, "save_steps: must be eval_steps, 1, with load_best"),
         ({"train_on": "first"}, "train_on: must be one of last, all, got 'first'"),
         ({"report_to": "nope"}, "report_to: must be of none, all, .*wandb.*, got 'nope'"),
     ],
