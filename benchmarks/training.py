@@ -228,6 +228,8 @@ def page(
     padding: float,
     arguments: argparse.Namespace,
 ) -> str:
+    from stage1 import cpu_name
+
     command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     lines = [
@@ -253,13 +255,6 @@ def page(
             f"{ratio:.2f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def main() -> None:

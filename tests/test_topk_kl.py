@@ -1,4 +1,4 @@
-"""What `topk_kl`, `linear_topk_kl` and the labels of `linear_dual_kl` must be equal to."""
+"""`topk_kl`, `linear_topk_kl` and the labels of `linear_dual_kl` beside what they must equal."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_all_ids_are_dual_kl_and_fewer_are_below_it(backend: str, dtype: torch.d
             torch.testing.assert_close(
                 gradient(loss, student), gradient(full, student), rtol=1e-5, atol=1e-7
             )
-        # What is merged into one outcome loses what told its parts apart.
+        # Tokens that are merged into one outcome are not told apart any more.
         assert bool((found.kl <= last + 2e-6).all()) and bool((found.kl >= 0).all())
         last = found.kl
 

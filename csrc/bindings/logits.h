@@ -1,6 +1,6 @@
 #pragma once
 
-// What the bindings of the losses over logits share. `Params` is a loss's parameters.
+// The bindings of the losses over logits share this. `Params` is a loss's parameters.
 
 #include <optional>
 #include <tuple>

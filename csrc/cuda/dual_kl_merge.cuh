@@ -44,7 +44,7 @@ struct alignas(16) Outcome<true> {
   }
 };
 
-// What a divergence with a second pass for its gradient exchanges in between.
+// A divergence with a second pass for its gradient exchanges this in between.
 struct alignas(16) SharedMeans {
   Means<double> warp_means[kRowWarps];
   Means<double> block_means[kMaxCluster];

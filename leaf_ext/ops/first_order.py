@@ -52,7 +52,9 @@ def _graph_is_freed(saved: Tensor) -> bool:
     """Return whether the backward that runs now is the last one through its graph."""
     if type(saved) is not Tensor or torch.compiler.is_compiling():
         return False  # a tracer records the backward, and decides about its memory itself
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    # It is no public function: without it the gradient is scaled into new memory.
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
 
 
 def _fake(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the losses of linear heads share: checks of a model, autograd, fake kernels."""
+"""The losses of linear heads share these: checks of a model, autograd, fake kernels."""
 
 from __future__ import annotations
 

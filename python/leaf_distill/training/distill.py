@@ -344,7 +344,7 @@ class _Claim(TrainerCallback):
         if state.is_world_process_zero:
             for checkpoint in sort_checkpoints(str(self.directory)):
                 later = int(checkpoint.rpartition("-")[2]) > state.global_step
-                # What a kill left of one that was saved or deleted would count as a newer one.
+                # The rest of one that a kill left half saved or deleted would count as newer.
                 if (self.discard and later) or not has_all_files(Path(checkpoint)):
                     shutil.rmtree(checkpoint)
             claim(self.directory, self.identity)

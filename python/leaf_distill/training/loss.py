@@ -30,7 +30,7 @@ KEYS: Final = (
 """The keys that a batch must have, as `leaf_distill.data.collator.collate` makes them."""
 
 _MEANS: Final = ("student_entropy", "teacher_entropy", "agreement", "nll")
-"""What `linear_dual_kl` measures of each token besides the KL, and the log has as a mean."""
+"""`linear_dual_kl` measures these of each token besides the KL, and the log has their means."""
 
 SUMS: Final = (
     *("kd_kl", "cd_kl", "kd_tokens", "cd_tokens", *_MEANS, "cf_rows", "skipped_rows"),

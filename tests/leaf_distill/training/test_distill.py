@@ -366,7 +366,7 @@ def trained_steps(metrics: dict[str, Any]) -> list[int]:
 def test_what_a_kill_left_of_a_checkpoint_takes_no_whole_ones_place(
     tmp_path: Path, pair: dict[str, str]
 ) -> None:
-    """Of three checkpoints one was being deleted, and one being saved, at the kill."""
+    """At the kill one of three checkpoints was being deleted, and one being saved."""
     arguments = DistillArguments(**pair, dataset=write_run(tmp_path / "run", make_rows(12, 5)))
     output, settings = tmp_path / "out", {**SAVING, "save_total_limit": None}
     distill(arguments, make_config(output, **settings))

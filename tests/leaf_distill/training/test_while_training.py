@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -141,8 +142,9 @@ def test_the_best_weights_are_kept_written_and_told(tmp_path: Path, limit: int) 
 
 
 def test_a_run_that_gets_no_better_stops_and_one_that_goes_on_keeps_its_count(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     settings = {**WORSENING, "learning_rate": 1.0, "max_steps": 30, "save_total_limit": None}
     straight = make_trainer(tmp_path / "straight", early_stopping_patience=3, **settings)
     straight.train()
