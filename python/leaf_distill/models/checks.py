@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
 
 
+_hides_advice: Final[ContextVar[bool]] = ContextVar("hides_advice", default=False)
 _pads: Final[weakref.WeakKeyDictionary[Any, bool]] = weakref.WeakKeyDictionary()
 
 
@@ -45,18 +47,18 @@ def without_mask_advice() -> Iterator[None]:
     """Hide the advice to pass a mask where a row ends with the pad token.
 
     Some architectures, GPT-2 among them, give it; the last label, the end token, may be their pad
-    token, and padding behind a row needs no mask.
+    token, and padding behind a row needs no mask. Other threads' advice stays.
     """
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_no_advice)
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_wanted)  # once, for all threads
+    token = _hides_advice.set(True)
     try:
         yield
     finally:
-        logger.removeFilter(_is_no_advice)
+        _hides_advice.reset(token)
 
 
-def _is_no_advice(record: logging.LogRecord) -> bool:
-    return "passing in an `attention_mask`" not in record.getMessage()
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not (_hides_advice.get() and "passing in an `attention_mask`" in record.getMessage())
 
 
 def input_device(model: Any) -> torch.device:

@@ -277,9 +277,7 @@ def _store(
     keys, rows = list(lacking), list(lacking.values())
     if manifest["signal"] == "hidden" and not (directory / HEAD).exists():
         write_head(directory / HEAD, live.head)
-    # Rows that are read alone make whole batches; the longest come first.
-    most = 1 if live.rows_alone else config.max_batch_tokens
-    batches = plan_batches([len(row) for row in rows], max_tokens=most)
+    batches = plan_batches([len(row) for row in rows], max_tokens=config.max_batch_tokens)
     with (
         CacheWriter(directory, manifest) as writer,
         Progress(len(rows), "teacher") as progress,

@@ -17,6 +17,7 @@ from torch import Tensor
 from leaf_distill.data.collator import Batch
 from leaf_distill.models.checks import input_device
 from leaf_distill.models.lm_head import LMHeadHook
+from leaf_distill.models.replicas import replicate, run_each
 from leaf_ext import DualKLRows, linear_dual_kl, linear_topk_kl
 
 TENSORS: Final = ("input_ids", "attention_mask", "loss_mask")
@@ -145,9 +146,10 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A model that reads each batch.
 
-    On a CPU it reads each row alone. Its hidden states then depend on the row only, to the last
-    bit; in a padded batch they depend on the rows beside it, and padding costs as much as tokens.
-    Weights that are offloaded are fetched for each pass, and so read the batch as one.
+    On a CPU it reads each row alone, several at a time (`leaf_distill.models.replicas`). Its hidden
+    states then depend on the row only, to the last bit; in a padded batch they depend on the rows
+    beside it, and padding costs as much as tokens. Weights that are offloaded are fetched for each
+    pass, and so read the batch as one.
 
     Args:
         model: frozen, in eval mode, on any device.
@@ -158,10 +160,12 @@ class LiveTeacher:
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
-        self.hook, self.device = LMHeadHook(model, "teacher"), device
         self.model, self.input_device = model, input_device(model)
-        offloaded = any(weight.device.type == "meta" for weight in model.parameters())
-        self.rows_alone = self.input_device.type == "cpu" and not offloaded
+        places = {weight.device.type for weight in model.parameters()}
+        self.rows_alone = places == {"cpu"}
+        models = replicate(model) if self.rows_alone else [model]
+        self.hooks = [LMHeadHook(one, "teacher") for one in models]
+        self.hook, self.device = self.hooks[0], device
         self.head = _head(self.hook, device)
 
     @property
@@ -186,26 +190,27 @@ class LiveTeacher:
         Returns:
             Hidden states [N, H] on the student's device.
         """
-        batch = (one.to(self.input_device) for one in (ids, attention_mask, at))
+        ids, attention_mask, at = (one.to(self.input_device) for one in (ids, attention_mask, at))
         if self.rows_alone:
             rows = [
-                self._run(row[None], torch.ones_like(row[None]), where[None])
-                for row, where in teacher_rows(*batch)
+                (row[None], torch.ones_like(row[None]), where[None])
+                for row, where in teacher_rows(ids, attention_mask, at)
                 if where.any()
             ]
-            states = torch.cat(rows) if rows else self.head.weight[:0]
+            made = run_each(_head_input, self.hooks, rows)
+            states = torch.cat(made) if made else self.head.weight[:0]
         else:
-            states = self._run(*batch)
+            states = _head_input(self.hook, (ids, attention_mask, at))
         return states.to(self.device)
-
-    def _run(self, ids: Tensor, attention_mask: Tensor, at: Tensor) -> Tensor:
-        return self.hook.run(
-            self.model, ids, attention_mask, at, lambda hidden, weight, bias: hidden
-        )
 
     def check(self, batch: Batch) -> None:
         """Compare the head with the model's own logits on a batch; see `LMHeadHook.check`."""
         self.hook.check(*(batch[f"teacher_{name}"].to(self.input_device) for name in TENSORS))
+
+
+def _head_input(hook: LMHeadHook, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    ids, attention_mask, at = batch
+    return hook.run(hook.model, ids, attention_mask, at, lambda hidden, weight, bias: hidden)
 
 
 def teacher_rows(
