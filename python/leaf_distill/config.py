@@ -154,18 +154,12 @@ SERVER = "as http://127.0.0.1:8000/v1; an API key is read from LEAF_API_KEY in t
 
 
 @dataclass(frozen=True)
-class ServerOptions:
-    """Servers that give the answers of the two models."""
+class TeacherServerOptions:
+    """The server that the teacher runs in."""
 
-    student_server_url: str | None = field(
-        default=None,
-        metadata=about(f"ask a server that speaks the OpenAI protocol for its answers, {SERVER}"),
-    )
-    student_server_model: str | None = field(
-        default=None, metadata=about("the model's name there; default: the first that it lists")
-    )
     teacher_server_url: str | None = field(
-        default=None, metadata=about("the same for the teacher's answers")
+        default=None,
+        metadata=about(f"ask a server that speaks the OpenAI protocol for the teacher, {SERVER}"),
     )
     teacher_server_model: str | None = field(
         default=None, metadata=about("the model's name there; default: the first that it lists")
@@ -176,6 +170,18 @@ class ServerOptions:
     server_timeout: float = field(
         default=600.0,
         metadata=about("seconds to wait for one answer, and for a server that gives none"),
+    )
+
+
+@dataclass(frozen=True)
+class ServerOptions(TeacherServerOptions):
+    """Servers that give the answers of the two models."""
+
+    student_server_url: str | None = field(
+        default=None, metadata=about("the same for the student's answers")
+    )
+    student_server_model: str | None = field(
+        default=None, metadata=about("the model's name there; default: the first that it lists")
     )
 
 
@@ -222,9 +228,9 @@ def check_rows(config: Any) -> None:
 
 
 def check_servers(config: Any) -> None:
-    """Check ServerOptions; the URLs are checked where the servers are first asked."""
+    """Check the options of servers; the URLs are checked where the servers are first asked."""
     for role in ("student", "teacher"):
-        name, url = getattr(config, f"{role}_server_model"), getattr(config, f"{role}_server_url")
+        name, url = (getattr(config, f"{role}_server_{part}", None) for part in ("model", "url"))
         if name and not url:
             raise ValueError(
                 f"{role}_server_model: must be given with a server, got {name!r} alone; give "

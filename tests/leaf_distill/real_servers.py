@@ -1,6 +1,7 @@
-"""Servers of other projects, each a process of its own in the environment of `make test-slow`.
+"""Servers of other projects, each a process of its own in an environment of its own.
 
-LEAF_TEST_SERVERS names another environment that has `transformers[serving]` and xllamacpp.
+LEAF_TEST_SERVERS names another environment that has `transformers[serving]` and xllamacpp than that
+of `make test-slow`, LEAF_TEST_VLLM another one that has vLLM than `make .venv/.vllm` makes.
 
 Run as a script in that environment it is llama.cpp's server on a GGUF file.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 PYTHON = Path(os.environ.get("LEAF_TEST_SERVERS", Path(sys.prefix) / "servers")) / "bin/python"
 ABSENT = "the servers are not installed; run: make test-slow"
+VLLM = Path(os.environ.get("LEAF_TEST_VLLM", Path(sys.prefix) / "vllm")) / "bin/python"
 START_S = 300.0
 
 
@@ -46,12 +48,24 @@ class RealServer:
                 *("--host", where[0], "--port", where[1]),
             ],
             "llama.cpp": [__file__, self.model, where[1]],
+            "vllm": [
+                *("-m", "vllm.entrypoints.openai.api_server", "--model", self.model),
+                *("--host", where[0], "--port", where[1], "--served-model-name", "real"),
+                *("--dtype", "float32", "--enforce-eager", "--max-model-len", "64"),
+            ],
         }[self.kind]
+        python = VLLM if self.kind == "vllm" else PYTHON
         kept = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
         environment = {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment |= {"VLLM_NO_USAGE_STATS": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [PYTHON, *command], stderr=log, stdout=log, env=environment
+                [python, *command],
+                stderr=log,
+                stdout=log,
+                env=environment,
+                start_new_session=True,  # vLLM has processes of its own
             )
         end = time.monotonic() + START_S
         while not self._ready():
@@ -68,7 +82,7 @@ class RealServer:
 
     def kill(self) -> None:
         assert self.process is not None
-        self.process.send_signal(signal.SIGKILL)
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 

@@ -41,6 +41,8 @@ class SmallServer(ThreadingHTTPServer):
         self.troubles: list[Callable[[Handler], None]] = []
         self.key: str | None = None
         self.delay_s, self.busiest = 0.0, 0
+        self.max_logprobs = 20
+        self.spoil: Callable[[list[Any]], Any] = lambda entries: entries
 
     @property
     def url(self) -> str:
@@ -48,6 +50,26 @@ class SmallServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of connections that a test drops."""
+
+    def prompt_logprobs(self, ids: list[int], top_k: int) -> list[Any]:
+        """Return what the model says about each token of a prompt, in vLLM's form."""
+        with self.turn, torch.inference_mode():
+            logprobs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        entries: list[Any] = [None]
+        for row, token in zip(logprobs, ids[1:], strict=False):
+            ranks = {token: 1 + int((row > row[token]).sum())}
+            ranks |= {one: rank for rank, one in enumerate(row.topk(top_k).indices.tolist(), 1)}
+            entries.append(
+                {
+                    str(one): {
+                        "logprob": float(row[one]),
+                        "rank": rank,
+                        "decoded_token": self.tokenizer.decode([one]),
+                    }
+                    for one, rank in ranks.items()
+                }
+            )
+        return entries
 
     def answer(self, text: str, body: dict[str, Any]) -> tuple[str, str, int]:
         """Return the greedy answer, why it ended, and its number of tokens."""
@@ -127,6 +149,9 @@ class Handler(BaseHTTPRequestHandler):
             message = f"The model `{body['model']}` does not exist."
             self.reply(404, {"error": {"message": message}})
             return
+        if "prompt_logprobs" in body:
+            self.give_logprobs(body)
+            return
         chat = self.path == "/v1/chat/completions"
         text = body.get("prompt", "")
         if chat:
@@ -143,6 +168,26 @@ class Handler(BaseHTTPRequestHandler):
         said = {"message": {"role": "assistant", "content": answer}} if chat else {"text": answer}
         choice = {"index": 0, "finish_reason": why, **said}
         self.reply(200, {"choices": [choice], "usage": {"completion_tokens": count}})
+
+    def give_logprobs(self, body: dict[str, Any]) -> None:
+        """Answer or refuse as vLLM does; its sentences are those of vLLM 0.32."""
+        server, ids, top_k = self.server, body["prompt"], body["prompt_logprobs"]
+        longest = server.model.config.max_position_embeddings
+        said = None
+        if (most := min(body["max_tokens"], longest - len(ids))) == 0:
+            said = "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)"
+        elif top_k > server.max_logprobs:
+            said = f"Requested prompt logprobs of {top_k}, which is greater than max allowed: "
+            said += str(server.max_logprobs)
+        elif most < 0:
+            said = f"This model's maximum context length is {longest} tokens. However, your "
+            said += f"prompt contains {len(ids)} input tokens"
+        if said is not None:
+            self.reply(400, {"error": {"message": said, "type": "BadRequestError", "code": 400}})
+            return
+        entries = server.spoil(server.prompt_logprobs(ids, top_k))
+        choice = {"index": 0, "text": "", "finish_reason": "length", "prompt_logprobs": entries}
+        self.reply(200, {"choices": [choice]})
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from leaf_distill.config import (
     AnswerOptions,
     GradingOptions,
     ModelOptions,
-    ServerOptions,
     json_object,
 )
 from leaf_distill.data.collator import plan_batches
@@ -35,7 +34,7 @@ from leaf_distill.models.generation import Draws, generate
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import default_batch_tokens
 from leaf_distill.models.quantization import weight_itemsize
-from leaf_distill.models.server import Server, connect
+from leaf_distill.models.server import Server
 from leaf_distill.ranks import current
 
 UNGRADED = ("cut_off", "not_finite", "too_long", "server_refused")
@@ -160,25 +159,6 @@ def prompted_model(
         template_kwargs=json_object(config.chat_template_kwargs, "chat_template_kwargs"),
     )
     return PromptedModel(role, model, renderer, server)
-
-
-def find_server(role: Role, config: ServerOptions) -> Server | None:
-    """Return the server that gives a role's answers, None if they are computed here.
-
-    Raises:
-        ValueError: its URL cannot be one.
-        ServerError: it refuses the key, or cannot be reached and no model is named.
-    """
-    url: str | None = getattr(config, f"{role}_server_url")
-    if not url:
-        return None
-    return connect(
-        role,
-        url,
-        getattr(config, f"{role}_server_model") or None,
-        concurrency=config.server_concurrency,
-        timeout_s=config.server_timeout,
-    )
 
 
 def open_cache(config: GradingOptions) -> RowCache:

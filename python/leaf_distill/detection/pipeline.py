@@ -33,7 +33,6 @@ from leaf_distill.data.example import (
 from leaf_distill.data.prompt import Renderer
 from leaf_distill.detection.answers import (
     UNGRADED,
-    find_server,
     leave_without_gold,
     open_cache,
     prompted_model,
@@ -63,6 +62,7 @@ from leaf_distill.detection.warnings import nothing_usable, warnings_before, war
 from leaf_distill.io import locked, make_directory, user_directory, write_json, write_table
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import count_halvings
+from leaf_distill.models.server import find_server
 from leaf_distill.models.tokenizer import have_same_tokenizer
 from leaf_distill.ranks import current, together
 

@@ -13,11 +13,13 @@ import random
 import re
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
+from leaf_distill.config import TeacherServerOptions
 from leaf_distill.data.example import Answer, Role
 from leaf_distill.models.protocol import (
     Failure,
@@ -42,6 +44,21 @@ REFUSALS = 20
 WAITS_S = (0.5, 30.0)
 """The shortest and the longest wait before a request is sent again, up to chance."""
 LONG = re.compile(r"context|too (long|large|many tokens)|maximum.*(length|tokens)|exceed", re.I)
+
+
+T = TypeVar("T")
+
+
+class Refusal(NamedTuple):
+    """Why the server does not answer one request.
+
+    Attributes:
+        verdict: "too_long" for its context, or "server_refused".
+        detail: the server's words.
+    """
+
+    verdict: Literal["too_long", "server_refused"]
+    detail: str
 
 
 class ServerError(RuntimeError):
@@ -75,9 +92,7 @@ class Server:
     def answers(
         self, requests: Sequence[Request], *, proven: bool = False
     ) -> Generator[tuple[int, Answer], None, None]:
-        """Yield each request's position and answer, in the order in which they come.
-
-        No more than `concurrency` requests are in flight or wait for the caller to come back.
+        """Yield each request's position and answer; see `replies`.
 
         An answer has the verdict None, "cut_off", or where there is none "too_long" for the
         server's context or "server_refused", with the server's words as `detail`.
@@ -88,23 +103,50 @@ class Server:
                 the server refuses the first REFUSALS.
 
         Raises:
-            ServerError: the server is away for too long, or would refuse all requests.
+            ServerError: as of `replies`, or the server would refuse all requests.
         """
-        work = _Work(self, requests)
-        for _ in range(min(self.concurrency, len(requests))):
-            # A daemon, so that an interrupted program does not wait for what is in flight.
-            threading.Thread(target=work.run, name=THREAD, daemon=True).start()
         refused = 0
-        try:
-            for _ in requests:
-                at, found = work.results.get()
-                if isinstance(found, BaseException):
-                    raise found
+
+        def read(body: Any, at: int) -> Answer:
+            return read_answer(body, requests[at])
+
+        with closing(self.replies(requests, read)) as replies:
+            for at, found in replies:
+                if not isinstance(found, Refusal):
+                    proven = True
+                    yield at, found
+                    continue
                 refused += found.verdict == "server_refused"
                 proven |= found.verdict != "server_refused"
                 if refused >= REFUSALS and not proven:
                     wanted = f"an answer to one of {refused} requests"
                     raise ServerError(self.sentence(wanted, found.detail))
+                yield at, Answer("", 0, *found)
+
+    def replies(
+        self, requests: Sequence[Request], read: Callable[[Any, int], T]
+    ) -> Generator[tuple[int, T | Refusal], None, None]:
+        """Yield each request's position and what is read from its reply, in the order they come.
+
+        No more than `concurrency` requests are in flight or wait for the caller to come back.
+
+        Args:
+            requests: what is sent, in this order.
+            read: takes the JSON of a response and the position of its request, in some thread.
+                Where it raises Failure the request is sent again.
+
+        Raises:
+            ServerError: the server is away for too long, or would refuse all requests.
+        """
+        work = _Work(self, requests, read)
+        for _ in range(min(self.concurrency, len(requests))):
+            # A daemon, so that an interrupted program does not wait for what is in flight.
+            threading.Thread(target=work.run, name=THREAD, daemon=True).start()
+        try:
+            for _ in requests:
+                at, found = work.results.get()
+                if isinstance(found, BaseException):
+                    raise found
                 yield at, found
                 work.places.release()
         finally:
@@ -143,15 +185,18 @@ class Server:
         )
 
 
-class _Work:
+class _Work(Generic[T]):
     """The requests of one call, which several threads send."""
 
-    def __init__(self, server: Server, requests: Sequence[Request]) -> None:
-        self.server = server
+    def __init__(
+        self, server: Server, requests: Sequence[Request], read: Callable[[Any, int], T]
+    ) -> None:
+        self.server, self.read = server, read
         self.left = iter(enumerate(requests))
         self.lock = threading.Lock()
         self.places = threading.Semaphore(server.concurrency)
-        self.results: queue.SimpleQueue[tuple[int, Answer | BaseException]] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[tuple[int, T | Refusal | BaseException]]
+        self.results = queue.SimpleQueue()
         self.stopped = threading.Event()
         self.told = -float("inf")  # when a wait was last logged
 
@@ -167,18 +212,18 @@ class _Work:
             if request is None:
                 return
             try:
-                self.results.put((at, self.answer(request)))
+                self.results.put((at, self.reply(request, at)))
             except BaseException as error:  # raised again by the thread that waits
                 self.results.put((at, error))
 
-    def answer(self, request: Request) -> Answer:
-        """Send a request until there is an answer, or none can be hoped for."""
+    def reply(self, request: Request, at: int) -> T | Refusal:
+        """Send a request until there is a reply, or none can be hoped for."""
         server = self.server
         give_up = float("inf")
         for tries in count(1):
             try:
                 body = server.send(request.path, request.body, server.timeout_s)
-                return read_answer(body, request)
+                return self.read(body, at)
             except Failure as failure:
                 why = failure
             if why.status in FINAL:
@@ -188,7 +233,7 @@ class _Work:
             passing = why.status in (0, *PASSING)
             if not passing and (tries == TRIES or 400 <= why.status < 500):
                 long = why.status in (400, 413, 422) and LONG.search(why.said)
-                return Answer("", 0, "too_long" if long else "server_refused", why.said)
+                return Refusal("too_long" if long else "server_refused", why.said)
             give_up = min(give_up, time.monotonic() + server.timeout_s)
             delay = min(WAITS_S[1], WAITS_S[0] * 2 ** (tries - 1)) * random.uniform(0.5, 1.5)
             delay = max(delay, why.wait_s or 0)
@@ -198,7 +243,7 @@ class _Work:
             self.tell(why)
             if self.stopped.wait(delay):
                 break
-        return Answer("", 0, "server_refused", "stopped")  # nobody waits for it
+        return Refusal("server_refused", "stopped")  # nobody waits for it
 
     def tell(self, why: Failure) -> None:
         """Log a failure, at most every half minute."""
@@ -210,6 +255,25 @@ class _Work:
             "%s gives the %s no answer (%s); trying again for up to %g s",
             *(self.server.url, self.server.role, why.said, self.server.timeout_s),
         )
+
+
+def find_server(role: Role, config: TeacherServerOptions) -> Server | None:
+    """Return the server of a role, None if its model runs here.
+
+    Raises:
+        ValueError: its URL cannot be one.
+        ServerError: it refuses the key, or cannot be reached and no model is named.
+    """
+    url: str | None = getattr(config, f"{role}_server_url")
+    if not url:
+        return None
+    return connect(
+        role,
+        url,
+        getattr(config, f"{role}_server_model") or None,
+        concurrency=config.server_concurrency,
+        timeout_s=config.server_timeout,
+    )
 
 
 def connect(

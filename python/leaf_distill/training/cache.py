@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from leaf_distill.data.collator import ExampleDataset, collate, pad, plan_batche
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Example, Rendering
 from leaf_distill.data.prompt import Renderer
-from leaf_distill.io import Progress, is_of, locked, read_json, user_directory, write_json
-from leaf_distill.models.checks import embedding_rows, input_device
+from leaf_distill.io import Progress, locked, read_json, user_directory, write_json
+from leaf_distill.models.checks import input_device
 from leaf_distill.models.label_logits import widened
 from leaf_distill.models.lm_head import finish_logits
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.placement import resolve_device
+from leaf_distill.models.server import Server, find_server
+from leaf_distill.models.source import model_fingerprint, named
 from leaf_distill.models.tokenizer import check_same_tokenizer, load_tokenizer
 from leaf_distill.ranks import processes
 from leaf_distill.training.cache_columns import (
@@ -32,25 +35,23 @@ from leaf_distill.training.cache_columns import (
     rendering_key,
     top_k_columns,
 )
+from leaf_distill.training.cache_manifest import claim, read_manifest
 from leaf_distill.training.cache_writer import CacheWriter, write_head
 from leaf_distill.training.config import CacheConfig
+from leaf_distill.training.served_teacher import served_columns
 from leaf_distill.training.teacher import Head, LiveTeacher
 from leaf_distill.training.teacher_cache import (
-    COMMAND,
     FILE,
     HEAD,
-    TOKENIZER,
     StoredTeacher,
     TeacherCache,
 )
-from leaf_distill.training.top_k_difference import difference, load_student, shared_vocabulary
+from leaf_distill.training.top_k_difference import difference, load_student
 
 logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 LOGIT_ROWS = 128  # of which all logits are formed at a time
-
-_SETTINGS = ("chat_template", "chat_template_kwargs", "system_prompt", "train_on")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def cache_teacher(config: CacheConfig) -> CacheResult:
     Raises:
         ValueError: the teacher or the rows cannot be read, no row is left, or the directory holds
             other files or a cache of another teacher, template or form.
+        ServerError: the teacher's server does not give what is needed.
         StoreError: the disk is full, or another process works in the directory.
     """
     directory = user_directory(config.output_dir)
@@ -81,23 +83,20 @@ def cache_teacher(config: CacheConfig) -> CacheResult:
             f"leaf cache: must be started as one process, got {processes()}; give each a part of "
             "the rows and an output_dir of its own, or start one"
         )
-    teacher = LazyModel(
-        config.teacher,
-        dtype=_dtype(config),
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        argument="teacher",
-        quantization=config.teacher_quantization,
-    )
+    server = find_server("teacher", config)
+    teacher = _teacher(config, read=server is None)
     columns = config.columns if isinstance(config.columns, dict) else None
     examples = load_examples(
         config.dataset, split=config.dataset_split, columns=columns, max_rows=config.max_rows
     )
     renderer = _renderer(config, _as_loaded(teacher.tokenizer))
     with locked(directory):
-        manifest = _manifest(config, directory, teacher, renderer)
+        manifest = read_manifest(config, directory, teacher, renderer, server)
         rows = _prepare(config, examples, renderer, manifest)
-        _claim(directory, manifest, teacher)
+        if server is not None and not (directory / FILE).exists():  # before a file is written
+            shortest = {b"": rows.shortest.renderings["teacher"]}
+            list(served_columns(server, shortest, manifest["top_k"], manifest["vocab_size"]))
+        claim(directory, manifest, teacher)
         cache = TeacherCache(directory)
         renderings = {
             rendering_key(one.renderings["teacher"]): one.renderings["teacher"]
@@ -106,7 +105,9 @@ def cache_teacher(config: CacheConfig) -> CacheResult:
         lacking = {key: one for key, one in renderings.items() if key not in cache}
         whole = (directory / SUMMARY).exists()
         measured = read_json(directory / SUMMARY).get("difference") if whole else None
-        if lacking or not whole:
+        if server is not None:
+            _store_served(directory, manifest, server, lacking)
+        elif lacking or not whole:
             live = _live(teacher, rows)
             _store(config, directory, manifest, live, lacking)
             if config.signal == "topk":
@@ -138,6 +139,23 @@ def _said(directory: Path, summary: Mapping[str, Any], new: int) -> str:
     return "\n".join(lines)
 
 
+def _teacher(config: CacheConfig, *, read: bool) -> LazyModel:
+    """Return the teacher; where its weights are not to be read they need not be there."""
+    fingerprint = None
+    if not read:
+        with named("teacher"):
+            fingerprint = model_fingerprint(config.teacher)
+    return LazyModel(
+        config.teacher,
+        dtype=_dtype(config),
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        argument="teacher",
+        fingerprint=fingerprint,
+        quantization=config.teacher_quantization,
+    )
+
+
 def _dtype(config: CacheConfig) -> str:
     """Return the dtype that a training would load the teacher in."""
     if config.dtype != "auto":
@@ -162,74 +180,6 @@ def _as_loaded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     with tempfile.TemporaryDirectory(prefix="leaf-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         return load_tokenizer(folder)
-
-
-# ---- the directory ----
-
-
-def _manifest(
-    config: CacheConfig, directory: Path, teacher: LazyModel, renderer: Renderer
-) -> dict[str, Any]:
-    """Return the content of cache.json, after comparing it with the one that is there."""
-    topk = config.signal == "topk"
-    wanted: dict[str, Any] = {
-        "command": COMMAND,
-        "teacher": {"name": teacher.name, "digest": teacher.fingerprint},
-        "renderer": renderer.fingerprint,
-        "settings": {name: getattr(config, name) for name in _SETTINGS},
-        "signal": config.signal,
-        "dtype": teacher.dtype,
-        "quantization": config.teacher_quantization,
-        "temperature": config.temperature if topk else None,
-    }
-    if is_of(directory / FILE, COMMAND):
-        old = read_json(directory / FILE)
-        if topk and old.get("signal") == "topk":
-            wanted["top_k"] = min(config.top_k, old["vocab_size"])
-        _check_same(directory, old, wanted)
-        return old
-    others = sorted(path.name for path in directory.iterdir() if path.name != ".lock")
-    if others:
-        raise ValueError(
-            f"output_dir: must be empty or hold a cache of `leaf cache`, got {directory} with "
-            f"{', '.join(others[:4])}; give another output_dir"
-        )
-    model: Any = teacher.load()
-    vocabulary = None
-    if topk:
-        vocabulary = shared_vocabulary(model, load_student(config, input_device(model)))
-    return wanted | {
-        "embedding_rows": embedding_rows(model),
-        "max_positions": teacher.max_positions,
-        "hidden_size": model.get_output_embeddings().in_features,
-        "vocab_size": vocabulary,
-        "top_k": min(config.top_k, vocabulary) if vocabulary else None,
-    }
-
-
-def _check_same(directory: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    for name, value in new.items():
-        there = old.get(name)
-        if name == "teacher":
-            there, value = ({**one, "name": None} for one in (there or {}, value))
-        if there != value:
-            shown = "" if name in ("teacher", "renderer") else f" {there!r}, not {value!r}"
-            words = {"teacher": "content of the teacher", "renderer": "tokenizer or template"}
-            raise ValueError(
-                f"output_dir: must hold a cache of the same settings, got {directory}, made with "
-                f"another {words.get(name, name)}{shown}; give another output_dir"
-            )
-
-
-def _claim(directory: Path, manifest: Mapping[str, Any], teacher: LazyModel) -> None:
-    """Write what describes the rows, as far as it is not there."""
-    if not (directory / FILE).exists():
-        write_json(directory / FILE, manifest)
-    if not (directory / TOKENIZER).exists():
-        with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=directory) as folder:
-            made = Path(folder) / "saved"
-            teacher.tokenizer.save_pretrained(made)
-            made.rename(directory / TOKENIZER)
 
 
 # ---- rows ----
@@ -286,6 +236,24 @@ def _store(
             signals = _signals(live, [rows[at] for at in batch], manifest)
             writer.add(zip((keys[at] for at in batch), signals, strict=True))
             progress.update(len(batch))
+
+
+def _store_served(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    server: Server,
+    lacking: Mapping[bytes, Rendering],
+) -> None:
+    """Ask a server for rows, and write each as it comes."""
+    sizes = manifest["top_k"], manifest["vocab_size"]
+    with (
+        CacheWriter(directory, manifest) as writer,
+        Progress(len(lacking), "teacher") as progress,
+        closing(served_columns(server, lacking, *sizes)) as rows,
+    ):
+        for row in rows:
+            writer.add([row])
+            progress.update(1)
 
 
 def _signals(

@@ -69,13 +69,24 @@ def top_k_columns(logits: Tensor, top_k: int, temperature: float) -> Columns:
         temperature: divides the logits.
 
     Returns:
-        `ids` [n * k], largest first; `steps` [n * k]: the first log-probability of a row in
-        1 / STEPS_A_NAT, negated, then how far each lies below the one before; and
-        `tail_logprob` [n], the logarithm of the other tokens' mass, NaN where a logit is.
+        As of `stored_columns`; the tail is NaN where a logit is.
     """
     logprobs = (logits / temperature).log_softmax(-1)
     top, ids = logprobs.topk(top_k)
-    tail = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
+    return stored_columns(ids, top, logprobs.scatter(1, ids, -torch.inf).logsumexp(-1))
+
+
+def stored_columns(ids: Tensor, top: Tensor, tail: Tensor) -> Columns:
+    """Return log-probabilities as they are stored.
+
+    Args:
+        ids, top: [n, k], the tokens and their log-probabilities, largest first.
+        tail: [n], the logarithm of the other tokens' mass.
+
+    Returns:
+        `ids` [n * k]; `steps` [n * k]: the first log-probability of a row in 1 / STEPS_A_NAT,
+        negated, then how far each lies below the one before; and `tail_logprob` [n].
+    """
     steps = (top.double() * -STEPS_A_NAT).round().clamp(0, INFINITE - 1)
     steps = steps.masked_fill(top.isneginf(), INFINITE).nan_to_num(0)
     steps = steps.diff(dim=1, prepend=torch.zeros_like(steps[:, :1]))

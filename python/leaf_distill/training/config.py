@@ -19,9 +19,11 @@ from leaf_distill.config import (
     ModelOptions,
     PairOptions,
     RowOptions,
+    TeacherServerOptions,
     about,
     check_range,
     check_rows,
+    check_servers,
     documented,
     json_object,
     need,
@@ -411,7 +413,7 @@ class DistillArguments(RowOptions, PairOptions):
 
 @documented
 @dataclass(frozen=True)
-class CacheConfig(ModelOptions, RowOptions, PairOptions):
+class CacheConfig(ModelOptions, TeacherServerOptions, RowOptions, PairOptions):
     """Settings of `leaf cache`.
 
     Raises:
@@ -475,6 +477,8 @@ class CacheConfig(ModelOptions, RowOptions, PairOptions):
         if self.signal == "topk":
             need(self, "student")
         check_rows(self)
+        check_servers(self)
+        self._check_served()
         check_literals(self)
         kwargs = json_object(self.chat_template_kwargs, "chat_template_kwargs")
         object.__setattr__(self, "chat_template_kwargs", kwargs)
@@ -487,4 +491,26 @@ class CacheConfig(ModelOptions, RowOptions, PairOptions):
                 raise ValueError(
                     f"{name}: must come with signal topk, got {getattr(self, name)} for hidden "
                     "states, which hold for any; leave it out, or give --signal topk"
+                )
+
+    def _check_served(self) -> None:
+        """Refuse what a server of prompt log-probabilities cannot give."""
+        if not self.teacher_server_url:
+            return
+        if self.signal != "topk":
+            raise ValueError(
+                f"signal: must be topk with teacher_server_url, got {self.signal!r}; a server "
+                "gives log-probabilities and no hidden states"
+            )
+        if self.temperature != 1:
+            raise ValueError(
+                f"temperature: must be 1 with teacher_server_url, got {self.temperature}; a "
+                "server gives probabilities at 1, and the mass of the others at another "
+                "temperature does not follow from them"
+            )
+        for name in ("dtype", "device", "teacher_quantization"):
+            if (value := getattr(self, name)) not in (None, "auto"):
+                raise ValueError(
+                    f"{name}: must be left out with teacher_server_url, got {value!r}; the server "
+                    "has decided it"
                 )

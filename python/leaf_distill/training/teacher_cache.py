@@ -86,7 +86,9 @@ class TeacherCache:
         made = self.manifest
         if made["signal"] == "hidden":
             return f"hidden states in {made['dtype']} with their head"
-        return f"the {made['top_k']} largest log-probabilities and the mass of all others"
+        source = made.get("server")
+        served = f", given by a server for its model {source['model']}" if source else ""
+        return f"the {made['top_k']} largest log-probabilities and the mass of all others{served}"
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
