@@ -38,8 +38,13 @@ def make_linear_dual_kl(namespace: str) -> Callable[..., Gradients]:
             teacher = Head.of(teacher_head, teacher_bias, Products.of(teacher_hidden), size)
 
             def loss_of(z_s: Tensor, index: Tensor, dtype: torch.dtype | None) -> Any:
-                z_t = teacher.logits(teacher.rows_of(teacher_hidden, index))
                 weight = row_weight.index_select(0, index)
+                hidden = teacher.rows_of(teacher_hidden, index)
+                if label_weight is not None:
+                    # Rows that count for their label alone. A CPU's bfloat16 products multiply
+                    # what stands behind a row by 0, so that a NaN there would spread.
+                    hidden.masked_fill_((weight == 0)[:, None], 0.0)
+                z_t = teacher.logits(hidden)
                 return _overwritten(ops, "dual_kl", (z_s, z_t, weight, *scalars), needs, dtype)
 
             if labels is None:

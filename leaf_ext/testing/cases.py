@@ -317,6 +317,10 @@ LINEAR_LABEL_CASES = [
         KLCase("", 12, 400, 390, logit_softcap=(8.0, None), logit_scale=1.5),
         labels=True,
     ),
+    # The teacher's NaN, in rows with a label alone, stand next to rows that count.
+    LinearCase(
+        "label_neighbours", KLCase("", 60, 18, 11, torch.bfloat16, live=0.5), 15, 80, labels=True
+    ),
     LinearCase("labels_alone", KLCase("", 9, 200, 200, live=0.0), bias=True, labels=True),
     LinearCase("no_rows", KLCase("", 0, 200, 200), labels=True),
 ]
