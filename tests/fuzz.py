@@ -4,7 +4,8 @@
 
 Shapes, strides, misaligned rows, dtypes and options are drawn at random, and each case is checked
 as those of the table are, with a larger budget: in some of so many small cases torch in float32 is
-exact by luck. What fails is printed as a case: it belongs in `leaf_ext/testing/cases.py`.
+exact by luck, also where all that is left of terms of order 1 is 1e-28. What fails is printed as a
+case: it belongs in `leaf_ext/testing/cases.py`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ from typing import Any
 import test_ops
 import torch
 from backends import BACKENDS, device_of
+from fuzz_ranks import MOST, PartsCase, check_parts
+from torch import Tensor
 
+from leaf_ext.ops.logit_options import Divergence
+from leaf_ext.ops.topk_kl import MOST_IDS
 from leaf_ext.schema import OPS, Budget
-from leaf_ext.testing.cases import DTYPES, KLCase, LinearCase, NormCase, SpansCase
+from leaf_ext.testing import budget
+from leaf_ext.testing.cases import DTYPES, KLCase, LinearCase, NormCase, SpansCase, TopkCase
 
 BUDGET = Budget(factor=16.0, roundings=4.0)
+# An error of torch in float32 that is always granted.
+NEGLIGIBLE = 1e-25
 
 
 def size(draw: random.Random, largest: int) -> int:
@@ -64,6 +72,11 @@ def spans_case(draw: random.Random, name: str) -> SpansCase:
     )
 
 
+def divergence_of(draw: random.Random) -> Divergence:
+    other = draw.choice((0.1, 0.99, draw.uniform(0.01, 0.99)))
+    return draw.choice(("kl", "kl", "reverse_kl", "jsd", other))
+
+
 def kl_case(draw: random.Random, name: str, vocabulary: int = 40_000) -> KLCase:
     width = size(draw, vocabulary)
     teacher = draw.choice((width, width, max(1, width + draw.randint(-20, 20))))
@@ -78,17 +91,82 @@ def kl_case(draw: random.Random, name: str, vocabulary: int = 40_000) -> KLCase:
         temperature=draw.choice((1.0, 1.0, 0.5, 3.0)),
         logit_scale=draw.choice((1.0, 1.0, 0.3, (2.0, 0.5))),
         logit_softcap=draw.choice((None, None, 30.0, (None, 10.0))),
+        divergence=divergence_of(draw),
         live=draw.choice((0.0, 0.5, 1.0)),
         minus_infinity=draw.choice((0.0, 0.0, 0.3)),
         strided=draw.random() < 0.5,
     )
 
 
+def topk_logits(draw: random.Random, name: str, vocabulary: int = 40_000) -> KLCase:
+    """One vocabulary, the student's options, and KL."""
+    case = kl_case(draw, name, vocabulary)
+    return replace(
+        case,
+        teacher_vocabulary=case.student_vocabulary,
+        divergence="kl",
+        logit_scale=draw.choice((1.0, 1.0, 0.3)),
+        logit_softcap=draw.choice((None, None, 30.0)),
+    )
+
+
+def topk_case(draw: random.Random, name: str) -> TopkCase:
+    logits = topk_logits(draw, name)
+    k = size(draw, min(MOST_IDS, logits.student_vocabulary))
+    tail = draw.choice(("computed", "computed", "given", "none"))
+    # A remainder that is computed is not exactly 0 where both models exclude all other ids, and in
+    # a small vocabulary all may be excluded.
+    if tail != "given" or logits.student_vocabulary < 50:
+        logits = replace(logits, minus_infinity=0.0)
+    return TopkCase(name, k, logits, tail)
+
+
 def linear_case(draw: random.Random, name: str) -> LinearCase:
     widths = size(draw, 80), size(draw, 80)
-    chunk_size = draw.choice((None, size(draw, 40)))
-    logits = kl_case(draw, "", vocabulary=2000)
-    return LinearCase(name, logits, *widths, chunk_size=chunk_size, bias=draw.random() < 0.4)
+    return LinearCase(
+        name,
+        kl_case(draw, "", vocabulary=2000),
+        *widths,
+        bias=draw.random() < 0.4,
+        chunk_size=draw.choice((None, size(draw, 40))),
+        labels=draw.random() < 0.4,
+    )
+
+
+def linear_topk_case(draw: random.Random, name: str) -> LinearCase:
+    case = linear_case(draw, name)
+    logits = topk_logits(draw, "", vocabulary=2000)
+    k = size(draw, min(MOST_IDS, logits.student_vocabulary))
+    return replace(case, logits=logits, labels=False, k=k)
+
+
+def parts_case(draw: random.Random, name: str) -> PartsCase:
+    vocabulary = size(draw, 300)
+    count = draw.randint(1, min(MOST, vocabulary))
+    padding = draw.randint(0, 5)
+    return PartsCase(
+        name,
+        rows=size(draw, 30),
+        vocabulary=vocabulary,
+        cuts=tuple(sorted(draw.sample(range(1, vocabulary), count - 1))),
+        widths=(size(draw, 20), size(draw, 20)),
+        std=draw.choice((0.1, 3.0, 30.0)),
+        bias=draw.random() < 0.4,
+        padding=draw.choice(((0, 0), (padding, 0), (0, padding))),
+        frozen=draw.choice(((), (), ("student_head",), ("student_hidden",))),
+        options={
+            "temperature": draw.choice((1.0, 0.5, 3.0)),
+            "logit_scale": draw.choice((1.0, 0.3, (2.0, 0.5))),
+            "logit_softcap": draw.choice((None, 30.0, (None, 10.0))),
+            "chunk_size": draw.choice((None, size(draw, 40))),
+        },
+    )
+
+
+def assert_within_budget(
+    op: str, what: str, result: Tensor, oracle: Tensor, baseline_error: float
+) -> None:
+    budget.assert_within_budget(op, what, result, oracle, baseline_error + NEGLIGIBLE)
 
 
 Check = Callable[[str], None]
@@ -96,7 +174,8 @@ Check = Callable[[str], None]
 
 def checks(draw: random.Random, name: str) -> tuple[object, Check]:
     """One case of a random op, and how it is checked."""
-    kind = draw.choice(("norm", "spans", "kl", "kl", "linear"))
+    kinds = ("norm", "spans", "kl", "kl", "linear", "topk", "topk", "linear_topk", "parts")
+    kind, inplace = draw.choice(kinds), draw.random() < 0.5
     case: Any
     if kind == "norm":
         case = norm_case(draw, name)
@@ -107,7 +186,16 @@ def checks(draw: random.Random, name: str) -> tuple[object, Check]:
     if kind == "linear":
         case = linear_case(draw, name)
         return case, lambda backend: test_ops.test_linear_dual_kl(case, backend)
-    case, inplace = kl_case(draw, name), draw.random() < 0.5
+    if kind == "topk":
+        case = topk_case(draw, name)
+        return case, lambda backend: test_ops.test_topk_kl(case, backend, inplace)
+    if kind == "linear_topk":
+        case = linear_topk_case(draw, name)
+        return case, lambda backend: test_ops.test_linear_topk_kl(case, backend)
+    if kind == "parts":
+        case = parts_case(draw, name)
+        return case, lambda _: check_parts(case)
+    case = kl_case(draw, name)
     return case, lambda backend: test_ops.test_dual_kl(case, backend, inplace)
 
 
@@ -119,6 +207,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_default_device(device_of(arguments.backend))
     OPS.update({name: replace(op, budget=BUDGET) for name, op in OPS.items()})
+    test_ops.assert_within_budget = assert_within_budget
     end = time.monotonic() + 60 * arguments.minutes
     tried = failed = 0
     while time.monotonic() < end:

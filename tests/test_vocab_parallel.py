@@ -96,7 +96,7 @@ def measure(inputs: Inputs, part: slice | None = None) -> dict[str, Tensor]:
     """Return loss, rows and gradients, of a part of the heads or of the whole ones."""
     inputs = dict(inputs)
     frozen = inputs.pop("frozen", ())
-    last = part is None or part.stop == V
+    last = part is None or part.stop == inputs["student_head"].shape[0]
     for side in ("student", "teacher"):
         padding = inputs.pop(f"{side}_padding", 0) * last
         for name in (f"{side}_head", f"{side}_bias"):
