@@ -98,15 +98,25 @@ def exact_topk(
     return total, gradient
 
 
-def exact_linear(tensors: Sequence[Tensor], at_once: int) -> tuple[float, list[Tensor]]:
-    """Return `linear_dual_kl`'s loss and gradients (hidden states, head) in float64."""
+def exact_linear(
+    tensors: Sequence[Tensor],
+    at_once: int,
+    labels: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> tuple[float, list[Tensor]]:
+    """Return `linear_dual_kl`'s loss and gradients (hidden states, head) in float64.
+
+    `labels` are the labels of the rows and their weights.
+    """
     student_hidden, student_head, teacher_hidden, teacher_head, weight = tensors
     head, frozen = student_head.double().requires_grad_(), teacher_head.double()
     total, gradient = 0.0, torch.empty_like(student_hidden, dtype=torch.float64)
     for rows in _blocks(student_hidden.shape[0], at_once):
         leaf = student_hidden[rows].double().requires_grad_()
         others = teacher_hidden[rows].double(), frozen, weight[rows].double()
-        loss = leaf_ext.linear_dual_kl(leaf, head, *others, backend="reference")
+        if labels is not None:
+            options |= {"labels": labels[0][rows], "label_weight": labels[1][rows].double()}
+        loss = leaf_ext.linear_dual_kl(leaf, head, *others, backend="reference", **options)
         loss.backward()
         total += float(loss.detach())
         assert leaf.grad is not None

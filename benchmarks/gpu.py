@@ -29,7 +29,7 @@ NEEDED = ("torch", "triton", "pytest", "hypothesis")
 # The files with tests of a backend. "-k cuda" alone would match names of files too.
 TESTS = (
     *("ops", "contract", "inner_ops", "autograd", "hard_values", "compile"),
-    "detect_spans_properties",
+    *("detect_spans_properties", "divergences", "topk_kl"),
 )
 SECTIONS = (
     *("SpeedOfLight", "Occupancy", "SchedulerStats", "WarpStateStats"),

@@ -12,18 +12,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from checked import refuse_unless, relative
+from torch import distributed
 
 import leaf_ext
-from leaf_ext.testing.cases import DTYPES, KLCase, LinearCase, NormCase, SpansCase
+from leaf_ext.testing.cases import DTYPES, KLCase, LinearCase, NormCase, SpansCase, TopkCase
 
 from . import FINISHED, STARTED
 from .clock import Clock
-from .subjects import SUBJECTS
+from .topk import SUBJECTS
 
 # Widths of float32 rows that are resident in a cluster of 1, 2, 4, 8 or 16 blocks on an H100, and
 # of rows that are not. Twice as many 16-bit elements fit. Rows of an odd width start at all
@@ -53,6 +55,28 @@ def kl_cases(small: bool) -> Iterator[tuple[KLCase, str]]:
         yield KLCase(f"{width}", rows, width, width - 6), "narrow"
 
 
+def other_cases(small: bool) -> Iterator[tuple[str, Any, str]]:
+    """Return cases of the other divergences, of hard labels, and of a teacher's top k."""
+    rows, widths = (3, WIDTHS[:1]) if small else (9, WIDTHS)
+    for dtype in DTYPES:
+        for width in widths:
+            width = width * 4 // dtype.itemsize - (dtype.itemsize == 2)
+            for divergence in ("reverse_kl", "jsd", 0.1):
+                logits = KLCase(f"{width}_{divergence}", rows, width, width, dtype)
+                yield "dual_kl", replace(logits, divergence=divergence), "inplace rows"
+            for k in (1, 64, 1024):
+                logits = KLCase("", rows, width, width, dtype)
+                yield "topk_kl", TopkCase(f"{width}_{k}", k, logits), "inplace rows"
+        logits = KLCase("", 40, 1001, 1001, dtype)
+        other = replace(logits, divergence="jsd")
+        yield "linear_dual_kl", LinearCase("1001_jsd", other), "rows"
+        yield "linear_dual_kl", LinearCase("1001_labels", logits, labels=True), "rows"
+        yield "linear_topk_kl", LinearCase("1001_topk", logits, k=16), "rows"
+    for width in widths:
+        logits = KLCase(f"{width}_reverse_kl", rows, width, width, divergence="reverse_kl")
+        yield "dual_kl", logits, "narrow rows"
+
+
 def without_rows(clock: Clock, backend: str) -> None:
     for dtype in DTYPES:
         logits = torch.ones(0, 100, dtype=dtype, device=clock.device, requires_grad=True)
@@ -70,6 +94,29 @@ def products(clock: Clock, dtype: torch.dtype) -> None:
     added = torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     refuse_unless(relative(added, exact + 1), 1e-5, "addmm")
     refuse_unless(relative(torch.mm(a, b, out_dtype=torch.float32, out=out), exact), 1e-5, "mm")
+
+
+def in_one_part(clock: Clock) -> None:
+    """Compare `vocab_parallel_dual_kl` of a single rank with the reference."""
+    store = distributed.HashStore()
+    backend = "nccl" if clock.on_gpu else "gloo"
+    distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        shapes = ((9, 32), (1001, 32), (9, 48), (1001, 48))
+        hidden, head, *teacher = (torch.randn(shape, device=clock.device) for shape in shapes)
+        weight, leaves = torch.ones(9, device=clock.device), [hidden, head]
+        found, exact = [], []
+        for results, dtype in ((found, torch.float32), (exact, torch.float64)):
+            given = [t.to(dtype).requires_grad_() for t in leaves] + [t.to(dtype) for t in teacher]
+            if dtype == torch.float32:
+                loss = leaf_ext.vocab_parallel_dual_kl(*given, weight)
+            else:
+                loss = leaf_ext.linear_dual_kl(*given, weight.double(), backend="reference")
+            results += [loss.detach(), *torch.autograd.grad(loss, given[:2])]
+        for what, ours, truth in zip(("loss", "hidden", "head"), found, exact, strict=True):
+            refuse_unless(relative(ours, truth), 1e-4, what)
+    finally:
+        distributed.destroy_process_group()
 
 
 def on_a_side_stream(clock: Clock) -> None:
@@ -92,10 +139,14 @@ def lines(clock: Clock, backend: str, small: bool) -> Iterator[Line]:
         yield line("linear_dual_kl", LinearCase("1001", logits), "rows")
         for width in (1, 4099, 8192):
             yield line("grad_norm", NormCase(f"{width}", (3, 3, width), dtype))
+    for op, case, how in other_cases(small):
+        yield line(op, case, how)
     for length in (40, 4096, 20_001):
         yield line("detect_spans", SpansCase(f"{length}", 3, length))
     yield line("detect_spans", SpansCase("of gradients", 3, 300, hidden=(65, 33)))
     yield "no rows", partial(without_rows, clock, backend)
+    if not (small and clock.on_gpu):  # a sanitizer would look at NCCL's kernels
+        yield "vocab_parallel_dual_kl in one part", partial(in_one_part, clock)
     if not clock.on_gpu:
         return print("left out on a CPU: wide products, streams, graphs, a second device")
     for dtype in DTYPES[1:]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from checked import compiled, exact_kl, exact_linear, on_backend, refuse_unless, relative
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import leaf_ext
 from leaf_ext.dispatch import resolve
+from leaf_ext.ops.logit_options import logit_options
 from leaf_ext.schema import gradient_rows
 from leaf_ext.testing import cases, eager
 
@@ -71,6 +73,7 @@ class Subject:
     eager: Callable[..., Any]
     leaves = 0
     tensors: tuple[Tensor, ...]
+    options: Mapping[str, Any] = {}  # of our kernels, besides those of a variant
 
     def __init__(self, case: Any, clock: Clock) -> None:
         self.case, self.clock, self.random = case, clock, Random(case, clock)
@@ -88,6 +91,7 @@ class Subject:
         if name in _OURS:
             options = {"inplace_grad": True} if "inplace" in how else {}
             options |= {"return_rows": True} if "rows" in how else {}
+            options |= self.options
             step = on_backend(type(self).op, self.backend(name), **options)
         elif name in ("eager", "compiled"):
             step = type(self).eager
@@ -140,11 +144,13 @@ class KL(Subject):
         for z in logits:
             z[~live] = float("nan")
         self.tensors = (*logits, live.float())
+        self.options = {"divergence": case.divergence}
         chunks = zip(*(z.split(256) for z in logits), strict=True)
-        kl = torch.cat([eager.eager_divergence_rows(*both) for both in chunks])
+        kl = torch.cat([eager.eager_divergence_rows(*both, **self.options) for both in chunks])
         self.kl = kl.where(live, torch.zeros_like(kl))
         self.some = some(clock, case.rows)
-        _, self.gradient = exact_kl(*(t[self.some] for t in self.tensors), at_once=16)
+        part = (t[self.some] for t in self.tensors)
+        _, self.gradient = exact_kl(*part, at_once=16, **self.options)
 
     def arguments(self, variant: str) -> tuple[Tensor, ...]:
         is_leaf = "narrow" not in variant and variant != "orda"
@@ -162,9 +168,10 @@ class KL(Subject):
         op = getattr(torch.ops, namespace).dual_kl_
         # A CPU has no narrower gradient.
         dtype = torch.bfloat16 if self.clock.on_gpu else None
+        scalars = logit_options("dual_kl", 1.0, 1.0, None, self.case.divergence)
 
         def step(*tensors: Tensor) -> tuple[Any, ...]:
-            loss, _, found = op(*tensors, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, True, rows, dtype)
+            loss, _, found = op(*tensors, *scalars, True, rows, dtype)
             return loss, gradient_rows(tensors[0], dtype), *([(found[0],)] if rows else [])
 
         def on_a_copy(*_: Tensor) -> tuple[Any, ...]:
@@ -182,7 +189,7 @@ class KL(Subject):
 
 
 class Linear(Subject):
-    """Hidden states and heads of both models."""
+    """Hidden states and heads of both models, and labels, if the case has them."""
 
     op, eager, leaves = leaf_ext.linear_dual_kl, eager.eager_linear_dual_kl, 2
 
@@ -194,10 +201,19 @@ class Linear(Subject):
             tensors.append(self.random.normal(kl.dtype, kl.rows, width))
             tensors.append(head.mul_(kl.std / width**0.5))
         self.tensors = (*tensors, torch.ones(kl.rows, device=clock.device))
+        self.options = {"divergence": kl.divergence}
         self.some, self.words = some(clock, kl.rows), some(clock, kl.student_vocabulary)
+        self.labels = None
+        if case.labels:
+            labels = (self.random.uniform(kl.rows) * kl.student_vocabulary).long()
+            self.labels = labels.clamp(max=kl.student_vocabulary - 1), self.random.uniform(kl.rows)
         part = (t if t is tensors[1] or t is tensors[3] else t[self.some] for t in self.tensors)
-        self.hidden_grad = exact_linear(tuple(part), at_once=_SOME)[1][0]
+        of_some = self.labels and (self.labels[0][self.some], self.labels[1][self.some])
+        exact = exact_linear(tuple(part), _SOME, of_some, **self.options)
+        self.hidden_grad = exact[1][0]
         self.total, self.head_grad = self.sums()
+        if self.labels:
+            self.options |= dict(zip(("labels", "label_weight"), self.labels, strict=True))
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """Return sums over all rows: the loss, and the head's gradient of some words.
@@ -208,13 +224,16 @@ class Linear(Subject):
         heads = head.float(), teacher_head.float()
         total = weight.new_zeros((), dtype=torch.float64)
         gradient = total.new_zeros(len(self.words), head.shape[1])
-        for h_s, h_t in zip(hidden.split(512), teacher_hidden.split(512), strict=True):
-            logits = h_s.float() @ heads[0].T, h_t.float() @ heads[1].T
-            total += eager.eager_divergence_rows(*logits).double().sum()
-            p_s, p_t = (
-                (z[:, self.words] - z.logsumexp(1, keepdim=True)).double().exp() for z in logits
-            )
-            gradient += (p_s - p_t).T @ h_s.double()
+        for rows in torch.arange(len(weight), device=weight.device).split(512):
+            student = (hidden[rows].float() @ heads[0].T).requires_grad_()
+            teacher = teacher_hidden[rows].float() @ heads[1].T
+            loss = eager.eager_divergence_rows(student, teacher, **self.options).double().sum()
+            if self.labels:
+                nll = cross_entropy(student, self.labels[0][rows], reduction="none")
+                loss = loss + (self.labels[1][rows] * nll).double().sum()
+            (slope,) = torch.autograd.grad(loss, student)
+            total += loss.detach()
+            gradient += slope[:, self.words].double().T @ hidden[rows].double()
         return total, gradient
 
     def arguments(self, variant: str) -> tuple[Tensor, ...]:
@@ -286,7 +305,7 @@ class Spans(Subject):
         yield "score", score[domain], exact.score[domain], 1e-5
 
 
-SUBJECTS = {
+SUBJECTS: dict[str, type[Subject]] = {
     "copy": Copy,
     "dual_kl": KL,
     "linear_dual_kl": Linear,

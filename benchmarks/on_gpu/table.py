@@ -22,7 +22,11 @@ _SPANS = ("cuda graph", "cuda", "triton graph")
 # torch.compile takes up to a minute for a shape, so it gets one static shape of each op.
 _TORCH = ("compiled", "eager")
 
-Case = cases.KLCase | cases.LinearCase | cases.NormCase | cases.SpansCase | str
+# Other divergences, labels, and a teacher's top k.
+_OTHERS = ("cuda inplace", "triton inplace")
+_TOPK = ("cuda inplace", "cuda inplace rows", "triton inplace", "eager")
+
+Case = cases.KLCase | cases.TopkCase | cases.LinearCase | cases.NormCase | cases.SpansCase | str
 
 
 class Job(NamedTuple):
@@ -54,6 +58,7 @@ def groups(tiny: bool) -> Iterator[Group]:
         Group("grad_norm", norms[0], (*_NORM, *_TORCH)),
         Group("detect_spans", spans[0], (*_SPANS, *_TORCH)),
         Group("detect_spans", spans[1], ("cuda graph", "cuda", "triton")),
+        *others_of_training(),
         *(Group("dual_kl", case, (*_OURS, *_PEERS)) for case in kl[1:]),
         *(Group("linear_dual_kl", case, ("cuda",)) for case in cases.GPU_LONG_LINEAR_CASES),
         *(Group("linear_dual_kl", case, _LINEAR) for case in linear[1:]),
@@ -64,7 +69,20 @@ def groups(tiny: bool) -> Iterator[Group]:
     ]
     if not tiny:
         return iter(found)
-    return (group._replace(case=shrunk(group.case)) for group in (*found[:7], found[-1]))
+    first = found[: 7 + len(others_of_training())]
+    return (group._replace(case=shrunk(group.case)) for group in (*first, found[-1]))
+
+
+def others_of_training() -> list[Group]:
+    """Return the groups of what training takes with its other settings."""
+    linear = (*cases.GPU_LINEAR_LABEL_CASES, *cases.GPU_LINEAR_OTHER_CASES)
+    return [
+        *(Group("dual_kl", case, _OTHERS) for case in cases.GPU_DIVERGENCE_CASES),
+        *(Group("topk_kl", case, _TOPK) for case in cases.GPU_TOPK_CASES[:1]),
+        *(Group("linear_dual_kl", case, ("cuda rows",)) for case in linear),
+        *(Group("linear_topk_kl", case, ("cuda rows",)) for case in cases.GPU_LINEAR_TOPK_CASES),
+        *(Group("topk_kl", case, _TOPK[:1], late=True) for case in cases.GPU_TOPK_CASES[1:]),
+    ]
 
 
 def shrunk(case: Case) -> Case:
@@ -72,6 +90,8 @@ def shrunk(case: Case) -> Case:
     if isinstance(case, cases.KLCase):
         padding = case.teacher_vocabulary - case.student_vocabulary
         return replace(case, rows=8, student_vocabulary=129, teacher_vocabulary=129 + padding)
+    if isinstance(case, cases.TopkCase):
+        return replace(case, logits=shrunk(case.logits))
     if isinstance(case, cases.LinearCase):
         return replace(case, logits=shrunk(case.logits), student_hidden=20, teacher_hidden=40)
     if isinstance(case, cases.NormCase):

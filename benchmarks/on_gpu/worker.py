@@ -29,7 +29,8 @@ import leaf_ext
 
 from . import peers, table
 from .clock import Clock
-from .subjects import SUBJECTS, Subject
+from .subjects import Subject
+from .topk import SUBJECTS
 
 # Seconds after which a job counts as hung. The longest legitimate wait is a torch compilation.
 PATIENCE = 75.0

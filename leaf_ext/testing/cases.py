@@ -455,6 +455,25 @@ GPU_OTHER_KL_CASES = [
 GPU_LINEAR_CASES = [_gpu_linear_case(8192, *h) for h in ((2048, 4096), (2048, 8192), (4096, 4096))]
 # Compared with the first of those, they show that memory does not grow with the rows.
 GPU_LONG_LINEAR_CASES = [_gpu_linear_case(rows, 2048, 4096) for rows in (32768, 2048)]
+# The same sizes with another divergence, with labels, and with a teacher's top k.
+GPU_DIVERGENCE_CASES = [
+    replace(case, name=f"{case.name}_{d}", divergence=d)
+    for case in GPU_KL_CASES[:1]
+    for d in ("reverse_kl", "jsd")
+]
+GPU_TOPK_CASES = [
+    TopkCase(f"{case.name}_64", 64, case) for case in (GPU_KL_CASES[0], GPU_KL_CASES[2])
+]
+GPU_LINEAR_LABEL_CASES = [
+    replace(case, name=f"{case.name}_labels", labels=True) for case in GPU_LINEAR_CASES[:1]
+]
+GPU_LINEAR_OTHER_CASES = [
+    replace(case, name=f"{case.name}_jsd", logits=replace(case.logits, divergence="jsd"))
+    for case in GPU_LINEAR_CASES[:1]
+]
+GPU_LINEAR_TOPK_CASES = [
+    replace(case, name=f"{case.name}_top64", k=64) for case in GPU_LINEAR_CASES[:1]
+]
 GPU_NORM_CASES = [
     NormCase(f"8x4096x{width}", (8, 4096, width), torch.bfloat16, magnitude=1e-3)
     for width in (8192, 2048)
