@@ -4,7 +4,7 @@
 #   make test        the fast tests                    make test-slow   the rest, real models, servers and
 #                    other harnesses included; LEAF_DATA=folder with benchmarks for those that need some
 #   make bench       kernels against eager and compiled PyTorch; the table is printed and written
-#   make gpu         on a machine with a GPU: build, smoke test, timings, counters, tests, in 9 minutes
+#   make gpu         on a machine with a GPU: build, smoke test, timings, counters, tests, in 8 minutes
 #   make vectorized  proof from the compiler's report (GCC) that the kernels' loops are vector code;
 #                    make aarch64: the same, cross-compiled
 #   make registers   registers of each CUDA kernel (needs nvcc); spilled registers are an error

@@ -1,12 +1,12 @@
-"""Runs everything that needs a GPU: build, smoke test, timings, counters, tests, sanitizers.
+"""Runs what needs a GPU: build, smoke test, timings, distillation, counters, tests, sanitizers.
 
-    python benchmarks/gpu.py [--output build/gpu] [--minutes 9] [--steps build,smoke,...] [--tiny]
+    python benchmarks/gpu.py [--output build/gpu] [--minutes 8] [--steps build,smoke,...] [--tiny]
 
 It uses the Python that runs it and installs nothing. Every step has a time limit; a step that is
 stopped keeps its output, and later steps run after one that fails. OUTPUT gets summary.md,
-results.jsonl and its page (also written to benchmarks/results/), counters.txt, failures.txt,
-sanitizer.txt and logs.txt. `--tiny` rehearses all steps without a GPU, with the CPU kernels instead
-of the CUDA kernels.
+results.jsonl and its page (also written to benchmarks/results/), distillation/, counters.txt,
+failures.txt, sanitizer.txt and logs.txt. `--tiny` rehearses all steps without a GPU, with the CPU
+kernels instead of the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def smoke(run: Run) -> None:
     run.judge(run.start("smoke", run.smoke(*(["--small"] if run.tiny else [])), 75))
 
 
-def timings(run: Run, name: str = "timings", limit: float = 210, *options: str) -> None:
+def timings(run: Run, name: str = "timings", limit: float = 170, *options: str) -> None:
     """Run the worker, and another one after a crash; then write the page of all results so far."""
     reserve = 25  # seconds, for the last job and the page
     until, crashes, lines = time.monotonic() + run.left(limit + reserve) - reserve, 0, -1
@@ -172,6 +172,19 @@ def timings(run: Run, name: str = "timings", limit: float = 210, *options: str) 
     run.targets = "".join(report.text().partition("## Targets")[1:])
     run.keep(report)
     run.note(outcome)
+
+
+def distillation(run: Run) -> None:
+    """Time distillation steps, with models of random weights that are made for it."""
+    lacking = [name for name in ("transformers", "datasets", "pyarrow") if not find_spec(name)]
+    if lacking:
+        note = f"{', '.join(lacking)} cannot be imported"
+        return run.note(Outcome("distillation", "not available", 0, note))
+    script, output = ROOT / "benchmarks" / "gpu_loop.py", run.output / "distillation"
+    command = [sys.executable, str(script), "--steps", "distillation", "--output", str(output)]
+    limit = run.left(150)
+    command += [f"--minutes={limit / 60}", *(["--tiny"] if run.tiny else [])]
+    run.judge(run.start("distillation", command, limit))
 
 
 def counters(run: Run) -> None:
@@ -233,6 +246,7 @@ STEPS = {
     "build": build,
     "smoke": smoke,
     "timings": timings,
+    "distillation": distillation,
     "counters": counters,
     "checks": checks,
     "sizes": lambda run: timings(run, "sizes", 60, "--late"),
@@ -243,7 +257,7 @@ STEPS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu")
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--steps", default=",".join(STEPS), help="some of the steps, by comma")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--ready", action="store_true", help="only: has this Python what it takes?")

@@ -1,10 +1,11 @@
-"""Measures the loop on a GPU: saliency, batch sizes, answers, `leaf detect` whole, the demo.
+"""Measures the loop on a GPU: saliency, batches, answers, `leaf detect`, the demo, distillation.
 
     python benchmarks/gpu_loop.py [--output build/gpu-loop] [--minutes 4] [--steps saliency,...]
         [--tiny]
 
 The models have random weights, so that nothing has to be downloaded: a student of 1 billion
-parameters and a teacher of 3 or 8 billion, in bfloat16. OUTPUT gets results.jsonl and summary.md,
+parameters and a teacher of 3 or 8 billion, in bfloat16; for distillation also a smaller pair with a
+larger vocabulary. OUTPUT gets results.jsonl and summary.md,
 which are written after every measure: a run that is stopped keeps what it has. `--tiny` rehearses
 all steps on a CPU.
 """
@@ -51,6 +52,8 @@ SIZES = {  # hidden, layers, heads, key-value heads, inner, vocabulary
     "student-1b": (2048, 16, 32, 8, 8192, 128256),
     "teacher-3b": (3072, 28, 24, 8, 8192, 128256),
     "teacher-8b": (4096, 32, 32, 8, 14336, 128256),
+    "student-0.5b": (896, 24, 14, 2, 4864, 151936),
+    "teacher-1.5b": (1536, 28, 12, 2, 8960, 151936),
     "tiny": (64, 2, 4, 2, 128, 512),
 }
 ROUNDS = 2
@@ -93,7 +96,7 @@ class Run:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def model(self, name: str, dtype: str = "bfloat16") -> Any:
+    def model(self, name: str, dtype: str = "bfloat16", seed: int = 0) -> Any:
         """Build a model with random weights on the device."""
         name, dtype = ("tiny", "float32") if self.tiny else (name, dtype)
         hidden, layers, heads, shared, inner, vocabulary = SIZES[name]
@@ -110,7 +113,7 @@ class Run:
             bos_token_id=1,
             eos_token_id=2,
         )
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         with torch.device(self.device):
             built = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         return built.eval()
@@ -307,11 +310,13 @@ def measure_generation(run: Run) -> None:
         run.note("generation", f"{what}: equal answers", equal=equal, of=len(prompts))
 
 
-def save_pair(run: Run, folder: Path) -> None:
+def save_pair(
+    run: Run, folder: Path, student: str = "student-1b", teacher: str = "teacher-3b"
+) -> None:
     """Write a student, a teacher, and rows of words that both know."""
     draw = np.random.default_rng(0)
-    for role, name in (("student", "student-1b"), ("teacher", "teacher-3b")):
-        model = run.model(name)
+    for seed, (role, name) in enumerate((("student", student), ("teacher", teacher))):
+        model = run.model(name, seed=seed)
         vocabulary = int(model.config.vocab_size)
         model.save_pretrained(folder / role)
         words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocabulary)}
@@ -395,7 +400,41 @@ def measure_demo(run: Run) -> None:
         )  # fmt: skip
 
 
+def measure_distillation(run: Run) -> None:
+    """Time steps of `LeafTrainer`, packed and padded, beside a plain loss, at two vocabularies."""
+    pairs = (("student-1b", "teacher-3b"), ("student-0.5b", "teacher-1.5b"))
+    for student, teacher in pairs[:1] if run.tiny else pairs:
+        vocabulary = SIZES["tiny" if run.tiny else student][-1]
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            save_pair(run, folder, student, teacher)
+            if run.device == "cuda":
+                torch.cuda.empty_cache()
+            page = run.output / f"distillation-{vocabulary}.md"
+            command = [
+                *(sys.executable, str(ROOT / "benchmarks" / "training.py")),
+                *(str(folder / name) for name in ("teacher", "student", "rows.jsonl")),
+                *("--columns", json.dumps({one: one for one in ("prompt", "completion")})),
+                *("--batch", "4" if run.tiny else "16", "--steps", "3" if run.tiny else "6"),
+                *("--device", run.device, "--dtype", "float32" if run.tiny else "bfloat16"),
+                *("--output", str(page)),
+            ]
+            done = subprocess.run(
+                command, cwd=folder, env=os.environ | PATHS, capture_output=True, text=True,
+                timeout=max(10.0, min(120.0, run.left())),
+            )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"training.py failed at {vocabulary}: {done.stderr[-3000:]}")
+        for line in page.read_text().partition("|---|")[2].splitlines()[1:]:
+            name, speed, seconds, mib, ratio = (cell.strip() for cell in line.split("|")[1:-1])
+            run.note(
+                "distillation", name, vocabulary=vocabulary, tokens_s=speed, seconds=seconds,
+                mib=mib, of_packed=ratio,
+            )  # fmt: skip
+
+
 STEPS = {
+    "distillation": measure_distillation,
     "saliency": measure_saliency,
     "batches": measure_batches,
     "generation": measure_generation,

@@ -1,4 +1,4 @@
-"""Peak extra memory of a call, measured by Linux."""
+"""Peak extra memory of a call, measured by Linux, or by torch on a GPU."""
 
 from __future__ import annotations
 
@@ -26,6 +26,19 @@ def peak_extra_mib(run: Callable[..., object], *arguments: object) -> float | No
     before = _resident_mib("VmRSS")
     run(*arguments)
     return max(0.0, _resident_mib("VmHWM") - before)
+
+
+def peak_extra_gpu_mib(run: Callable[[], object]) -> float:
+    """Return by how many MiB the memory that torch allocates on the GPU rises during `run`."""
+    import torch
+
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return float(torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _resident_mib(counter: str) -> float:

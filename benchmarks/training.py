@@ -3,6 +3,7 @@
     python benchmarks/training.py TEACHER STUDENT ROWS.jsonl [--batch 8] [--steps 6] [--threads 2]
         [--lengths mixed|like] [--dtype float32|bfloat16] [--contenders packed,padded,plain,trl]
         [--columns '{"prompt": "question", "completion": "answer"}'] [--output FILE.md]
+        [--device cpu|cuda]
 
 TEACHER and STUDENT are model directories; `examples/smollm2.py` makes a pair. A step is the
 teacher's forward pass, and the student's forward and backward pass, of one batch; the optimizer,
@@ -23,6 +24,9 @@ No speed is shown of a contender whose loss or gradient is another than the firs
 time that passed and the processors' own seconds are shown; ratios are of the latter, which other
 programs on the machine change less. Memory is the peak of the process's resident memory during a
 step above what it was before, gradients included.
+
+With `--device cuda` seconds are those until the GPU is idle, ratios are of them, and memory is what
+torch allocates there.
 """
 
 from __future__ import annotations
@@ -42,7 +46,8 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+# A build that is on the path comes before the sources.
+sys.path += [str(ROOT / "python"), str(ROOT)]
 COLUMNS = '{"prompt": "question", "completion": "answer"}'
 
 Step = Callable[[Sequence[Any]], float]
@@ -61,19 +66,26 @@ class Contender:
     loss: float = 0.0
     gradient: float = 0.0
 
-    def run(self, student: Any, batch: Sequence[Any]) -> None:
-        from memory import peak_extra_mib
+    def run(self, student: Any, batch: Sequence[Any], on_gpu: bool) -> None:
+        import torch
+        from memory import peak_extra_gpu_mib, peak_extra_mib
 
         def timed() -> None:
             started, worked = time.perf_counter(), time.process_time()
             self.loss = self.step(batch)
+            if on_gpu:
+                torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - started)
             self.cpu_seconds.append(time.process_time() - worked)
 
         student.zero_grad(set_to_none=True)
-        self.mib.append(peak_extra_mib(timed) or 0.0)
+        self.mib.append((peak_extra_gpu_mib if on_gpu else peak_extra_mib)(timed) or 0.0)
         gradients = [one.grad for one in student.parameters() if one.grad is not None]
         self.gradient = float(sum(float(one.double().square().sum()) for one in gradients) ** 0.5)
+
+    def compared(self, device: str) -> list[float]:
+        """Return the seconds that contenders are compared by: on a CPU the processors' own."""
+        return self.cpu_seconds if device == "cpu" else self.seconds
 
     def check(self, first: Contender, factor: float) -> None:
         """Refuse a step that is not the first contender's, beyond rounding.
@@ -95,8 +107,9 @@ def leaf_contenders(trainer: Any) -> list[Contender]:
     def step(packing: bool) -> Step:
         def run(batch: Sequence[Any]) -> float:
             trainer.args.packing = packing
+            made = iter([collate(batch)])
             with trainer.packing():
-                batches, counts = trainer.get_batch_samples(iter([collate(batch)]), 1, "cpu")
+                batches, counts = trainer.get_batch_samples(made, 1, trainer.args.device)
                 return float(trainer.training_step(trainer.model, batches[0], counts))
 
         return run
@@ -111,7 +124,7 @@ def other_contender(name: str, arguments: argparse.Namespace, leaf: Any) -> Cont
     from leaf_distill.data.collator import collate
     from leaf_distill.models.loading import load_model
 
-    teacher = load_model(arguments.teacher, dtype=arguments.dtype, device="cpu")
+    teacher = load_model(arguments.teacher, dtype=arguments.dtype, device=arguments.device)
     teacher.requires_grad_(False).eval()
     make = plain_trainer if name == "plain" else trl_trainer
     trainer = make(arguments, leaf.model, teacher, leaf.processing_class)
@@ -168,7 +181,7 @@ def shared(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of all trainers."""
     return {
         "output_dir": tempfile.mkdtemp(),
-        "use_cpu": True,
+        "use_cpu": arguments.device == "cpu",
         "bf16": arguments.dtype == "bfloat16",
         "per_device_train_batch_size": arguments.batch,
         "report_to": "none",
@@ -211,10 +224,11 @@ def compare(arguments: argparse.Namespace) -> str:
     for turn, start in enumerate(starts):
         shift = turn % len(contenders)
         for contender in contenders[shift:] + contenders[:shift]:
-            contender.run(trainer.model, examples[start : start + arguments.batch])
+            batch = examples[start : start + arguments.batch]
+            contender.run(trainer.model, batch, arguments.device == "cuda")
         for contender in contenders[1:]:
             contender.check(contenders[0], 300 if arguments.dtype == "bfloat16" else 1)
-        shown = {one.name: round(one.cpu_seconds[-1], 2) for one in contenders}
+        shown = {one.name: round(one.compared(arguments.device)[-1], 2) for one in contenders}
         print(f"batch {turn}: {shown}", file=sys.stderr, flush=True)
     tokens = [sum(lengths[start : start + arguments.batch]) for start in starts]
     widest = [max(lengths[start : start + arguments.batch]) for start in starts]
@@ -228,31 +242,35 @@ def page(
     padding: float,
     arguments: argparse.Namespace,
 ) -> str:
+    import torch
     from stage1 import cpu_name
 
+    on_gpu, device = arguments.device == "cuda", arguments.device
+    machine = torch.cuda.get_device_name() if on_gpu else cpu_name()
+    seconds = "Seconds" if on_gpu else "CPU seconds"
     command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     lines = [
-        "# Distillation steps on a CPU",
+        f"# Distillation steps on a {'GPU' if on_gpu else 'CPU'}",
         "",
-        f"- {time.strftime('%Y-%m-%d')}, {cpu_name()}, {arguments.threads} threads, Python "
+        f"- {time.strftime('%Y-%m-%d')}, {machine}, {arguments.threads} threads, Python "
         f"{platform.python_version()}, {versions}",
         f"- {len(tokens)} batches of {arguments.batch} rows of {Path(arguments.dataset).name}, "
         f"{min(tokens)} to {max(tokens)} tokens a batch; padded, {padding:.0%} of the tokens of a "
         "batch would be padding",
         f"- command: `python {command}`",
         "",
-        "| contender | tokens / s | CPU seconds a step | MiB above the weights | "
-        f"CPU seconds / {contenders[0].name} |",
+        f"| contender | tokens / s | {seconds} a step | MiB above the weights | "
+        f"{seconds} / {contenders[0].name} |",
         "|---|---:|---:|---:|---:|",
     ]
-    first = contenders[0].cpu_seconds
+    first = contenders[0].compared(device)
     for one in contenders:
         speed = median(n / s for n, s in zip(tokens, one.seconds, strict=True))
-        ratio = median(ours / theirs for ours, theirs in zip(one.cpu_seconds, first, strict=True))
+        own = one.compared(device)
+        ratio = median(ours / theirs for ours, theirs in zip(own, first, strict=True))
         lines.append(
-            f"| {one.name} | {speed:.0f} | {median(one.cpu_seconds):.2f} | {max(one.mib):.0f} | "
-            f"{ratio:.2f} |"
+            f"| {one.name} | {speed:.0f} | {median(own):.2f} | {max(one.mib):.0f} | {ratio:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -270,6 +288,7 @@ def main() -> None:
     parser.add_argument("--contenders", default="packed,padded,plain")
     parser.add_argument("--columns", default=COLUMNS)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
     text = compare(arguments)
     if arguments.output:

@@ -72,6 +72,17 @@ def test_the_run_on_a_gpu_is_rehearsed(tmp_path: Path) -> None:
     assert all(f"| {step} | passed |" in summary for step in ("smoke", "timings", "sizes"))
 
 
+@pytest.mark.slow
+def test_distillation_steps_are_timed_in_the_run_on_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--output", str(tmp_path)]
+    command += ["--steps", "distillation"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert run.returncode == 0, run.stdout + (tmp_path / "logs.txt").read_text()
+    lines = (tmp_path / "distillation" / "results.jsonl").read_text().splitlines()
+    found = [json.loads(line)["what"] for line in lines]
+    assert found == ["CPU", "packed", "padded", "plain"]
+
+
 def environment() -> dict[str, str]:
     paths = ("benchmarks", "tests", *sys.path)
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
