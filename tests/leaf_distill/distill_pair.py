@@ -102,6 +102,17 @@ def make_rows(
     return rows
 
 
+def answer(model: Any, row: dict[str, Any]) -> str:
+    """The answer of at most 7 tokens that a model's likeliest tokens make, one row at a time."""
+    words = f"<user> {row['prompt'][0]['content']} <assistant>".split()
+    prompt = len(words)
+    while len(words) < prompt + 7 and "<eos>" not in words:
+        ids = torch.tensor([[WORDS.index(word) for word in words]])
+        with torch.no_grad():
+            words.append(WORDS[int(model(input_ids=ids).logits[0, -1].argmax())])
+    return " ".join(word for word in words[prompt:] if word not in WORDS[:5])
+
+
 def make_config(output_dir: Path | str, **settings: Any) -> LeafConfig:
     defaults = {
         "use_cpu": True,

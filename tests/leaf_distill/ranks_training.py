@@ -197,6 +197,8 @@ def train(settings: Mapping[str, Any], directory: Path) -> tuple[LeafTrainer, di
     kill_after, resume = rest.pop("kill_after", None), rest.pop("resume", False)
     evaluate_first = rest.pop("evaluate_first", False)
     rows = make_rows()
+    for row, text in zip(rows, rest.pop("answers", ()), strict=False):
+        row["answer"] = text
     student, teacher = make_student(tie_word_embeddings=tied), make_teacher()
     if double:
         student, teacher = student.double(), teacher.double()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ranks_training
 import torch
-from distill_pair import assert_same
+from distill_pair import answer, assert_same, make_rows
 from ranks_training import CONFIGS, DEEPSPEED, launch, measured, saved_weights, train
 
 # Ranks need different numbers of passes, and the last step of an epoch has rows on one rank only.
@@ -29,8 +29,11 @@ def alone(directory: Path, **settings: Any) -> dict[str, Any]:
 
 def assert_equal_runs(ours: Path, theirs: Path, our_log: Any, their_log: Any) -> None:
     assert_same(saved_weights(theirs), saved_weights(ours), TOLERANCE)
-    names = {"loss", "kd_loss", "cd_loss", "agreement", "cf_rows", "eval_loss", "grad_norm"}
-    assert len(our_log) == len(their_log)
+    assert_logs_agree(our_log, their_log, "agreement", "cf_rows")
+
+
+def assert_logs_agree(our_log: Any, their_log: Any, *more: str) -> None:
+    names = {"loss", "kd_loss", "cd_loss", "eval_loss", "grad_norm", *more}
     for one, two in zip(our_log, their_log, strict=True):
         for name in names & one.keys():
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
@@ -94,6 +97,33 @@ def test_bfloat16_rounds_neither_the_loss_nor_the_sums_of_gradients(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_two_ranks_share_the_answers_and_count_them_together(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "max_steps": 2}
+    trainer, _ = train(settings, tmp_path / "first")
+    student, rows = trainer.model.eval(), make_rows()
+    # An odd number of them: the second rank has one less.
+    right = [answer(student, row) if at in (0, 3, 5, 6) else "" for at, row in enumerate(rows[:7])]
+    given = [text or "nothing" for text in right]
+    settings |= {"eval_answers": 7, "grade": "exact", "max_new_tokens": 7, "answers": given}
+    launch(tmp_path / "two", "ddp", **settings)
+    single = alone(tmp_path / "one", **settings)
+    assert_equal_runs(
+        tmp_path / "one", tmp_path / "two", single["log"], measured(tmp_path / "two")["log"]
+    )
+    for log in (single["log"][-1], measured(tmp_path / "two")["log"][-1]):
+        assert (log["eval_accuracy"], log["eval_accuracy_n"]) == (4 / 7, 7)
+
+
+@pytest.mark.slow
+def test_a_sharded_student_cannot_answer(tmp_path: Path) -> None:
+    launch(tmp_path, "fsdp2", killed=True, **SETTINGS, max_steps=1, eval_answers=7)
+    assert (
+        "eval_answers: must be 0 with FSDP or DeepSpeed, whose shards of a model cannot answer "
+        "alone, got 7; use `leaf evaluate` afterwards"
+    ) in (tmp_path / "ranks.log").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not DEEPSPEED.is_dir(), reason="DeepSpeed is not installed: make test-slow")
 @pytest.mark.parametrize("tied", [True, False])
 def test_zero3_trains_as_one_process_does(tmp_path: Path, tied: bool) -> None:
@@ -105,9 +135,22 @@ def test_zero3_trains_as_one_process_does(tmp_path: Path, tied: bool) -> None:
     # DeepSpeed keeps gradients in float32. Where one is as small as its rounding, the first steps
     # of Adam, which divide by its size, differ by a share of the learning rate of 1e-2.
     assert_same(saved_weights(tmp_path / "two"), saved_weights(tmp_path / "one"), 1e-4)
-    for one, two in zip(single["log"], result["log"], strict=True):
-        for name in {"loss", "kd_loss", "cd_loss", "eval_loss", "grad_norm"} & one.keys():
-            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+    assert_logs_agree(single["log"], result["log"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DEEPSPEED.is_dir(), reason="DeepSpeed is not installed: make test-slow")
+def test_a_killed_run_goes_on_under_zero3(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "double": False, "warmup_steps": 0, "max_steps": 4}
+    on_gloo = {"use_cpu": False, "ddp_backend": "gloo"}
+    ours = {**settings, **SAVING, **on_gloo, "python": DEEPSPEED / "bin" / "python"}
+    directory = tmp_path / "two"
+    launch(directory, "deepspeed_zero3", killed=True, kill_after=3, **ours)
+    launch(directory, "deepspeed_zero3", resume=True, **ours)
+    result, single = measured(directory), alone(tmp_path / "one", **settings)
+    assert result["began"] == 2  # the kill came before step 3 was saved
+    assert_same(saved_weights(directory), saved_weights(tmp_path / "one"), 1e-4)
+    assert_logs_agree(single["log"], result["log"])
 
 
 def test_the_configs_are_part_of_the_package() -> None:

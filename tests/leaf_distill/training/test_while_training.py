@@ -14,6 +14,7 @@ import pytest
 import torch
 from distill_pair import (
     WORDS,
+    answer,
     assert_same,
     make_config,
     make_rows,
@@ -31,17 +32,6 @@ from leaf_distill.training.distill import distill
 from leaf_distill.training.trainer import LeafTrainer
 
 ANSWERS = {"grade": "exact", "max_new_tokens": 7, "eval_answers": 6}
-
-
-def answer(model: Any, row: dict[str, Any]) -> str:
-    """The answer of at most 7 tokens that a model's likeliest tokens make, one row at a time."""
-    words = f"<user> {row['prompt'][0]['content']} <assistant>".split()
-    prompt = len(words)
-    while len(words) < prompt + 7 and "<eos>" not in words:
-        ids = torch.tensor([[WORDS.index(word) for word in words]])
-        with torch.no_grad():
-            words.append(WORDS[int(model(input_ids=ids).logits[0, -1].argmax())])
-    return " ".join(word for word in words[prompt:] if word not in WORDS[:5])
 
 
 def test_the_student_answers_held_out_rows_and_is_graded(tmp_path: Path) -> None:
