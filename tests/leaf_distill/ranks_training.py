@@ -152,6 +152,7 @@ def check_wrapping(trainer: LeafTrainer) -> None:
         assert policy is None or policy.reduce_dtype == torch.float32
     else:
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+        assert not trainer.model_wrapped.find_unused_parameters
     assert optimized == {id(weight) for weight in students}
     assert not any(isinstance(weight, DTensor) for weight in teacher.parameters())
     assert not any(weight.requires_grad for weight in teacher.parameters())

@@ -80,6 +80,13 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
             raise ValueError(
                 f"{name}: must be left out, got {value}; all arms are evaluated after the training"
             )
+    if training.failed_share is not None and not any(
+        "failed_share" in ARMS[name].training for name in config.arms
+    ):
+        raise ValueError(
+            f"failed_share: must come with the arm kd_failed, got {training.failed_share} and arms "
+            f"{', '.join(config.arms)}; add the arm, or leave it out"
+        )
     root = user_directory(detection.output_dir)
     # Settings that do not go together are said before anything runs.
     trainings = {name: ARMS[name].trains(training) for name in config.arms}

@@ -32,10 +32,10 @@ class LogLines(TrainerCallback):
     """Prints a log as one line: step, losses, agreement, the time and how much of it is left."""
 
     def __init__(self) -> None:
-        self._started, self._first = time.monotonic(), 0
+        self._started, self._first, self._trains = time.monotonic(), 0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._started, self._first = time.monotonic(), state.global_step
+        self._started, self._first, self._trains = time.monotonic(), state.global_step, True
         never_ends = state.max_steps <= args.get_warmup_steps(state.max_steps)
         if never_ends and state.is_world_process_zero:
             logger.warning(
@@ -43,6 +43,9 @@ class LogLines(TrainerCallback):
                 "or warmup_steps, or raise num_train_epochs",
                 state.max_steps,
             )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trains = False
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: Mapping[str, float] = kwargs["logs"]
@@ -57,6 +60,8 @@ class LogLines(TrainerCallback):
         if state.is_world_process_zero and words:
             step = f"step {state.global_step}/{state.max_steps}"
             evaluated = [prefix.rstrip("_")] if prefix else []
+            if evaluated and not self._trains and args.load_best_model_at_end:
+                evaluated += [f"of the best weights, step {state.best_global_step}"]
             passed = time.monotonic() - self._started
             done, left = state.global_step - self._first, state.max_steps - state.global_step
             known = done > 0 and left > 0 and not evaluated

@@ -225,8 +225,8 @@ def _find_start(
     elif start and not sort_checkpoints(str(output_dir)):
         if finished is not None:
             raise ValueError(
-                f"max_steps: must stay as it was, since {output_dir} has no checkpoint to go on "
-                "from; give another output_dir"
+                f"{changes[0].partition(' ')[0]}: must stay as it was, since {output_dir} has no "
+                "checkpoint to go on from; give another output_dir"
             )
         start = False
     # The card tells them: a schedule that became longer is not that of a run from the start.

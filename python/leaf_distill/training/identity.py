@@ -142,8 +142,9 @@ def read_finished(directory: Path) -> dict[str, Any] | None:
 def check_identity(directory: Path, identity: Identity, *, finished: bool) -> list[str]:
     """Compare with the run in a directory, and return the differences that it may go on with.
 
-    More steps are no other run. Another learning rate is none as long as the run has not finished:
-    a lower one is the cure where numbers are not finite.
+    More steps are no other run, and neither is more patience: the steps so far would have been the
+    same. Another learning rate is none as long as the run has not finished: a lower one is the cure
+    where numbers are not finite.
 
     Raises:
         ValueError: another setting or content differs; names each on a line.
@@ -200,8 +201,10 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 
 def _longer(name: str, old: Identity, new: Identity) -> bool:
-    """Return whether the difference is that the run is to have more steps than before."""
+    """Return whether the difference is that the run may have more steps than before."""
     try:
+        if name == "early_stopping_patience":
+            return bool(old[name] < new[name])
         before, now = old["max_steps"], new["max_steps"]
         if name == "max_steps":
             return bool(0 < before < now)

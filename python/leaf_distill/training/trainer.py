@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +54,8 @@ from leaf_distill.training.sharding import is_sharded, keep_float32, saved_whole
 from leaf_distill.training.teacher import LiveTeacher
 from leaf_distill.training.teacher_cache import StoredTeacher, open_cache
 from leaf_ext import linear_dual_kl
+
+logger = logging.getLogger(__name__)
 
 
 class LeafTrainer(Trainer):
@@ -214,6 +217,8 @@ class LeafTrainer(Trainer):
                     "eval_answers: must be 0 with FSDP or DeepSpeed, whose shards of a model "
                     f"cannot answer alone, got {args.eval_answers}; use `leaf evaluate` afterwards"
                 )
+            if eval_dataset is None:
+                logger.warning("eval_answers has no effect without an eval_dataset; give rows")
             with eval_mode(student):
                 pads_in_front(student)  # measured before autocast rounds the logits
 

@@ -247,6 +247,8 @@ def test_a_missing_evaluation_set_is_asked_for(pair: dict[str, str], tmp_path: P
         compare(replace(config, eval_dataset="gone.jsonl"), detection, training)
     with pytest.raises(ValueError, match=r"^eval_answers: must be left out, got 5"):
         compare(config, detection, training.with_changes(eval_answers=5))
+    with pytest.raises(ValueError, match=r"^failed_share: must come with the arm kd_failed, got 0"):
+        compare(config, detection, training.with_changes(failed_share=0.7))
     assert not (tmp_path / "out").exists()
 
 

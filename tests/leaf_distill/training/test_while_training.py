@@ -97,8 +97,21 @@ WORSENING = {
 }
 
 
+def test_answers_without_rows_to_answer_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, rows = make_config(tmp_path, **ANSWERS), make_rows()
+    LeafTrainer(make_student(), make_teacher(), config, rows, None, make_tokenizer())
+    assert "eval_answers has no effect without an eval_dataset" in caplog.text
+    caplog.clear()
+    LeafTrainer(make_student(), make_teacher(), config, rows, rows, make_tokenizer())
+    assert "eval_answers" not in caplog.text
+
+
 @pytest.mark.parametrize("limit", [1, 2])
-def test_the_best_weights_are_kept_written_and_told(tmp_path: Path, limit: int) -> None:
+def test_the_best_weights_are_kept_written_and_told(
+    tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = DistillArguments(
         **save_pair(tmp_path),
         dataset=write_rows(tmp_path / "rows.jsonl", make_rows(12, 0)),
@@ -110,6 +123,9 @@ def test_the_best_weights_are_kept_written_and_told(tmp_path: Path, limit: int) 
     logs = [log for log in result.metrics["log"] if "eval_loss" in log][:6]
     best = min(logs, key=lambda log: log["eval_loss"])
     assert best["step"] < 6
+    *earlier, last = [line for line in capsys.readouterr().out.splitlines() if "  eval  " in line]
+    assert f"eval  of the best weights, step {best['step']}  loss " in last
+    assert len(earlier) == 6 and not any("of the best weights" in line for line in earlier)
     assert result.metrics["best"] == {
         "step": best["step"],
         "measure": "eval_loss",
@@ -164,6 +180,30 @@ def test_a_run_that_gets_no_better_stops_and_one_that_goes_on_keeps_its_count(
     assert again.state.global_step == best + 3
     assert StopEarly.count(again.state) == 3
     assert_same(weights(again.model), weights(straight.model))
+
+
+def test_a_run_that_stopped_goes_on_with_more_patience(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = DistillArguments(
+        **save_pair(tmp_path),
+        dataset=write_rows(tmp_path / "rows.jsonl", make_rows(12, 0)),
+        eval_dataset=write_rows(tmp_path / "held.jsonl", make_rows(6, 0, seed=1)),
+    )
+    settings = {**WORSENING, "learning_rate": 1.0, "max_steps": 30}
+
+    def run(name: str, patience: int) -> tuple[list[Any], bytes]:
+        config = make_config(tmp_path / name, early_stopping_patience=patience, **settings)
+        log = distill(arguments, config).metrics["log"]
+        losses = [(one["step"], one["eval_loss"]) for one in log if "eval_loss" in one]
+        return losses, (tmp_path / name / "model.safetensors").read_bytes()
+
+    stopped, straight = run("out", 1), run("straight", 3)
+    longer = run("out", 3)
+    assert "early_stopping_patience was 1 and is now 3; the steps so far stay" in caplog.text
+    assert longer == straight and len(longer[0]) == len(stopped[0]) + 2
+    with pytest.raises(ValueError, match="early_stopping_patience was 3 and is now 2"):
+        run("out", 2)
 
 
 @pytest.mark.parametrize(
