@@ -213,6 +213,17 @@ def check_accelerator(config: TrainingArguments) -> None:
         )
 
 
+def check_beside_cache(**settings: object) -> None:
+    """Raise ValueError where a setting of the teacher is given beside a cache of its signal."""
+    for name, value in settings.items():
+        if value not in (None, "auto"):
+            got = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"{name}: must be left out with teacher_cache, got {got}; `leaf cache` has decided "
+                "it"
+            )
+
+
 def refused(error: Exception) -> ValueError:
     """Return the sentence for a setting that transformers, torch or peft refuse; ours stay."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)

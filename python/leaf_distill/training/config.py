@@ -35,6 +35,7 @@ from leaf_distill.training.checks import (
     GREATER_IS_BETTER,
     changed_settings,
     check_accelerator,
+    check_beside_cache,
     check_choices,
     check_evaluation,
     check_ranges,
@@ -392,13 +393,12 @@ class DistillArguments(RowOptions, PairOptions):
         need(self, "student", "dataset")
         if self.teacher_cache is None:
             need(self, "teacher")
-        for name in ("teacher_dtype", "teacher_device", "teacher_quantization"):
-            value = getattr(self, name)
-            if self.teacher_cache is not None and value not in (None, "auto"):
-                raise ValueError(
-                    f"{name}: must be left out with teacher_cache, got {value!r}; `leaf cache` has "
-                    "decided it"
-                )
+        else:
+            check_beside_cache(
+                teacher_dtype=self.teacher_dtype,
+                teacher_device=self.teacher_device,
+                teacher_quantization=self.teacher_quantization,
+            )
         check_rows(self)
         check_range(self, "show", 0, LARGEST)
         for name in ("lora_r", "lora_alpha"):

@@ -35,6 +35,7 @@ from leaf_distill.training.callbacks import (
     WriteManifest,
 )
 from leaf_distill.training.checkpoint import all_finite, find_checkpoint
+from leaf_distill.training.checks import check_beside_cache
 from leaf_distill.training.config import LeafConfig
 from leaf_distill.training.loss import (
     CURE,
@@ -138,17 +139,13 @@ class LeafTrainer(Trainer):
             None if teacher_cache is None else open_cache(teacher_cache, teacher_model)
         )
         self._asks_teacher = args.ce_weight < 1
-        beside = {
-            "teacher_dtype": teacher_dtype != "auto",
-            "teacher_device": teacher_device != "auto",
-            "teacher_quantization": teacher_quantization is not None,
-            "teacher_processing_class": teacher_processing_class is not None,
-        }
-        for name, given in beside.items() if self.teacher_cache is not None else ():
-            if given:
-                raise ValueError(
-                    f"{name}: must be left out with teacher_cache; `leaf cache` has decided it"
-                )
+        if self.teacher_cache is not None:
+            check_beside_cache(
+                teacher_dtype=teacher_dtype,
+                teacher_device=teacher_device,
+                teacher_quantization=teacher_quantization,
+                teacher_processing_class=teacher_processing_class,
+            )
         if self.teacher_cache is not None and 0 < args.ce_weight < 1:
             self.teacher_cache.check_labels()
         if self.teacher_cache is None and teacher_model is None:
