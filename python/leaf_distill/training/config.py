@@ -250,9 +250,9 @@ class LeafConfig(TrainingArguments):
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported()
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
+        given, changed = self.gradient_accumulation_steps, changed_settings(self)
         if self.ddp_find_unused_parameters is None:  # transformers looks for them in each pass
             self.ddp_find_unused_parameters = False
-        given, changed = self.gradient_accumulation_steps, changed_settings(self)
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except Exception as error:  # the base class has many ways to refuse a setting
