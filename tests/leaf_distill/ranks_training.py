@@ -141,7 +141,10 @@ def check_wrapping(trainer: LeafTrainer) -> None:
     teacher, students = trainer.teacher_model, list(trainer.model.parameters())
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
-        assert all(hasattr(weight, "ds_id") and not weight.numel() for weight in students)
+        assert all(hasattr(weight, "ds_id") for weight in students)
+        # The reading of a checkpoint makes small weights whole, as the first pass does.
+        resumed = trainer.state.global_step > 0
+        assert resumed or not any(weight.numel() for weight in students)
         assert not any(hasattr(weight, "ds_id") for weight in teacher.parameters())
         assert not optimized & {id(weight) for weight in teacher.parameters()}
         return
