@@ -22,8 +22,8 @@ the teacher's weights in bfloat16.
 
 No speed is shown of a contender whose loss or gradient is another than the first one's. Both the
 time that passed and the processors' own seconds are shown; ratios are of the latter, which other
-programs on the machine change less. Memory is the peak of the process's resident memory during a
-step above what it was before, gradients included.
+programs on the machine change less. Memory is the peak of the process's resident memory above what
+it was before, gradients included, in a step of the batch with the most tokens that is not timed.
 
 With `--device cuda` seconds are those until the GPU is idle, ratios are of them, and memory is what
 torch allocates there.
@@ -56,30 +56,33 @@ Step = Callable[[Sequence[Any]], float]
 
 @dataclass
 class Contender:
-    """A way to make a step, and its measures, one for each step."""
+    """A way to make a step, and its measures: of each step, and the memory of one."""
 
     name: str
     step: Step
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    mib: list[float] = field(default_factory=list)
+    mib: float = 0.0
     loss: float = 0.0
     gradient: float = 0.0
 
-    def run(self, student: Any, batch: Sequence[Any], on_gpu: bool) -> None:
-        import torch
+    def weigh(self, student: Any, batch: Sequence[Any], on_gpu: bool) -> None:
+        """Make a step that is not timed: the C library gives its memory back for this."""
         from memory import peak_extra_gpu_mib, peak_extra_mib
 
-        def timed() -> None:
-            started, worked = time.perf_counter(), time.process_time()
-            self.loss = self.step(batch)
-            if on_gpu:
-                torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - started)
-            self.cpu_seconds.append(time.process_time() - worked)
+        student.zero_grad(set_to_none=True)
+        self.mib = (peak_extra_gpu_mib if on_gpu else peak_extra_mib)(self.step, batch) or 0.0
+
+    def run(self, student: Any, batch: Sequence[Any], on_gpu: bool) -> None:
+        import torch
 
         student.zero_grad(set_to_none=True)
-        self.mib.append((peak_extra_gpu_mib if on_gpu else peak_extra_mib)(timed) or 0.0)
+        started, worked = time.perf_counter(), time.process_time()
+        self.loss = self.step(batch)
+        if on_gpu:
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - started)
+        self.cpu_seconds.append(time.process_time() - worked)
         gradients = [one.grad for one in student.parameters() if one.grad is not None]
         self.gradient = float(sum(float(one.double().square().sum()) for one in gradients) ** 0.5)
 
@@ -108,7 +111,7 @@ def leaf_contenders(trainer: Any) -> list[Contender]:
         def run(batch: Sequence[Any]) -> float:
             trainer.args.packing = packing
             made = iter([collate(batch)])
-            with trainer.packing():
+            with trainer.running():
                 batches, counts = trainer.get_batch_samples(made, 1, trainer.args.device)
                 return float(trainer.training_step(trainer.model, batches[0], counts))
 
@@ -200,7 +203,9 @@ def make_trainer(arguments: argparse.Namespace) -> Any:
         max_rows=arguments.batch * arguments.steps,
     )
     config = LeafConfig(originals_per_step=arguments.batch, **shared(arguments))
-    return LeafTrainer(arguments.student, arguments.teacher, config, rows)
+    trainer = LeafTrainer(arguments.student, arguments.teacher, config, rows)
+    trainer.accelerator.prepare_model(trainer.model)  # which has autocast run in its forward
+    return trainer
 
 
 def compare(arguments: argparse.Namespace) -> str:
@@ -218,9 +223,12 @@ def compare(arguments: argparse.Namespace) -> str:
         known[name] if name in known else other_contender(name, arguments, trainer)
         for name in arguments.contenders.split(",")
     ]
-    for contender in contenders:  # a warm-up
-        contender.step(examples[:2])
     starts = range(0, len(examples) - arguments.batch + 1, arguments.batch)
+    sizes = {start: sum(lengths[start : start + arguments.batch]) for start in starts}
+    largest = max(sizes, key=lambda start: sizes[start])
+    for contender in contenders:  # which is the warm-up as well
+        batch = examples[largest : largest + arguments.batch]
+        contender.weigh(trainer.model, batch, arguments.device == "cuda")
     for turn, start in enumerate(starts):
         shift = turn % len(contenders)
         for contender in contenders[shift:] + contenders[:shift]:
@@ -230,7 +238,7 @@ def compare(arguments: argparse.Namespace) -> str:
             contender.check(contenders[0], 300 if arguments.dtype == "bfloat16" else 1)
         shown = {one.name: round(one.compared(arguments.device)[-1], 2) for one in contenders}
         print(f"batch {turn}: {shown}", file=sys.stderr, flush=True)
-    tokens = [sum(lengths[start : start + arguments.batch]) for start in starts]
+    tokens = list(sizes.values())
     widest = [max(lengths[start : start + arguments.batch]) for start in starts]
     padding = 1 - sum(tokens) / (arguments.batch * sum(widest))
     return page(contenders, tokens, padding, arguments)
@@ -270,7 +278,7 @@ def page(
         own = one.compared(device)
         ratio = median(ours / theirs for ours, theirs in zip(own, first, strict=True))
         lines.append(
-            f"| {one.name} | {speed:.0f} | {median(own):.2f} | {max(one.mib):.0f} | {ratio:.2f} |"
+            f"| {one.name} | {speed:.0f} | {median(own):.2f} | {one.mib:.0f} | {ratio:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

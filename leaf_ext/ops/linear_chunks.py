@@ -16,6 +16,8 @@ from leaf_ext.schema import accum_dtype, gradient_rows, hidden_grad_dtype
 # Rows of a head's gradient that are computed at once if products cannot be added to it directly and
 # need separate memory.
 _SLAB = 8192
+# Logits of the teacher that a CPU computes at once: fewer rows read the head too often.
+_TEACHER_LOGITS = 1 << 25
 
 
 def default_chunk_size(vocabulary: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -105,7 +107,8 @@ class Products:
     def piece_size(self, vocabulary: int, chunk_size: int) -> int:
         """Return the rows of the teacher's logits that are computed at once."""
         if self.device == "cpu" and not self.to_float32:
-            return min(chunk_size, _piece_size(vocabulary))
+            most = _TEACHER_LOGITS // max(1, vocabulary) // 32 * 32
+            return min(chunk_size, max(_piece_size(vocabulary), most))
         # A call gives float16 gradients one scale, which must hold for all rows of a product.
         several = self.to_float32 and self.dtype != torch.float16
         return -(-chunk_size // 4) if several else chunk_size
@@ -163,6 +166,7 @@ class _Gradients:
     head: Tensor
     bias: Tensor
     product: Tensor | None  # of a slab, if it cannot be added to the head's gradient directly
+    widened: Tensor | None  # the same in the dtype of the head's gradient, if that is another
 
     def add_rows(self, slope: Tensor, scale: Tensor, head: Head, index: Tensor) -> None:
         """Add the part of rows; `slope` is their logits' gradient (times `scale` if float16)."""
@@ -191,7 +195,10 @@ class _Gradients:
             slab = self.head[begin : begin + _SLAB]
             columns = slope[:, begin : begin + _SLAB]
             part = unscaled(products.into(self.product[: slab.shape[0]], columns.T, hidden))
-            slab.copy_(part) if first else slab.add_(part)
+            if first:
+                slab.copy_(part)
+            else:  # torch would widen a narrower part into new memory
+                slab.add_(part if self.widened is None else self.widened[: len(part)].copy_(part))
 
     @staticmethod
     def _unscaled(dtype: torch.dtype, scale: Tensor) -> Callable[[Tensor], Tensor]:
@@ -261,7 +268,9 @@ def run_chunks(
                 index, z = chunk[begin : begin + piece], logits[begin : begin + piece]
                 part, scale, found = loss_of(z, index, dtype if need_grad else None)
                 if need_grad and few:
-                    grads.add_rows(gradient_rows(z, dtype), scale, head, index)
+                    slope, step = gradient_rows(z, dtype), _piece_size(vocabulary)
+                    for at in range(0, len(slope), step):
+                        grads.add_rows(slope[at : at + step], scale, head, index[at : at + step])
                 loss += part
                 if needs.rows:
                     rows.index_copy_(1, index, found)
@@ -294,11 +303,12 @@ def _gradients(
         return prefer_huge_pages(hidden.new_empty(shape, dtype=dtype))
 
     slab = torch.Size((min(_SLAB, weight.shape[0]), weight.shape[1]))
+    product = wide if to_float32 else weight.dtype
+    widens = head_dtype and needs_product and product != head_dtype
     return _Gradients(
         hidden=zeros(hidden.shape, need_hidden, hidden_grad_dtype(hidden.dtype)),
         head=unwritten(weight.shape, head_dtype) if head_dtype else hidden.new_zeros(0, dtype=wide),
         bias=zeros(weight.shape[:1], need_bias, wide),
-        product=unwritten(slab, wide if to_float32 else weight.dtype)
-        if head_dtype and needs_product
-        else None,
+        product=unwritten(slab, product) if head_dtype and needs_product else None,
+        widened=unwritten(slab, head_dtype) if head_dtype and widens else None,
     )

@@ -1,8 +1,8 @@
 """Runs a frozen model on several rows at a time, each on its share of a CPU's threads.
 
 The products of one row are too small to keep many threads busy: on 2 threads a model of 135 million
-weights read rows of 250 tokens 1.46 times as fast two at a time as one by one. Which threads a row
-gets does not depend on the rows beside it, and so its values do not either, to the last bit.
+weights read rows of 250 tokens 1.46 times as fast two at a time as one by one. How many threads a
+row gets does not depend on the rows beside it, and so its values do not either, to the last bit.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def replicate(model: nn.Module) -> list[Any]:
 
     The copies share its weights. Their modules and buffers are their own: a forward pass keeps
     what it works on in hooks, and rotary embeddings of the kind longrope change their frequencies
-    with a row's length. Those of the kind dynamic depend on the rows before, in their order, and
-    there is no copy.
+    with a row's length. There is no copy where those of the kind dynamic depend on the rows before,
+    in their order, or where a library has rounded the weights: it may keep them with the modules.
     """
-    if any("dynamic" in str(getattr(module, "rope_type", "")) for module in model.modules()):
+    plain = all(type(weight) is nn.Parameter for weight in model.parameters())
+    kinds = [str(getattr(module, "rope_type", "")) for module in model.modules()]
+    if not plain or any("dynamic" in kind for kind in kinds):
         return [model]
     shared = {id(weight): weight for weight in model.parameters()}
     others = range(1, torch.get_num_threads() // _threads_of_a_row())
@@ -42,10 +44,11 @@ def run_each(run: Callable[[M, R], Tensor], models: Sequence[M], rows: Sequence[
 
     Args:
         run: takes one of the models, which no other thread uses meanwhile.
-        models: see `replicate`.
+        models: see `replicate`. A single one has all threads.
         rows: in the order of the results.
     """
     threads = torch.get_num_threads()
+    each = threads if len(models) == 1 else _threads_of_a_row()
     autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
     free: queue.SimpleQueue[M] = queue.SimpleQueue()
     for model in models:
@@ -60,7 +63,7 @@ def run_each(run: Callable[[M, R], Tensor], models: Sequence[M], rows: Sequence[
             free.put(model)
 
     try:
-        with ThreadPoolExecutor(len(models), "row", _set_threads, (_threads_of_a_row(),)) as pool:
+        with ThreadPoolExecutor(len(models), "row", torch.set_num_threads, (each,)) as pool:
             return list(pool.map(alone, rows))
     finally:
         torch.set_num_threads(threads)  # of threads that start later, which the pool's have changed
@@ -68,7 +71,3 @@ def run_each(run: Callable[[M, R], Tensor], models: Sequence[M], rows: Sequence[
 
 def _threads_of_a_row() -> int:
     return -(-torch.get_num_threads() // AT_A_TIME)
-
-
-def _set_threads(count: int) -> None:
-    torch.set_num_threads(count)

@@ -54,7 +54,7 @@ from leaf_distill.training.selection import Selection
 from leaf_distill.training.sharding import is_sharded, keep_float32, saved_whole
 from leaf_distill.training.teacher import LiveTeacher
 from leaf_distill.training.teacher_cache import StoredTeacher, open_cache
-from leaf_ext import linear_dual_kl
+from leaf_ext import linear_dual_kl, use_cpu_memory_pool
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +305,7 @@ class LeafTrainer(Trainer):
         self._read.zero_()
         if checkpoint is not None and (output := self._take_last(checkpoint)) is not None:
             return output
-        with self.packing():
+        with self.running():
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -477,9 +477,14 @@ class LeafTrainer(Trainer):
         return gathered.cpu()
 
     @contextlib.contextmanager
-    def packing(self) -> Iterator[None]:
-        """Let both models run rows without padding, where they can and the settings allow it."""
+    def running(self) -> Iterator[None]:
+        """Let both models run rows without padding, where they can and the settings allow it.
+
+        On a CPU the memory of a pass's tensors goes to those of the next one.
+        """
         with contextlib.ExitStack() as stack:
+            if self.args.device.type == "cpu":
+                stack.enter_context(use_cpu_memory_pool())
             if self.args.packing and not self.args.torch_compile:
                 stack.enter_context(self._objective.student.packing())
                 stack.enter_context(self._objective.teacher.packing())
@@ -517,7 +522,7 @@ class LeafTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluate, with the loss of the whole dataset in place of a mean over batches."""
         self._eval_sums = _zeros()
-        with self.packing():
+        with self.running():
             if self.is_fsdp_enabled and not is_sharded(self.model):
                 # accelerate shards a model together with its optimizer only.
                 self.create_optimizer()

@@ -62,8 +62,8 @@ def test_rows_do_not_depend_on_those_beside_them(kind: str, threads: int) -> Non
     """With longrope the frequencies, in a buffer, are others above 16 tokens."""
     model = make_model(**rope(kind))
     rows = rows_of(*[9, 40, 12, 33, 5, 28] * 4)
-    (one, *_) = models = replicate(model)
-    expected = [run_each(logits, [one], [row])[0] for row in rows]
+    models = replicate(model)
+    expected = [run_each(logits, models, [row])[0] for row in rows]
     found = run_each(logits, models, rows)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -88,6 +88,7 @@ def test_each_row_runs_as_the_caller_would(threads: int) -> None:
     assert not any(one.requires_grad for one in made)
     assert seen == [2] * 9 and torch.get_num_threads() == threads
     assert run_each(run, [weight], [torch.ones(1, 3)])[0].dtype == torch.float32
+    assert seen[-1] == torch.get_num_threads() == threads
 
 
 def test_an_error_of_a_row_is_raised(threads: int) -> None:
