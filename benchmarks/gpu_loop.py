@@ -434,12 +434,12 @@ def measure_distillation(run: Run) -> None:
 
 
 STEPS = {
-    "distillation": measure_distillation,
     "saliency": measure_saliency,
     "batches": measure_batches,
     "generation": measure_generation,
     "detect": measure_detect,
     "demo": measure_demo,
+    "distillation": measure_distillation,
 }
 
 

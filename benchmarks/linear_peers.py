@@ -14,7 +14,7 @@ a float64 reference; the error is the largest norm of a difference over the norm
 
 --without-bf16: as on a processor without bfloat16 instructions: oneDNN uses AVX-512 without them,
     and `linear_dual_kl` takes the path that it takes there.
---pool: ours runs in `leaf_ext.use_cpu_memory_pool`, as a training does.
+--pool: ours runs in `leaf_ext.use_cpu_memory_pool`, as in a training.
 """
 
 from __future__ import annotations

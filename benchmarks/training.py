@@ -24,6 +24,7 @@ No speed is shown of a contender whose loss or gradient is another than the firs
 time that passed and the processors' own seconds are shown; ratios are of the latter, which other
 programs on the machine change less. Memory is the peak of the process's resident memory above what
 it was before, gradients included, in a step of the batch with the most tokens that is not timed.
+The memory pool in which LeafTrainer trains on a CPU begins anew with each of its steps here.
 
 With `--device cuda` seconds are those until the GPU is idle, ratios are of them, and memory is what
 torch allocates there.
@@ -226,7 +227,8 @@ def compare(arguments: argparse.Namespace) -> str:
     starts = range(0, len(examples) - arguments.batch + 1, arguments.batch)
     sizes = {start: sum(lengths[start : start + arguments.batch]) for start in starts}
     largest = max(sizes, key=lambda start: sizes[start])
-    for contender in contenders:  # which is the warm-up as well
+    for contender in contenders:
+        contender.step(examples[:2])  # a warm-up
         batch = examples[largest : largest + arguments.batch]
         contender.weigh(trainer.model, batch, arguments.device == "cuda")
     for turn, start in enumerate(starts):

@@ -96,9 +96,13 @@ class Ranks:
         if not self.pipes:
             self.start()
         pipes = self.pipes[: len(case.parts)]
-        for pipe in pipes:
-            pipe.send((case.inputs(), case.parts))
-        found = [pipe.recv() for pipe in pipes]
+        try:
+            for pipe in pipes:
+                pipe.send((case.inputs(), case.parts))
+            found = [pipe.recv() for pipe in pipes]
+        except (EOFError, OSError):  # a rank has died
+            self.pipes.clear()
+            raise
         for one in found:
             if isinstance(one, Exception):
                 self.pipes.clear()  # the others may wait for this rank: the next case gets new ones

@@ -175,7 +175,7 @@ class LMHeadHook:
                 f"{tuple(self._positions.shape)} tokens; choose another architecture"
             )
         self._hidden = hidden[self._positions.to(hidden.device)]
-        return (hidden[:1, :0],)  # the ordinary product is not used, and costs nothing this way
+        return (hidden[:1, :0],)  # the ordinary product is not used: a row takes long in bfloat16
 
     def _compute(self, head: nn.Linear, args: Any, output: Tensor) -> Tensor | None:
         """Return the result as the head's output, until `_take`.

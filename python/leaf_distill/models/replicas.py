@@ -8,7 +8,9 @@ row gets does not depend on the rows beside it, and so its values do not either,
 from __future__ import annotations
 
 import copy
+import os
 import queue
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -28,14 +30,17 @@ def replicate(model: nn.Module) -> list[Any]:
     The copies share its weights. Their modules and buffers are their own: a forward pass keeps
     what it works on in hooks, and rotary embeddings of the kind longrope change their frequencies
     with a row's length. There is no copy where those of the kind dynamic depend on the rows before,
-    in their order, or where a library has rounded the weights: it may keep them with the modules.
+    in their order; where a library has rounded the weights, which it may keep in buffers; or where
+    this thread is bound to few cores (OMP_PROC_BIND), as the threads of the rows would be.
     """
+    threads = torch.get_num_threads()
     plain = all(type(weight) is nn.Parameter for weight in model.parameters())
+    rounded = getattr(getattr(model, "config", None), "quantization_config", None) is not None
     kinds = [str(getattr(module, "rope_type", "")) for module in model.modules()]
-    if not plain or any("dynamic" in kind for kind in kinds):
+    if not plain or rounded or any("dynamic" in kind for kind in kinds) or _cores() < threads:
         return [model]
     shared = {id(weight): weight for weight in model.parameters()}
-    others = range(1, torch.get_num_threads() // _threads_of_a_row())
+    others = range(1, threads // _threads_of_a_row())
     return [model, *(copy.deepcopy(model, dict(shared)) for _ in others)]
 
 
@@ -44,11 +49,13 @@ def run_each(run: Callable[[M, R], Tensor], models: Sequence[M], rows: Sequence[
 
     Args:
         run: takes one of the models, which no other thread uses meanwhile.
-        models: see `replicate`. A single one has all threads.
+        models: see `replicate`. A single one reads the rows here, with all threads.
         rows: in the order of the results.
     """
+    if len(models) == 1:
+        with torch.no_grad():
+            return [run(models[0], row) for row in rows]
     threads = torch.get_num_threads()
-    each = threads if len(models) == 1 else _threads_of_a_row()
     autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
     free: queue.SimpleQueue[M] = queue.SimpleQueue()
     for model in models:
@@ -63,10 +70,17 @@ def run_each(run: Callable[[M, R], Tensor], models: Sequence[M], rows: Sequence[
             free.put(model)
 
     try:
-        with ThreadPoolExecutor(len(models), "row", torch.set_num_threads, (each,)) as pool:
+        with ThreadPoolExecutor(
+            len(models), "row", torch.set_num_threads, (_threads_of_a_row(),)
+        ) as pool:
             return list(pool.map(alone, rows))
     finally:
-        torch.set_num_threads(threads)  # of threads that start later, which the pool's have changed
+        torch.set_num_threads(threads)  # of threads that begin later: the pool's have changed it
+
+
+def _cores() -> int:
+    """Return on how many cores this thread may run, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else sys.maxsize
 
 
 def _threads_of_a_row() -> int:

@@ -13,7 +13,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -98,7 +98,8 @@ class Server:
         server's context or "server_refused", with the server's words as `detail`.
 
         Args:
-            requests: what is sent, in this order.
+            requests: what is sent, in this order; each is made when its turn comes.
+            number: how many there are.
             proven: whether such requests have been answered before. Otherwise the work ends where
                 the server refuses the first REFUSALS.
 
@@ -110,7 +111,7 @@ class Server:
         def read(body: Any, at: int) -> Answer:
             return read_answer(body, requests[at])
 
-        with closing(self.replies(requests, read)) as replies:
+        with closing(self.replies(requests, len(requests), read)) as replies:
             for at, found in replies:
                 if not isinstance(found, Refusal):
                     proven = True
@@ -124,7 +125,7 @@ class Server:
                 yield at, Answer("", 0, *found)
 
     def replies(
-        self, requests: Sequence[Request], read: Callable[[Any, int], T]
+        self, requests: Iterable[Request], number: int, read: Callable[[Any, int], T]
     ) -> Generator[tuple[int, T | Refusal], None, None]:
         """Yield each request's position and what is read from its reply, in the order they come.
 
@@ -139,11 +140,11 @@ class Server:
             ServerError: the server is away for too long, or would refuse all requests.
         """
         work = _Work(self, requests, read)
-        for _ in range(min(self.concurrency, len(requests))):
+        for _ in range(min(self.concurrency, number)):
             # A daemon, so that an interrupted program does not wait for what is in flight.
             threading.Thread(target=work.run, name=THREAD, daemon=True).start()
         try:
-            for _ in requests:
+            for _ in range(number):
                 at, found = work.results.get()
                 if isinstance(found, BaseException):
                     raise found
@@ -189,7 +190,7 @@ class _Work(Generic[T]):
     """The requests of one call, which several threads send."""
 
     def __init__(
-        self, server: Server, requests: Sequence[Request], read: Callable[[Any, int], T]
+        self, server: Server, requests: Iterable[Request], read: Callable[[Any, int], T]
     ) -> None:
         self.server, self.read = server, read
         self.left = iter(enumerate(requests))

@@ -60,8 +60,9 @@ class LogLines(TrainerCallback):
         if state.is_world_process_zero and words:
             step = f"step {state.global_step}/{state.max_steps}"
             evaluated = [prefix.rstrip("_")] if prefix else []
-            if evaluated and not self._trains and args.load_best_model_at_end:
-                evaluated += [f"of the best weights, step {state.best_global_step}"]
+            best = state.best_global_step if args.load_best_model_at_end else None
+            if evaluated and not self._trains and best is not None:
+                evaluated += [f"of the best weights, step {best}"]
             passed = time.monotonic() - self._started
             done, left = state.global_step - self._first, state.max_steps - state.global_step
             known = done > 0 and left > 0 and not evaluated

@@ -56,8 +56,8 @@ def served_columns(
         except _Unusable as error:
             raise ServerError(server.sentence(error.wanted, error.got)) from None
 
-    requests = [_request(server, row, top_k) for _, row in ordered]
-    with closing(server.replies(requests, read)) as replies:
+    requests = (_request(server, row, top_k) for _, row in ordered)
+    with closing(server.replies(requests, len(ordered), read)) as replies:
         for at, found in replies:
             if isinstance(found, Refusal):
                 raise _refused(server, found, len(ordered[at][1]), top_k)

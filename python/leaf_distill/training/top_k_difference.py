@@ -18,6 +18,7 @@ from leaf_distill.training.teacher import Hidden, LiveTeacher, signal_kl
 from leaf_distill.training.teacher_cache import StoredTeacher
 
 SAMPLE_TOKENS = 2048
+ROWS = 4  # that are read at a time
 
 
 def load_student(config: CacheConfig, device: torch.device) -> Any:
@@ -52,10 +53,15 @@ def difference(
     temperature = stored.cache.manifest["temperature"]
     whole: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
-    for one in sorted(examples, key=lambda one: rendering_key(one.renderings["teacher"])):
-        states = Hidden(ours.hidden(*pad([one.renderings["student"]]).values()), ours.head)
+    rows_of = sorted(examples, key=lambda one: rendering_key(one.renderings["teacher"]))
+    for begin in range(0, len(rows_of), ROWS):
+        some = rows_of[begin : begin + ROWS]
+        theirs, own = (
+            pad([one.renderings[role] for one in some]) for role in ("teacher", "student")
+        )
+        states = Hidden(ours.hidden(*own.values()), ours.head)
         weight = torch.ones(len(states.states), device=teacher.device)
-        batch = {f"teacher_{name}": x for name, x in pad([one.renderings["teacher"]]).items()}
+        batch = {f"teacher_{name}": x for name, x in theirs.items()}
         for source, found in ((teacher, whole), (stored, kept)):
             _, rows = signal_kl(states, source(batch), weight, temperature=temperature)
             found.append(rows.kl.double())

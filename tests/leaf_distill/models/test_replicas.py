@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from leaf_distill.models import replicas
 from leaf_distill.models.replicas import replicate, run_each
 
 
 @pytest.fixture
-def threads() -> Iterator[int]:
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     before = torch.get_num_threads()
+    monkeypatch.setattr(replicas, "_cores", lambda: 8)
     torch.set_num_threads(8)
     yield 8
     torch.set_num_threads(before)
@@ -71,6 +74,24 @@ def test_rows_do_not_depend_on_those_beside_them(kind: str, threads: int) -> Non
 def test_a_model_that_remembers_rows_reads_them_in_order(threads: int) -> None:
     model = make_model(**rope("dynamic"))
     assert replicate(model) == [model]
+
+
+def test_weights_that_a_library_has_rounded_are_not_copied(threads: int) -> None:
+    model = make_model()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    assert replicate(model) == [model]
+
+
+def test_rows_are_not_crowded_on_the_cores_of_one_thread(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    model, cores = make_model(), os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})  # as libgomp does with OMP_PROC_BIND
+        assert replicate(model) == [model]
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_each_row_runs_as_the_caller_would(threads: int) -> None:

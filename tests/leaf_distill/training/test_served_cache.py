@@ -151,9 +151,12 @@ def test_the_weights_need_not_be_here(
     rows, own = make_rows(6, 2), {**pair, "teacher": str(tmp_path / "own")}
     shutil.copytree(pair["teacher"], own["teacher"])
     Path(own["teacher"], "model.safetensors").unlink()
-    fill(tmp_path / "cache", own, rows, running.url)
+    cache = tmp_path / "cache"
+    fill(cache, own, rows[:4], running.url)
+    fill(cache, pair, rows, running.url)  # where the weights are
     shutil.rmtree(own["teacher"])
-    make(tmp_path, rows, tmp_path / "cache").train()
+    make(tmp_path, rows, cache).train()
+    make(tmp_path, rows, cache, pair["teacher"]).train()
 
 
 # ---- what is new, what ended ----
@@ -324,8 +327,9 @@ def test_a_row_beyond_the_servers_context_is_said(
     assert max(len(one.renderings["teacher"]) for one in render(rows)) == 64  # and one to answer
     with pytest.raises(ValueError, match=r"^max_length: must be below the context of the server"):
         fill(tmp_path / "cache", pair, rows, running.url)
-    assert len(kept(tmp_path / "cache")) < 3
+    there, asked = len(kept(tmp_path / "cache")), len(running.bodies)
     assert fill(tmp_path / "cache", pair, rows, running.url, max_length=63).summary["rows"] == 2
+    assert len(running.bodies) - asked == 2 - there
 
 
 def test_tokens_that_the_student_lacks_are_refused_among_the_likeliest(
