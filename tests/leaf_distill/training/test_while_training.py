@@ -147,6 +147,18 @@ def test_the_best_weights_are_kept_written_and_told(
         assert again.metrics["best"] == result.metrics["best"]
 
 
+def test_an_evaluation_before_the_training_is_not_of_the_best_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tmp_path, metric_for_best_model="loss", **WORSENING)
+    held = make_rows(4, 0, seed=1)
+    LeafTrainer(
+        *(make_student(), make_teacher(), config, make_rows(8, 0), held, make_tokenizer())
+    ).evaluate()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "  eval  " in line]
+    assert "best weights" not in line
+
+
 def test_a_run_that_gets_no_better_stops_and_one_that_goes_on_keeps_its_count(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
