@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from leaf_distill.detection.pipeline import detect
 from leaf_distill.evaluation.compared import ARMS
 from leaf_distill.io import make_directory, write_table
 from leaf_distill.training.sampler import check_failed
+
+logger = logging.getLogger(__name__)
 
 
 def plan_detections(arms: Sequence[str], given: DetectConfig) -> dict[str, DetectConfig]:
@@ -58,6 +61,13 @@ def make_datasets(plan: Mapping[str, DetectConfig], root: Path) -> dict[str, Pat
             made.append((config, path))
         datasets[name] = path
     plain = [name for name in plan if ARMS[name].detection is None]
+    own = [name for name in plan if name not in plain]
+    if own and not any(_counterfactuals(datasets[name]) for name in own):
+        logger.warning(
+            "%s: no counterfactual was found, and training is plain distillation; you may stop "
+            "here (Ctrl-C) and see what the detection said, such as of --grade and --threshold",
+            ", ".join(own),
+        )
     if plain:
         table = pq.read_table(datasets[plain[0]])
         make_directory(root / "arms" / "kd")
@@ -67,3 +77,8 @@ def make_datasets(plan: Mapping[str, DetectConfig], root: Path) -> dict[str, Pat
         if any("failed_share" in ARMS[name].training for name in plain):
             check_failed([one for one in load_examples(path) if one.failed])
     return datasets
+
+
+def _counterfactuals(dataset: Path) -> int:
+    branches = pq.read_table(dataset, columns=["branch"])["branch"]
+    return int(pc.sum(pc.not_equal(branches, "original")).as_py() or 0)

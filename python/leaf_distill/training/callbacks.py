@@ -36,12 +36,15 @@ class LogLines(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started, self._first, self._trains = time.monotonic(), state.global_step, True
+        state.compute_steps(args, state.max_steps)  # a checkpoint has those of its own settings
         never_ends = state.max_steps <= args.get_warmup_steps(state.max_steps)
         if never_ends and state.is_world_process_zero:
             logger.warning(
-                "the run has %d steps in all, and the warm-up never ends: lower originals_per_step "
-                "or warmup_steps, or raise num_train_epochs",
+                "the run has %d steps in all, and the warm-up never ends: %s",
                 state.max_steps,
+                "lower warmup_steps or raise max_steps"
+                if args.max_steps > 0
+                else "lower originals_per_step or warmup_steps, or raise num_train_epochs",
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

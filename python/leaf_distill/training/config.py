@@ -241,16 +241,17 @@ class LeafConfig(TrainingArguments):
         for name, plain in (("divergence", "kl"), ("temperature", 1)):
             if self.ce_weight == 1 and getattr(self, name) != plain:
                 logger.warning("%s has no effect with ce_weight 1, which asks no teacher", name)
+        given, changed = self.gradient_accumulation_steps, changed_settings(self)
         by_deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not by_deepspeed
-        if several and not torch.accelerator.is_available():
-            self.use_cpu = True  # else accelerate takes each process for a run of its own
+        if (several or self.bf16) and not torch.accelerator.is_available():
+            # Else accelerate takes each process for a run of its own, and bfloat16 is refused.
+            self.use_cpu = True
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu and not self.fp16
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported()
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
-        given, changed = self.gradient_accumulation_steps, changed_settings(self)
         if self.ddp_find_unused_parameters is None:  # transformers looks for them in each pass
             self.ddp_find_unused_parameters = False
         try:

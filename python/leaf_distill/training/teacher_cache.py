@@ -307,7 +307,8 @@ class StoredTeacher:
 
 
 def _read_head(path: Path, device: torch.device) -> Head:
-    with reading(path, Exception), safe_open(path, framework="pt", device=str(device)) as file:
+    place = "cpu" if device.type == "cpu" else str(device)  # of several ranks each has a "cpu:0"
+    with reading(path, Exception), safe_open(path, framework="pt", device=place) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         numbers = {name: json.loads(text) for name, text in file.metadata().items()}
         return Head(tensors["weight"], tensors.get("bias"), numbers["scale"], numbers["softcap"])

@@ -554,6 +554,12 @@ class LeafTrainer(Trainer):
         ]
         counts = count_right(self.model, self._pair.renderers["student"], rows, self.args)
         right, number = self._of_ranks(torch.tensor(counts)).sum(dim=0).tolist()
+        if number and not right and self.is_world_process_zero():
+            logger.warning(
+                "none of %d answers is right: see --grade (now %s), --max_new_tokens (now %d) and "
+                "--chat_template",
+                *(number, self.args.grade, self.args.max_new_tokens),
+            )
         return {"accuracy": right / number, "accuracy_n": number} if number else {"accuracy_n": 0}
 
 

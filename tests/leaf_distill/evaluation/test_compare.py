@@ -153,10 +153,13 @@ def test_arms_on_originals_alone_find_them(pair: dict[str, str], tmp_path: Path)
     assert made == {"kd", "span-threshold-0.15-validate-none"}
 
 
-def test_an_arm_that_found_nothing_is_named(pair: dict[str, str], tmp_path: Path) -> None:
+def test_an_arm_that_found_nothing_is_named(
+    pair: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config, detection, training = settings(pair, tmp_path)
     nothing = replace(detection, min_length=40)
     result = compare(replace(config, arms=["span"]), nothing, training.with_changes(max_steps=1))
+    assert "span: no counterfactual was found" in caplog.text  # before the training
     (note,) = result.notes
     assert note.startswith("span has no counterfactuals") and note in result.table.read_text()
 

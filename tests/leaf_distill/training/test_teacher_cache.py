@@ -145,6 +145,18 @@ def test_a_heads_bias_scale_and_softcap_are_stored(tmp_path: Path) -> None:
     assert torch.equal(read.bias, with_all.bias) and (read.scale, read.softcap) == (0.5, 30.0)
 
 
+def test_a_rank_reads_the_head_to_the_cpu(teacher: str, tmp_path: Path) -> None:
+    """Under torchrun the device of a rank is "cpu:0"."""
+    fill(tmp_path / "cache", teacher, make_rows(2, 0))
+    first, second = (
+        StoredTeacher(TeacherCache(tmp_path / "cache"), torch.device(name))(
+            collate(render(make_rows(2, 0)))
+        )
+        for name in ("cpu", "cpu:0")
+    )
+    assert torch.equal(first.head.weight, second.head.weight)
+
+
 def test_a_batch_without_labels_has_a_signal_of_no_rows(teacher: str, tmp_path: Path) -> None:
     rows = make_rows(2, 0)
     fill(tmp_path / "cache", teacher, rows)

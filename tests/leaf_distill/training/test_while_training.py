@@ -147,6 +147,25 @@ def test_the_best_weights_are_kept_written_and_told(
         assert again.metrics["best"] == result.metrics["best"]
 
 
+def test_a_run_goes_on_with_its_new_intervals(tmp_path: Path) -> None:
+    def train(resume: bool, **settings: Any) -> LeafTrainer:
+        config = make_config(tmp_path, save_strategy="steps", save_total_limit=None, **settings)
+        rows = make_rows(8, 0)
+        trainer = LeafTrainer(
+            *(make_student(), make_teacher(), config, rows, rows, make_tokenizer())
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    train(False, max_steps=4, save_steps=4)
+    trainer = train(True, max_steps=8, save_steps=3, eval_strategy="steps", eval_steps=2)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in (4, 6, 8)
+    }
+    evaluated = [log["step"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert evaluated[:2] == [6, 8]
+
+
 def test_an_evaluation_before_the_training_is_not_of_the_best_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
