@@ -180,12 +180,17 @@ class KL(Subject):
         return self.clock.captured(on_a_copy, ()) if "graph" in how else step
 
     def truths(self, result: Any) -> Iterator[Truth]:
-        loss, gradient, *rows = result
-        yield "loss", loss, self.kl.double().sum(), 1e-4
-        if rows:
-            yield "KL of the rows", rows[0][0], self.kl, 1e-4
-        bound = max(1e-5, torch.finfo(gradient.dtype).eps)
-        yield "gradient", gradient[self.some], self.gradient, bound
+        return logit_truths(self, result)
+
+
+def logit_truths(subject: Any, result: Any) -> Iterator[Truth]:
+    """Yield the truths of a loss of logits: of `kl` [N], and of `gradient` at the rows `some`."""
+    loss, gradient, *rows = result
+    yield "loss", loss, subject.kl.double().sum(), 1e-4
+    if rows:
+        yield "KL of the rows", rows[0][0], subject.kl, 1e-4
+    bound = max(1e-5, torch.finfo(gradient.dtype).eps)
+    yield "gradient", gradient[subject.some], subject.gradient, bound
 
 
 class Linear(Subject):

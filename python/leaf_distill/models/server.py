@@ -98,8 +98,7 @@ class Server:
         server's context or "server_refused", with the server's words as `detail`.
 
         Args:
-            requests: what is sent, in this order; each is made when its turn comes.
-            number: how many there are.
+            requests: what is sent, in this order.
             proven: whether such requests have been answered before. Otherwise the work ends where
                 the server refuses the first REFUSALS.
 
@@ -132,7 +131,8 @@ class Server:
         No more than `concurrency` requests are in flight or wait for the caller to come back.
 
         Args:
-            requests: what is sent, in this order.
+            requests: what is sent, in this order; each is made when its turn comes.
+            number: how many there are.
             read: takes the JSON of a response and the position of its request, in some thread.
                 Where it raises Failure the request is sent again.
 

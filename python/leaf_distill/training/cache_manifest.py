@@ -19,7 +19,7 @@ from leaf_distill.training.top_k_difference import load_student, shared_vocabula
 
 _SETTINGS = ("chat_template", "chat_template_kwargs", "system_prompt", "train_on")
 _CONTENT = {"teacher": "digest", "server": "model"}
-"""What counts of these; the rest is where it was found, and may change."""
+"""Only this part of each is compared; the rest tells where it was found, and may change."""
 
 
 def read_manifest(

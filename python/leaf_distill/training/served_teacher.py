@@ -29,9 +29,9 @@ LEAST: Final = -9999.0
 ROUNDING: Final = 1e-3
 """How far the sum of a server's probabilities may be above 1."""
 LIMIT: Final = re.compile(r"logprobs of \d+.*max")
-"""What vLLM says of a k above its --max-logprobs."""
+"""vLLM refuses a k above its --max-logprobs with these words."""
 FULL: Final = re.compile(r"max_tokens.* got 0\b")
-"""What vLLM says of a prompt that fills its context: no room is left for the one token."""
+"""vLLM refuses a prompt that fills its context with these words: the one token has no room."""
 
 
 def served_columns(

@@ -108,7 +108,7 @@ def test_a_servers_cache_is_that_of_the_live_teacher(
         batch = collate([example])
         ours, theirs = served(batch), live(batch)
         assert torch.equal(ours.ids, theirs.ids)
-        # What is computed agrees to 1e-6; so it is stored as the same step or the next one.
+        # The values agree to 1e-6, and so are stored as the same step or the next one.
         assert float((ours.logprobs - theirs.logprobs).abs().max()) <= 1 / 8192 + 1e-9
         mass = theirs.tail_logprob.exp()
         assert torch.allclose(ours.tail_logprob.exp(), mass, atol=2e-6, rtol=0)

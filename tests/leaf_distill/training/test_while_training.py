@@ -27,7 +27,7 @@ from distill_pair import (
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from leaf_distill.training.callbacks import StopEarly, duration
-from leaf_distill.training.config import DistillArguments
+from leaf_distill.training.config import DistillArguments, LeafConfig
 from leaf_distill.training.distill import distill
 from leaf_distill.training.trainer import LeafTrainer
 
@@ -63,6 +63,21 @@ def test_answers_change_nothing_in_the_training(tmp_path: Path) -> None:
         trainer.train()
         runs.append(weights(trainer.model))
     assert_same(*runs)
+
+
+def test_answers_that_are_all_wrong_point_to_the_grading(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**row, "answer": "nothing"} for row in make_rows(8, 0)]
+    config = make_config(tmp_path, **ANSWERS)
+    trainer = LeafTrainer(make_student(), make_teacher(), config, rows, rows, make_tokenizer())
+    assert trainer.evaluate()["eval_accuracy"] == 0
+    assert "none of 6 answers is right: see --grade (now exact)" in caplog.text
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="bfloat16 runs on the accelerator")
+def test_bfloat16_without_a_gpu_needs_no_other_setting(tmp_path: Path) -> None:
+    assert LeafConfig(output_dir=str(tmp_path), bf16=True).use_cpu
 
 
 def test_rows_that_no_answer_can_be_graded_against_have_no_share(tmp_path: Path) -> None:
