@@ -251,6 +251,9 @@ def test_answers_that_the_caller_has_not_stored_hold_back_what_is_sent(
 ) -> None:
     stream = reach(running, concurrency=3).answers([ask(text) for text in QUESTIONS])
     next(stream)
+    deadline = time.monotonic() + 60
+    while len(running.bodies) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
     time.sleep(0.3)
     assert len(running.bodies) == 3  # one of them in the caller's hands
     assert len(list(stream)) == 9
