@@ -1,20 +1,22 @@
 """Times `linear_dual_kl` in bfloat16 on a CPU beside bare products and two other losses, in turn.
 
     python benchmarks/linear_peers.py [--rows 512,4096] [--width 576] [--vocabulary 49152]
-        [--threads 2] [--rounds 7] [--without-bf16] [--pool]
+        [--threads 2] [--rounds 7] [--without-bf16 | --without-amx] [--pool]
 
 bare: the four products that the mathematics needs, each of all rows at once, in memory that stays.
 trl: TRL's chunked divergence, where TRL is installed (in this repository: `make .venv/.trl`, then
     .venv/trl/bin/python). Both losses are the KL of the same rows.
 cross-entropy: torch's `F.linear_cross_entropy`, which has no teacher and three products.
 
-A time is that of a forward and a backward pass. It is also shown by product, of which a KL needs
+A time is that of a forward and a backward pass, of which the one before was of the same loss: the
+process has the memory that a training would find. It is also shown by product, of which a KL needs
 four and a cross-entropy three, as a share of ours. The gradients of KLs are compared with those of
 a float64 reference; the error is the largest norm of a difference over the norm.
 
 --without-bf16: as on a processor without bfloat16 instructions: oneDNN uses AVX-512 without them,
-    and `linear_dual_kl` takes the path that it takes there.
---pool: ours runs in `leaf_ext.use_cpu_memory_pool`, as in a training.
+    and `linear_dual_kl` takes the path that it takes there. --without-amx: with them, and without
+    the AMX products of this package.
+--pool: all run in `leaf_ext.use_cpu_memory_pool`, as LeafTrainer does.
 """
 
 from __future__ import annotations
@@ -86,17 +88,16 @@ def compare(arguments: argparse.Namespace, n: int) -> list[str]:
     runs, trained, exact = contenders(n, arguments.width, arguments.vocabulary)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     errors = {}
-    pool = leaf_ext.use_cpu_memory_pool if arguments.pool else nullcontext
-    for turn in range(arguments.rounds + 1):
-        for name, run in runs.items():
-            with pool() if name == "ours" else nullcontext():
+    with leaf_ext.use_cpu_memory_pool() if arguments.pool else nullcontext():
+        for _ in range(arguments.rounds):
+            for name, run in runs.items():
+                run()
                 started = time.perf_counter()
                 run()
-                if turn:  # the first is a warm-up
-                    seconds[name].append(time.perf_counter() - started)
-            if name in ("ours", "trl"):
-                pairs = zip(trained, exact, strict=True)
-                errors[name] = max(relative(one.grad, truth) for one, truth in pairs)
+                seconds[name].append(time.perf_counter() - started)
+                if name in ("ours", "trl"):
+                    pairs = zip(trained, exact, strict=True)
+                    errors[name] = max(relative(one.grad, truth) for one, truth in pairs)
     lines = []
     for name, times in seconds.items():
         ratio = median(a / b for a, b in zip(times, seconds["ours"], strict=True))
@@ -116,7 +117,9 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--without-bf16", action="store_true")
+    lacks = parser.add_mutually_exclusive_group()
+    lacks.add_argument("--without-bf16", action="store_true")
+    lacks.add_argument("--without-amx", action="store_true")
     parser.add_argument("--pool", action="store_true")
     arguments = parser.parse_args()
     if arguments.without_bf16:
@@ -128,6 +131,8 @@ def main() -> None:
 
     if arguments.without_bf16:
         linear_chunks._multiplies_bfloat16 = lambda: False
+    if arguments.without_amx:
+        linear_chunks.has_amx = lambda: False
     torch.set_num_threads(arguments.threads)
     named = ", ".join(f"{name} {version(name)}" for name in ("torch", "trl") if _installed(name))
     print(f"- {time.strftime('%Y-%m-%d')}, {cpu_name()}, {arguments.threads} threads, {named}")

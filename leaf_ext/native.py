@@ -20,6 +20,7 @@ class BuildInfo(TypedDict):
     architectures: tuple[str, ...]
     cuda_architectures: tuple[str, ...]
     instruction_set: str
+    amx: bool  # whether bfloat16 matrices are multiplied with AMX on this machine
 
 
 def _load() -> tuple[BuildInfo, None] | tuple[None, str]:
@@ -49,6 +50,11 @@ def prefer_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
         module = importlib.import_module("leaf_ext._C")
         module.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def has_amx() -> bool:
+    """Return whether `torch.ops.leaf_ext.bfloat16_matmul` runs here."""
+    return _INFO is not None and _INFO["amx"]
 
 
 # ERROR says why the compiled kernels are not available; it is None if they are.

@@ -169,6 +169,7 @@ def test_linear_dual_kl_on_processors_with_and_without_bfloat16_products(
 ) -> None:
     """Without bfloat16 products the baseline of the budget is float32 throughout."""
     monkeypatch.setattr(linear_chunks, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
+    monkeypatch.setattr(linear_chunks, "has_amx", lambda: False)
     check_linear_dual_kl(case, "cpu")
 
 

@@ -6,7 +6,8 @@
 
 namespace leaf::cpu {
 const char* instruction_set();
-}
+bool has_amx();
+}  // namespace leaf::cpu
 
 namespace py = pybind11;
 
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_C, module) {
         info["architectures"] = words(LEAF_ARCHITECTURES);
         info["cuda_architectures"] = words(LEAF_CUDA_ARCHITECTURES);
         info["instruction_set"] = leaf::cpu::instruction_set();
+        info["amx"] = leaf::cpu::has_amx();
         return info;
       },
       "What was built, and which instruction set the CPU kernels use on this machine.");

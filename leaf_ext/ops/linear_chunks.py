@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leaf_ext.native import prefer_huge_pages
+from leaf_ext.native import has_amx, prefer_huge_pages
 from leaf_ext.schema import accum_dtype, gradient_rows, hidden_grad_dtype
 
 # Rows of a head's gradient that are computed at once if products cannot be added to it directly and
@@ -94,14 +94,20 @@ class Products:
     device: str
     dtype: torch.dtype  # of the factors
     logits: torch.dtype
-    to_float32: bool
+    to_float32: bool  # by torch
+    amx: bool  # by `bfloat16_matmul` of this package, into float32 too
 
     @staticmethod
     def of(hidden: Tensor) -> Products:
         dtype = _factor_dtype(hidden.device, hidden.dtype)
         to_float32 = _multiplies_to_float32(hidden.device, hidden.dtype)
+        cpu = hidden.device.type == "cpu"
         return Products(
-            hidden.device.type, dtype, torch.float32 if to_float32 else dtype, to_float32
+            hidden.device.type,
+            dtype,
+            torch.float32 if to_float32 else dtype,
+            to_float32,
+            cpu and dtype == torch.bfloat16 and not to_float32 and has_amx(),
         )
 
     def piece_size(self, vocabulary: int, chunk_size: int) -> int:
@@ -115,13 +121,18 @@ class Products:
 
     def into(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """out = a @ b"""
+        if self.amx:
+            torch.ops.leaf_ext.bfloat16_matmul(out, a, b, False)
+            return out
         if self.to_float32 and out.dtype == torch.float32:
             return torch.mm(a, b, out_dtype=torch.float32, out=out)
         return torch.mm(a, b, out=out)
 
     def add_into(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """out += a @ b, for `out` in float32"""
-        if self.to_float32:
+        if self.amx:
+            torch.ops.leaf_ext.bfloat16_matmul(out, a, b, True)
+        elif self.to_float32:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         else:
             out.addmm_(a, b)
@@ -249,7 +260,7 @@ def run_chunks(
     products = Products.of(student_hidden)
     piece = max(1, min(products.piece_size(vocabulary, needs.chunk_size), live.numel()))
     # A CPU computes the gradient of hidden states fastest with few rows at once.
-    few = products.device == "cpu" and not products.to_float32
+    few = products.device == "cpu" and not products.to_float32 and not products.amx
     size = piece if few and not need_head else max(1, min(needs.chunk_size, live.numel()))
     loss = student_hidden.new_zeros((), dtype=torch.float64)  # the sum of many parts
     scale = student_hidden.new_ones((), dtype=wide)  # the scale of a chunk without rows
@@ -295,6 +306,7 @@ def _gradients(
     # float32 only if the library can.
     to_float32 = head.products.to_float32
     needs_product = weight.dtype == torch.float16 if to_float32 else weight.dtype != head_dtype
+    needs_product &= not head.products.amx
 
     def zeros(shape: torch.Size, needed: bool, dtype: torch.dtype) -> Tensor:
         return hidden.new_zeros(shape if needed else 0, dtype=dtype if needed else wide)
