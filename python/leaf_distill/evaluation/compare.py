@@ -49,6 +49,7 @@ from leaf_distill.training.distill import distill
 from leaf_distill.training.identity import (
     check_identity,
     check_output,
+    digest_of,
     read_finished,
     settings_of,
 )
@@ -259,8 +260,9 @@ def _equalized(training: LeafConfig, branches: Counter[str], output_dir: Path) -
 
 
 def _check_training(training: LeafConfig, dataset: Path, student: Path) -> None:
-    """Raise ValueError where `distill` would not go on, as far as the dataset is still there."""
-    if dataset.is_file():
+    """Raise ValueError where `distill` would not go on, if the student's dataset is still there."""
+    known = read_json(student / "run.json")["dataset"]["digest"]
+    if dataset.is_file() and digest_of(load_examples(str(dataset))) == known:
         settings = settings_of(_equalized(training, _count_branches(dataset), student))
         check_identity(student, settings, finished=read_finished(student) is not None)
 

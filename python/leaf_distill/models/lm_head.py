@@ -165,7 +165,7 @@ class LMHeadHook:
         logits = nn.functional.linear(hidden, weight, bias)
         return finish_logits(logits, self.scale, self.softcap)
 
-    def _enter(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+    def _enter(self, head: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         if self._positions is None:
             return None
         hidden = args[0]

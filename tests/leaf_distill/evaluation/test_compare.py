@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.pipeline import detect
 from leaf_distill.evaluation.arms import read_arms
 from leaf_distill.evaluation.compare import compare, distill_equally
 from leaf_distill.evaluation.compare_table import CompareResult
@@ -239,7 +240,7 @@ def files(root: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize(
-    ("detect", "train", "message"),
+    ("found", "train", "message"),
     [
         (
             {"grade": "number"},
@@ -262,7 +263,7 @@ def files(root: Path) -> dict[str, tuple[int, bytes]]:
 def test_a_refused_command_changes_nothing(
     pair: dict[str, str],
     compared: tuple[Path, CompareResult],
-    detect: dict[str, Any],
+    found: dict[str, Any],
     train: dict[str, Any],
     message: str,
 ) -> None:
@@ -273,7 +274,7 @@ def test_a_refused_command_changes_nothing(
     with pytest.raises(ValueError, match=message):
         compare(
             replace(config, arms=["perplexity", *CHOSEN]),
-            replace(detection, **detect),
+            replace(detection, **found),
             training.with_changes(**train),
         )
     assert files(root) == before
@@ -292,6 +293,11 @@ def test_rows_that_changed_are_refused_and_an_arm_without_a_student_is_made_anew
     made = dataset.read_bytes()
     # The originals of kd do not depend on how spans are cut, and it comes later.
     compare(replace(config, arms=["kd"]), replace(detection, threshold=0.3), training)
+    # A dataset that another run has replaced is made again.
+    detect(replace(detection, max_rows=6))
+    assert dataset.read_bytes() != made
+    compare(arm, detection, training)
+    assert dataset.read_bytes() == made
     detect_pair.write_rows(tmp_path / "train.jsonl", [{**ROWS[0], "answer": "?"}, *ROWS[1:24]])
     with pytest.raises(ValueError, match=r"^dataset: must have the rows that the arm span was"):
         compare(arm, detection, training)
