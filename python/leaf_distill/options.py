@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
-
-from leaf_distill.config import nearest
 
 LONGEST_SENTENCE = 2000
 
@@ -74,17 +73,16 @@ def parse_options(
     fields = {
         config: [item for item in dataclasses.fields(config) if item.init] for config in configs
     }
-    known: dict[str, bool] = {}  # whether an option takes several values
+    known: dict[str, argparse.Action] = {}
     for config, items in fields.items():
         hints = get_type_hints(config)
         for item in items:
             if item.name not in known:
-                action = _add(parser, item, hints[item.name], hide=item.name in hidden)
-                known[item.name] = action.nargs == "+"
+                hide = item.name in hidden
+                known[item.name] = _add(parser, item, hints[item.name], hide=hide)
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
-        near = nearest(unknown[0].split("=")[0], options)
+        near = _did_you_mean(unknown[0].split("=")[0], known, "--")
         parser.error(f"{unknown[0]} is not an option of this command{near}")
     if getattr(given, "config", None) is not None:
         file = _words(Path(given.config), known)
@@ -167,7 +165,43 @@ def _number(kind: type, wanted: str) -> Callable[[str], Any]:
     return convert
 
 
-def _words(path: Path, known: Mapping[str, bool]) -> list[str]:
+def _did_you_mean(given: str, known: Mapping[str, argparse.Action], dashes: str = "") -> str:
+    """Return a question with the options that an unknown one may stand for, or nothing."""
+    bare = given.strip("-").replace("-", "_").lower()
+    near = _near(bare, known) if bare else []
+    return f"; did you mean {' or '.join(dashes + name for name in near)}?" if near else ""
+
+
+def _near(given: str, known: Mapping[str, argparse.Action]) -> list[str]:
+    """Return the options that an unknown one may stand for; of an abbreviation, the likeliest.
+
+    In this order: the unknown one has the last initials of an option (lr, bs), or is the noun of
+    its help text ("the model to be trained"), or its words and some of an option begin alike
+    (batch_size, epochs), or the two are alike. Options that --help shows come before others.
+    """
+    shown = [name for name, action in known.items() if action.help != argparse.SUPPRESS]
+    initials = {name: "".join(word[:1] for word in name.split("_")) for name in known}
+    for names in (shown, known):
+        if short := [name for name in names if len(given) > 1 and initials[name].endswith(given)]:
+            return [max(short, key=len)]  # the longest one needs an abbreviation most
+    if described := [name for name in shown if str(known[name].help).startswith(f"the {given} ")]:
+        return described
+    for names in (shown, known):
+        if partial := [name for name in names if _begins_alike(given, name)]:
+            return difflib.get_close_matches(given, partial, n=1, cutoff=0)
+    return difflib.get_close_matches(given, known, n=1)
+
+
+def _begins_alike(given: str, name: str) -> bool:
+    """Whether each word begins as one of the option does, or the reverse, in the same order."""
+    words = iter(name.split("_"))
+    return all(
+        any(word.startswith(part) or part.startswith(word) for word in words)
+        for part in given.split("_")
+    )
+
+
+def _words(path: Path, known: Mapping[str, argparse.Action]) -> list[str]:
     """Return the flat keys of a YAML file as command-line words, so that one parser reads both."""
     import yaml
 
@@ -181,11 +215,11 @@ def _words(path: Path, known: Mapping[str, bool]) -> list[str]:
     words: list[str] = []
     for key, value in values.items():
         if key not in known:
-            near = nearest(str(key), known)
+            near = _did_you_mean(str(key), known)
             raise ValueError(f"--config {path}: {key!r} is not an option of this command{near}")
         if value is None:
             continue  # the option keeps its default
-        if isinstance(value, list) and not known[key]:
+        if isinstance(value, list) and known[key].nargs != "+":
             raise ValueError(
                 f"--config {path}: {key}: must be one value, got a list of {len(value)}"
             )

@@ -74,6 +74,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("treshold: 0.2", "'treshold' is not an option of this command; did you mean threshold?"),
+        ("rows: 3", "'rows' is not an option of this command; did you mean max_rows?"),
         ("- a\n- b", "must hold flat `option: value` lines"),
         ("a: [", "must be a readable YAML file"),
         ("[" * 5000, "must be a readable YAML file"),
@@ -110,6 +111,42 @@ def test_a_setting_that_cannot_be_is_one_sentence(
 ) -> None:
     status, _, err = run(capsys, *argv)
     assert status == 2 and sentence in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "near"),
+    [
+        ("distill", "--lr", "--learning_rate"),
+        ("distill", "--bs", "--per_device_train_batch_size"),
+        ("distill", "--batch_size", "--per_device_train_batch_size"),
+        ("distill", "--eval-batch-size", "--per_device_eval_batch_size"),
+        ("distill", "--epochs", "--num_train_epochs"),
+        ("distill", "--wd", "--weight_decay"),
+        ("distill", "--output", "--output_dir"),
+        ("distill", "--data", "--dataset"),
+        ("distill", "--model=x", "--student or --teacher"),
+        ("distill", "--lora_rank", "--lora_r"),
+        ("distill", "--max_len", "--max_length"),
+        ("distill", "--learnign_rate", "--learning_rate"),
+        ("compare", "--lr", "--learning_rate"),
+        ("detect", "--rows", "--max_rows"),
+        ("evaluate", "--mnt", "--max_new_tokens"),
+    ],
+)
+def test_an_option_under_another_name_is_suggested(
+    command: str, given: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, command, given, *NAMES)
+    assert status == 2
+    assert err.endswith(f" {given} is not an option of this command; did you mean {near}?\n")
+
+
+@pytest.mark.parametrize("word", ["--lr", "-", "--xyzzy"])
+def test_what_is_like_no_option_has_no_suggestion(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, err = run(capsys, "detect", *NAMES, word)
+    assert err == f"leaf detect: error: {word} is not an option of this command\n"
 
 
 def test_a_file_that_is_not_text_is_named(

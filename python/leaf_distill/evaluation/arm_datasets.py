@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from leaf_distill.data.dataset import load_examples
+from leaf_distill.detection.arms import arm_name
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.evaluation.compared import ARMS
@@ -70,13 +71,19 @@ def make_datasets(plan: Mapping[str, DetectConfig], root: Path) -> dict[str, Pat
         )
     if plain:
         table = pq.read_table(datasets[plain[0]])
-        make_directory(root / "arms" / "kd")
-        path = root / "arms" / "kd" / "dataset.parquet"
+        path = dataset_of(plain[0], plan, root)
+        make_directory(path.parent)
         write_table(path, table.filter(pc.equal(table["branch"], "original")))
         datasets |= dict.fromkeys(plain, path)
         if any("failed_share" in ARMS[name].training for name in plain):
             check_failed([one for one in load_examples(path) if one.failed])
     return datasets
+
+
+def dataset_of(name: str, plan: Mapping[str, DetectConfig], root: Path) -> Path:
+    """Return the file of an arm's rows."""
+    directory = "kd" if ARMS[name].detection is None else arm_name(plan[name])
+    return root / "arms" / directory / "dataset.parquet"
 
 
 def _counterfactuals(dataset: Path) -> int:

@@ -18,7 +18,8 @@ from leaf_distill.config import AnswerOptions, json_object, need, package_versio
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Mask
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.evaluation.arm_datasets import make_datasets, plan_detections
+from leaf_distill.evaluation.arm_datasets import dataset_of, make_datasets, plan_detections
+from leaf_distill.evaluation.arm_record import ArmRecord
 from leaf_distill.evaluation.compare_table import (
     Arm,
     CompareResult,
@@ -42,9 +43,16 @@ from leaf_distill.io import (
 )
 from leaf_distill.models.source import named
 from leaf_distill.statistics import paired_bootstrap, wilson_interval
+from leaf_distill.training.checks import of_evaluation
 from leaf_distill.training.config import DistillArguments, LeafConfig
 from leaf_distill.training.distill import distill
-from leaf_distill.training.identity import check_output
+from leaf_distill.training.identity import (
+    check_identity,
+    check_output,
+    digest_of,
+    read_finished,
+    settings_of,
+)
 
 UNTRAINED = "untrained"
 
@@ -75,11 +83,10 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
     """
     need(detection, "student", "teacher", "dataset")
     need(config, "eval_dataset")
-    for name in ("eval_answers", "early_stopping_patience", "load_best_model_at_end"):
-        if value := getattr(training, name):
-            raise ValueError(
-                f"{name}: must be left out, got {value}; all arms are evaluated after the training"
-            )
+    for name, value in of_evaluation(training).items():
+        raise ValueError(
+            f"{name}: must be left out, got {value}; all arms are evaluated after the training"
+        )
     if training.failed_share is not None and not any(
         "failed_share" in ARMS[name].training for name in config.arms
     ):
@@ -103,7 +110,12 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
             columns=json_object(detection.columns, "columns"),
             need_completion=False,
         )
+    record = ArmRecord(root / "students", config.arms, detection)
     with locked(root / "students"):
+        record.check()
+        for name in filter(record.trained, config.arms):
+            _check_training(trainings[name], dataset_of(name, plan, root), root / "students" / name)
+        record.write()
         trained = _train(detection, make_datasets(plan, root), trainings, root)
         settings = {name: ARMS[name].settings(one) for name, one in trainings.items()}
         result = _compare(config, detection, trained, settings, root)
@@ -202,7 +214,28 @@ def distill_equally(
     The steps are `training.max_steps`, or `num_train_epochs` passes over the originals at
     `originals_per_step` originals each, as plain distillation makes them.
     """
-    branches = Counter(pq.read_table(arguments.dataset, columns=["branch"])["branch"].to_pylist())
+    branches = _count_branches(Path(arguments.dataset))
+    equal = _equalized(training, branches, output_dir)
+    result = distill(arguments, equal)
+    log = [entry for entry in result.metrics["log"] if "loss" in entry]
+    return Training(
+        model=result.output_dir,
+        steps=log[-1]["step"],
+        originals=branches["original"],
+        counterfactuals=branches.total() - branches["original"],
+        originals_a_step=equal.originals_per_step,
+        tokens=int(log[-1]["num_input_tokens_seen"]),
+        kl_first=log[0].get("kd_loss"),
+        kl_last=log[-1].get("kd_loss"),
+    )
+
+
+def _count_branches(dataset: Path) -> Counter[str]:
+    return Counter(pq.read_table(dataset, columns=["branch"])["branch"].to_pylist())
+
+
+def _equalized(training: LeafConfig, branches: Counter[str], output_dir: Path) -> LeafConfig:
+    """Return the settings of an arm's training, whose dataset has so many rows of each branch."""
     originals = branches["original"]
     rows = min(training.originals_per_step, originals)
     steps = training.max_steps
@@ -216,28 +249,22 @@ def distill_equally(
             f"max_steps: must stay {trained} in a directory whose arms have so many, got {steps}; "
             "give another output_dir"
         )
-    result = distill(
-        arguments,
-        training.with_changes(
-            output_dir=str(output_dir),
-            max_steps=steps,
-            originals_per_step=a_step,
-            per_device_train_batch_size=a_step,
-            dataloader_drop_last=True,  # every step is a full one
-            include_num_input_tokens_seen="non_padding",
-        ),
+    return training.with_changes(
+        output_dir=str(output_dir),
+        max_steps=steps,
+        originals_per_step=a_step,
+        per_device_train_batch_size=a_step,
+        dataloader_drop_last=True,  # every step is a full one
+        include_num_input_tokens_seen="non_padding",
     )
-    log = [entry for entry in result.metrics["log"] if "loss" in entry]
-    return Training(
-        model=result.output_dir,
-        steps=log[-1]["step"],
-        originals=originals,
-        counterfactuals=branches.total() - originals,
-        originals_a_step=a_step,
-        tokens=int(log[-1]["num_input_tokens_seen"]),
-        kl_first=log[0].get("kd_loss"),
-        kl_last=log[-1].get("kd_loss"),
-    )
+
+
+def _check_training(training: LeafConfig, dataset: Path, student: Path) -> None:
+    """Raise ValueError where `distill` would not go on, if the student's dataset is still there."""
+    known = read_json(student / "run.json")["dataset"]["digest"]
+    if dataset.is_file() and digest_of(load_examples(str(dataset))) == known:
+        settings = settings_of(_equalized(training, _count_branches(dataset), student))
+        check_identity(student, settings, finished=read_finished(student) is not None)
 
 
 def _evaluate(

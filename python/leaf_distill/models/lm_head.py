@@ -56,6 +56,7 @@ class LMHeadHook:
         self.scale, self.softcap = logit_transform(model.config)
         self.vocab_size = logit_count(model.config, head)
         self.packs = False
+        self._autocasts = False
         self._positions: Tensor | None = None
         self._at_head: AtHead | None = None
         self._hidden: Tensor | None = None
@@ -164,7 +165,7 @@ class LMHeadHook:
         logits = nn.functional.linear(hidden, weight, bias)
         return finish_logits(logits, self.scale, self.softcap)
 
-    def _enter(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+    def _enter(self, head: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         if self._positions is None:
             return None
         hidden = args[0]
@@ -175,7 +176,12 @@ class LMHeadHook:
                 f"{tuple(self._positions.shape)} tokens; choose another architecture"
             )
         self._hidden = hidden[self._positions.to(hidden.device)]
-        return (hidden[:1, :0],)  # the ordinary product is not used: a row takes long in bfloat16
+        nothing = hidden[:1, :0]  # the ordinary product is not used: a row takes long in bfloat16
+        self._autocasts = torch.is_autocast_enabled(hidden.device.type)
+        if self._autocasts:  # it would cast the whole weight; `_compute` lets it go on
+            torch.set_autocast_enabled(hidden.device.type, False)
+            nothing = nothing.to(head.weight.dtype)
+        return (nothing,)
 
     def _compute(self, head: nn.Linear, args: Any, output: Tensor) -> Tensor | None:
         """Return the result as the head's output, until `_take`.
@@ -185,6 +191,10 @@ class LMHeadHook:
         """
         if self._at_head is None or self._hidden is None:
             return None
+        if self._autocasts:
+            device = self._hidden.device.type
+            torch.set_autocast_enabled(device, True)
+            output = output.to(torch.get_autocast_dtype(device))
         self._output = output
         # accelerate has taken an offloaded weight away again: it is fetched once more.
         with align_module_device(head):

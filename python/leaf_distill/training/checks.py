@@ -131,6 +131,13 @@ def check_choices(config: TrainingArguments) -> None:
             raise ValueError(f"{name}: must be one of {listed}, got {value!r}")
 
 
+def of_evaluation(config: Any) -> dict[str, str]:
+    """Return the settings that ask for evaluations, with their values."""
+    names = ("eval_on_start", "eval_answers", "early_stopping_patience", "load_best_model_at_end")
+    values = {name: getattr(config, name) for name in (*names, "eval_strategy")}
+    return {name: _text(value) for name, value in values.items() if value and value != "no"}
+
+
 def check_evaluation(config: Any) -> None:
     """Raise ValueError where answers cannot be graded, or an early stop has nothing to go by."""
     if config.eval_answers and config.grade == "code" and not config.allow_code_execution:

@@ -27,7 +27,7 @@ from leaf_distill.training.checkpoint import (
     hash_weights,
     stopped,
 )
-from leaf_distill.training.checks import GREATER_IS_BETTER, refused
+from leaf_distill.training.checks import GREATER_IS_BETTER, of_evaluation, refused
 from leaf_distill.training.config import DistillArguments, LeafConfig
 from leaf_distill.training.identity import (
     Identity,
@@ -113,10 +113,11 @@ def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
         trainer = _make_trainer(arguments, config, examples, eval_examples)
         # A run that is to start at an earlier step must never go on from what came after it.
         trainer.add_callback(_Claim(output_dir, identity, discard=start is not True))
+        trainer.add_callback(seen := _LastEvaluation())
         with stopped(output_dir):
             trained = _train(trainer, start)
             trainer.save_model()  # before an evaluation, which may round the weights
-            evaluated = trainer.evaluate() if eval_examples is not None else {}
+            evaluated = _evaluate(trainer, seen) if eval_examples is not None else {}
         metrics = _metrics(trainer, examples, detected) | {"train": trained, "eval": evaluated}
         metrics |= {"changes": identity["changes"], "best": _best(trainer)}
         cache = trainer.teacher_cache
@@ -137,11 +138,8 @@ def _check_together(arguments: DistillArguments, config: LeafConfig) -> None:
         raise ValueError(
             f"lora_dropout: must be 0 with disable_dropout, got {arguments.lora_dropout}"
         )
-    if config.eval_on_start and arguments.eval_dataset is None:
-        raise ValueError("eval_dataset: must be given with eval_on_start, got nothing; give rows")
-    for name in ("eval_answers", "early_stopping_patience", "load_best_model_at_end"):
-        if getattr(config, name) and arguments.eval_dataset is None:
-            raise ValueError(f"eval_dataset: must be given with {name}, got nothing; give rows")
+    for name in of_evaluation(config) if arguments.eval_dataset is None else ():
+        raise ValueError(f"eval_dataset: must be given with {name}, got nothing; give rows")
     _check_metric(config)
 
 
@@ -293,6 +291,18 @@ def _train(trainer: LeafTrainer, start: str | bool) -> dict[str, float]:
     return output.metrics
 
 
+def _evaluate(trainer: LeafTrainer, seen: _LastEvaluation) -> dict[str, float]:
+    """Return and log the measures of the weights at the end, which may have been taken just now."""
+    state, config = trainer.state, trainer.args
+    loaded = config.load_best_model_at_end and state.best_model_checkpoint is not None
+    # The weights are rounded for an evaluation after the training, and not for one within it.
+    rounded = config.bf16_full_eval or config.fp16_full_eval
+    if rounded or seen.step != (state.best_global_step if loaded else state.global_step):
+        return trainer.evaluate()
+    trainer.log(dict(seen.measures))
+    return seen.measures
+
+
 def _metrics(
     trainer: LeafTrainer, examples: Sequence[Example], detected: dict[str, Any]
 ) -> dict[str, Any]:
@@ -332,6 +342,16 @@ def _best(trainer: LeafTrainer) -> dict[str, Any] | None:
         return None
     measure = f"eval_{str(config.metric_for_best_model).removeprefix('eval_')}"
     return {"step": state.best_global_step, "measure": measure, "value": state.best_metric}
+
+
+class _LastEvaluation(TrainerCallback):
+    """Keeps the step of the last evaluation, and what it measured."""
+
+    step: int | None = None
+    measures: dict[str, float]
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step, self.measures = state.global_step, kwargs["metrics"]
 
 
 class _Claim(TrainerCallback):

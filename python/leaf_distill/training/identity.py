@@ -77,15 +77,25 @@ def identity_of(
     identity |= {name: getattr(arguments, name) for name in _DECIDING_ARGUMENTS}
     if arguments.teacher_dtype == "auto" and arguments.teacher_device == "cpu":
         identity["teacher_dtype"] = "auto on a CPU"  # which may be another one
-    by_evaluation = config.load_best_model_at_end or config.early_stopping_patience is not None
-    if by_evaluation and config.eval_answers and eval_examples is not None:
-        golds = digest([one.row_id, one.answer, one.tests] for one in eval_examples)
+    if _by_evaluation(config) and config.eval_answers and eval_examples is not None:
+        golds = golds_of(eval_examples)
         identity["graded_rows"] = {"name": arguments.eval_dataset, "digest": golds}
-    for name in (*_DECIDING, *(_DECIDING_BEST if by_evaluation else ())):
-        value = getattr(config, name, None)
-        identity[name] = value.value if isinstance(value, Enum) else value
     result: Identity = json.loads(json.dumps(identity, default=str))
+    return result | settings_of(config)
+
+
+def settings_of(config: LeafConfig) -> Identity:
+    """Return the settings of an `identity_of` that are those of the training."""
+    settings = {}
+    for name in (*_DECIDING, *(_DECIDING_BEST if _by_evaluation(config) else ())):
+        value = getattr(config, name, None)
+        settings[name] = value.value if isinstance(value, Enum) else value
+    result: Identity = json.loads(json.dumps(settings, default=str))
     return result
+
+
+def _by_evaluation(config: LeafConfig) -> bool:
+    return config.load_best_model_at_end or config.early_stopping_patience is not None
 
 
 def digest_of(examples: Iterable[Example]) -> str:
@@ -97,6 +107,11 @@ def digest_of(examples: Iterable[Example]) -> str:
         ]
         for one in examples
     )
+
+
+def golds_of(examples: Iterable[Example]) -> str:
+    """Return the sha256 of what answers to the rows are graded against."""
+    return digest([one.row_id, one.answer, one.tests and one.tests.to_json()] for one in examples)
 
 
 def check_output(directory: Path) -> None:

@@ -105,7 +105,8 @@ class LeafTrainer(Trainer):
 
     Raises:
         ValueError: a model has no plain linear head, the two do not share a vocabulary, the rows
-            cannot be read, none is left, or the cache does not fit or lacks some of them.
+            cannot be read, none is left or none is given for the evaluations that are asked for, or
+            the cache does not fit or lacks some of them.
     """
 
     args: LeafConfig
@@ -135,6 +136,11 @@ class LeafTrainer(Trainer):
     ) -> None:
         if not isinstance(args, LeafConfig):
             raise ValueError(f"args: must be a LeafConfig, got a {type(args).__name__}; convert it")
+        if eval_dataset is None and args.eval_strategy != "no":
+            raise ValueError(
+                "eval_dataset: must be given with eval_strategy, got None; give rows, or leave "
+                "eval_strategy out"
+            )
         self.teacher_cache = (
             None if teacher_cache is None else open_cache(teacher_cache, teacher_model)
         )

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.pipeline import detect
 from leaf_distill.evaluation.arms import read_arms
 from leaf_distill.evaluation.compare import compare, distill_equally
 from leaf_distill.evaluation.compare_table import CompareResult
@@ -233,13 +234,74 @@ def test_the_same_command_trains_nothing_again(
     assert compare(*settings(pair, root)) == result
 
 
-def test_arms_with_other_steps_need_another_directory(
-    pair: dict[str, str], compared: tuple[Path, CompareResult]
+def files(root: Path) -> dict[str, tuple[int, bytes]]:
+    paths = [path for path in root.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("found", "train", "message"),
+    [
+        (
+            {"grade": "number"},
+            {},
+            "^grade: must stay exact in a directory whose arm kd was trained with it, got number; "
+            "give another output_dir, or the old setting$",
+        ),
+        ({"threshold": 0.4}, {}, "^threshold: must stay 0.15 in .* arm span was .* got 0.4; give"),
+        (
+            {"max_rows": 20},
+            {},
+            "^dataset: must have the rows that the arm kd was trained on, got .*/train.jsonl with "
+            "others; give",
+        ),
+        ({}, {"learning_rate": 2e-3}, "learning_rate was 0.001 and is now 0.002\\nGive another"),
+        ({}, {"originals_per_step": 16}, "originals_per_step was 8 and is now 16\\nGive another"),
+        ({}, {"max_steps": 4}, "^max_steps: must stay 3 in a directory whose arms have so many"),
+    ],
+)
+def test_a_refused_command_changes_nothing(
+    pair: dict[str, str],
+    compared: tuple[Path, CompareResult],
+    found: dict[str, Any],
+    train: dict[str, Any],
+    message: str,
 ) -> None:
-    """A trained arm would go on, with a schedule that a new arm has not."""
-    config, detection, training = settings(pair, compared[0])
-    with pytest.raises(ValueError, match="max_steps: must stay 3 in a directory whose arms have"):
-        compare(config, detection, training.with_changes(max_steps=4))
+    """Also where an arm is new, whose detection and training would come first."""
+    root, _ = compared
+    config, detection, training = settings(pair, root)
+    before = files(root)
+    with pytest.raises(ValueError, match=message):
+        compare(
+            replace(config, arms=["perplexity", *CHOSEN]),
+            replace(detection, **found),
+            training.with_changes(**train),
+        )
+    assert files(root) == before
+
+
+def test_rows_that_changed_are_refused_and_an_arm_without_a_student_is_made_anew(
+    pair: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, detection, training = settings(pair, tmp_path)
+    training, arm = training.with_changes(max_steps=1), replace(config, arms=["span"])
+    with monkeypatch.context() as killed, pytest.raises(TypeError):  # after the detection
+        killed.setattr("leaf_distill.evaluation.compare.distill", None)
+        compare(arm, replace(detection, grade="number"), training)
+    compare(arm, detection, training)
+    dataset = tmp_path / "out/arms/span-threshold-0.15/dataset.parquet"
+    made = dataset.read_bytes()
+    # The originals of kd do not depend on how spans are cut, and it comes later.
+    compare(replace(config, arms=["kd"]), replace(detection, threshold=0.3), training)
+    # A dataset that another run has replaced is made again.
+    detect(replace(detection, max_rows=6))
+    assert dataset.read_bytes() != made
+    compare(arm, detection, training)
+    assert dataset.read_bytes() == made
+    detect_pair.write_rows(tmp_path / "train.jsonl", [{**ROWS[0], "answer": "?"}, *ROWS[1:24]])
+    with pytest.raises(ValueError, match=r"^dataset: must have the rows that the arm span was"):
+        compare(arm, detection, training)
+    assert dataset.read_bytes() == made
 
 
 def test_a_missing_evaluation_set_is_asked_for(pair: dict[str, str], tmp_path: Path) -> None:
@@ -250,6 +312,8 @@ def test_a_missing_evaluation_set_is_asked_for(pair: dict[str, str], tmp_path: P
         compare(replace(config, eval_dataset="gone.jsonl"), detection, training)
     with pytest.raises(ValueError, match=r"^eval_answers: must be left out, got 5"):
         compare(config, detection, training.with_changes(eval_answers=5))
+    with pytest.raises(ValueError, match=r"^eval_strategy: must be left out, got epoch; all arms"):
+        compare(config, detection, training.with_changes(eval_strategy="epoch"))
     with pytest.raises(ValueError, match=r"^failed_share: must come with the arm kd_failed, got 0"):
         compare(config, detection, training.with_changes(failed_share=0.7))
     assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from architectures import CAUSAL, SIZES, VOCABULARY, build, prophetnet
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from leaf_distill.models.lm_head import LMHeadHook, finish_logits
@@ -48,6 +49,62 @@ def test_gradients_flow_through_the_forward() -> None:
     model(input_ids=IDS, attention_mask=MASK).logits[AT].logsumexp(-1).sum().backward()
     for name, weight in model.named_parameters():
         torch.testing.assert_close(got[name], weight.grad, rtol=1e-4, atol=1e-5)
+
+
+class _Casts(TorchDispatchMode):
+    """Counts the casts of tensors of one shape."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_autocast_casts_the_head_for_the_result_alone(name: str) -> None:
+    model, seen = build(name), []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.logits.dtype))
+    hook = LMHeadHook(model, "student")
+
+    def product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert torch.is_autocast_enabled("cpu")
+        return hidden.bfloat16() @ weight.bfloat16().T
+
+    with _Casts(hook.head.weight.shape) as casts, torch.autocast("cpu", torch.bfloat16):
+        logits = hook.run(model, IDS, MASK, AT, product)
+        assert torch.is_autocast_enabled("cpu")
+    # That of the result; the model goes on with logits of autocast's dtype, as without the hook.
+    assert casts.count == 1 and logits.dtype == torch.bfloat16 and seen == [torch.bfloat16]
+    logits.float().logsumexp(-1).sum().backward()
+    got = {one: weight.grad.clone() for one, weight in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        own = model(input_ids=IDS, attention_mask=MASK).logits[AT]
+    own.float().logsumexp(-1).sum().backward()
+    assert torch.equal(logits, own) and got.keys() == dict(model.named_parameters()).keys()
+    for one, weight in model.named_parameters():
+        assert weight.grad.dtype == got[one].dtype == torch.float32
+        torch.testing.assert_close(got[one], weight.grad, rtol=2e-2, atol=2e-3)
+
+
+def test_autocast_is_as_before_where_the_head_fails() -> None:
+    model = build()
+    hook = LMHeadHook(model, "student")
+
+    def fail(*arguments: Any) -> None:
+        raise KeyError
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(fail)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16):
+            logits_at_the_head(model, hook)
+        handle.remove()
+        assert logits_at_the_head(model, hook).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
 
 
 class _PaddedHead(LlamaForCausalLM):

@@ -230,7 +230,6 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, pair: dict[str, str]) -> 
     [
         ({"chat_template": "foo"}, "chat_template"),
         ({"max_length": 5}, r"must have a row to train on, got 9 too_long \(row 0: "),
-        ({"eval_strategy": "steps", "eval_steps": 1}, "eval"),
         ({"eval_on_start": True}, "eval_dataset: must be given with eval_on_start"),
         ({"report_to": "foo"}, "foo"),
         ({"optim": "rmsprop", "optim_args": "foo"}, "unpack"),

@@ -285,6 +285,7 @@ def test_a_killed_cache_goes_on_where_it_was(teacher: str, tmp_path: Path) -> No
         "main(sys.argv[1:])\n"
     )
     command = ["cache", "--teacher", teacher, "--dataset", dataset, "--output_dir", str(cache)]
+    command += ["--max_batch_tokens", "64"]  # some rows at a time: a part is of whole batches
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     running = subprocess.Popen([sys.executable, "-c", code, *command], env=environment)
     deadline = time.monotonic() + 120

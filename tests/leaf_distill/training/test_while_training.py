@@ -282,6 +282,10 @@ def test_settings_are_checked(tmp_path: Path, settings: dict[str, Any], message:
             {"early_stopping_patience": 2, "eval_strategy": "epoch"},
             "eval_dataset: must be given with early_stopping_patience, got nothing",
         ),
+        (
+            {"eval_strategy": "steps", "eval_steps": 1},
+            "eval_dataset: must be given with eval_strategy, got nothing; give rows",
+        ),
         ({"metric_for_best_model": "accuracy"}, "metric_for_best_model: .*; give --eval_answers N"),
     ],
 )
@@ -291,6 +295,69 @@ def test_settings_that_need_others_are_refused_before_anything_is_read(
     arguments = DistillArguments(student="no", teacher="no", dataset="no")
     with pytest.raises(ValueError, match=f"^{message}"):
         distill(arguments, make_config(tmp_path / "out", **settings))
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_evaluations_without_rows_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, strategy: str
+) -> None:
+    config = make_config(tmp_path, eval_strategy=strategy, eval_steps=1)
+    with pytest.raises(ValueError, match=r"^eval_dataset: must be given with eval_strategy, got N"):
+        LeafTrainer("no", "no", config, make_rows(8, 0))
+
+
+def test_the_last_step_is_evaluated_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated: list[int] = []
+    evaluate = LeafTrainer.evaluation_loop
+
+    def counted(trainer: LeafTrainer, *arguments: Any, **settings: Any) -> Any:
+        evaluated.append(trainer.state.global_step)
+        return evaluate(trainer, *arguments, **settings)
+
+    monkeypatch.setattr(LeafTrainer, "evaluation_loop", counted)
+    arguments = DistillArguments(
+        **save_pair(tmp_path),
+        dataset=write_rows(tmp_path / "rows.jsonl", make_rows(12, 4)),
+        eval_dataset=write_rows(tmp_path / "held.jsonl", make_rows(6, 3, seed=1)),
+    )
+
+    def run(name: str, **settings: Any) -> tuple[list[int], dict[str, Any], list[str]]:
+        evaluated.clear()
+        config = make_config(tmp_path / name, max_steps=4, eval_strategy="steps", **settings)
+        metrics = distill(arguments, config).metrics
+        lines = [line for line in capsys.readouterr().out.splitlines() if "  eval  " in line]
+        return evaluated.copy(), metrics, lines
+
+    once, metrics, lines = run("once", eval_steps=2)
+    assert once == [2, 4]
+    # All the same it is told and logged as the last one, and the file has its measures.
+    *_, at_step, at_end = [log for log in metrics["log"] if "eval_loss" in log]
+    assert len(lines) == 3 and at_end == at_step and at_end["step"] == 4
+    assert metrics["eval"] == {name: at_end[name] for name in at_end if name != "step"}
+    trained = LeafTrainer(
+        *(str(tmp_path / "once"), arguments.teacher, make_config(tmp_path / "again")),
+        *(None, arguments.eval_dataset),
+    )
+    again = trained.evaluate()
+    for name in ("eval_loss", "eval_kd_loss", "eval_cd_loss", "eval_agreement"):
+        assert metrics["eval"][name] == pytest.approx(again[name], rel=1e-6)
+
+    assert run("other", eval_steps=3)[0] == [3, 4]
+    # In bfloat16 the weights are rounded for the evaluation at the end alone.
+    rounded, metrics, _ = run("rounded", eval_steps=2, bf16_full_eval=True)
+    *_, at_step, at_end = [log["eval_loss"] for log in metrics["log"] if "eval_loss" in log]
+    assert rounded == [2, 4, 4] and at_end != at_step
+
+    # Weights of an earlier step are evaluated as they were loaded; those of the last one were.
+    best = {"save_strategy": "best", "load_best_model_at_end": True, "warmup_steps": 0}
+    best |= {"eval_steps": 1, "metric_for_best_model": "loss", "lr_scheduler_type": "constant"}
+    worse, metrics, _ = run("worse", learning_rate=0.3, **best)
+    assert metrics["best"]["step"] < 4 and worse == [1, 2, 3, 4, 4]
+    better, metrics, lines = run("better", learning_rate=1e-4, **best)
+    assert metrics["best"]["step"] == 4 and better == [1, 2, 3, 4]
+    assert "eval  of the best weights, step 4  " in lines[-1]
 
 
 def test_a_reporter_that_is_not_installed_is_named(tmp_path: Path) -> None:
@@ -334,13 +401,17 @@ def test_what_no_evaluation_measures_is_refused_before_the_training(
         distill(arguments, config)
 
 
-def test_other_golds_of_the_evaluation_are_another_run_where_they_decide(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tested", [False, True])
+def test_other_golds_of_the_evaluation_are_another_run_where_they_decide(
+    tmp_path: Path, tested: bool
+) -> None:
     pair, rows = save_pair(tmp_path), make_rows(8, 0)
     train = write_rows(tmp_path / "rows.jsonl", rows)
     settings = {**ANSWERS, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     settings |= {"max_steps": 2, "load_best_model_at_end": True, "save_strategy": "steps"}
     for number in range(2):
-        held_out = [{**row, "answer": f"w{number}"} for row in rows]
+        gold = {"test_list": [f"assert f({number})"]} if tested else {"answer": f"w{number}"}
+        held_out = [{**row, **gold} for row in rows]
         arguments = DistillArguments(
             **pair,
             dataset=train,
