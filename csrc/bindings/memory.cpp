@@ -14,8 +14,6 @@
 #include <unordered_map>
 #include <vector>
 
-#include "pages.h"
-
 namespace {
 
 // The gain is in the large blocks, and the lock would cost more in small ones.
@@ -122,7 +120,6 @@ class Pool final : public c10::Allocator {
       give_back(idle);
       block = base_->raw_allocate(bytes);
     }
-    leaf::bindings::prefer_huge_pages(block, bytes);  // it will be used again and again
     const std::lock_guard lock(mutex_);
     if (users_ > 0) {
       forget(block);
