@@ -237,15 +237,18 @@ def pad(rows: Sequence[Rendering]) -> Batch:
         where the NEXT token is a label: at the position whose hidden state predicts it.
     """
     lengths = torch.tensor([len(row) for row in rows])
-    width = int(lengths.max())
-    # A row is padded with its last token: the embedding of a pad token could be missing or NaN, and
-    # a NaN passes through attention even where its weight is 0.
-    ids = [np.pad(row.input_ids, (0, width - len(row)), mode="edge") for row in rows]
-    labels = [np.pad(row.loss_mask[1:], (0, width - len(row) + 1)) for row in rows]
+    shape = len(rows), int(lengths.max())
+    ids, labels = np.empty(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row.input_ids
+        # Padded with its last token: the embedding of a pad token could be missing or NaN, and a
+        # NaN passes through attention even where its weight is 0.
+        ids[i, len(row) :] = row.input_ids[-1]
+        labels[i, : len(row) - 1] = row.loss_mask[1:]
     return {
-        "input_ids": torch.from_numpy(np.stack(ids)).long(),
-        "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
-        "loss_mask": torch.from_numpy(np.stack(labels)),
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": (torch.arange(shape[1]) < lengths[:, None]).long(),
+        "loss_mask": torch.from_numpy(labels),
     }
 
 

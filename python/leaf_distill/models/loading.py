@@ -206,8 +206,10 @@ class LazyModel:
         """Free the weights that `load` has read; they are read again at the next need."""
         if self._source is None or self._model is None:
             return
+        parts = [weakref.ref(part) for part in self._model.modules()]
         self._model = None
-        gc.collect()
+        if any(part() is not None for part in parts):
+            gc.collect()  # which reads over all that was imported, for a quarter of a second
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -36,12 +36,16 @@ def replicate(model: nn.Module) -> list[Any]:
     threads = torch.get_num_threads()
     plain = all(type(weight) is nn.Parameter for weight in model.parameters())
     rounded = getattr(getattr(model, "config", None), "quantization_config", None) is not None
-    kinds = [str(getattr(module, "rope_type", "")) for module in model.modules()]
-    if not plain or rounded or any("dynamic" in kind for kind in kinds) or _cores() < threads:
+    if not plain or rounded or depends_on_earlier_rows(model) or _cores() < threads:
         return [model]
     shared = {id(weight): weight for weight in model.parameters()}
     others = range(1, threads // _threads_of_a_row())
     return [model, *(copy.deepcopy(model, dict(shared)) for _ in others)]
+
+
+def depends_on_earlier_rows(model: nn.Module) -> bool:
+    """Return whether a row's values depend on rows before it: rotary embeddings of kind dynamic."""
+    return any("dynamic" in str(getattr(part, "rope_type", "")) for part in model.modules())
 
 
 def run_each(run: Callable[[M, R], Tensor], models: Sequence[M], rows: Sequence[R]) -> list[Tensor]:

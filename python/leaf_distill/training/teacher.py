@@ -5,8 +5,8 @@ Another source gives the same, or another signal: see `leaf_distill.training.tea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -17,10 +17,15 @@ from torch import Tensor
 from leaf_distill.data.collator import Batch
 from leaf_distill.models.checks import input_device
 from leaf_distill.models.lm_head import LMHeadHook
-from leaf_distill.models.replicas import replicate, run_each
+from leaf_distill.models.replicas import depends_on_earlier_rows, replicate, run_each
+from leaf_distill.training.cache_columns import row_key
 from leaf_ext import DualKLRows, linear_dual_kl, linear_topk_kl
 
 TENSORS: Final = ("input_ids", "attention_mask", "loss_mask")
+KEPT_BYTES: Final = 1 << 28  # of hidden states, for rows that come again
+
+Row = tuple[Tensor, Tensor, Tensor]
+"""ids and attention mask, int64, and label positions, bool, [1, T] each."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,9 @@ class Teacher(Protocol):
     def packing(self) -> AbstractContextManager[None]:
         """Let rows run without padding, where that can be; see `LMHeadHook.packing`."""
 
+    def keeping(self) -> AbstractContextManager[None]:
+        """Keep the signal of rows that come again, where that changes no value."""
+
     def __call__(self, batch: Batch) -> Signal:
         """Return the teacher's signal at the label positions of a batch, row by row in order."""
 
@@ -150,6 +158,8 @@ class LiveTeacher:
     states then depend on the row only, to the last bit; in a padded batch they depend on the rows
     beside it, and padding costs as much as tokens. Weights that are offloaded are fetched for each
     pass, and so read the batch as one.
+
+    Such a row is read once in `keeping`, the first ones up to `KEPT_BYTES` of hidden states.
 
     Args:
         model: frozen, in eval mode, on any device.
@@ -167,6 +177,8 @@ class LiveTeacher:
         self.hooks = [LMHeadHook(one, "teacher") for one in models]
         self.hook, self.device = self.hooks[0], device
         self.head = _head(self.hook, device)
+        self._kept: dict[Any, Tensor] | None = None
+        self._bytes = 0
 
     @property
     def packs(self) -> bool:
@@ -174,6 +186,17 @@ class LiveTeacher:
 
     def packing(self) -> AbstractContextManager[None]:
         return nullcontext() if self.rows_alone else self.hook.packing()
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        if self._kept is not None or not self.rows_alone or depends_on_earlier_rows(self.model):
+            yield
+            return
+        self._kept, self._bytes = {}, 0
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def __call__(self, batch: Batch) -> Hidden:
         ids, mask, at = (batch[f"teacher_{name}"] for name in TENSORS)
@@ -197,18 +220,33 @@ class LiveTeacher:
                 for row, where in teacher_rows(ids, attention_mask, at)
                 if where.any()
             ]
-            made = run_each(_head_input, self.hooks, rows)
+            made = self._read(rows)
             states = torch.cat(made) if made else self.head.weight[:0]
         else:
             states = _head_input(self.hook, (ids, attention_mask, at))
         return states.to(self.device)
+
+    def _read(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Return the hidden states of rows; the model runs for those that are not kept."""
+        if self._kept is None:
+            return run_each(_head_input, self.hooks, rows)
+        rounding = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        keys = [(row_key(ids[0].numpy(), at[0].numpy()), rounding) for ids, _, at in rows]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._kept}
+        made = dict(zip(new, run_each(_head_input, self.hooks, [*new.values()]), strict=True))
+        found = [made[key] if key in made else self._kept[key] for key in keys]
+        for key, states in made.items():
+            if self._bytes + states.nbytes <= KEPT_BYTES:
+                self._kept[key] = states
+                self._bytes += states.nbytes
+        return found
 
     def check(self, batch: Batch) -> None:
         """Compare the head with the model's own logits on a batch; see `LMHeadHook.check`."""
         self.hook.check(*(batch[f"teacher_{name}"].to(self.input_device) for name in TENSORS))
 
 
-def _head_input(hook: LMHeadHook, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _head_input(hook: LMHeadHook, batch: Row) -> Tensor:
     ids, attention_mask, at = batch
     return hook.run(hook.model, ids, attention_mask, at, lambda hidden, weight, bias: hidden)
 

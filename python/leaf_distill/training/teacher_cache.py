@@ -268,6 +268,9 @@ class StoredTeacher:
     def packing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def keeping(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def __call__(self, batch: Batch) -> Signal:
         tensors = [batch[f"teacher_{name}"].cpu() for name in TENSORS]
         rows = [(row.numpy(), at.numpy()) for row, at in teacher_rows(*tensors)]

@@ -76,7 +76,8 @@ class LeafTrainer(Trainer):
         model: the student, a causal language model of transformers or a PeftModel around one, or
             its name, which is loaded in float32.
         teacher_model: the teacher or its name; put into eval mode, frozen, moved to its device, and
-            neither optimized nor saved. With a `teacher_cache` None, or its name to be compared.
+            neither optimized nor saved. Its weights must not change in a training: on a CPU the
+            hidden states of a row are kept. With a `teacher_cache` None, or its name to compare.
         args: the settings.
         train_dataset: a run directory of `leaf detect`, rows in the layout of its
             `dataset.parquet`, or in any other that it takes (all originals): a path, a hub name, a
@@ -486,11 +487,13 @@ class LeafTrainer(Trainer):
     def running(self) -> Iterator[None]:
         """Let both models run rows without padding, where they can and the settings allow it.
 
-        On a CPU the memory of a pass's tensors goes to those of the next one.
+        On a CPU the memory of a pass's tensors goes to those of the next one, and the teacher's
+        hidden states of rows that come again are kept.
         """
         with contextlib.ExitStack() as stack:
             if self.args.device.type == "cpu":
                 stack.enter_context(use_cpu_memory_pool())
+            stack.enter_context(self._objective.teacher.keeping())
             if self.args.packing and not self.args.torch_compile:
                 stack.enter_context(self._objective.student.packing())
                 stack.enter_context(self._objective.teacher.packing())

@@ -39,6 +39,16 @@ def test_weights_are_read_at_the_first_need_and_let_go(saved):
     assert lazy.load().dtype == torch.float32
 
 
+def test_weights_in_a_cycle_are_let_go(saved):
+    lazy = LazyModel(str(saved))
+    layer = lazy.load().model.layers[0]
+    layer.itself = [layer]
+    gone = weakref.ref(layer.mlp.up_proj.weight)
+    del layer
+    lazy.release()
+    assert gone() is None
+
+
 def test_what_is_wrong_is_said_before_the_weights_are_read(tmp_path, saved):
     for arguments, message in (
         ({"dtype": "half"}, "^dtype: must be one of"),

@@ -23,6 +23,7 @@ from distill_pair import (
 from transformers import LlamaForCausalLM
 
 from leaf_distill.data.collator import collate
+from leaf_distill.training import teacher as teachers
 from leaf_distill.training.teacher import LiveTeacher
 from leaf_distill.training.trainer import LeafTrainer
 
@@ -81,6 +82,84 @@ def test_on_a_cpu_a_row_does_not_depend_on_its_batch() -> None:
     together = teacher(collate(examples)).states
     alone = [teacher(collate([one])).states for one in examples]
     assert torch.equal(together, torch.cat(alone))
+
+
+def passes_of(model: Any) -> list[Any]:
+    """Return a list that grows by one with each forward pass."""
+    made: list[Any] = []
+    model.register_forward_hook(lambda *_: made.append(None))
+    return made
+
+
+def test_a_row_that_comes_again_is_not_read_again() -> None:
+    teacher = LiveTeacher(make_teacher().eval(), torch.device("cpu"))
+    examples = render(make_rows(8, 4))
+    expected = [teacher(collate([one])).states for one in examples]
+    passes = passes_of(teacher.model)
+    teacher(collate(examples))
+    teacher(collate(examples))
+    assert len(passes) == 24
+    passes.clear()
+    with teacher.keeping():
+        teacher(collate(examples[:5]))
+        with teacher.keeping():  # an evaluation within a training
+            teacher(collate(examples[3:]))
+        again = teacher(collate(examples[::-1])).states
+        assert torch.equal(again, torch.cat(expected[::-1]))
+        again.zero_()  # is nobody else's
+        assert torch.equal(teacher(collate(examples)).states, torch.cat(expected))
+        assert len(passes) == 12
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.equal(teacher(collate(examples)).states, torch.cat(expected))
+    assert len(passes) == 24
+    teacher(collate(examples))
+    assert len(passes) == 36
+
+
+def test_the_same_tokens_with_other_labels_are_not_taken_for_the_same() -> None:
+    teacher = LiveTeacher(make_teacher().eval(), torch.device("cpu"))
+    batch = collate(render(make_rows(3, 0)))
+    fewer = {**batch, "teacher_loss_mask": batch["teacher_loss_mask"].clone()}
+    fewer["teacher_loss_mask"][:, ::2] = False
+    expected = teacher(batch).states, teacher(fewer).states
+    with teacher.keeping():
+        found = teacher(batch).states, teacher(fewer).states
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_as_many_rows_are_kept_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = LiveTeacher(make_teacher().eval(), torch.device("cpu"))
+    examples = render(make_rows(6, 0))
+    expected = [teacher(collate([one])).states for one in examples]
+    monkeypatch.setattr(teachers, "KEPT_BYTES", sum(one.nbytes for one in expected[:4]))
+    passes = passes_of(teacher.model)
+    with teacher.keeping():
+        for _ in range(2):
+            assert torch.equal(teacher(collate(examples)).states, torch.cat(expected))
+    kept = len(examples) * 2 - len(passes)
+    assert 4 <= kept < len(examples)
+
+
+def test_rows_of_a_model_that_remembers_them_are_read_each_time() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model = make_teacher(rope_parameters=rope, max_position_embeddings=16).eval()
+    teacher = LiveTeacher(model, torch.device("cpu"))
+    passes = passes_of(model)
+    with teacher.keeping():
+        teacher(collate(render(make_rows(4, 0))))
+        teacher(collate(render(make_rows(4, 0))))
+    assert len(passes) == 8
+
+
+def test_a_training_reads_each_row_once(tmp_path: Path) -> None:
+    teacher, rows, counts = make_teacher(), make_rows(9, 3), []
+    for packing in (True, False):
+        config = make_config(tmp_path, num_train_epochs=3, eval_strategy="epoch", packing=packing)
+        trainer = LeafTrainer(make_student(), teacher, config, rows, rows, make_tokenizer())
+        passes = passes_of(teacher)
+        trainer.train()
+        counts.append(len(passes))
+    assert counts == [len(rows) + 2] * 2  # and twice the shortest one, to compare the head
 
 
 @pytest.mark.parametrize(
