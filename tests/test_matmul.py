@@ -83,15 +83,19 @@ def test_products_that_are_made_in_blocks(
 
 
 @needs_amx
-def test_a_product_does_not_depend_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(130, 300, 60000), (40, 720, 640), (720, 50, 1300)])
+def test_a_product_does_not_depend_on_the_number_of_threads(
+    m: int, n: int, k: int, add: bool
+) -> None:
     threads = torch.get_num_threads()
-    a, b = factor(130, 60000, False, 0), factor(60000, 300, False, 0)
+    a, b, before = factor(m, k, False, 0), factor(k, n, False, 0), torch.randn(m, n)
     found = []
     try:
-        for count in (1, 2, 3, 16):
+        for count in (1, 2, 3, 8, 16):
             torch.set_num_threads(count)
-            found.append(torch.empty(130, 300))
-            multiply(found[-1], a, b)
+            found.append(before.clone())
+            multiply(found[-1], a, b, add)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, found[0]) for one in found)
@@ -134,8 +138,9 @@ def test_other_dtypes_and_strides_are_refused() -> None:
         multiply(out, a.as_strided((4, 4), (8, 2)), b)
     with pytest.raises(RuntimeError, match=r"^bfloat16_matmul: b must be bfloat16, got float32"):
         multiply(out, b, b.float())
-    with pytest.raises(RuntimeError, match=r"^bfloat16_matmul: out must have contiguous rows"):
-        multiply(out.T, b, b)
+    for wrong in (out.T, out[:1].expand(4, 4)):
+        with pytest.raises(RuntimeError, match=r"^bfloat16_matmul: out must have contiguous rows"):
+            multiply(wrong, b, b)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux describes the processor")

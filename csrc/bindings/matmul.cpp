@@ -25,7 +25,8 @@ void bfloat16_matmul(Tensor out, Tensor a, Tensor b, bool add) {
   const bool wide = out.scalar_type() == ScalarType::Float;
   check(wide || (out.scalar_type() == ScalarType::BFloat16 && !add), op,
         ": out must be float32, or bfloat16 if nothing is added to it, got ", dtype_name(out));
-  check(out.stride(1) == 1 || n <= 1, op, ": out must have contiguous rows");
+  check((out.stride(1) == 1 || n <= 1) && (out.stride(0) >= n || m <= 1), op,
+        ": out must have contiguous rows that do not overlap");
   cpu::matmul({matrix("a", a, m, k), matrix("b", b, k, n), out.mutable_data_ptr(), out.stride(0),
                wide, add, m, n, k},
               torch_threads());

@@ -141,6 +141,7 @@ LEAF_AMX_TARGET inline void multiply(const Groups& groups, bool add, bool prefet
                                      int64_t stride) {
   const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
   float* lower = sums + kSide * stride;
+  asm volatile("" : : : "memory");  // GCC 12's loads of tiles do not say that they read memory
   if (add) {
     _tile_loadd(0, sums, bytes);
     _tile_loadd(1, sums + kSide, bytes);
@@ -177,18 +178,16 @@ LEAF_AMX_TARGET inline void multiply(const Groups& groups, bool add, bool prefet
   _tile_stored(3, lower + kSide, bytes);
 }
 
-// Stores n sums of a row in float32, or adds them.
-LEAF_AMX_TARGET inline void store_row(const float* sums, int64_t n, bool add, float* out) {
+// Copies n floats.
+LEAF_AMX_TARGET inline void copy_row(const float* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; i += kSide) {
     const auto mask = static_cast<__mmask16>(first_of(std::min(n - i, kSide)));
-    __m512 sum = _mm512_load_ps(sums + i);
-    if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, out + i));
-    _mm512_mask_storeu_ps(out + i, mask, sum);
+    _mm512_mask_storeu_ps(to + i, mask, _mm512_maskz_loadu_ps(mask, from + i));
   }
 }
 
-// Stores n sums of a row in bfloat16.
-LEAF_AMX_TARGET inline void store_row(const float* sums, int64_t n, uint16_t* out) {
+// Rounds n floats of a row, from aligned memory, to bfloat16.
+LEAF_AMX_TARGET inline void round_row(const float* sums, int64_t n, uint16_t* out) {
   for (int64_t i = 0; i < n; i += kDepth) {
     const auto rounded = reinterpret_cast<__m512i>(
         _mm512_cvtne2ps_pbh(_mm512_load_ps(sums + i + kSide), _mm512_load_ps(sums + i)));

@@ -82,13 +82,13 @@ class Product {
     a_whole_ = params.m * params.k <= kMostWhole;
     b_whole_ = params.n * params.k <= kMostWhole;
     // The sizes are the fastest for logits, and for gradients of hidden states and of a head, with
-    // a second level of 2 MiB. A block's sums stay there during the steps.
+    // a second level of 2 MiB. The sums of a block of up to 512 rows stay there during the steps.
     const bool neither = !a_whole_ && !b_whole_;
     const int64_t most = neither ? 320 : 640;
     const int64_t steps = std::max<int64_t>(1, (params.k + most - 1) / most);
     depth_ = steps > 1 ? up((params.k + steps - 1) / steps, kDepth) : params.k;
-    m_ = neither ? 512 : a_whole_ && !b_whole_ ? params.m : 384;
-    n_ = neither ? 288 : b_whole_ && !a_whole_ ? params.n : 384;
+    m_ = neither ? 512 : a_whole_ && !b_whole_ ? 1024 : 384;
+    n_ = neither ? 288 : b_whole_ && !a_whole_ ? 1024 : 384;
     m_ = std::min(m_, up(params.m, kPair));
     n_ = std::min(n_, up(params.n, kPair));
     while (blocks() < threads.count && std::max(m_, n_) > kPair) {
@@ -103,8 +103,8 @@ class Product {
     const int64_t b_size = b_whole_ ? 0 : b_.packed_size(n_, depth_);
     const int64_t sums = (in_steps() ? up(m_, kPair) : kPair) * up(n_, kPair);
     threads.for_ranges(blocks(), 1, [&](int64_t begin, int64_t end) {
-      configure();
       const Scratch scratch(sums + (a_size + b_size) / 2);
+      configure();
       auto* packed = reinterpret_cast<uint16_t*>(scratch.data() + sums);
       for (int64_t i = begin; i < end; ++i) {
         block(i / columns() * m_, i % columns() * n_, a, b, scratch.data(), packed,
@@ -156,16 +156,21 @@ class Product {
       return;
     }
     const int64_t width = up(n, kPair);
+    const auto at = [&](int64_t i) { return (row + i) * params_.out_stride + column; };
+    if (params_.add && start == 0) {  // the sums begin with `out`, as above
+      for (int64_t i = 0; i < m; ++i) {
+        copy_row(static_cast<const float*>(params_.out) + at(i), n, sums + i * width);
+      }
+    }
     for (int64_t j = 0; j < n; j += kPair, groups.b += b_pair) {
-      multiply(groups, start > 0, false, sums + j, width);
+      multiply(groups, start > 0 || params_.add, false, sums + j, width);
     }
     if (start + depth_ < params_.k) return;
     for (int64_t i = 0; i < m; ++i) {
-      const int64_t at = (row + i) * params_.out_stride + column;
       if (params_.out_is_float32) {
-        store_row(sums + i * width, n, params_.add, static_cast<float*>(params_.out) + at);
+        copy_row(sums + i * width, n, static_cast<float*>(params_.out) + at(i));
       } else {
-        store_row(sums + i * width, n, static_cast<uint16_t*>(params_.out) + at);
+        round_row(sums + i * width, n, static_cast<uint16_t*>(params_.out) + at(i));
       }
     }
   }

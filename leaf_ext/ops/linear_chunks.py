@@ -40,8 +40,8 @@ def _piece_size(vocabulary: int) -> int:
 def kept_head_dtype(hidden: Tensor, chunk_size: int) -> torch.dtype:
     """Return the dtype in which the gradient of a head is kept for the backward.
 
-    The sum of several chunks is float32. The product of a single chunk is kept in bfloat16 if the
-    library gives no wider one. Under torch.compile the number of rows may be unknown, and float32
+    The sum of several chunks is float32. The product of a single chunk is kept in bfloat16 if
+    torch gives no wider one. Under torch.compile the number of rows may be unknown, and float32
     is used.
     """
     wide = accum_dtype(hidden.dtype)
@@ -89,7 +89,7 @@ def _factor_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Products:
-    """Matrix products of a device, into float32 if it can."""
+    """Matrix products of a device; sums over chunks are float32 if it can."""
 
     device: str
     dtype: torch.dtype  # of the factors

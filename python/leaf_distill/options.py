@@ -82,7 +82,13 @@ def parse_options(
                 known[item.name] = _add(parser, item, hints[item.name], hide=hide)
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        near = _did_you_mean(unknown[0].split("=")[0], known, "--")
+        options = {
+            option.removeprefix("--"): action
+            for action in parser._actions
+            for option in action.option_strings
+            if option.startswith("--")
+        }
+        near = _did_you_mean(unknown[0].split("=")[0], options, "--")
         parser.error(f"{unknown[0]} is not an option of this command{near}")
     if getattr(given, "config", None) is not None:
         file = _words(Path(given.config), known)

@@ -117,6 +117,8 @@ def test_a_setting_that_cannot_be_is_one_sentence(
     ("command", "given", "near"),
     [
         ("distill", "--lr", "--learning_rate"),
+        ("distill", "--confg", "--config"),
+        ("detect", "--hlp", "--help"),
         ("distill", "--bs", "--per_device_train_batch_size"),
         ("distill", "--batch_size", "--per_device_train_batch_size"),
         ("distill", "--eval-batch-size", "--per_device_eval_batch_size"),

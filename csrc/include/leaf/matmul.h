@@ -13,8 +13,8 @@ struct Bfloat16Matrix {
   bool transposed;
 };
 
-// out = a b, or out += a b, with sums in float32 that are rounded once. The order of a sum depends
-// on k alone.
+// out = a b, or out += a b, with sums in float32 that are rounded once. A sum begins with what it
+// is added to, and its order does not depend on the threads. `out` overlaps neither factor.
 struct MatmulParams {
   Bfloat16Matrix a;  // [m, k]
   Bfloat16Matrix b;  // [k, n]
@@ -27,6 +27,7 @@ struct MatmulParams {
 
 namespace cpu {
 // Whether this machine has AMX, which multiplies tiles of bfloat16, and lets this process use it.
+// The first call asks for it; from then on Linux wants room for the tiles in signal stacks.
 bool has_amx();
 
 // Needs AMX.

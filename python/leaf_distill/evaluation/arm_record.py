@@ -49,14 +49,19 @@ class ArmRecord:
         rows = _digest_rows(given)
         self.dataset = given.dataset
         self.new = {name: {**_settings(name, given), "rows": rows} for name in arms}
-        self.old = _read(self.path)
+        self.old: dict[str, dict[str, Any]] = {}
 
     def trained(self, name: str) -> bool:
         """Whether the arm's student is there, or its training was begun."""
         return is_of(self.path.parent / name / "run.json", "distill")
 
     def check(self) -> None:
-        """Raise ValueError where a student would be given other examples than it was trained on."""
+        """Raise ValueError where a student would be given other examples than it was trained on.
+
+        What is known is read here, since another run may have written it until the directory was
+        locked.
+        """
+        self.old = _read(self.path)
         for arm in filter(self.trained, self.new):
             old = self.old.get(arm, {})
             for name, value in self.new[arm].items():
