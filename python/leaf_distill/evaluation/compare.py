@@ -50,7 +50,6 @@ from leaf_distill.training.identity import (
     check_identity,
     check_output,
     digest_of,
-    read_finished,
     settings_of,
 )
 
@@ -260,11 +259,15 @@ def _equalized(training: LeafConfig, branches: Counter[str], output_dir: Path) -
 
 
 def _check_training(training: LeafConfig, dataset: Path, student: Path) -> None:
-    """Raise ValueError where `distill` would not go on, if the student's dataset is still there."""
+    """Raise ValueError where a student's training has other settings than it had so far.
+
+    `distill` takes another learning rate in a run that has not finished; arms are trained alike. A
+    student whose dataset is gone is left to `distill`.
+    """
     known = read_json(student / "run.json")["dataset"]["digest"]
     if dataset.is_file() and digest_of(load_examples(str(dataset))) == known:
         settings = settings_of(_equalized(training, _count_branches(dataset), student))
-        check_identity(student, settings, finished=read_finished(student) is not None)
+        check_identity(student, settings, finished=True)
 
 
 def _evaluate(

@@ -211,7 +211,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
             return ""
         old, new = old.get("name"), new["name"]
         if old == new:
-            return f"the content of {name} {new} has changed"
+            return f"the content of {name} {new} has changed, or what is taken from it"
     return "" if old == new else f"{name} was {_short(old)} and is now {_short(new)}"
 
 

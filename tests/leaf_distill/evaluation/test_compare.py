@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import fields, replace
 from itertools import product
@@ -278,6 +279,19 @@ def test_a_refused_command_changes_nothing(
             training.with_changes(**train),
         )
     assert files(root) == before
+
+
+def test_an_arm_that_was_killed_goes_on_with_its_own_learning_rate(
+    pair: dict[str, str], compared: tuple[Path, CompareResult], tmp_path: Path
+) -> None:
+    shutil.copytree(compared[0], tmp_path, dirs_exist_ok=True)
+    config, detection, training = settings(pair, tmp_path)
+    (metrics,) = tmp_path.rglob("students/kd/metrics.json")
+    metrics.unlink()  # it is written last
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.001 and is now 0\.002"):
+        compare(config, detection, training.with_changes(learning_rate=2e-3))
+    assert files(tmp_path) == before
 
 
 def test_rows_that_changed_are_refused_and_an_arm_without_a_student_is_made_anew(

@@ -634,7 +634,9 @@ def test_the_teachers_prompts_decide_whose_the_directory_is(
     distill(arguments, config)
     rows[-1]["teacher_prompt"] = [{"role": "user", "content": "w1"}]
     write_table(tmp_path / "run" / "dataset.parquet", rows)
-    with pytest.raises(ValueError, match=r"the content of dataset .* has changed"):
+    with pytest.raises(
+        ValueError, match=r"the content of dataset .* has changed, or what is taken"
+    ):
         distill(arguments, config)
 
 
