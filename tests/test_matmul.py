@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import platform
 import re
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leaf_ext.native import has_amx
+from leaf_ext.native import build_info, has_amx
 
 needs_amx = pytest.mark.skipif(not has_amx(), reason="this machine, or the build, has no AMX")
 
@@ -61,11 +63,14 @@ def test_products_of_all_orders_and_sizes(a_transposed: bool, b_transposed: bool
 @pytest.mark.parametrize(
     ("m", "n", "k"),
     [
-        (90, 1500, 700),  # logits: b is packed in blocks, k in two steps
-        (1500, 90, 700),  # the gradient of a head: a is packed in blocks
-        (40, 70, 1 << 19),  # the gradient of hidden states: both are
-        (600, 330, 60000),  # several blocks of it
-        (1100, 1030, 33),
+        # A factor above 2^24 elements is packed block by block.
+        (90, 24000, 700),  # as for logits: b is, and k is in two steps
+        (1100, 17000, 1000),  # and a is in two blocks
+        (24000, 90, 700),  # as for the gradient of a head: a is
+        (17000, 1100, 1000),
+        (40, 70, 1 << 19),  # as for the gradient of hidden states: both are
+        (600, 330, 60000),  # in several blocks
+        (1100, 1030, 33),  # neither is
     ],
 )
 @pytest.mark.parametrize("orders", [(False, True), (False, False), (True, False)], ids=str)
@@ -76,10 +81,14 @@ def test_products_that_are_made_in_blocks(
     exact = a.double() @ b.double()
     found, narrow = torch.empty(m, n), torch.empty(m, n, dtype=torch.bfloat16)
     multiply(found, a, b)
-    # Errors add up like a walk of k steps.
-    assert float((found - exact).norm() / exact.norm()) < 2**-24 * max(4, k**0.5)
+    # Errors add up like a walk of k steps; a wrong sum is wrong by far more than any of them.
+    error, size = (found - exact).abs(), exact.norm() / (m * n) ** 0.5
+    assert float(error.norm() / exact.norm()) < 2**-24 * max(4, k**0.5)
+    assert float(error.max() / size) < 2**-24 * 16 * max(4, k**0.5)
     multiply(narrow, a, b)
     assert torch.equal(narrow, found.bfloat16())
+    multiply(found, a, b, add=True)
+    assert float((found - 2 * exact).abs().max() / size) < 2**-23 * 16 * max(4, k**0.5)
 
 
 @needs_amx
@@ -143,7 +152,15 @@ def test_other_dtypes_and_strides_are_refused() -> None:
             multiply(wrong, b, b)
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux describes the processor")
-def test_amx_is_used_only_where_the_processor_has_it() -> None:
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(),
+    reason="Linux describes the processor",
+)
+def test_amx_is_used_where_the_processor_and_the_system_have_it() -> None:
     flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
-    assert not has_amx() or {"amx_tile", "amx_bf16", "avx512bw", "avx512_bf16"} <= flags
+    there = {"amx_tile", "amx_bf16", "avx512bw", "avx512vl", "avx512_bf16", "bmi2"} <= flags
+    arch_prctl, request, tiles = 158, 0x1023, 18
+    compiler, number = build_info()["compiler"].split()
+    built = compiler == "GNU" and int(number.split(".")[0]) >= 12
+    granted = there and ctypes.CDLL(None).syscall(arch_prctl, request, tiles) == 0
+    assert has_amx() == (built and granted)

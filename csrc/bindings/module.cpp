@@ -2,12 +2,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include "leaf/matmul.h"
 #include "pages.h"
 
 namespace leaf::cpu {
 const char* instruction_set();
-bool has_amx();
-}  // namespace leaf::cpu
+}
 
 namespace py = pybind11;
 

@@ -4,10 +4,9 @@
 // 16 x 32 bfloat16, and a tile of b, 32 x 16 of which each two rows are interleaved, to a tile of
 // 16 x 16 float32. It takes subnormal values for 0.
 
-#if defined(__linux__) && defined(__x86_64__) && (__GNUC__ >= 12 || __clang_major__ >= 14)
+#if defined(__linux__) && defined(__x86_64__) && __GNUC__ >= 12 && !defined(__clang__)
 #define LEAF_AMX
 
-#include <cpuid.h>
 // GCC 12 takes the unset operands in this header for mistakes (bug 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -34,18 +33,11 @@ inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step
 
 // Returns whether the machine has AMX, and asks the system to let this process use it.
 inline bool request() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c >> 27 & 1) == 0) return false;  // XGETBV
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1);
-  const bool vectors = (b >> 16 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
-  if (!tiles || !vectors) return false;
-  unsigned low = 0, high = 0;
-  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  constexpr unsigned kNeeded = 0x600e6;  // SSE, AVX, AVX-512 and tiles are saved by the system
-  if ((low & kNeeded) != kNeeded) return false;
+  const bool there = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                     __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("bmi2");
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return there && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
 struct alignas(64) TileConfig {
@@ -176,14 +168,6 @@ LEAF_AMX_TARGET inline void multiply(const Groups& groups, bool add, bool prefet
   _tile_stored(1, sums + kSide, bytes);
   _tile_stored(2, lower, bytes);
   _tile_stored(3, lower + kSide, bytes);
-}
-
-// Copies n floats.
-LEAF_AMX_TARGET inline void copy_row(const float* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; i += kSide) {
-    const auto mask = static_cast<__mmask16>(first_of(std::min(n - i, kSide)));
-    _mm512_mask_storeu_ps(to + i, mask, _mm512_maskz_loadu_ps(mask, from + i));
-  }
 }
 
 // Rounds n floats of a row, from aligned memory, to bfloat16.

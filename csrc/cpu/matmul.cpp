@@ -5,6 +5,8 @@
 
 #include "leaf/matmul.h"
 
+#include <algorithm>
+
 #include "amx.h"
 #include "scratch.h"
 
@@ -159,7 +161,7 @@ class Product {
     const auto at = [&](int64_t i) { return (row + i) * params_.out_stride + column; };
     if (params_.add && start == 0) {  // the sums begin with `out`, as above
       for (int64_t i = 0; i < m; ++i) {
-        copy_row(static_cast<const float*>(params_.out) + at(i), n, sums + i * width);
+        std::copy_n(static_cast<const float*>(params_.out) + at(i), n, sums + i * width);
       }
     }
     for (int64_t j = 0; j < n; j += kPair, groups.b += b_pair) {
@@ -168,7 +170,7 @@ class Product {
     if (start + depth_ < params_.k) return;
     for (int64_t i = 0; i < m; ++i) {
       if (params_.out_is_float32) {
-        copy_row(sums + i * width, n, static_cast<float*>(params_.out) + at(i));
+        std::copy_n(sums + i * width, n, static_cast<float*>(params_.out) + at(i));
       } else {
         round_row(sums + i * width, n, static_cast<uint16_t*>(params_.out) + at(i));
       }

@@ -33,7 +33,7 @@ def default_chunk_size(vocabulary: int, device: torch.device, dtype: torch.dtype
 
 
 def _piece_size(vocabulary: int) -> int:
-    """Return the rows with which a CPU computes the gradient of hidden states fastest."""
+    """Return the rows with which torch computes the gradient of hidden states fastest on a CPU."""
     return max(256, min(4096, 2**23 // max(1, vocabulary) // 32 * 32))
 
 
@@ -89,7 +89,7 @@ def _factor_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Products:
-    """Matrix products of a device; sums over chunks are float32 if it can."""
+    """Matrix products of a device: by whom, of what dtype, and into what dtype."""
 
     device: str
     dtype: torch.dtype  # of the factors
@@ -259,7 +259,7 @@ def run_chunks(
         )
     products = Products.of(student_hidden)
     piece = max(1, min(products.piece_size(vocabulary, needs.chunk_size), live.numel()))
-    # A CPU computes the gradient of hidden states fastest with few rows at once.
+    # torch computes the gradient of hidden states on a CPU fastest with few rows at once.
     few = products.device == "cpu" and not products.to_float32 and not products.amx
     size = piece if few and not need_head else max(1, min(needs.chunk_size, live.numel()))
     loss = student_hidden.new_zeros((), dtype=torch.float64)  # the sum of many parts
@@ -306,7 +306,7 @@ def _gradients(
     # float32 only if the library can.
     to_float32 = head.products.to_float32
     needs_product = weight.dtype == torch.float16 if to_float32 else weight.dtype != head_dtype
-    needs_product &= not head.products.amx
+    needs_product = needs_product and not head.products.amx
 
     def zeros(shape: torch.Size, needed: bool, dtype: torch.dtype) -> Tensor:
         return hidden.new_zeros(shape if needed else 0, dtype=dtype if needed else wide)

@@ -33,7 +33,7 @@ _OF_CUTS: Final = {*NAMING, "strategy", "seed"} - {
 
 
 class ArmRecord:
-    """What decides the examples of some arms, beside what is known of the students in a directory.
+    """Compares what decides the examples of some arms with the record of a directory's students.
 
     Args:
         students: the directory of the students.
@@ -58,8 +58,8 @@ class ArmRecord:
     def check(self) -> None:
         """Raise ValueError where a student would be given other examples than it was trained on.
 
-        What is known is read here, since another run may have written it until the directory was
-        locked.
+        The record is read here and not before, since another run may write it until the directory
+        is locked.
         """
         self.old = _read(self.path)
         for arm in filter(self.trained, self.new):

@@ -84,10 +84,11 @@ def test_on_a_cpu_a_row_does_not_depend_on_its_batch() -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
-def passes_of(model: Any) -> list[Any]:
-    """Return a list that grows by one with each forward pass."""
+def passes_of(teacher: LiveTeacher) -> list[Any]:
+    """Return a list that grows by one with each forward pass of any of its models."""
     made: list[Any] = []
-    model.register_forward_hook(lambda *_: made.append(None))
+    for hook in teacher.hooks:
+        hook.model.register_forward_hook(lambda *_: made.append(None))
     return made
 
 
@@ -95,7 +96,7 @@ def test_a_row_that_comes_again_is_not_read_again() -> None:
     teacher = LiveTeacher(make_teacher().eval(), torch.device("cpu"))
     examples = render(make_rows(8, 4))
     expected = [teacher(collate([one])).states for one in examples]
-    passes = passes_of(teacher.model)
+    passes = passes_of(teacher)
     teacher(collate(examples))
     teacher(collate(examples))
     assert len(passes) == 24
@@ -132,7 +133,7 @@ def test_as_many_rows_are_kept_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     examples = render(make_rows(6, 0))
     expected = [teacher(collate([one])).states for one in examples]
     monkeypatch.setattr(teachers, "KEPT_BYTES", sum(one.nbytes for one in expected[:4]))
-    passes = passes_of(teacher.model)
+    passes = passes_of(teacher)
     with teacher.keeping():
         for _ in range(2):
             assert torch.equal(teacher(collate(examples)).states, torch.cat(expected))
@@ -144,7 +145,7 @@ def test_rows_of_a_model_that_remembers_them_are_read_each_time() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     model = make_teacher(rope_parameters=rope, max_position_embeddings=16).eval()
     teacher = LiveTeacher(model, torch.device("cpu"))
-    passes = passes_of(model)
+    passes = passes_of(teacher)
     with teacher.keeping():
         teacher(collate(render(make_rows(4, 0))))
         teacher(collate(render(make_rows(4, 0))))
@@ -152,11 +153,12 @@ def test_rows_of_a_model_that_remembers_them_are_read_each_time() -> None:
 
 
 def test_a_training_reads_each_row_once(tmp_path: Path) -> None:
-    teacher, rows, counts = make_teacher(), make_rows(9, 3), []
+    rows, counts = make_rows(9, 3), []
     for packing in (True, False):
         config = make_config(tmp_path, num_train_epochs=3, eval_strategy="epoch", packing=packing)
-        trainer = LeafTrainer(make_student(), teacher, config, rows, rows, make_tokenizer())
-        passes = passes_of(teacher)
+        models = make_student(), make_teacher()
+        trainer = LeafTrainer(*models, config, rows, rows, make_tokenizer())
+        passes = passes_of(trainer._objective.teacher)
         trainer.train()
         counts.append(len(passes))
     assert counts == [len(rows) + 2] * 2  # and twice the shortest one, to compare the head
