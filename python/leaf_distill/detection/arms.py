@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAMING: Final = (
     *("level", "segments", "target", "turns", "score", "shortlist", "draws"),
     *("threshold", "response_threshold", "rule", "cap", "teacher_max", "join_gap", "min_length"),
-    *("widen", "edit", "relabel", "guard", "agreement", "cross_branch"),
+    *("widen", "max_cuts", "edit", "relabel", "guard", "agreement", "cross_branch"),
     *("select", "completion_source", "validate", "teacher_quantization"),
 )
 """Settings that, beside the strategy, make an arm of their own; where it draws, also the seed."""
@@ -64,6 +64,7 @@ def _draws(config: DetectConfig) -> bool:
         config.strategy in ("random_tokens", "random_spans", "distractors")
         or config.edit == "substitute"
         or (config.score == "intervention" and config.draws > 0)
+        or config.score == "random"
         or config.guard == "agreement"
     )
 

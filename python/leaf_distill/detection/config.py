@@ -31,12 +31,24 @@ Strategy = Literal[
     "student_saliency",
     "teacher_saliency",
     "perplexity",
+    "cumulative",
     "distractors",
 ]
 Level = Literal["instruction", "response", "both"]
 Target = Literal["rest", "next"]
-Score = Literal["gap", "lens", "intervention"]
-Unit = Literal["token", "word", "clause", "sentence"]
+Score = Literal[
+    "gap",
+    "log_gap",
+    "log_ratio",
+    "rank",
+    "lens",
+    "intervention",
+    "student",
+    "teacher",
+    "perplexity",
+    "random",
+]
+Unit = Literal["token", "word", "phrase", "clause", "sentence"]
 Edit = Literal["delete", "substitute"]
 Guard = Literal["grader", "agreement"]
 Preset = Literal["paper", "release"]
@@ -55,6 +67,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Settings of a preset that are not the defaults. The release takes 0.10 for programs."""
+
+LONG_UNITS: tuple[Unit, ...] = ("phrase", "clause", "sentence")
+"""The units that hold several words."""
 
 INSERTS: dict[str, Any] = {"level": "instruction", "edit": "delete", "cross_branch": False}
 """The settings that go with the strategy distractors."""
@@ -116,8 +131,10 @@ class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
     score: Score = field(
         default="gap",
         metadata=about(
-            "gap of the gradients (Eq. 3-5); lens: difference of the two models' log-probabilities "
-            "of the token; intervention: how the answers' distributions change without it"
+            "gap of the gradients (Eq. 3-5); log_gap, log_ratio, rank: of their logarithms or "
+            "ranks; lens: difference of the two models' log-probabilities of the token; "
+            "intervention: how the answers' distributions change without it; controls: student, "
+            "teacher (one model's gradient), perplexity, random"
         ),
     )
     shortlist: int = field(
@@ -154,12 +171,19 @@ class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
         metadata=about(
             "span: one span at a time (the paper); collective: all together; controls of the same "
             "size under the same validation: random_tokens, random_spans, student_saliency, "
-            "teacher_saliency, perplexity; distractors: insert a sentence of another prompt"
+            "teacher_saliency, perplexity; cumulative: the most suspect phrase, the first two, "
+            "the first three; distractors: insert a sentence of another prompt"
         ),
     )
     widen: Unit = field(
         default="word",
-        metadata=about("what a cut is widened to: token (as found), word, clause or sentence"),
+        metadata=about(
+            "what a cut is widened to: token (as found), word, phrase, clause or sentence; the "
+            "strategy cumulative takes phrases, or the longer unit that is given"
+        ),
+    )
+    max_cuts: int = field(
+        default=3, metadata=about("most phrases of a row that the strategy cumulative cuts")
     )
     edit: Edit = field(
         default="delete",
@@ -216,7 +240,12 @@ class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
         _apply_preset(self)
         for name, low, high in (
             *(("min_length", 1, LARGEST), ("join_gap", 0, LARGEST), ("segments", 2, 100)),
-            *(("shortlist", 1, LARGEST), ("draws", 0, 1000), ("agreement", 1, 1000)),
+            *(
+                ("max_cuts", 1, LARGEST),
+                ("shortlist", 1, LARGEST),
+                ("draws", 0, 1000),
+                ("agreement", 1, 1000),
+            ),
             *((name, 0, 1) for name in ("threshold", "response_threshold", "cap", "teacher_max")),
         ):
             check_range(self, name, low, high)
@@ -248,6 +277,11 @@ def _check_edits(config: DetectConfig) -> None:
                     f"{name}: must be {_text(needed)} with strategy distractors, which inserts a "
                     f"sentence in the prompt, got {_text(given)}"
                 )
+    if config.strategy == "cumulative" and config.edit != "delete":
+        raise ValueError(
+            f"edit: must be delete with strategy {config.strategy}, which cuts whole phrases, got "
+            f"{config.edit}"
+        )
     if config.guard == "agreement" and not config.relabel:
         raise ValueError("guard: must be grader without relabel, got agreement; give --relabel")
     if config.guard == "agreement" and config.grade == "code":

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from leaf_distill.data.example import Example, Floats, Range
-from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.config import LONG_UNITS, DetectConfig, Unit
 from leaf_distill.detection.distractors import Distractors
 from leaf_distill.detection.spans import characters
 from leaf_distill.detection.substitution import Vocabulary
-from leaf_distill.detection.units import tidy, widen
+from leaf_distill.detection.units import UNITS, tidy, widen
 
 Change = tuple[tuple[Range, ...], tuple[str, ...], float | None]
 """Ranges, the texts in their place (none: they are deleted), and the mean score of the tokens."""
+
+WITHOUT_SPANS: Final = ("cumulative", "distractors")
+"""The strategies that do not begin with the spans that detection found."""
+
+
+class RankedUnit(NamedTuple):
+    """A phrase, clause or sentence: its characters, its prunable tokens and their mean score."""
+
+    range: Range
+    tokens: tuple[int, ...]
+    score: float
 
 
 def propose(
@@ -31,55 +42,117 @@ def propose(
     """Set the example's candidates; it leaves where it has no span, or a perplexity is not finite.
 
     Args:
-        example: a row with spans, which "distractors" alone does not need. A candidate that leaves
-            nothing but whitespace, changes nothing, or repeats an earlier one is kept with an
-            outcome.
+        example: a row with spans; "cumulative" needs scores alone, "distractors" not even these. A
+            candidate that leaves nothing but whitespace, changes nothing, or repeats an earlier one
+            is kept with an outcome.
         config: `strategy` "span" takes one detected span at a time, "collective" all of them
             together (the paper's two). The others are controls that take as many tokens:
             "random_tokens" draws prunable tokens and takes them together (the paper's control);
             "random_spans" draws one run for each span, as long, disjoint where there is room;
             "student_saliency" and "perplexity" take the tokens with the highest value,
             "teacher_saliency" those with the lowest, one run at a time. What is taken is widened to
-            whole units (`widen`), and deleted or replaced (`edit`). "distractors" takes nothing: it
-            inserts one sentence of another row. With the row_id and the segment `seed` decides the
-            draws, which no other row changes.
+            whole units (`widen`), and deleted or replaced (`edit`). "cumulative" takes the most
+            suspect phrase (or longer unit, see `ranked_units`), the two most suspect together, and
+            so on up to `max_cuts`. "distractors" takes nothing: it inserts one sentence of another
+            row. With the row_id and the segment `seed` decides the draws, which no other row
+            changes.
         perplexity: float32 [d], needed for the strategy of that name.
         vocabulary: the words that replacements are drawn from, needed for edit "substitute".
         distractors: the sentences that are inserted, needed for the strategy of that name.
         first_id: the candidate_id of the first.
     """
-    if not example.spans and distractors is None:
+    if not example.spans and config.strategy not in WITHOUT_SPANS:
         example.leave("prune", "no_span", "no confounder was found")
         return
     if perplexity is not None and not np.isfinite(perplexity).all():
         detail = "the student's log-probability of a token is NaN or infinite"
         example.leave("prune", "student_not_finite", detail)
         return
-    text = example.text
     view = f"/{example.segment}" if example.segment else ""
     draw = random.Random(f"{config.seed}/{example.row_id}{view}")
     seen: set[str] = set()
     if distractors is not None:
         found = distractors.insert(example, draw)
         changes: Iterable[Change] = [((found[0],), (found[1],), None)] if found else []
+    elif config.strategy == "cumulative":
+        changes = _cumulative(example, config)
     else:
         changes = _changes(example, config, draw, perplexity, vocabulary)
-    for cut, inserted, score in changes:
-        candidate = changed(example, cut, inserted)
+    for change in changes:
+        candidate = make_candidate(example, change, config, seen)
         candidate.candidate_id = first_id + len(example.candidates)
-        candidate.cut, candidate.inserted = cut, inserted
-        candidate.strategy, candidate.cut_score = config.strategy, score
-        if any(_inside_word(text, at) for one in cut for at in one):
-            candidate.notes.append("cut_inside_word")
-        _check(candidate, example, seen)
         seen.add(candidate.text)
         example.candidates.append(candidate)
     if not example.candidates and distractors is not None:
         detail = "no other prompt has a sentence that asks nothing and is not in this one"
         example.leave("prune", "no_distractor", detail)
+    elif not example.candidates and config.strategy in WITHOUT_SPANS:
+        example.leave("prune", "no_span", "no score tells one part of the text from another")
     elif not example.candidates:
         detail = "no word of the spans has another one of its class in the dataset"
         example.leave("prune", "no_replacement", detail)
+
+
+def make_candidate(
+    example: Example, change: Change, config: DetectConfig, seen: Collection[str]
+) -> Example:
+    """Return a candidate; it has an outcome where its text cannot be used, or is in `seen`."""
+    cut, inserted, score = change
+    candidate = changed(example, cut, inserted)
+    candidate.cut, candidate.inserted = cut, inserted
+    candidate.strategy, candidate.cut_score = config.strategy, score
+    if any(_inside_word(example.text, at) for one in cut for at in one):
+        candidate.notes.append("cut_inside_word")
+    _check(candidate, example, seen)
+    return candidate
+
+
+def ranked_units(example: Example, unit: Unit) -> list[RankedUnit]:
+    """Return the units of a scored row by the mean score of their prunable tokens, lowest first.
+
+    A token belongs to the unit with most of its letters and digits, the earlier of two. A unit
+    without a prunable token is left out; of units with equal scores the earlier one comes first.
+
+    Args:
+        example: a row with scores.
+        unit: "phrase" in place of a shorter one: what is cut has to make sense by itself.
+    """
+    assert example.offsets is not None and example.prunable is not None
+    assert example.score is not None
+    known = example.score[np.isfinite(example.score)]
+    if not len(known) or known.min() == known.max():
+        return []
+    units = UNITS[unit if unit in LONG_UNITS else "phrase"](example.text, example.parts)
+    tokens: list[list[int]] = [[] for _ in units]
+    for at in np.flatnonzero(example.prunable).tolist():
+        start, stop = example.offsets[at].tolist()
+        shares = [
+            sum(char.isalnum() for char in example.text[max(start, low) : min(stop, high)])
+            for low, high in units
+        ]
+        if max(shares, default=0):
+            tokens[shares.index(max(shares))].append(at)
+    found = [
+        RankedUnit(one, tuple(own), float(example.score[own].mean(dtype=np.float64)))
+        for one, own in zip(units, tokens, strict=True)
+        if own
+    ]
+    return sorted(found, key=lambda one: (one.score, one.range))
+
+
+def cut_units(example: Example, units: Sequence[RankedUnit]) -> Change:
+    """Return the change that takes units out of a row, with the mean score of their tokens."""
+    assert example.score is not None
+    tokens = [at for one in units for at in one.tokens]
+    score = float(example.score[tokens].mean(dtype=np.float64))
+    return tidied(example, merge(one.range for one in units)), (), score
+
+
+def _cumulative(example: Example, config: DetectConfig) -> Iterator[Change]:
+    """Yield the cut of the most suspect unit, of the first two, and so on."""
+    ranked = ranked_units(example, config.widen)
+    for count in range(1, min(config.max_cuts, len(ranked)) + 1):
+        yield cut_units(example, ranked[:count])
 
 
 def _changes(
@@ -195,7 +268,7 @@ def _mean_score(example: Example, spans: Sequence[Range]) -> float:
     return float(values.mean(dtype=np.float64))
 
 
-def _check(candidate: Example, example: Example, seen: set[str]) -> None:
+def _check(candidate: Example, example: Example, seen: Collection[str]) -> None:
     text = candidate.text
     if not all(text[first:last].strip() for first, last in candidate.parts):
         candidate.leave("prune", "empty_after_cut", "the cut leaves nothing of a turn")

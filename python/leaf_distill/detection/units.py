@@ -1,4 +1,4 @@
-"""Words, clauses and sentences of a text, and cuts that are widened to them."""
+"""Words, phrases, clauses and sentences of a text, and cuts that are widened to them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,47 @@ _CLAUSE_MARK = re.compile(
     r"|(?P<before>\s*[\u2014\u2015]|\s+[-\u2013]+(?=\s))"
     r"|(?P<pair>\s*[(\uff08])"
 )
+_LINKS = frozenset(
+    (
+        *(
+            "in",
+            "at",
+            "by",
+            "on",
+            "under",
+            "with",
+            "without",
+            "during",
+            "and",
+            "but",
+            "or",
+            "so",
+            "then",
+            "which",
+            "who",
+            "whom",
+        ),
+        *("whose", "that", "where", "when", "while", "because", "although", "though", "since"),
+        *("after", "before", "as", "until", "unless", "if"),
+    )
+)
+_BEFORE_NOUNS = frozenset(
+    (
+        *("a", "an", "the", "to", "of", "in", "on", "at", "by", "for", "and", "or", "with", "from"),
+        *("is", "are", "was", "were", "be", "been", "his", "her", "my", "its", "our", "your"),
+        *("their", "some", "any", "no", "each", "all", "it", "he", "she", "they", "we", "i", "you"),
+    )
+)
+"""No participle stands behind these: "the remaining", "is running"."""
+_NOUNS = frozenset(
+    (
+        *("morning", "evening", "thing", "something", "nothing", "anything", "everything"),
+        *("building", "clothing", "ceiling", "wedding", "string", "spring", "pudding", "earring"),
+    )
+)
+"""Words in -ing that are no participle."""
 _TWO_LETTERS = re.compile(r"[^\W\d_]{2}")
+_WORD = re.compile(r"\w+")
 _OPEN, _CLOSE = "(\uff08", ")\uff09"
 
 
@@ -54,9 +94,28 @@ def clauses(text: str, parts: Sequence[Range]) -> tuple[Range, ...]:
     return _within(text, parts, _clauses)
 
 
+def phrases(text: str, parts: Sequence[Range]) -> tuple[Range, ...]:
+    """Return the phrases of a text: the parts of its clauses, which cover it.
+
+    In English a clause is divided before prepositions (in, at, by, on, under, with, without,
+    during), conjunctions, relative pronouns and participles in -ing, told by lists alone, into
+    parts of at least two words. In other languages a phrase is a clause.
+    """
+    return _within(text, parts, _phrases)
+
+
 def sentences(text: str, parts: Sequence[Range]) -> tuple[Range, ...]:
     """Return the sentences and lines of a text, which cover it (see `data.sentences`)."""
     return _within(text, parts, lambda part: partition(part, sentence_borders(part)))
+
+
+UNITS: dict[Unit, Callable[[str, Sequence[Range]], tuple[Range, ...]]] = {
+    "word": words,
+    "phrase": phrases,
+    "clause": clauses,
+    "sentence": sentences,
+}
+"""The function that finds each unit."""
 
 
 def widen(
@@ -68,7 +127,7 @@ def widen(
         text: the text that the ranges count characters of.
         ranges: in any order. A range takes each unit of which it holds more than white space; one
             of white space, or in a script without word borders, stays as it is.
-        unit: "token" leaves the ranges as they are; "word", "clause", "sentence".
+        unit: "token" leaves the ranges as they are; "word", "phrase", "clause", "sentence".
         parts: the ranges of the text that belong to one message each; no result crosses a border.
 
     Returns:
@@ -78,18 +137,16 @@ def widen(
     Raises:
         ValueError: the unit is unknown.
     """
-    find = {"token": None, "word": words, "clause": clauses, "sentence": sentences}
-    if unit not in find:
-        raise ValueError(f"unit: must be one of {', '.join(find)}, got {unit!r}")
+    if unit != "token" and unit not in UNITS:
+        raise ValueError(f"unit: must be one of token, {', '.join(UNITS)}, got {unit!r}")
     within = [
         (max(start, low), min(stop, high))
         for low, high in parts
         for start, stop in ranges
         if max(start, low) < min(stop, high)
     ]
-    units = find[unit]
-    if units is not None:
-        whole = units(text, parts)
+    if unit != "token":
+        whole = UNITS[unit](text, parts)
         starts = [start for start, _ in whole]
         within = [
             _whole_graphemes(text, wide, parts)
@@ -182,6 +239,33 @@ def _clauses(text: str) -> list[Range]:
         ]
         found += _with_letters(text, [start, *borders, stop])
     return found
+
+
+def _phrases(text: str) -> list[Range]:
+    guarded = protected(text)
+    found: list[Range] = []
+    for start, stop in _clauses(text):
+        words = list(_WORD.finditer(text, start, stop))
+        edges, first = [start], 0
+        for at in range(2, len(words) - 1):
+            border = len(text[: words[at].start()].rstrip())
+            if (
+                at - first > 1
+                and border < words[at].start()
+                and _begins_phrase(words[at - 1][0].lower(), words[at][0].lower())
+                and not is_inside(guarded, border)
+            ):
+                edges.append(border)
+                first = at
+        found += pairwise([*edges, stop])
+    return found
+
+
+def _begins_phrase(before: str, word: str) -> bool:
+    if word == "in" and before.isdecimal():  # a unit
+        return False
+    participle = len(word) > 4 and word.endswith("ing") and word not in _NOUNS
+    return word in _LINKS or (participle and before not in _BEFORE_NOUNS)
 
 
 def _clause_borders(text: str, start: int, stop: int, guarded: Sequence[Range]) -> list[int]:

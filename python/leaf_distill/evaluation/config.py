@@ -187,10 +187,10 @@ class SweepConfig:
         default=None, metadata=about("absolute, quantile; default: that of the arm")
     )
     scores: list[str] | None = field(
-        default=None, metadata=about("gap, lens, intervention; default: that of the arm")
+        default=None, metadata=about(f"{', '.join(get_args(Score))}; default: that of the arm")
     )
     widenings: list[str] | None = field(
-        default=None, metadata=about("token, word, clause, sentence; default: that of the arm")
+        default=None, metadata=about(f"{', '.join(get_args(Unit))}; default: that of the arm")
     )
     curves: bool = field(
         default=False,

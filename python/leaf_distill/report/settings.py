@@ -8,14 +8,38 @@ from pathlib import PurePath
 from typing import Any
 
 from leaf_distill.config import PairOptions, RowOptions
-from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.config import LONG_UNITS, DetectConfig
 
+_GAP = (
+    "A token with <b>a low score is a suspect</b>: the student's loss reacts to it, and the "
+    "teacher's does not."
+)
 SCORES = {
     "gap": (
         "gap of the gradients, teacher less student",
         "Tokens to which the student's loss reacts strongly and the teacher's does not",
-        "The <b>score</b> is teacher minus student, scaled to [0, 1] again. A token with <b>a low "
-        "score is a suspect</b>: the student's loss reacts to it, and the teacher's does not.",
+        f"The <b>score</b> is teacher minus student, scaled to [0, 1] again. {_GAP}",
+        ("student only: confounder", "teacher more than student"),
+    ),
+    "log_gap": (
+        "gap of the gradients' logarithms, half the student's less the teacher's",
+        "Tokens to which the student's loss reacts strongly and the teacher's does not",
+        "The <b>score</b> is the logarithm of the teacher's less half that of the student's, "
+        f"scaled to [0, 1]. {_GAP}",
+        ("student only: confounder", "teacher more than student"),
+    ),
+    "log_ratio": (
+        "ratio of the gradients, student by teacher",
+        "Tokens to which the student's loss reacts strongly and the teacher's does not",
+        "The <b>score</b> is the logarithm of the teacher's less that of the student's, scaled to "
+        f"[0, 1]. {_GAP}",
+        ("student only: confounder", "teacher more than student"),
+    ),
+    "rank": (
+        "ranks of the gradients, teacher less student",
+        "Tokens that rank high in the student's gradients and low in the teacher's",
+        "The <b>score</b> is the rank of the token in the teacher's less that in the student's, "
+        f"scaled to [0, 1]. {_GAP}",
         ("student only: confounder", "teacher more than student"),
     ),
     "lens": (
@@ -35,6 +59,34 @@ SCORES = {
         "a suspect</b>; tokens that were not tried have the score 1.",
         ("student changes most: confounder", "not tried, or teacher changes"),
     ),
+    "student": (
+        "the student's gradient alone (a control)",
+        "Tokens to which the student's loss reacts strongly",
+        "The <b>score</b> is the student's alone, turned around. A token with <b>a low score is a "
+        "suspect</b>: the student's loss reacts to it.",
+        ("student reacts most: suspect", "student reacts least"),
+    ),
+    "teacher": (
+        "the teacher's gradient alone, low (a control)",
+        "Tokens to which the teacher's loss hardly reacts",
+        "The <b>score</b> is the teacher's alone. A token with <b>a low score is a suspect</b>: "
+        "the teacher's loss does not react to it.",
+        ("teacher reacts least: suspect", "teacher reacts most"),
+    ),
+    "perplexity": (
+        "the student's perplexity (a control)",
+        "Tokens that the student finds unlikely",
+        "The <b>score</b> is not made of them: it is the student's log-probability of the token, "
+        "scaled to [0, 1]. A token with <b>a low score is a suspect</b>: it surprises the student.",
+        ("most surprising: suspect", "least surprising"),
+    ),
+    "random": (
+        "random (a control)",
+        "Tokens that are drawn at random",
+        "The <b>score</b> is not made of them: it is drawn at random. A token with <b>a low score "
+        "is taken for a suspect</b>.",
+        ("drawn", "not drawn"),
+    ),
 }
 """Each score's name, what a suspect is, how to read it, and what its ends mean."""
 
@@ -51,6 +103,7 @@ STRATEGIES = {
     "student_saliency": "tokens of the highest student saliency (a control)",
     "teacher_saliency": "tokens of the lowest teacher saliency (a control)",
     "perplexity": "tokens of the highest perplexity (a control)",
+    "cumulative": "the most suspect phrase, the first two together, and so on",
     "distractors": "none: a sentence of another prompt is inserted (a control)",
 }
 CONTROLS = {
@@ -80,7 +133,7 @@ CONTROLS = {
 
 LEVELS = {"instruction": "the prompt", "response": "the beginning of the response"}
 LEVELS["both"] = " and ".join(LEVELS.values())
-UNITS = {"word": "words", "clause": "clauses", "sentence": "sentences"}
+UNITS = {"word": "words", "phrase": "phrases", "clause": "clauses", "sentence": "sentences"}
 PLACES = {item.name for one in (PairOptions, RowOptions) for item in fields(one)}
 PLACES = (PLACES | {"output_dir", "cache_dir"}) - {"max_rows"}
 """Settings that have no usual value."""
@@ -223,4 +276,6 @@ def _change(settings: Mapping[str, Any]) -> str:
     if settings["edit"] == "substitute":
         edit = f"replaced by words of the same class, up to {settings['draws']} times"
     unit = UNITS.get(settings["widen"])
+    if settings["strategy"] == "cumulative" and settings["widen"] not in LONG_UNITS:
+        unit = "phrases"
     return f"{edit}, {f'whole {unit}' if unit else 'the tokens alone'}"

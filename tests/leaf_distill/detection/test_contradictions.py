@@ -34,7 +34,15 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"turns": ""}, "turns: must be all, last, or numbers of user turns as in 1,3, got ''"),
     ({"level": "prompt"}, "level: must be one of instruction, response, both, got 'prompt'"),
     ({"target": "all"}, "target: must be one of rest, next, got 'all'"),
-    ({"widen": "phrase"}, "widen: must be one of token, word, clause, sentence, got 'phrase'"),
+    (
+        {"widen": "line"},
+        "widen: must be one of token, word, phrase, clause, sentence, got 'line'",
+    ),
+    (
+        {"strategy": "cumulative", "edit": "substitute"},
+        "edit: must be delete with strategy cumulative, which cuts whole phrases, got substitute",
+    ),
+    ({"max_cuts": 0}, "max_cuts: must be at least 1, got 0"),
     ({"preset": "ours"}, "preset: must be one of paper, release, got 'ours'"),
 ]
 

@@ -14,7 +14,13 @@ from text_friends import cut
 
 from leaf_distill.data.example import Example
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.detection.counterfactual import changed, merge, propose, replacement
+from leaf_distill.detection.counterfactual import (
+    changed,
+    merge,
+    propose,
+    ranked_units,
+    replacement,
+)
 from leaf_distill.detection.substitution import Vocabulary
 
 TEXT = "tom has 7 apples and the sticker says 8 so how many apples does tom have now"
@@ -87,6 +93,55 @@ def test_collective_cuts_all_together() -> None:
     (item,), _ = candidates(detection([(5, 10), (12, 14)]), strategy="collective")
     assert item.text == "tom has 7 apples and how many tom have now"
     assert len(item.cut) == 2
+
+
+def scored(text: str, score: list[float], unprunable: tuple[int, ...] = ()) -> Example:
+    """A row without a span whose words have these scores."""
+    found = detection([], words=text.split(), unprunable=unprunable)
+    found.score = np.array(score, dtype=np.float32)
+    return found
+
+
+DRAWN = "tom has 7 apples, a sticker says 8, ann weighs 5 kg, how many now ?"
+
+
+def test_cumulative_cuts_take_the_most_suspect_phrases_together() -> None:
+    #            tom has 7  apples,  a   sticker says 8   ann weighs 5   kg  how many now ?
+    values = [0.9, 0.9, 0.9, 0.9, 0.5, 0.5, 0.5, 0.1, 0.2, 0.2, 0.2, 0.2, 0.8, 0.8, 0.8, 0.0]
+    found = scored(DRAWN, values, unprunable=(15,))
+    items, gone = candidates(found, strategy="cumulative", max_cuts=2)
+    assert not gone
+    assert [item.text for item in items] == [
+        "tom has 7 apples, a sticker says 8, how many now ?",
+        "tom has 7 apples, how many now ?",
+    ]
+    assert [item.cut_score for item in items] == pytest.approx([0.2, (0.8 + 1.6) / 8], abs=1e-6)
+    assert [item.strategy for item in items] == ["cumulative"] * 2
+    items, gone = candidates(found, strategy="cumulative", max_cuts=9)
+    assert len(items) == 3 and [one.outcome[1] for one in gone if one.outcome] == [
+        "empty_after_cut"
+    ]
+    # A token widened to nothing more than itself would be no phrase.
+    assert candidates(found, strategy="cumulative", widen="word")[0][0].cut == items[0].cut
+    (whole,) = candidates(found, strategy="cumulative", widen="sentence")[1]
+    assert whole.outcome and whole.outcome.reason == "empty_after_cut"
+
+
+def test_phrases_are_ranked_by_the_mean_of_their_prunable_tokens() -> None:
+    values = [0.9, 0.9, 0.9, 0.9, 0.5, 0.5, 0.5, 0.1, 0.2, 0.2, 0.2, 0.2, 0.8, 0.8, 0.8, 0.0]
+    found = scored(DRAWN, values, unprunable=(4, 5, 6, 15))
+    units = ranked_units(found, "clause")
+    assert [DRAWN[slice(*one.range)] for one in units] == [
+        " a sticker says 8,",
+        " ann weighs 5 kg,",
+        " how many now ?",
+        "tom has 7 apples,",
+    ]
+    assert [one.tokens for one in units] == [(7,), (8, 9, 10, 11), (12, 13, 14), (0, 1, 2, 3)]
+    found = scored(DRAWN, [0.5] * 16)
+    assert ranked_units(found, "clause") == []
+    assert candidates(found, strategy="cumulative") == ([], [])
+    assert found.outcome and found.outcome.reason == "no_span"
 
 
 def test_random_tokens_are_as_many_together() -> None:

@@ -1,4 +1,4 @@
-"""Words, clauses and sentences, cuts widened to them, and seams that read as text."""
+"""Words, phrases, clauses and sentences, cuts widened to them, and seams that read as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from text_friends import TEXTS, cut, cuts, marked, texts
 
 from leaf_distill.data.example import Range
 from leaf_distill.data.sentences import is_grapheme_border, is_mark
-from leaf_distill.detection.units import clauses, sentences, tidy, widen, words
+from leaf_distill.detection.units import clauses, phrases, sentences, tidy, widen, words
 
 Find = Callable[[str, Sequence[Range]], tuple[Range, ...]]
 
@@ -81,6 +81,33 @@ def test_clauses(text: str, expected: list[str]) -> None:
     assert found(clauses, text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Andrew starts with 8 eggs weighing 50 kg. He buys 62 more and the weight is 9 kg.",
+            [
+                *("Andrew starts", " with 8 eggs", " weighing 50 kg."),
+                *(" He buys 62 more", " and the weight is 9 kg."),
+            ],
+        ),
+        (
+            "He stored 3 candies in boxes that weigh 5 pounds, by then.",
+            ["He stored 3 candies", " in boxes", " that weigh 5 pounds,", " by then."],
+        ),
+        # A unit, nouns in -ing, and what stands behind an article or a form of "be".
+        ("A pole of 5 in or 3", ["A pole of 5 in", " or 3"]),
+        ("The following morning he is running home", ["The following morning he is running home"]),
+        # A phrase has two words: one at the end of a clause stays with the words before it.
+        ("They were there before", ["They were there before"]),
+        ("He goes home $x in 3 by x$ in time", ["He goes home $x in 3 by x$", " in time"]),
+        ("小明有三个,他吃了。", ["小明有三个,他吃了。"]),
+    ],
+)
+def test_phrases(text: str, expected: list[str]) -> None:
+    assert found(phrases, text) == expected
+
+
 def test_units_stay_within_their_message() -> None:
     text = "He has 5 app" + "les, and so. On"
     parts = [(0, 12), (12, len(text))]
@@ -99,6 +126,7 @@ def test_units_stay_within_their_message() -> None:
         ("word", "end<<).>> Go", [")."]),
         ("word", "他有<<三>>个", ["三"]),
         ("word", "a <<b>> <<c d>>", ["b", "c d"]),
+        ("phrase", "He has 5 <<with>> a hat, too.", [" with a hat,"]),
         ("clause", "He, who <<has>> 5, goes.", [" who has 5,"]),
         ("clause", "He,<< >>who goes", [" "]),
         ("sentence", "He goes. She, who<< st>>ays, eats.", [" She, who stays, eats."]),
@@ -118,12 +146,14 @@ def test_an_emoji_or_a_mark_is_never_split_by_a_widened_cut() -> None:
 
 
 def test_an_unknown_unit_is_refused() -> None:
-    with pytest.raises(ValueError, match="unit: must be one of token, word, clause, sentence"):
+    with pytest.raises(ValueError, match="unit: must be one of token, word, phrase, clause, sent"):
         widen("a", [(0, 1)], "line", [(0, 1)])  # type: ignore[arg-type]
 
 
 @settings(deadline=None)
-@given(cuts(), st.sampled_from(["token", "word", "clause", "sentence"]), st.integers(0, 40))
+@given(
+    cuts(), st.sampled_from(["token", "word", "phrase", "clause", "sentence"]), st.integers(0, 40)
+)
 def test_every_widened_cut_keeps_its_promises(
     case: tuple[str, list[Range]], unit: str, border: int
 ) -> None:
