@@ -32,6 +32,7 @@ Strategy = Literal[
     "teacher_saliency",
     "perplexity",
     "cumulative",
+    "search",
     "distractors",
 ]
 Level = Literal["instruction", "response", "both"]
@@ -138,7 +139,11 @@ class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
         ),
     )
     shortlist: int = field(
-        default=8, metadata=about("words with the lowest gap that get an intervention score")
+        default=8,
+        metadata=about(
+            "words with the lowest gap that get an intervention score; phrases that the strategy "
+            "search tries in a round"
+        ),
     )
     draws: int = field(
         default=3,
@@ -172,18 +177,20 @@ class DetectConfig(AnswerOptions, ServerOptions, RowOptions, PairOptions):
             "span: one span at a time (the paper); collective: all together; controls of the same "
             "size under the same validation: random_tokens, random_spans, student_saliency, "
             "teacher_saliency, perplexity; cumulative: the most suspect phrase, the first two, "
-            "the first three; distractors: insert a sentence of another prompt"
+            "the first three; search: phrase by phrase, what lowers the student's loss most and "
+            "leaves the teacher right; distractors: insert a sentence of another prompt"
         ),
     )
     widen: Unit = field(
         default="word",
         metadata=about(
             "what a cut is widened to: token (as found), word, phrase, clause or sentence; the "
-            "strategy cumulative takes phrases, or the longer unit that is given"
+            "strategies cumulative and search take phrases, or the longer unit that is given"
         ),
     )
     max_cuts: int = field(
-        default=3, metadata=about("most phrases of a row that the strategy cumulative cuts")
+        default=3,
+        metadata=about("most phrases of a row that the strategies cumulative and search cut"),
     )
     edit: Edit = field(
         default="delete",
@@ -277,7 +284,12 @@ def _check_edits(config: DetectConfig) -> None:
                     f"{name}: must be {_text(needed)} with strategy distractors, which inserts a "
                     f"sentence in the prompt, got {_text(given)}"
                 )
-    if config.strategy == "cumulative" and config.edit != "delete":
+    if config.strategy == "search" and config.validate == "none":
+        raise ValueError(
+            "validate: must be both or teacher with strategy search, which asks the teacher, got "
+            "none"
+        )
+    if config.strategy in ("cumulative", "search") and config.edit != "delete":
         raise ValueError(
             f"edit: must be delete with strategy {config.strategy}, which cuts whole phrases, got "
             f"{config.edit}"
@@ -287,6 +299,11 @@ def _check_edits(config: DetectConfig) -> None:
     if config.guard == "agreement" and config.grade == "code":
         raise ValueError(
             "guard: must be grader with grade code, got agreement: programs are compared by tests"
+        )
+    if config.guard == "agreement" and config.strategy == "search":
+        raise ValueError(
+            "guard: must be grader with strategy search, got agreement: a cut is found by answers "
+            "that are right for the row"
         )
     if config.guard == "agreement" and config.cross_branch:
         raise ValueError(

@@ -59,7 +59,8 @@ def estimate(
         prompts with little room for an answer; `memory` of the process, in which one model is at a
         time; the seconds of `saliency`; and those of answers as long as the completions (`answers`)
         and of `max_new_tokens` (`answers_at_most`). What a server answers, and answers to cut
-        prompts, are not counted; nor are the passes of other scores than `gap`.
+        prompts, are not counted; nor are the passes of other scores than `gap`
+        and of the strategy "search".
     """
     models: dict[str, dict[str, Any]] = {}
     seconds = {"saliency": 0.0, "answers": 0.0, "answers_at_most": 0.0}
@@ -237,7 +238,10 @@ def show_estimate(
             f"answers: {times['answers']:.0f} s if they are as long as the completions, at most "
             f"{times['answers_at_most']:.0f} s"
         )
-    say("not counted: answers to cut prompts, answers of servers, passes of other scores than gap")
+    say(
+        "not counted: answers to cut prompts, answers of servers, passes of other scores than gap "
+        "and of the strategy search"
+    )
     roles: dict[str, list[str]] = {}
     for role, one in found["models"].items():
         if one["little_room"]:

@@ -55,6 +55,7 @@ from leaf_distill.detection.judge import Judge
 from leaf_distill.detection.levels import analyzed_turns, end_with_views, render_view, set_views
 from leaf_distill.detection.output import write_dataset, write_samples
 from leaf_distill.detection.scores import score_perplexity, score_saliency
+from leaf_distill.detection.search import search
 from leaf_distill.detection.spans import align, find_spans
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.suspicion import set_suspicion
@@ -214,8 +215,7 @@ class Run:
                 self._set_suspicion(scored, self.config)
                 scored = list(remaining(scored))
                 find_spans(scored, self.config)
-            with self._clock("prune"):
-                self._propose(scored)
+            self._propose(scored)
             self.seconds["validate"] = 0.0  # the judge counts its answers there
             self.judge.validate(list(remaining(scored)))
             self.judge.use(None)
@@ -355,6 +355,19 @@ class Run:
 
     def _propose(self, scored: Sequence[Example]) -> None:
         """Set the candidates of each view, rendered without their completion."""
+        if self.config.strategy == "search":
+            search(self.judge, scored, self.config, self._render_candidate)
+            ids: Counter[int] = Counter()
+            for example in scored:
+                for candidate in example.candidates:
+                    candidate.candidate_id = ids[example.row_id]
+                    ids[example.row_id] += 1
+            return
+        with self._clock("prune"):
+            self._propose_at_once(scored)
+
+    def _propose_at_once(self, scored: Sequence[Example]) -> None:
+        """Set candidates that depend on no answer."""
         perplexity: Sequence[Floats | None] = [None] * len(scored)
         if self.config.strategy == "perplexity":
             student = self.judge.use("student")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
@@ -13,8 +13,12 @@ from leaf_distill.data.example import Example, Floats, Ids, Rendering, UnusableR
 from leaf_distill.detection.answers import PromptedModel
 from leaf_distill.detection.cache import RowCache, compute_missing
 from leaf_distill.io import digest
-from leaf_distill.models.intervention import answer_kl
+from leaf_distill.models.intervention import answer_kl, answer_nll
 from leaf_distill.models.saliency import completion_nll, saliency, token_nll
+
+Measure = Literal["kl", "nll"]
+MEASURES: Final = {"kl": ("intervention", answer_kl), "nll": ("trial", answer_nll)}
+"""What is measured of a changed prompt: its name in the row cache, and the function."""
 
 VERSION: Final = 2
 """Raised with a change of the passes, so that no value of an older one is used."""
@@ -55,16 +59,19 @@ def score_completions(
     return [float(value[0]) for value in _passes("nll", scored, renderings, config, cache)]
 
 
-def score_intervention(
+def score_changes(
+    measure: Measure,
     scored: PromptedModel,
     examples: Sequence[Example],
     config: AnswerOptions,
     cache: RowCache,
     proposals: Sequence[Sequence[Example]],
 ) -> list[Floats]:
-    """Return how far each change of a row's prompt moves the model's answer (`answer_kl`).
+    """Return what each change of a row's prompt does to the model's answer.
 
     Args:
+        measure: "kl", how far the answer moves (`answer_kl`), or "nll", the loss of the completion
+            behind the changed prompt (`answer_nll`).
         scored: the model.
         examples: rows with a rendering of prompt and completion.
         config, cache: settings of the batches, and where values are kept.
@@ -86,7 +93,7 @@ def score_intervention(
             if prompt is not None:
                 prompts.append(prompt)
                 rows.append(at)
-    values = _interventions(scored, originals, prompts, rows, config, cache)
+    values = _changes(measure, scored, originals, prompts, rows, config, cache)
     return [
         np.asarray([np.nan if one is None else values[one] for one in place], dtype=np.float32)
         for place in places
@@ -102,7 +109,8 @@ def _changed_prompt(scored: PromptedModel, changed: Example, original: Rendering
     return ids if len(ids) and (limit is None or len(ids) + labels <= limit) else None
 
 
-def _interventions(
+def _changes(
+    measure: Measure,
     scored: PromptedModel,
     originals: Sequence[Rendering],
     prompts: Sequence[Ids],
@@ -116,20 +124,21 @@ def _interventions(
         batches.setdefault(row, []).append(at)
     plan = [batches[row] for row in sorted(batches, key=lambda row: -len(originals[row]))]
     max_tokens, exact = scored.batch_tokens(config), scored.model.exact
+    kind, compute_values = MEASURES[measure]
     keys = [""] * len(prompts)
     for row, batch in batches.items():
         one, shape = originals[row], ""
         if not exact:  # the row's other prompts decide the batches
             others = [prompts[at].tobytes() for at in batch]
             shape = digest([max_tokens, scored.model.device.type, *others])
-        head = ["intervention", VERSION, *scored.identity, one.input_ids.tobytes()]
+        head = [kind, VERSION, *scored.identity, one.input_ids.tobytes()]
         for at in batch:
             keys[at] = digest([*head, one.loss_mask.tobytes(), prompts[at].tobytes(), shape])
 
     def compute(batch: list[int]) -> list[bytes]:
         changed = [prompts[at] for at in batch]
         model = scored.model.load()
-        found = answer_kl(model, originals[rows[batch[0]]], changed, max_tokens=max_tokens)
+        found = compute_values(model, originals[rows[batch[0]]], changed, max_tokens=max_tokens)
         return [value.astype("<f4").tobytes() for value in found]
 
     values = compute_missing(
@@ -137,7 +146,7 @@ def _interventions(
         keys,
         plan,
         compute,
-        description=f"{scored.role} interventions",
+        description=f"{scored.role} {kind}s",
         whole_batches=not exact,
     )
     return [float(np.frombuffer(value, dtype="<f4")[0]) for value in values]

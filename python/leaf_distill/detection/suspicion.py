@@ -14,7 +14,7 @@ from leaf_distill.detection.alignment import pool
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.intervention import interventions, shortlist, suspicion_of
 from leaf_distill.detection.judge import Judge
-from leaf_distill.detection.scores import score_intervention, score_perplexity
+from leaf_distill.detection.scores import score_changes, score_perplexity
 from leaf_distill.detection.substitution import Vocabulary
 
 FLOOR: Final = 1e-4
@@ -123,7 +123,7 @@ def _set_interventions(
     ]
     proposals = [[changed for _, changed in one] for one in changes]
     values: dict[Role, list[Floats]] = {
-        role: score_intervention(judge.use(role), examples, config, judge.cache, proposals)
+        role: score_changes("kl", judge.use(role), examples, config, judge.cache, proposals)
         for role in reversed(ROLES)
     }
     for at, example in enumerate(examples):

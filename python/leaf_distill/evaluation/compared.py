@@ -93,6 +93,18 @@ ARMS: dict[str, ArmSettings] = {
     ),
     "span": ArmSettings("LeaF: cuts of one span at a time", {"strategy": "span"}),
     "collective": ArmSettings("cuts of all spans of a row together", {"strategy": "collective"}),
+    "cumulative": ArmSettings(
+        "cuts of the most suspect phrase, of the first two, and so on", {"strategy": "cumulative"}
+    ),
+    "random_phrases": ArmSettings(
+        "a control: as many phrases as cumulative, drawn",
+        {"strategy": "cumulative", "score": "random"},
+    ),
+    "search": ArmSettings(
+        "cuts of the phrases without which the student's loss falls most and the teacher stays "
+        "right",
+        {"strategy": "search"},
+    ),
     "random_tokens": ArmSettings(
         "a control: as many tokens, drawn, together", {"strategy": "random_tokens"}
     ),

@@ -10,10 +10,12 @@ from leaf_distill.evaluation.arms import Arm, Row, paired
 from leaf_distill.evaluation.sheets import Estimate, Sheet, Value, estimate, estimated_difference
 
 CONTROLS = {
-    "span": ("random_spans",),
-    "collective": ("random_tokens", "random_spans"),
+    "span": ("strategy", ("random_spans",)),
+    "collective": ("strategy", ("random_tokens", "random_spans")),
+    "cumulative": ("score", ("random",)),
 }
-"""The random strategies that cut as many tokens, the first that a run has counts."""
+"""By strategy, the setting that makes a random control of the same size, and its values; the first
+that a run has counts."""
 
 SEEDED = ("seed",)
 """Settings in which a random arm may differ: its own draw."""
@@ -123,12 +125,15 @@ def against_random(arms: Sequence[Arm]) -> Sheet:
 
 def _with_controls(arms: Sequence[Arm]) -> Iterable[tuple[Arm, Arm]]:
     for arm in arms:
-        for strategy in CONTROLS.get(arm.settings["strategy"], ()):
+        name, values = CONTROLS.get(arm.settings["strategy"], ("", ()))
+        if arm.settings.get(name) in values:  # a control itself
+            continue
+        for value in values:
             found = [
                 other
                 for other in arms
-                if other.settings["strategy"] == strategy
-                and arm.differs_in(other) <= {"strategy", *SEEDED}
+                if other.settings[name] == value
+                and arm.differs_in(other) <= {name, *SEEDED}
                 and arm.marks
                 and arm.asks_student
             ]
@@ -150,9 +155,15 @@ def missing_controls(arms: Sequence[Arm]) -> list[str]:
             continue
         if not any(row.asked for row in arm.of("marked")):
             continue
-        if arm.name not in controlled:
-            near = [one for one in arms if one.settings["strategy"] in CONTROLS[strategy]]
-            cure = _cure(arm, near, {"strategy": CONTROLS[strategy][0]}, free=SEEDED)
+        name, values = CONTROLS[strategy]
+        if arm.name not in controlled and arm.settings[name] not in values:
+            near = [
+                one
+                for one in arms
+                if one.settings[name] in values
+                and (name == "strategy" or one.settings["strategy"] == strategy)
+            ]
+            cure = _cure(arm, near, {name: values[0]}, free=SEEDED)
             sentences.append(f"{arm.name} has no random arm{cure}.")
         if not any(arm.differs_in(other) == {"select"} and not other.marks for other in arms):
             near = [one for one in arms if not one.marks and one.settings["strategy"] == strategy]

@@ -1,4 +1,4 @@
-"""How far a model's answer moves when its prompt changes: a KL divergence for each change.
+"""How a model's answer moves when its prompt changes: its divergence, or the loss of a label.
 
 The changed prompts of a row have their beginning in common with the original prompt. Its keys and
 values are computed once, with the original, and are reused.
@@ -6,7 +6,7 @@ values are computed once, with the original, and are reused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +22,9 @@ from leaf_distill.models.prefix import Prefix, can_reuse, common_length, run_beh
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
+
+Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""A number made of a row's logits [L, V] behind the changed prompt and behind the original one."""
 
 _WASTE: Final = 0.25
 """A prompt joins a batch of an earlier change if this share more of it is computed at most."""
@@ -60,15 +63,54 @@ def answer_kl(
         ValueError: the rendering has no prompt or no label, a changed prompt is empty, or a token
             is outside the model's vocabulary.
     """
+    prompt = rendering.input_ids[~rendering.loss_mask]
+    # An equal prompt is not computed: rounding in another batch would make it more than 0.
+    moved = [at for at, ids in enumerate(changed) if not np.array_equal(ids, prompt)]
+    result = np.zeros(len(changed), dtype=np.float32)
+    result[moved] = _measure(model, rendering, [changed[at] for at in moved], max_tokens, _kl)
+    return result
+
+
+def answer_nll(
+    model: PreTrainedModel,
+    rendering: Rendering,
+    changed: Sequence[Ids],
+    *,
+    max_tokens: int = CPU_BATCH_TOKENS,
+) -> Floats:
+    """Return the loss of the completion behind each changed prompt.
+
+    It is the mean negative log-likelihood of the completion's tokens, in nats a label, as
+    `completion_nll` computes it for whole rows.
+
+    Args and errors are those of `answer_kl`.
+
+    Returns:
+        float32 [n].
+    """
+    labels = torch.from_numpy(rendering.input_ids[rendering.loss_mask]).long()
+
+    def loss(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits.float(), labels.to(logits.device))
+
+    return _measure(model, rendering, changed, max_tokens, loss)
+
+
+def _measure(
+    model: PreTrainedModel,
+    rendering: Rendering,
+    changed: Sequence[Ids],
+    max_tokens: int,
+    value: Value,
+) -> Floats:
+    """Return a value of the answer behind each changed prompt, and check the arguments."""
     if max_tokens < 1:
         raise ValueError(f"max_tokens: must be at least 1, got {max_tokens}")
     rows = [behind(ids, rendering) for ids in changed]
     _check(model, rendering, rows)
     prompt = rendering.input_ids[~rendering.loss_mask]
     result = np.zeros(len(changed), dtype=np.float32)
-    # An equal prompt is not computed: rounding in another batch would make it more than 0.
-    moved = [at for at, ids in enumerate(changed) if not np.array_equal(ids, prompt)]
-    if not moved:
+    if not rows:
         return result
     with eval_mode(model), torch.inference_mode():
         keep = can_reuse(model)
@@ -76,13 +118,13 @@ def answer_kl(
             [rendering], lambda rows: [run_row(model, rows[0], keep=keep)]
         )
         # The last token of a prompt is computed in any case: its state predicts the first label.
-        starts = {
-            at: min(common_length(prompt, changed[at]), len(changed[at]) - 1) if prefix else 0
-            for at in moved
-        }
-        for batch in _plan([(starts[at], len(rows[at]), at) for at in moved], max_tokens):
+        starts = [min(common_length(prompt, ids), len(ids) - 1) if prefix else 0 for ids in changed]
+        plan = _plan([(starts[at], len(row), at) for at, row in enumerate(rows)], max_tokens)
+        for batch in plan:
             part = [(rows[at], starts[at]) for at in batch]
-            result[batch] = with_smaller_batches(part, partial(_kl, model, original, prefix))
+            result[batch] = with_smaller_batches(
+                part, partial(_values, model, original, prefix, value)
+            )
     return result
 
 
@@ -132,23 +174,28 @@ def _plan(rows: Sequence[tuple[int, int, int]], max_tokens: int) -> list[list[in
     return batches
 
 
-def _kl(
+def _values(
     model: PreTrainedModel,
     original: torch.Tensor,
     prefix: Prefix | None,
+    value: Value,
     changed: Sequence[tuple[Rendering, int]],
 ) -> list[float]:
-    """Return the mean divergence of each row of one batch, of rows and their tokens in common."""
+    """Return the value of each row of one batch, of rows and their tokens in common."""
     start = min(common for _, common in changed)
     logits = run_behind(model, [row for row, _ in changed], prefix, start)
-    reference = _narrow(original.to(logits.device))
-    weight = torch.ones(len(original), device=logits.device)
-    means = []
-    for one in logits.view(len(changed), *original.shape):
-        _, rows = leaf_ext.dual_kl(_narrow(one), reference, weight, return_rows=True)
-        means.append(rows.kl.mean())
-    values: list[float] = torch.stack(means).tolist()
+    found = [
+        value(one, original.to(logits.device)) for one in logits.view(len(changed), *original.shape)
+    ]
+    values: list[float] = torch.stack(found).tolist()
     return values
+
+
+def _kl(logits: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """Return the mean divergence of a row's logits [L, V] from the original ones."""
+    weight = torch.ones(len(original), device=logits.device)
+    _, rows = leaf_ext.dual_kl(_narrow(logits), _narrow(original), weight, return_rows=True)
+    return rows.kl.mean()
 
 
 def _narrow(logits: torch.Tensor) -> torch.Tensor:

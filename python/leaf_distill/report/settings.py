@@ -104,6 +104,7 @@ STRATEGIES = {
     "teacher_saliency": "tokens of the lowest teacher saliency (a control)",
     "perplexity": "tokens of the highest perplexity (a control)",
     "cumulative": "the most suspect phrase, the first two together, and so on",
+    "search": "phrase by phrase: what lowers the student's loss and leaves the teacher right",
     "distractors": "none: a sentence of another prompt is inserted (a control)",
 }
 CONTROLS = {
@@ -276,6 +277,6 @@ def _change(settings: Mapping[str, Any]) -> str:
     if settings["edit"] == "substitute":
         edit = f"replaced by words of the same class, up to {settings['draws']} times"
     unit = UNITS.get(settings["widen"])
-    if settings["strategy"] == "cumulative" and settings["widen"] not in LONG_UNITS:
+    if settings["strategy"] in ("cumulative", "search") and settings["widen"] not in LONG_UNITS:
         unit = "phrases"
     return f"{edit}, {f'whole {unit}' if unit else 'the tokens alone'}"

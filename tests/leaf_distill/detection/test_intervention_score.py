@@ -27,7 +27,7 @@ from leaf_distill.detection.intervention import (
     word_units,
 )
 from leaf_distill.detection.judge import Judge
-from leaf_distill.detection.scores import score_intervention, score_perplexity
+from leaf_distill.detection.scores import score_changes, score_perplexity
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.suspicion import set_suspicion
 from leaf_distill.detection.sweep import sweep_arm
@@ -52,7 +52,9 @@ def test_a_value_is_the_divergence_of_the_answers(pair: dict[str, str], tmp_path
     with aligned(pair, tmp_path) as (models, examples, cache):
         example = examples[0]
         proposals = [changed(example, [(0, 3)], ["ann"]), changed(example, [(0, 8)])]
-        (found,) = score_intervention(models["student"], [example], config_of(), cache, [proposals])
+        (found,) = score_changes(
+            "kl", models["student"], [example], config_of(), cache, [proposals]
+        )
         original = example.renderings["student"]
         labels = original.input_ids[original.loss_mask].tolist()
         model = models["student"].model.load()
@@ -107,14 +109,14 @@ def test_values_come_from_the_cache_without_a_model(
                 for one, chosen in zip(examples, units, strict=True)
             ]
 
-        first = score_intervention(models["student"], examples, config, cache, proposals())
+        first = score_changes("kl", models["student"], examples, config, cache, proposals())
         monkeypatch.setattr(LazyModel, "load", lambda self: pytest.fail("a model is loaded"))
-        again = score_intervention(models["student"], examples, config, cache, proposals())
+        again = score_changes("kl", models["student"], examples, config, cache, proposals())
         for one, other in zip(first, again, strict=True):
             np.testing.assert_array_equal(one, other)
         # Part of the proposals in another order, and of one row alone.
-        part = score_intervention(
-            models["student"], examples[:1], config, cache, [proposals()[0][::-1]]
+        part = score_changes(
+            "kl", models["student"], examples[:1], config, cache, [proposals()[0][::-1]]
         )
         np.testing.assert_array_equal(part[0], first[0][::-1])
 
@@ -142,8 +144,8 @@ def test_both_models_have_likelihoods_and_the_cache_keeps_them(
 def test_a_prompt_that_is_too_long_is_not_measured(pair: dict[str, str], tmp_path: Path) -> None:
     with aligned(pair, tmp_path) as (models, examples, cache):
         proposals = [[changed(examples[0], [(0, 3)], ["ann " * 50]), examples[0]]]
-        (found,) = score_intervention(
-            models["student"], examples[:1], config_of(), cache, proposals
+        (found,) = score_changes(
+            "kl", models["student"], examples[:1], config_of(), cache, proposals
         )
         assert np.isnan(found[0]) and found[1] == 0
 

@@ -284,6 +284,25 @@ def test_the_files_are_a_page_tables_and_plots_that_parse(
         assert f"({path.name})" in page
 
 
+def test_the_control_of_cumulative_cuts_is_a_random_score(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {
+        **{**pair, "dataset": write_rows(tmp_path / "rows.jsonl", ROWS), "grade": "exact"},
+        **{"max_new_tokens": 4, "max_batch_tokens": 150, "strategy": "cumulative"},
+        **{"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")},
+    }
+    config = AnalyzeConfig(run_dir=str(tmp_path / "run"))
+    detect(DetectConfig(**common))
+    alone = analyze(config)
+    assert any("has no random arm" in one and "--score random" in one for one in alone.advice)
+    detect(DetectConfig(**common, score="random", seed=3))
+    both = analyze(config)
+    assert not any("random arm" in one for one in both.advice)
+    (line,) = [one for one in both.sheets["random"].lines if one["group"] == "all"]
+    assert (line["arm"], line["random arm"]) == ("cumulative", "cumulative-score-random-seed-3")
+
+
 def test_missing_controls_are_named_with_the_command_that_makes_them(
     arms: dict[str, DetectResult], tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from architectures import CAUSAL, SIZES, VOCABULARY, build
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from leaf_distill.data.example import Ids, Rendering
-from leaf_distill.models.intervention import answer_kl
+from leaf_distill.models.intervention import answer_kl, answer_nll, behind
 from leaf_distill.models.prefix import can_reuse
 from leaf_distill.models.saliency import completion_nll, saliency
 
@@ -73,6 +73,18 @@ def changes(rendering: Rendering) -> list[Ids]:
         changed.append(other)
     changed += [np.delete(prompt, slice(4, 9)), np.delete(prompt, slice(11, 13)), prompt[:-3]]
     return [*changed, np.insert(prompt, 7, [5, 6, 7]), prompt.copy(), prompt[:1]]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2 window", "mamba"])
+def test_the_loss_behind_a_changed_prompt_is_that_of_the_whole_row(name: str) -> None:
+    model, rendering = make(name), row()
+    changed = changes(rendering)
+    found = answer_nll(model, rendering, changed, max_tokens=100)
+    whole = [completion_nll(model, [behind(ids, rendering)])[0] for ids in changed]
+    np.testing.assert_allclose(found, whole, rtol=1e-5)
+    assert found.dtype == np.float32 and len(answer_nll(model, rendering, [])) == 0
+    with pytest.raises(ValueError, match="must have at least 1 token"):
+        answer_nll(model, rendering, [np.array([], np.int32)])
 
 
 def naive(model: PreTrainedModel, rendering: Rendering, prompt: Ids) -> float:

@@ -1,0 +1,159 @@
+"""The strategy "search": phrases are cut one after another, as long as that helps the student.
+
+A confounder is often a clause with a number, and a prompt may have several. So one span rarely
+repairs a row, and gradients alone do not say which clauses belong together. Here each cut is tried:
+what a phrase costs the student is measured without it, and the teacher says whether it may go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from leaf_distill.data.example import Example
+from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.counterfactual import (
+    RankedUnit,
+    cut_units,
+    make_candidate,
+    ranked_units,
+)
+from leaf_distill.detection.judge import Judge
+from leaf_distill.detection.scores import score_changes
+
+STAGE = "search"
+"""The name under which the seconds of its passes and answers are counted."""
+
+
+@dataclass
+class _Row:
+    """A row during the search.
+
+    Attributes:
+        example: the row; its candidates are the cuts that were chosen so far.
+        left: the units that are not cut, the most suspect first.
+        cut: the units that are.
+        loss: the student's on the label, in nats a token, with these cut.
+        trials: the cuts of a round that lower it, the best first.
+    """
+
+    example: Example
+    left: list[RankedUnit]
+    cut: list[RankedUnit] = field(default_factory=list)
+    loss: float = 0.0
+    trials: list[tuple[float, RankedUnit, Example]] = field(default_factory=list)
+
+
+def search(
+    judge: Judge,
+    examples: Sequence[Example],
+    config: DetectConfig,
+    check: Callable[[Example, Example], None],
+) -> None:
+    """Set the candidates of scored examples: a cut of one phrase, of two, and so on.
+
+    In each of at most `max_cuts` rounds, the `shortlist` most suspect phrases of a row that are not
+    cut yet are tried, each beside what is cut already. Of those without which the student's loss of
+    the completion is lower than before, the one with the lowest loss after which the teacher still
+    answers correctly is cut. A row is done where the student is then right, or where no phrase is
+    left to cut; it leaves if there never was one.
+
+    Every candidate is validated afterwards as those of other strategies are; its answers are known.
+    For a row this takes at most `max_cuts` x `shortlist` forward passes of the student, which
+    compute the common beginning of the prompts once; in each round one answer of the student, and
+    one of the teacher or some more where it fails on the best cuts.
+
+    Args:
+        judge: the models.
+        examples: scored rows, with the student's loss.
+        config: the settings. The phrases are `ranked_units` of `widen`.
+        check: renders a candidate of a row; the candidate leaves where it cannot be used.
+    """
+    rows = [_Row(one, ranked_units(one, config.widen), loss=one.nll["student"]) for one in examples]
+    active = rows
+    for _ in range(config.max_cuts):
+        _try(judge, active, config, check)
+        active = _ask_teacher(judge, active)
+        if not active:
+            break
+        asked = [row.example.candidates[-1] for row in active]
+        judge.answer("student", asked, STAGE)
+        active = [row for row in active if not _is_right(row.example.candidates[-1], "student")]
+    for row in rows:
+        if not row.cut and not row.left:
+            row.example.leave(
+                "prune", "no_span", "no score tells one part of the text from another"
+            )
+        elif not row.cut:
+            row.example.leave(
+                "prune",
+                "no_helpful_cut",
+                "no phrase whose cut lowers the student's loss leaves the teacher right",
+            )
+
+
+def _try(
+    judge: Judge,
+    rows: Sequence[_Row],
+    config: DetectConfig,
+    check: Callable[[Example, Example], None],
+) -> None:
+    """Set the trials of each row: cuts of one more phrase that lower the student's loss."""
+    tried = [_trials(row, config, check) for row in rows]
+    with judge.clock(STAGE):
+        losses = score_changes(
+            "nll",
+            judge.use("student"),
+            [row.example for row in rows],
+            config,
+            judge.cache,
+            [[candidate for _, candidate in trials] for trials in tried],
+        )
+    for row, trials, values in zip(rows, tried, losses, strict=True):
+        better = [
+            (float(value), unit, candidate)
+            for value, (unit, candidate) in zip(values, trials, strict=True)
+            if value < row.loss
+        ]
+        row.trials = sorted(better, key=lambda one: (one[0], one[1].range))
+
+
+def _trials(
+    row: _Row, config: DetectConfig, check: Callable[[Example, Example], None]
+) -> list[tuple[RankedUnit, Example]]:
+    """Return the usable cuts of one more phrase."""
+    seen = [row.example.text, *(one.text for one in row.example.candidates)]
+    found = []
+    for unit in row.left[: config.shortlist]:
+        candidate = make_candidate(
+            row.example, cut_units(row.example, [*row.cut, unit]), config, seen
+        )
+        if candidate.outcome is None:
+            check(candidate, row.example)
+        if candidate.outcome is None:
+            found.append((unit, candidate))
+    return found
+
+
+def _ask_teacher(judge: Judge, rows: Sequence[_Row]) -> list[_Row]:
+    """Make the best cut of each row after which the teacher is right; return the rows with one."""
+    waiting, found = [row for row in rows if row.trials], []
+    while waiting:
+        judge.answer("teacher", [row.trials[0][2] for row in waiting], STAGE)
+        again = []
+        for row in waiting:
+            loss, unit, candidate = row.trials.pop(0)
+            if _is_right(candidate, "teacher"):
+                row.loss = loss
+                row.cut.append(unit)
+                row.left.remove(unit)
+                row.example.candidates.append(candidate)
+                found.append(row)
+            elif row.trials:
+                again.append(row)
+        waiting = again
+    return [row for row in rows if row in found]
+
+
+def _is_right(candidate: Example, role: str) -> bool:
+    return candidate.answers[role].verdict == "right"  # type: ignore[index]
