@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -163,8 +164,12 @@ def prompted_model(
 
 def open_cache(config: GradingOptions) -> RowCache:
     """Open the row cache of a configuration."""
-    own = config.cache_dir
-    return RowCache(user_directory(own or default_cache_directory(), "cache_dir"))
+    return RowCache(cache_directory(config))
+
+
+def cache_directory(config: GradingOptions) -> Path:
+    """Return the directory of the row cache of a configuration."""
+    return user_directory(config.cache_dir or default_cache_directory(), "cache_dir")
 
 
 def leave_without_gold(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from leaf_distill.config import AnswerOptions
 from leaf_distill.data.example import Example, Floats, Range, Rendering, Role, UnusableRow
@@ -135,25 +136,34 @@ def summarize_curves(
         groups.setdefault((one.role, one.kind, one.score), []).append(one)
     lines = []
     for (role, kind, score), group in groups.items():
-        areas = np.asarray([one.area for one in group])
+        areas = _by_row(group, [one.area for one in group])
         mean, low, high = bootstrap([areas])
         line: dict[str, Any] = {
             "role": role,
             "kind": kind,
             "score": score,
-            "rows": len(group),
+            "rows": len(areas),
             "shares": list(group[0].shares),
-            "nll": np.mean([one.nll for one in group], axis=0).tolist(),
+            "nll": _by_row(group, [one.nll for one in group]).mean(axis=0).tolist(),
             "area": mean,
             "interval": [low, high],
         }
         if reference is not None:
-            other = np.asarray([one.area for one in groups[role, kind, reference]])
+            paired = groups[role, kind, reference]
+            other = _by_row(paired, [one.area for one in paired])
             change = None if score == reference else paired_bootstrap(other, areas)
             line["difference"] = None if change is None else change[0]
             line["difference_interval"] = None if change is None else list(change[1:])
         lines.append(line)
     return lines
+
+
+def _by_row(curves: Sequence[Curve], values: Sequence[Any]) -> NDArray[np.float64]:
+    """Return the mean value of each row, float64 [rows, ...]; a row may have several views."""
+    rows: dict[int, list[Any]] = {}
+    for one, value in zip(curves, values, strict=True):
+        rows.setdefault(one.row_id, []).append(value)
+    return np.asarray([np.mean(found, axis=0) for found in rows.values()])
 
 
 def _order(example: Example, values: Floats, name: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Reads an arm for a sweep: its settings, models and servers, the places searched and cut."""
+"""Reads an arm: its settings, models and servers, the places that were searched and cut."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_settings(arm: Path, **changes: Any) -> DetectConfig:
 
 
 def models_of(arm: Path, config: DetectConfig, *, load: bool) -> dict[Role, LazyModel]:
-    """Return the models of an arm's run; errors name the options of `leaf sweep`."""
+    """Return the models of an arm's run; errors name options of `leaf sweep` and `leaf analyze`."""
     path = arm.parent.parent / "run.json"
     run = read_json(path)
     with reading(path):

@@ -1,16 +1,24 @@
-"""The studies of the paper on a run of `leaf detect`, from its files alone: tables and plots."""
+"""The studies of the paper on a run of `leaf detect`, and curves of the scores: tables, plots."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from leaf_distill.evaluation.arms import Arm, read_arms
 from leaf_distill.evaluation.charts import curve_chart, histogram_chart, interval_chart
 from leaf_distill.evaluation.config import AnalyzeConfig
+from leaf_distill.evaluation.faithfulness import (
+    ScoreCurves,
+    curve_charts,
+    curve_sheet,
+    score_curves,
+    than_random,
+)
 from leaf_distill.evaluation.pruning import (
     FLATTERY,
     NO_OP,
@@ -49,21 +57,24 @@ class AnalyzeResult:
 
     Attributes:
         directory: of all files: analysis.md, analysis.json, a CSV file a table, and the plots.
-        sheets: the tables by name: gain, random, harm, arms, similarity.
-        advice: the arms without a row or a cut, and what to run for the controls that are missing.
+        sheets: the tables by name: gain, random, harm, arms, similarity, curves.
+        advice: the arms without a row or a cut, and what to run for what is missing.
+        curves: deletion and insertion curves of the scores; None where they were not measured.
     """
 
     directory: Path
     sheets: Mapping[str, Sheet]
     advice: Sequence[str]
+    curves: ScoreCurves | None = None
 
 
 def analyze(config: AnalyzeConfig) -> AnalyzeResult:
-    """Write the studies of the paper on the arms of a run, without a model.
+    """Write the studies of the paper on the arms of a run; only `curves` loads the models.
 
     How many failed rows cutting repairs by source and difficulty (Figure 1), beside random cuts,
     and the harm to solved rows; strategies, thresholds and levels side by side (Figures 7, 9, 10);
-    the similarity of answers to references before and after a cut (Figure 13).
+    the similarity of answers to references before and after a cut (Figure 13); the loss while the
+    tokens that a score suspects are deleted or put back.
 
     Args:
         config: the settings.
@@ -72,17 +83,20 @@ def analyze(config: AnalyzeConfig) -> AnalyzeResult:
         The tables; they are printed too.
 
     Raises:
-        ValueError: there is no such arm, a file cannot be read, or other files are in the way.
+        ValueError: there is no such arm, a file cannot be read, or other files are in the way; or a
+            model that `curves` needs cannot be loaded, or is another one than that of the run.
         StoreError: a file cannot be written.
     """
     root, arms = read_arms(user_directory(config.run_dir, "run_dir"), config.arms)
     directory = user_directory(config.output_dir or root / STEM)
     check_table(directory, STEM, "analyze")
     moved = shifts(arms)
+    curves, lacking = score_curves(config, root, arms)
     sheets = [gains(arms), against_random(arms), harm(arms), overview(arms), similarity(moved)]
-    charts = dict(_charts(arms, sheets, moved))
-    advice = [*unsearched(arms), *without_cuts(arms), *missing_controls(arms)]
-    result = AnalyzeResult(directory, {one.name: one for one in sheets}, advice)
+    charts = dict((*_charts(arms, sheets, moved), *curve_charts(curves)))
+    sheets.append(curve_sheet(curves))
+    advice = [*unsearched(arms), *without_cuts(arms), *missing_controls(arms), *lacking]
+    result = AnalyzeResult(directory, {one.name: one for one in sheets}, advice, curves)
     _write(result, charts, [arm.name for arm in arms])
     _print(result)
     return result
@@ -166,9 +180,15 @@ def _write(result: AnalyzeResult, charts: Mapping[str, str], arms: Sequence[str]
         "arms": list(arms),
         "advice": list(result.advice),
         "tables": {name: as_json(sheet) for name, sheet in result.sheets.items()},
+        "curves": _json(result.curves) if result.curves else None,
     }
     write_bytes(result.directory / f"{STEM}.md", _page(result, list(charts)).encode())
     write_json(result.directory / f"{STEM}.json", content)
+
+
+def _json(curves: ScoreCurves) -> dict[str, Any]:
+    lines = [{**line, "than_random": than_random(line)} for line in curves.lines]
+    return {"arm": curves.arm, "remark": curves.remark, "lines": lines}
 
 
 def _page(result: AnalyzeResult, charts: Sequence[str]) -> str:
@@ -184,14 +204,16 @@ def _page(result: AnalyzeResult, charts: Sequence[str]) -> str:
 
 def _print(result: AnalyzeResult) -> None:
     console = Console()
-    lines = (line for sheet in result.sheets.values() for line in sheet.lines)
-    short = short_names(list(dict.fromkeys(str(next(iter(line.values()))) for line in lines)))
+    lines = (line for sheet in result.sheets.values() for line in sheet.lines if "arm" in line)
+    short = short_names(list(dict.fromkeys(str(line["arm"]) for line in lines)))
     for name, letter in short.items():
         console.print(f"{letter}  {name}", markup=False, highlight=False)
     for sheet in result.sheets.values():
         if sheet.lines:
             console.print(printed(sheet, short, width=console.width))
     console.print(FLATTERY, markup=False, highlight=False)
+    if result.curves:
+        console.print(result.curves.remark, markup=False, highlight=False)
     for text in result.advice:
         console.print(f"note: {text}", style="yellow", markup=False)
     print(f"{result.directory / STEM}.md says more, also by source and difficulty")

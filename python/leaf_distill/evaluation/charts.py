@@ -9,7 +9,10 @@ from markupsafe import escape
 
 from leaf_distill.evaluation.sheets import Estimate
 
-COLORS = ("#1c5fa8", "#c2570c", "#12664a", "#8a3ffc", "#6b6b66", "#b3134f")
+COLORS = (
+    *("#1c5fa8", "#c2570c", "#12664a", "#8a3ffc", "#6b6b66", "#b3134f"),
+    *("#0e8f9c", "#a88400", "#e07bb0", "#5b3a1e"),
+)
 INK, QUIET, RULE = "#1d1d1b", "#5f5f5a", "#d8d7d0"
 WIDTH, LEFT, RIGHT, TOP, LINE = 760, 260, 30, 56, 22
 HEIGHT, FOOT = 300, 48
@@ -56,23 +59,25 @@ def curve_chart(
     value: str,
     *,
     scale: float = 100,
+    floor: float = 0.0,
 ) -> str:
     """Return a chart of values over a number, with intervals, a color for each series.
 
-    The vertical axis shows `scale` times the values: shares in percent.
+    The vertical axis begins at `floor` and shows `scale` times the values: shares in percent.
     """
     points = [point for curve in series.values() for point in curve]
     left, right = min(x for x, _ in points), max(x for x, _ in points)
-    top = _ceiling(estimate.high for _, estimate in points)
+    top = max(_ceiling(estimate.high for _, estimate in points), floor + 0.1)
     colors = dict(zip(series, _colors(len(series)), strict=True))
 
     def place(x: float, share: float) -> tuple[float, float]:
         inside = (x - left) / (right - left) if right > left else 0.5
-        return 90 + inside * (WIDTH - 90 - RIGHT - 20), TOP + HEIGHT * (1 - share / top)
+        height = (share - floor) / (top - floor)
+        return 90 + inside * (WIDTH - 90 - RIGHT - 20), TOP + HEIGHT * (1 - height)
 
-    parts = _grid_y(top, scale)
+    parts = _grid_y(top, scale, floor)
     for x in sorted({x for x, _ in points}):
-        parts.append(_text(place(x, 0)[0], TOP + HEIGHT + 18, f"{x:g}", QUIET, anchor="middle"))
+        parts.append(_text(place(x, floor)[0], TOP + HEIGHT + 18, f"{x:g}", QUIET, anchor="middle"))
     parts += [
         _text(90, TOP + HEIGHT + 38, axis, QUIET),
         _text(16, TOP - 12, value, QUIET),
@@ -140,10 +145,10 @@ def _grid_x(top: float, bottom: float) -> list[str]:
     return parts
 
 
-def _grid_y(top: float, scale: float = 100) -> list[str]:
+def _grid_y(top: float, scale: float = 100, floor: float = 0.0) -> list[str]:
     parts = []
-    for share in np.linspace(0, top, TICKS + 1):
-        y = TOP + HEIGHT * (1 - share / top)
+    for share in np.linspace(floor, top, TICKS + 1):
+        y = TOP + HEIGHT * (top - share) / (top - floor)
         parts.append(_stroke([(90, y), (WIDTH - RIGHT, y)], RULE, width=1))
         parts.append(_text(82, y + 4, f"{scale * share:.3g}", QUIET, anchor="end"))
     return parts

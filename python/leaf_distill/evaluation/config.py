@@ -143,14 +143,39 @@ class CompareConfig:
             raise ValueError(f"arms: must be different names, got {' '.join(self.arms)!r}")
 
 
-@documented
 @dataclass(frozen=True)
-class AnalyzeConfig:
-    """Settings of `leaf analyze`."""
+class RunOptions:
+    """A run of `leaf detect`, and where its parts are."""
 
     run_dir: str = field(
         default="", metadata=about("output directory of `leaf detect`, or one of its arms")
     )
+    student: str | None = field(
+        default=None, metadata=about("where the student or its tokenizer is, if it was moved")
+    )
+    teacher: str | None = field(
+        default=None, metadata=about("where the teacher or its tokenizer is, if it was moved")
+    )
+    cache_dir: str | None = field(
+        default=None, metadata=about("the row cache of the run; default: as `leaf detect` used it")
+    )
+
+    @property
+    def moved(self) -> dict[str, str]:
+        """Return the parts that are given, as changes of the settings of an arm."""
+        given = {"student": self.student, "teacher": self.teacher, "cache_dir": self.cache_dir}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@documented
+@dataclass(frozen=True)
+class AnalyzeConfig(RunOptions):
+    """Settings of `leaf analyze`.
+
+    Raises:
+        ValueError: a setting is outside its range; names the first.
+    """
+
     arms: list[str] | None = field(
         default=None, metadata=about("names of the arms in the tables; default: all of the run")
     )
@@ -158,14 +183,29 @@ class AnalyzeConfig:
         default=None,
         metadata=about("directory of the tables and plots; default: analysis in the run directory"),
     )
+    curves: bool = field(
+        default=False,
+        metadata=about(
+            "load the models for deletion and insertion curves of the scores, at equal size; "
+            "without it they are shown where all their losses are in the cache"
+        ),
+    )
+    scores: list[str] = field(
+        default_factory=lambda: [one for one in get_args(Score) if one != "intervention"],
+        metadata=about(
+            f"scores that have curves, beside random: {', '.join(get_args(Score))}; default: all "
+            "but intervention, which takes many passes"
+        ),
+    )
 
     def __post_init__(self) -> None:
         need(self, "run_dir")
+        _check_names(self, "scores", Score)
 
 
 @documented
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(RunOptions):
     """Settings of `leaf sweep`.
 
     Raises:
@@ -192,32 +232,20 @@ class SweepConfig:
     widenings: list[str] | None = field(
         default=None, metadata=about(f"{', '.join(get_args(Unit))}; default: that of the arm")
     )
-    curves: bool = field(
-        default=False,
-        metadata=about(
-            "load the models for deletion and insertion curves of the scores, at equal size; "
-            "without it they are shown where all their losses are in the cache"
-        ),
-    )
-    student: str | None = field(
-        default=None, metadata=about("where the student's tokenizer is, if it was moved")
-    )
-    teacher: str | None = field(
-        default=None, metadata=about("where the teacher's tokenizer is, if it was moved")
-    )
-    cache_dir: str | None = field(
-        default=None, metadata=about("the row cache of the run; default: as `leaf detect` used it")
-    )
 
     def __post_init__(self) -> None:
         need(self, "run_dir")
         object.__setattr__(self, "thresholds", [_share(one) for one in self.thresholds])
         choices = (("strategies", Strategy), ("rules", SpanRule), ("scores", Score))
         for name, kind in (*choices, ("widenings", Unit)):
-            known = get_args(kind)
-            for value in getattr(self, name) or ():
-                if value not in known:
-                    raise ValueError(f"{name}: must be of {', '.join(known)}, got {value!r}")
+            _check_names(self, name, kind)
+
+
+def _check_names(config: AnalyzeConfig | SweepConfig, name: str, kind: object) -> None:
+    known = get_args(kind)
+    for value in getattr(config, name) or ():
+        if value not in known:
+            raise ValueError(f"{name}: must be of {', '.join(known)}, got {value!r}")
 
 
 def _share(value: float | str) -> float:

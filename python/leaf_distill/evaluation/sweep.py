@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from leaf_distill.data.source import find_arm
 from leaf_distill.detection.cells import Cell, Setting
-from leaf_distill.detection.sweep import arm_curves, sweep_arm
+from leaf_distill.detection.sweep import sweep_arm
 from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.charts import curve_chart
 from leaf_distill.evaluation.config import SweepConfig
@@ -57,13 +57,11 @@ class SweepResult:
         arm: its directory.
         cells: each point of the grid.
         proposals: the threshold for each level.
-        curves: the lines of `summarize_curves`; None where losses are lacking.
     """
 
     arm: Path
     cells: Sequence[Cell]
     proposals: Sequence[Proposal]
-    curves: Sequence[Mapping[str, Any]] | None
 
 
 def sweep(config: SweepConfig) -> SweepResult:
@@ -82,12 +80,7 @@ def sweep(config: SweepConfig) -> SweepResult:
     """
     arm = find_arm(user_directory(config.run_dir, "run_dir").absolute(), "run_dir")
     check_table(arm, STEM, "sweep", argument="run_dir")
-    moved = {
-        name: value
-        for name in ("student", "teacher", "cache_dir")
-        if (value := getattr(config, name)) is not None
-    }
-    own = read_settings(arm, **moved)
+    own = read_settings(arm, **config.moved)
     grid: dict[str, Sequence[str]] = {
         "strategy": config.strategies,
         "rule": config.rules or [own.rule],
@@ -106,8 +99,7 @@ def sweep(config: SweepConfig) -> SweepResult:
         propose_threshold([one for one in swept.cells if one.setting.level == level], marked=marked)
         for level in levels
     ]
-    curves = arm_curves(arm, own, grid["score"], load=config.curves)
-    result = SweepResult(arm, swept.cells, proposals, curves)
+    result = SweepResult(arm, swept.cells, proposals)
     _write(result, swept.missing)
     return result
 
@@ -193,56 +185,13 @@ def _series(setting: Setting) -> str:
     )
 
 
-CURVES = (
-    "Mean loss of the completion (nats a token) over curves in which the same shares of tokens are "
-    "deleted by each score, the most suspect first (deletion: low is good), or put back into a "
-    "text without them (insertion: high is good). 95 % intervals of a bootstrap over rows; the "
-    "difference is from random ranks, paired by row. A loss is no answer: it ranks scores by what "
-    "the label needs, and says nothing of a wrong answer that gets right."
-)
-
-
-def _curve_sheet(curves: Sequence[Mapping[str, Any]]) -> Sheet:
-    lines: list[dict[str, Value]] = [
-        {
-            "score": one["score"],
-            "model": one["role"],
-            "curve": one["kind"],
-            "rows": one["rows"],
-            "mean loss": Estimate(one["area"], *one["interval"]),
-            "difference": None
-            if one["difference"] is None
-            else Estimate(one["difference"], *one["difference_interval"]),
-        }
-        for one in curves
-    ]
-    title = "Deletion and insertion at equal size"
-    return Sheet(f"{STEM}-curves", title, lines, CURVES, percent=False)
-
-
-def _curve_charts(curves: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    for role, kind in dict.fromkeys((one["role"], one["kind"]) for one in curves):
-        series = {
-            str(one["score"]): [
-                (share, Estimate(nll, nll, nll))
-                for share, nll in zip(one["shares"], one["nll"], strict=True)
-            ]
-            for one in curves
-            if (one["role"], one["kind"]) == (role, kind)
-        }
-        title, axis = f"{kind.capitalize()}, {role}", "share of tokens"
-        yield f"{STEM}-{kind}-{role}", curve_chart(title, series, axis, "loss", scale=1)
-
-
 def _write(result: SweepResult, missing: Sequence[str]) -> None:
     sheet = _sheet(result.cells)
     marked = _marked(sheet)
     proposed = [text for one in result.proposals for text in sentences(one)]
-    curves = _curve_sheet(result.curves) if result.curves else None
     plots: dict[str, str | None] = {
         STEM: _chart(result.cells),
         f"{STEM}-size": _size_chart(result.cells),
-        **dict(_curve_charts(result.curves or ())),
     }
     images = []
     for name, text in plots.items():
@@ -252,9 +201,6 @@ def _write(result: SweepResult, missing: Sequence[str]) -> None:
     write_bytes(result.arm / f"{STEM}.csv", as_csv(sheet).encode())
     parts = ["# Settings of detection", *proposed, *missing, markdown_table(shown(marked))]
     parts += [" ".join(LEGEND).replace("*", "\\*"), NOTE]
-    if curves is not None:
-        parts += [f"## {curves.title}", markdown_table(shown(curves)), CURVES]
-        write_bytes(result.arm / f"{curves.name}.csv", as_csv(curves).encode())
     text = "\n\n".join([*parts, *images]) + "\n"
     write_bytes(result.arm / f"{STEM}.md", text.encode())
     write_json(result.arm / f"{STEM}.json", _json(result, sheet, missing))
@@ -265,8 +211,6 @@ def _write(result: SweepResult, missing: Sequence[str]) -> None:
         title = f"{sheet.title}: {level} level"
         one = replace(sheet, title=title, lines=lines, detail=detail)
         console.print(printed(one, width=console.width))
-    if curves is not None:
-        console.print(printed(curves, width=console.width))
     for sentence in (*LEGEND, *proposed, *missing):
         console.print(sentence, markup=False, highlight=False)
     print(f"{result.arm / STEM}.md says what the columns mean, and has the plots")
@@ -277,7 +221,6 @@ def _json(result: SweepResult, sheet: Sheet, missing: Sequence[str]) -> dict[str
         "command": "sweep",
         **as_json(sheet),
         "missing": list(missing),
-        "curves": result.curves,
         "proposals": [
             {
                 "level": one.level,

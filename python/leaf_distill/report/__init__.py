@@ -26,8 +26,8 @@ def write_report(
     """Write the page of an arm of `leaf detect` and return its path.
 
     The page needs no network: style and script are inside. It also shows what `leaf distill`,
-    `leaf evaluate` and `leaf compare` measured, where they wrote into the run directory. The same
-    run gives the same bytes.
+    `leaf evaluate`, `leaf compare` and `leaf analyze` measured, where they wrote into the run
+    directory. The same run gives the same bytes.
 
     Args:
         run_directory: the output directory of `leaf detect`, or one of its arms.

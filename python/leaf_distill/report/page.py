@@ -113,6 +113,7 @@ def _template() -> Template:
         words=words,
         number=number,
         signed=signed,
+        change=change,
         last_lines=last_lines,
     )
     environment.globals.update(heat=heat, cut_excerpt=cut_excerpt)
@@ -137,6 +138,11 @@ def words(code: str) -> str:
 def signed(share: float) -> str:
     """Return a difference of shares in percentage points."""
     return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def change(value: float) -> str:
+    """Return a difference of losses."""
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _ticks(thresholds: Sequence[float]) -> list[float]:

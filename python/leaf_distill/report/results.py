@@ -1,17 +1,23 @@
-"""The results of `leaf distill`, `leaf evaluate` and `leaf compare` in a run directory."""
+"""What `leaf distill`, `evaluate`, `compare` and `analyze` wrote into a run directory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from leaf_distill.evaluation.faithfulness import ScoreCurves, curve_charts, than_random
 from leaf_distill.io import read_json, reading
 
 PLACES = ("*", "*/*", "*/*/*")
 """The directories, from the run directory, in which a metrics.json is looked for: also that of an
 arm in students/ or evaluation/, and BENCHMARK/MODEL/ in the output directory of an evaluation."""
+
+ANALYSIS = "analysis"
+"""The directory and the stem of the files of `leaf analyze`, in the run directory."""
 
 BRANCHES = {"kd_loss": "originals", "cd_loss": "counterfactuals"}
 
@@ -21,7 +27,8 @@ def read_results(directory: Path) -> dict[str, Any]:
 
     Returns:
         `trainings` and `evaluations` as the page shows them, and `reference`, the arm that the
-        differences of accuracies are taken from, or None without a comparison.
+        differences of accuracies are taken from, or None without a comparison; `curves`, the
+        deletion and insertion curves of scores, or None where `leaf analyze` has none.
 
     Raises:
         ValueError: a file cannot be read or has another shape.
@@ -45,7 +52,49 @@ def read_results(directory: Path) -> dict[str, Any]:
         with reading(path):
             reference = str(comparison["reference"])
             evaluations = _with_arms(evaluations, comparison)
-    return {"trainings": trainings, "evaluations": evaluations, "reference": reference}
+    return {
+        "trainings": trainings,
+        "evaluations": evaluations,
+        "reference": reference,
+        "curves": _curves(directory / ANALYSIS / f"{ANALYSIS}.json"),
+    }
+
+
+def _curves(path: Path) -> dict[str, Any] | None:
+    """Return the remark on the curves, and for each model the plots and the lines of its scores.
+
+    A line has for each kind of curve, under its name, what was measured.
+    """
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    with reading(path):
+        found = content.get("curves") if content.get("command") == "analyze" else None
+        if found is None:
+            return None
+        curves = ScoreCurves(str(found["arm"]), found["lines"])
+        charts = dict(curve_charts(curves))
+        models = []
+        for role in dict.fromkeys(str(one["role"]) for one in curves.lines):
+            scores: dict[str, dict[str, Any]] = {}
+            rows: dict[str, int] = {}
+            for one in (one for one in curves.lines if one["role"] == role):
+                rows[str(one["kind"])] = int(one["rows"])
+                scores.setdefault(str(one["score"]), {})[str(one["kind"])] = {
+                    "area": _bounds(one["area"], one["interval"]),
+                    "difference": None
+                    if one["difference"] is None
+                    else _bounds(one["difference"], one["difference_interval"]),
+                    "than_random": than_random(one),
+                }
+            plots = [Markup(svg) for name, svg in charts.items() if name.endswith(f"-{role}")]
+            models.append({"role": role, "charts": plots, "rows": rows, "scores": scores})
+        return {"remark": curves.remark, "models": models}
+
+
+def _bounds(value: float, interval: Sequence[float]) -> tuple[float, float, float]:
+    low, high = interval
+    return float(value), float(low), float(high)
 
 
 def _sorted(directory: Path, place: str) -> list[Path]:

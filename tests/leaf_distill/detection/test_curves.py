@@ -51,6 +51,36 @@ def test_the_truth_is_best_and_its_opposite_is_worst(pair: dict[str, str], tmp_p
             assert low <= expected <= high
 
 
+def test_shuffled_values_cannot_be_told_from_chance(pair: dict[str, str], tmp_path: Path) -> None:
+    with aligned(pair, tmp_path) as (models, examples, cache):
+        ranked, draw = rankings(examples), np.random.default_rng(1)
+        # Equal values would go to the earlier token, and a position is no chance.
+        noise = [0.01 * draw.random(len(values)) for values in ranked["truth"]]
+        ranked["shuffled"] = [
+            draw.permutation(values + more).astype(np.float32)
+            for values, more in zip(ranked["truth"], noise, strict=True)
+        ]
+        curves = deletion_curves(models["student"], examples, ranked, config_of(), cache)
+        lines = summarize_curves(curves, reference="chance")
+    found = {(line["score"], line["kind"]): line["difference_interval"] for line in lines}
+    for kind in ("deletion", "insertion"):
+        low, high = found["shuffled", kind]
+        assert low < 0 < high
+    assert found["truth", "deletion"][1] < 0 < found["truth", "insertion"][0]
+
+
+def test_a_row_with_several_views_counts_once() -> None:
+    def curve(row_id: int, score: str, height: float) -> Curve:
+        return Curve(row_id, score, "student", "deletion", (0.0, 0.5), (height, height))
+
+    curves = [curve(0, "a", 1.0), curve(0, "a", 3.0), curve(1, "a", 5.0)]
+    curves += [curve(row, "b", 0.0) for row in (0, 0, 1)]
+    first, _ = summarize_curves(curves, reference="b")
+    assert first["rows"] == 2
+    assert (first["area"], first["nll"]) == (3.5, [3.5, 3.5])
+    assert (first["difference"], first["difference_interval"]) == (3.5, [2.0, 5.0])
+
+
 def test_values_equal_the_loss_on_each_cut_text(pair: dict[str, str], tmp_path: Path) -> None:
     with aligned(pair, tmp_path, MISLED[:3]) as (models, examples, cache):
         student, ranked = models["student"], rankings(examples)

@@ -15,13 +15,9 @@ from detect_pair import make_rows, make_tokenizer, misled, write_rows
 from transformers import AutoModelForCausalLM
 
 from leaf_distill.cli import main
-from leaf_distill.data.example import Example, Rendering
-from leaf_distill.detection.answers import PromptedModel
 from leaf_distill.detection.cells import Cell, Setting
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.pipeline import DetectResult, detect
-from leaf_distill.detection.sweep import arm_curves
-from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.analyze import analyze
 from leaf_distill.evaluation.config import AnalyzeConfig, SweepConfig
 from leaf_distill.evaluation.proposal import propose_threshold, sentences
@@ -200,43 +196,6 @@ def test_the_thresholds_of_the_two_levels_have_cells_of_their_own(
     assert all(
         one.cell is None and "student solves too" in one.doubts[0] for one in result.proposals
     )
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_curves_are_measured_where_models_may_be_loaded_and_kept_for_the_next_sweep(
-    pair: dict[str, str], tmp_path: Path, dtype: str
-) -> None:
-    places = {role: str(shutil.copytree(path, tmp_path / role)) for role, path in pair.items()}
-    arm = detect(
-        DetectConfig(
-            **places,
-            dataset=write_rows(tmp_path / "rows.jsonl", ROWS[:12]),
-            output_dir=str(tmp_path / "run"),
-            cache_dir=str(tmp_path / "cache"),
-            grade="exact",
-            max_new_tokens=4,
-            dtype=dtype,
-        )
-    )
-    short: dict[str, Any] = {"run_dir": str(arm.arm), "thresholds": [0.1], "strategies": ["span"]}
-    assert sweep(SweepConfig(**short)).curves is None
-    measured = sweep(SweepConfig(**short, curves=True)).curves
-    assert measured is not None
-    for place in places.values():
-        (Path(place) / "model.safetensors").unlink()
-    assert sweep(SweepConfig(**short)).curves == measured
-    names = {"gap", "random", "student's gradient", "teacher's gradient, low"}
-    assert {one["score"] for one in measured} == names
-    assert len(measured) == len(names) * 2 * 2  # models and kinds
-    (gap,) = [
-        one
-        for one in measured
-        if (one["score"], one["role"], one["kind"]) == ("gap", "student", "deletion")
-    ]
-    assert gap["difference_interval"][1] < 0  # the confounders go first, and the loss falls
-    page = (arm.arm / "sweep.md").read_text()
-    assert "Deletion and insertion at equal size" in page
-    assert "sweep-deletion-student.svg" in page
 
 
 def test_the_printed_table_says_what_is_partial_and_counts_its_own_lines(
@@ -446,7 +405,7 @@ def test_an_arm_that_does_not_ask_the_student_on_cuts_is_not_told_to_try_more_th
         assert "sweep one of validate both and without relabel" in doubt
 
 
-def test_errors_name_options_of_the_sweep(run: Run, pair: dict[str, str], tmp_path: Path) -> None:
+def test_errors_name_options_of_the_sweep(run: Run, tmp_path: Path) -> None:
     arm = run.arms[0].arm
     short: dict[str, Any] = {"thresholds": [0.4], "strategies": ["span"]}
     copy = shutil.copytree(run.arms[0].run_directory, tmp_path / "run") / "arms" / arm.name
@@ -456,8 +415,6 @@ def test_errors_name_options_of_the_sweep(run: Run, pair: dict[str, str], tmp_pa
     assert (copy / "sweep.json").read_text() == "mine"
     with pytest.raises(ValueError, match=r"^student: must be .*nowhere.*, which does not exist"):
         sweep(SweepConfig(run_dir=str(arm), **short, student=str(tmp_path / "nowhere")))
-    with pytest.raises(ValueError, match=r"^student: must have the content .*; give --student"):
-        sweep(SweepConfig(run_dir=str(arm), **short, student=pair["teacher"], curves=True))
 
 
 def test_a_sweep_of_models_in_memory_asks_where_their_tokenizers_are(
@@ -478,19 +435,3 @@ def test_a_sweep_of_models_in_memory_asks_where_their_tokenizers_are(
         sweep(SweepConfig(**short, student=pair["student"]))
     (own,) = sweep(SweepConfig(**short, **pair)).cells
     assert own.current and own.known == own.usable > 0
-
-
-def test_one_row_tells_that_the_cache_has_no_curves(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rendered: set[int] = set()
-    prompt = PromptedModel.prompt
-
-    def watched(self: PromptedModel, example: Example) -> Rendering:
-        rendered.add(example.row_id)
-        return prompt(self, example)
-
-    monkeypatch.setattr(PromptedModel, "prompt", watched)
-    arm = run.arms[0].arm
-    assert arm_curves(arm, read_settings(arm), ["gap"], load=False) is None
-    assert len(rendered) == 1

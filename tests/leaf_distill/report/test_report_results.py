@@ -134,6 +134,46 @@ def test_a_comparison_is_one_table_with_its_evaluations(run: Path) -> None:
     assert "Less kd, points" in page.root.text
 
 
+def curve(score: str, role: str, kind: str, *difference: float) -> dict[str, Any]:
+    return {
+        **{"score": score, "role": role, "kind": kind, "rows": 12},
+        **{"shares": [0.0, 0.5], "nll": [2.0, 1.5], "area": 1.75, "interval": [1.5, 2.0]},
+        "difference": difference[0] if difference else None,
+        "difference_interval": difference[1:] or None,
+    }
+
+
+def analysis(*lines: dict[str, Any], arm: str = "span") -> dict[str, Any]:
+    return {"command": "analyze", "curves": {"arm": arm, "lines": lines}}
+
+
+def test_curves_of_scores_are_plots_and_a_table_for_each_model(run: Path) -> None:
+    put(run / "analysis" / "analysis.json", {"command": "analyze", "curves": None})
+    assert "insertion" not in Page(write_report(run)).root.text
+    lines = [
+        curve("gap", "teacher", "deletion", -0.25, -0.5, -0.125),
+        curve("random", "teacher", "deletion"),
+        curve("gap", "student", "deletion", -0.25, -0.5, 0.125),
+        curve("random", "student", "deletion"),
+        curve("gap", "student", "insertion", 0.25, 0.125, 0.5),
+        curve("random", "student", "insertion"),
+    ]
+    put(run / "analysis" / "analysis.json", analysis(*lines))
+    page = Page(write_report(run))
+    teacher, student = page.root.find("table", cls="curves")
+    gap, random = (one.text for one in student.find("tbody")[0].find("tr"))
+    assert "1.7501.500 to 2.000" in gap and "12 rows" in student.find("thead")[0].text
+    minus = "\N{MINUS SIGN}"
+    assert f"{minus}0.250{minus}0.500 to +0.125" in gap and "not told apart" in gap
+    assert "+0.250+0.125 to +0.500" in gap and gap.endswith("better\n")
+    assert "better" not in random
+    first = teacher.find("tbody")[0].find("tr")[0].text
+    assert "better" in first and "no rows" in first  # no insertion was measured
+    plots = [len(one.find("svg")) for one in page.root.find("div", cls="scores")]
+    assert plots == [1, 2]
+    assert "random ranks: 1; comparisons, over models and kinds of curves: 3." in page.root.text
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -152,6 +192,10 @@ def test_a_comparison_is_one_table_with_its_evaluations(run: Path) -> None:
             "compare.json",
             {"reference": "kd", "problems": 1, "arms": [{**arm("kd", 3), "difference": [1, 2]}]},
         ),
+        ("analysis/analysis.json", []),
+        ("analysis/analysis.json", {"command": "analyze", "curves": 3}),
+        ("analysis/analysis.json", analysis({"score": "gap"})),
+        ("analysis/analysis.json", analysis(curve("gap", "student", "deletion", 1.0, 2.0))),
     ],
 )
 def test_results_of_another_shape_are_one_sentence(run: Path, name: str, value: object) -> None:
@@ -167,8 +211,11 @@ def test_names_in_results_become_no_markup(run: Path) -> None:
     put(run / "compare.json", reached)
     put(run / "<img src=x>" / "metrics.json", {**evaluation(800), "counts": {evil: 800}})
     put(run / "<b onclick=x>" / "metrics.json", TRAINING)
+    lines = [curve(evil, evil, "deletion", 0.0, 0.0, 0.0)]
+    put(run / "analysis" / "analysis.json", analysis(*lines, arm=evil))
     page = Page(write_report(run))
     assert (
         not page.root.find("img") and "<img" not in page.source and "<b onclick" not in page.source
     )
-    assert page.root.text.count(evil) == 3
+    # A curve's names are in the remark, the heading, the table, and twice and once in the plot.
+    assert page.root.text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").count(evil) == 3 + 6
