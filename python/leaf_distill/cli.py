@@ -173,7 +173,7 @@ COMMANDS = {
         KEPT,
     ),
     "analyze": Command(
-        "make the paper's studies of a run of `leaf detect`: tables and plots, without a model",
+        "make the paper's studies of a run of `leaf detect`, without a model, and score curves",
         "leaf analyze --run_dir runs/math",
         ("evaluation.config:AnalyzeConfig",),
         "evaluation.analyze:analyze",

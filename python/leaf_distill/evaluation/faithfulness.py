@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from leaf_distill.detection.arm_curves import REFERENCE, arm_curves
+from leaf_distill.detection.arm_curves import arm_curves
 from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.evaluation.arms import Arm
 from leaf_distill.evaluation.charts import curve_chart
