@@ -77,6 +77,6 @@ class _Curves(ArmRun):
             ranks[name] = [normalize(student) - normalize(teacher) for teacher, student in pairs]
         return [
             curve
-            for role in reversed(ROLES)
+            for role in ROLES
             for curve in deletion_curves(self.judge.use(role), views, ranks, self.own, self.cache)
         ]

@@ -18,14 +18,15 @@ from leaf_distill.evaluation.sheets import Estimate, Sheet, Value
 from leaf_distill.io import StoreError
 
 NAME = "curves"
+ENOUGH = 30
+"""With fewer rows, intervals of a bootstrap are said to be too narrow."""
 TITLE = "Deletion and insertion at equal size"
 NOTE = (
     "Mean loss of the completion (nats a token) over curves in which the same shares of tokens are "
     "deleted by each score, the most suspect first (deletion: low is good), or put back into a "
-    "text without them (insertion: high is good). 95 % intervals of a bootstrap over rows, which "
-    "are too narrow where rows are few; the difference is from random ranks, paired by row. A loss "
-    "is no answer: it ranks scores by what the label needs, and says nothing of a wrong answer "
-    "that gets right."
+    "text without them (insertion: high is good). 95 % intervals of a bootstrap over rows; the "
+    "difference is from random ranks, paired by row. A loss is no answer: it ranks scores by what "
+    "the label needs, and says nothing of a wrong answer that gets right."
 )
 MISSING = (
     "The scores have no deletion and insertion curves: {why}. `leaf analyze --curves` loads the "
@@ -50,12 +51,14 @@ class ScoreCurves:
         """The rows that were read, and how many comparisons the intervals do not correct for."""
         compared = [one for one in self.lines if one["difference"] is not None]
         scores = {one["score"] for one in compared}
+        rows = min((int(one["rows"]) for one in self.lines), default=0)
+        few = f" With {rows} rows they are too narrow besides." if rows < ENOUGH else ""
         return (
             f"The rows are those of {self.arm}; the curves depend on the rows and on no strategy "
             f"or threshold. Scores compared with random ranks: {len(scores)}; comparisons, over "
             f"models and kinds of curves: {len(compared)}. The intervals are not corrected for "
             "their number: if no score were better or worse than random, about "
-            f"{len(compared) / 20:.1f} would be told apart by chance."
+            f"{len(compared) / 20:.1f} would be told apart by chance.{few}"
         )
 
 
@@ -103,7 +106,7 @@ def curve_sheet(found: ScoreCurves | None) -> Sheet:
         for one in (found.lines if found else ())
     ]
     note = f"{found.remark} {NOTE}" if found else NOTE
-    return Sheet(NAME, TITLE, lines, note, percent=False, detail=("rows",))
+    return Sheet(NAME, TITLE, lines, note, percent=False, detail=("rows", "mean loss"))
 
 
 def than_random(line: Mapping[str, Any]) -> str | None:

@@ -96,6 +96,7 @@ def test_the_files_hold_the_curves_and_say_how_many_scores_were_compared(
     directory, curves = studied[1].directory, studied[1].curves
     assert curves is not None and curves.arm == "collective-select-all-validate-none"  # the first
     assert "random ranks: 2; comparisons, over models and kinds of curves: 8." in curves.remark
+    assert f"With {len(ROWS)} rows they are too narrow" in curves.remark
     page = (directory / "analysis.md").read_text()
     assert "## Deletion and insertion at equal size" in page and curves.remark in page
     for kind in ("deletion", "insertion"):
