@@ -30,7 +30,7 @@ NOTE = (
 )
 MISSING = (
     "The scores have no deletion and insertion curves: {why}. `leaf analyze --curves` loads the "
-    "models and measures them."
+    "models and measures them; `--scores` chooses fewer."
 )
 
 
@@ -78,7 +78,7 @@ def score_curves(
     scored = (one for one in arms if any(row.scored for row in one.rows.values()))
     if (arm := next(scored, None)) is None:
         return None, []
-    path, why = root / "arms" / arm.name, "their losses are not in the cache"
+    path, why = root / "arms" / arm.name, "their losses are not all in the cache"
     try:
         own = read_settings(path, **config.moved)
         lines = arm_curves(path, own, config.scores, load=config.curves)
