@@ -34,6 +34,23 @@ def test_a_gap_of_logarithms_is_evidence_from_the_same_range(
     assert found.tolist() == [expected]
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_logarithms_that_cancel_are_no_evidence(backend: str, weight: float) -> None:
+    """Their rounding alone would be: near the floor it is up to 5e-7 for each."""
+    student, domain = 1e-4 + 2e-4 * torch.rand(1, 1000), torch.ones(1, 1000, dtype=torch.bool)
+    student[0, 0] = 1.0
+    teacher = torch.full_like(student, 0.3) if weight == 0 else 3 * student
+    found = leaf_ext.detect_spans(
+        teacher,
+        student,
+        domain,
+        scale="log",
+        student_weight=weight,
+        backend=cast(Backend, backend),
+    )
+    assert found.tolist() == [[]]
+
+
 def test_a_logarithm_has_a_floor_at_1e_4_of_the_largest_norm(backend: str) -> None:
     """The third token's score of log(floor) - log(s) is 0 at the floor, and 1 at the top."""
     student, domain = torch.tensor([[7.0, 7.0, 7.0]]), torch.ones(1, 3, dtype=torch.bool)
