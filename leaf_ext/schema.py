@@ -19,6 +19,10 @@ TRITON = "leaf_ext_triton"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REFERENCE_DTYPES = (*DTYPES, torch.float64)
 
+# On the logarithmic scale of `detect_spans` a norm counts as at least this share of the sequence's
+# largest one, so that a token whose norm is zero does not set the range of all others.
+LOG_FLOOR = 1e-4
+
 Sizes = Mapping[str, int]
 
 
@@ -165,9 +169,9 @@ OPS: dict[str, Op] = {
         Op("grad_norm", "Tensor grad", "Tensor", _grad_norm_bytes),
         Op(
             "detect_spans",
-            "Tensor teacher, Tensor student, Tensor domain, Tensor? prunable, float threshold, "
-            "bool quantile, float cap, float teacher_max, int join_gap, int min_length, "
-            "Tensor? cu_seqlens, SymInt max_seqlen",
+            "Tensor teacher, Tensor student, Tensor domain, Tensor? prunable, bool log_scale, "
+            "float student_weight, float threshold, bool quantile, float cap, float teacher_max, "
+            "int join_gap, int min_length, Tensor? cu_seqlens, SymInt max_seqlen",
             "(Tensor span, Tensor count, Tensor score, Tensor confounder, Tensor status)",
             _detect_spans_bytes,
         ),

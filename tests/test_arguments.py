@@ -229,6 +229,22 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: leaf_ext.detect_spans(*span_tensors(), rule="rank"),  # type: ignore[arg-type]
         'rule must be "absolute" or "quantile"',
     ),
+    "spans_scale": (
+        lambda: leaf_ext.detect_spans(*span_tensors(), scale="ratio"),  # type: ignore[arg-type]
+        'detect_spans: scale must be "minmax" or "log", got \'ratio\'',
+    ),
+    "spans_weight": (
+        lambda: leaf_ext.detect_spans(*span_tensors(), student_weight=-0.5),
+        r"student_weight must be a finite number in \[0, 1e\+30\], got -0.5",
+    ),
+    "spans_weight_nan": (
+        lambda: leaf_ext.detect_spans(*span_tensors(), student_weight=float("nan")),
+        "student_weight must be a finite number .*, got nan",
+    ),
+    "spans_weight_inf": (
+        lambda: leaf_ext.detect_spans(*span_tensors(), student_weight=float("inf")),
+        "student_weight must be a finite number .*, got inf",
+    ),
     "spans_join_gap": (
         lambda: leaf_ext.detect_spans(*span_tensors(), join_gap=-1),
         "join_gap must be an integer >= 0, got -1",
@@ -280,7 +296,12 @@ def test_numbers_of_numpy_and_pairs_from_a_file_are_taken() -> None:
         *tensors, temperature=2.0, logit_scale=(1.0, 0.5), logit_softcap=(30.0, None)
     )
     assert torch.equal(given, plain)
-    options = {"threshold": np.float32(0.5), "join_gap": np.int64(3), "min_length": np.int32(2)}
+    options = {
+        "threshold": np.float32(0.5),
+        "student_weight": np.int64(1),
+        "join_gap": np.int64(3),
+        "min_length": np.int32(2),
+    }
     saliencies = span_tensors()
     found = leaf_ext.detect_spans(*saliencies, **options).tolist()
     assert (

@@ -41,7 +41,7 @@ def spans(*, packed: bool = False, **changed: Any) -> Any:
         **changed,
     }
     *first, cu_seqlens, max_seqlen = arguments.values()
-    options = (0.4, False, 0.5, math.inf, 0, 1)
+    options = (False, 1.0, 0.4, False, 0.5, math.inf, 0, 1)
     return torch.ops.leaf_ext.detect_spans(*first, *options, cu_seqlens, max_seqlen)
 
 

@@ -114,10 +114,13 @@ def test_linear_dual_kl_compiles_with_rows_that_data_decide() -> None:
 def test_detection_compiles_whole(backend: str, dynamic: bool) -> None:
     torch.compiler.reset()
 
-    def detect(teacher: Tensor, student: Tensor, domain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def detect(teacher: Tensor, student: Tensor, domain: Tensor) -> tuple[Tensor, ...]:
         norms = leaf_ext.grad_norm(teacher, backend=backend)
         spans = leaf_ext.detect_spans(teacher, student, domain, threshold=0.4, backend=backend)
-        return norms, spans.span, spans.count
+        logs = leaf_ext.detect_spans(
+            teacher, student, domain, scale="log", student_weight=0.8, backend=backend
+        )
+        return norms, spans.span, spans.count, logs.span
 
     compiled = torch.compile(detect, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for length in (20, 33):

@@ -22,6 +22,47 @@ def test_a_gap_is_evidence_from_a_range_of_1e_6(
     assert found.tolist() == [expected]
 
 
+@pytest.mark.parametrize(("gap", "expected"), [(0.8e-6, []), (1.2e-6, [(1, 2)])])
+def test_a_gap_of_logarithms_is_evidence_from_the_same_range(
+    backend: str, gap: float, expected: list[tuple[int, int]]
+) -> None:
+    teacher, student = torch.tensor([[0.1, 0.5, 1.0]]), torch.tensor([[0.1, 0.5 * (1 + gap), 1.0]])
+    domain = torch.ones(1, 3, dtype=torch.bool)
+    found = leaf_ext.detect_spans(
+        teacher, student, domain, scale="log", backend=cast(Backend, backend)
+    )
+    assert found.tolist() == [expected]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_logarithms_that_cancel_are_no_evidence(backend: str, weight: float) -> None:
+    """Their rounding alone would be: near the floor it is up to 5e-7 for each."""
+    student, domain = 1e-4 + 2e-4 * torch.rand(1, 1000), torch.ones(1, 1000, dtype=torch.bool)
+    student[0, 0] = 1.0
+    teacher = torch.full_like(student, 0.3) if weight == 0 else 3 * student
+    found = leaf_ext.detect_spans(
+        teacher,
+        student,
+        domain,
+        scale="log",
+        student_weight=weight,
+        backend=cast(Backend, backend),
+    )
+    assert found.tolist() == [[]]
+
+
+def test_a_logarithm_has_a_floor_at_1e_4_of_the_largest_norm(backend: str) -> None:
+    """The third token's score of log(floor) - log(s) is 0 at the floor, and 1 at the top."""
+    student, domain = torch.tensor([[7.0, 7.0, 7.0]]), torch.ones(1, 3, dtype=torch.bool)
+    for factor, share in ((-1.0, 0.0), (0.0, 0.0), (0.5, 0.0), (0.999, 0.0), (2.0, 0.0752575)):
+        teacher = 3e-20 * torch.tensor([[1.0, 0.0, factor * 1e-4]])
+        found = leaf_ext.detect_spans(
+            teacher, student, domain, scale="log", backend=cast(Backend, backend)
+        )
+        expected = torch.tensor([[1.0, 0.0, share]])
+        torch.testing.assert_close(found.score, expected, rtol=0, atol=1e-6)
+
+
 def confounders(tokens: int, backend: str, **options: Any) -> int:
     """Return how many of n tokens with the scores 0, 1 / (n - 1), ..., 1 the options cut."""
     teacher, domain = torch.arange(tokens)[None].float(), torch.ones(1, tokens, dtype=torch.bool)

@@ -60,11 +60,14 @@ def test_every_namespace_has_every_op(namespace: str, name: str) -> None:
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "grad_norm": lambda: (torch.randn(3, 5, 7),),
     "detect_spans": lambda: (
-        *span_tensors(), None, 0.4, True, 0.5, math.inf, 1, 1, None, 20,
+        *span_tensors(), None, False, 1.0, 0.4, True, 0.5, math.inf, 1, 1, None, 20,
+    ),
+    "detect_spans-log": lambda: (
+        *span_tensors(), None, True, 0.7, 0.4, True, 0.5, 0.6, 1, 1, None, 20,
     ),
     "detect_spans-packed": lambda: (
         torch.randn(60, 4), torch.randn(60, 6), torch.rand(60) > -1, torch.rand(60) > 0.3,
-        0.4, False, 0.5, 0.7, 0, 2, torch.tensor([0, 11, 11, 60]), 49,
+        False, 2.0, 0.4, False, 0.5, 0.7, 0, 2, torch.tensor([0, 11, 11, 60]), 49,
     ),
     "dual_kl": lambda: (*kl_tensors(), *SCALARS, True, True),
     "dual_kl-loss_only": lambda: (*kl_tensors(), *SCALARS, False, False),
@@ -213,8 +216,12 @@ def test_the_reference_detects_without_waiting_for_the_device() -> None:
     """The size of a selection, for instance, would need values, which a meta tensor lacks."""
     tensors = [t.reshape(60).to("meta") for t in span_tensors()]
     borders = torch.tensor([0, 20, 60], device="meta")
-    spans = reference.detect_spans(*tensors, tensors[2], 0.4, True, 0.5, 0.7, 1, 2, borders, 40)
-    assert spans.span.shape == (2, 20, 2) and spans.score.shape == (60,)
+    for log_scale in (False, True):
+        gap = (log_scale, 0.9)
+        spans = reference.detect_spans(
+            *tensors, tensors[2], *gap, 0.4, True, 0.5, 0.7, 1, 2, borders, 40
+        )
+        assert spans.span.shape == (2, 20, 2) and spans.score.shape == (60,)
 
 
 def test_build_info_names_the_backend() -> None:

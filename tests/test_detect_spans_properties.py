@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import cast
 
@@ -30,6 +30,8 @@ class Options:
     teacher_max: float | None
     join_gap: int
     min_length: int
+    scale: str = "minmax"
+    student_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,29 +47,38 @@ def normalized(values: list[float]) -> list[float]:
     return [(value - low) / (high - low) if high > low else 0.0 for value in values]
 
 
-def confounders(tokens: list[Token], options: Options) -> list[int]:
-    """Return the positions of confounding tokens, by the definition for single tokens."""
+def logarithms(values: list[float]) -> list[float]:
+    high = max(values)
+    return [math.log(max(value, 1e-4 * high)) if high > 0 else 0.0 for value in values]
+
+
+def margins(tokens: list[Token], options: Options) -> dict[int, float]:
+    """Return how far below the limits each token of the domain is; none if there is no evidence."""
     inside = [i for i, token in enumerate(tokens) if token.domain]
     if not inside:
-        return []
+        return {}
     if not all(math.isfinite(tokens[i].teacher + tokens[i].student) for i in inside):
-        return []
-    teacher = normalized([tokens[i].teacher for i in inside])
-    student = normalized([tokens[i].student for i in inside])
-    gap = [a - b for a, b in zip(teacher, student, strict=True)]
+        return {}
+    both = ([tokens[i].teacher for i in inside], [tokens[i].student for i in inside])
+    teacher, student = map(logarithms if options.scale == "log" else normalized, both)
+    gap = [a - options.student_weight * b for a, b in zip(teacher, student, strict=True)]
     if max(gap) - min(gap) < 1e-6:
-        return []
+        return {}
     score = normalized(gap)
     cut = options.threshold
     if options.rule == "quantile":
         rank = min(len(inside) - 1, math.floor(options.threshold * len(inside)))
         cut = min(options.cap, sorted(score)[rank])
     highest = math.inf if options.teacher_max is None else options.teacher_max
-    return [
-        position
-        for position, value, saliency in zip(inside, score, teacher, strict=True)
-        if tokens[position].prunable and value <= cut and saliency <= highest
-    ]
+    return {
+        position: min(cut - value, highest - saliency)
+        for position, value, saliency in zip(inside, score, normalized(both[0]), strict=True)
+    }
+
+
+def confounders(tokens: list[Token], options: Options) -> list[int]:
+    """Return the positions of confounding tokens, by the definition for single tokens."""
+    return [i for i, far in margins(tokens, options).items() if tokens[i].prunable and far >= 0]
 
 
 def spans(tokens: list[Token], positions: list[int], options: Options) -> list[tuple[int, int]]:
@@ -111,6 +122,26 @@ options = st.builds(
 )
 
 
+# Norms as float32 holds them, some of them below the floor of a logarithm.
+values = st.sampled_from([-1.0, 0.0, 2.0**-20, 2.0**-11, 0.125, 0.375, 0.5, 0.75, 1.0, 3.0])
+norms = st.builds(
+    Token,
+    teacher=values,
+    student=values,
+    domain=st.sampled_from([True, True, True, False]),
+    prunable=st.sampled_from([True, True, False]),
+)
+weighted_options = st.builds(
+    Options,
+    threshold=st.sampled_from([0.0, 0.125, 0.25, 0.3, 0.5, 0.75, 1.0]),
+    rule=st.sampled_from(["absolute", "quantile"]),
+    cap=st.sampled_from([0.25, 0.5, 1.0]),
+    teacher_max=st.sampled_from([None, 0.3, 1.0]),
+    join_gap=st.integers(0, 3),
+    min_length=st.integers(1, 4),
+    scale=st.sampled_from(["minmax", "log", "log"]),
+    student_weight=st.sampled_from([0.0, 0.3, 0.5, 1.0, 1.0, 2.5]),
+)
 PADDING = Token(math.nan, math.inf, False, True)
 
 
@@ -130,6 +161,8 @@ def detect(
         torch.tensor([token.student for token in flat], dtype=dtype).view(shape),
         torch.tensor([token.domain for token in flat], dtype=torch.bool).view(shape),
         prunable=torch.tensor([token.prunable for token in flat], dtype=torch.bool).view(shape),
+        scale="log" if options.scale == "log" else "minmax",
+        student_weight=options.student_weight,
         threshold=options.threshold,
         rule="quantile" if options.rule == "quantile" else "absolute",
         cap=options.cap,
@@ -159,7 +192,34 @@ def test_spans_are_the_definition(
 
 
 @SETTINGS
-@given(sequences=st.lists(st.lists(wild, max_size=12), min_size=1, max_size=3), options=options)
+@given(
+    sequences=st.lists(st.lists(norms, max_size=24), max_size=4),
+    options=weighted_options,
+    factor=st.sampled_from([2.0**-70, 1.0, 2.0**60]),
+)
+def test_scales_and_weights_are_the_definition(
+    sequences: list[list[Token]], options: Options, factor: float, backend: str
+) -> None:
+    """Only for tokens that lie at the cut may rounding decide."""
+    scaled = [[replace(t, teacher=t.teacher * factor) for t in tokens] for tokens in sequences]
+    found = detect(scaled, options, backend)
+    lengths = [len(tokens) for tokens in sequences]
+    rows = found.confounder.split(lengths) if lengths else ()
+    for tokens, row, runs in zip(sequences, rows, found.tolist(), strict=True):
+        far = margins(tokens, options)
+        marked = row.nonzero().flatten().tolist()
+        assert runs == spans(tokens, marked, options)
+        for i, token in enumerate(tokens):
+            if i not in far or not token.prunable or abs(far[i]) > 1e-5:
+                expected = i in far and token.prunable and far[i] > 0
+                assert (i in marked) == expected
+
+
+@SETTINGS
+@given(
+    sequences=st.lists(st.lists(wild, max_size=12), min_size=1, max_size=3),
+    options=st.one_of(options, weighted_options),
+)
 def test_not_finite_sequences_are_flagged_and_have_no_span(
     sequences: list[list[Token]], options: Options, backend: str
 ) -> None:
@@ -190,7 +250,10 @@ def test_spans_are_sorted_disjoint_and_inside_the_domain(
 
 
 @SETTINGS
-@given(sequences=st.lists(st.lists(wild, max_size=24), max_size=3), options=options)
+@given(
+    sequences=st.lists(st.lists(wild, max_size=24), max_size=3),
+    options=st.one_of(options, weighted_options),
+)
 def test_padding_and_packing_agree(
     sequences: list[list[Token]], options: Options, backend: str
 ) -> None:

@@ -13,12 +13,15 @@ from torch import Tensor
 import leaf_ext
 from leaf_ext.ops import linear_chunks
 from leaf_ext.reference.detect_spans import spans_of
+from leaf_ext.schema import LOG_FLOOR
 from leaf_ext.testing import cases, inputs
 from leaf_ext.testing.budget import assert_within_budget, error
 from leaf_ext.testing.eager import eager_divergence_rows, eager_grad_norm, eager_topk_rows
 
 # The error of two computed norms together, in half units in the last place.
 NORM_UNITS = 4
+# The error of a float32 logarithm, in such units of its value.
+LOG_UNITS = 4
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -375,7 +378,7 @@ def test_detect_spans(case: cases.SpansCase, backend: str) -> None:
     assert torch.equal(spans.status, oracle.status)
     assert spans.span.shape == oracle.span.shape and spans.score.dtype == torch.float32
     assert torch.equal(spans.score.isnan(), oracle.score.isnan())
-    if case.hidden is None:  # equal norms give equal bits
+    if case.hidden is None and case.scale == "minmax":  # equal norms give equal bits
         same = detect(case, given, "reference")
         assert torch.equal(spans.span, same.span) and torch.equal(spans.count, same.count)
         assert torch.equal(spans.confounder, same.confounder)
@@ -398,7 +401,7 @@ def test_detect_spans(case: cases.SpansCase, backend: str) -> None:
         ),
         strict=True,
     ):
-        band = rounding_band([norm[domain] for norm in pair], computed=case.hidden is not None)
+        band = rounding_band(case, *(norm[domain] for norm in pair))
         assert error(score, truth) <= band
         assert not (ours & ~domain).any()
         differ = ours != theirs
@@ -420,20 +423,49 @@ def test_detect_spans(case: cases.SpansCase, backend: str) -> None:
         assert (spans.span[row, int(spans.count[row]) :] == -1).all()
 
 
-def rounding_band(norms: list[Tensor], *, computed: bool) -> float:
+def rounding_band(case: cases.SpansCase, teacher: Tensor, student: Tensor) -> float:
     """Return the allowed error of a score: the rounding of the gap divided by the gap's range.
 
-    s_hat is two differences and a quotient of norms. Norms computed from gradients are off by a few
-    units, which the division by max - min magnifies.
+    Norms computed from gradients are off by a few units, which normalization may magnify.
     """
-    if norms[0].numel() == 0 or not all(bool(norm.isfinite().all()) for norm in norms):
+    if teacher.numel() == 0 or not bool((teacher + student).isfinite().all()):
         return 0.0
     unit = torch.finfo(torch.float32).eps / 2
-    gap, off = torch.zeros_like(norms[0]), unit
-    for norm, sign in zip(norms, (1, -1), strict=True):
+    gap_of = min_max_gap if case.scale == "minmax" else log_gap
+    gap, off = gap_of(case, teacher, student, unit)
+    width = float(gap.amax() - gap.amin())
+    return 4 * off / width + 3 * unit if width > 0 else 0.0
+
+
+def min_max_gap(
+    case: cases.SpansCase, teacher: Tensor, student: Tensor, unit: float
+) -> tuple[Tensor, float]:
+    """Return the gap and its rounding; s_hat is two differences and a quotient of norms."""
+    gap, off = torch.zeros_like(teacher), unit * max(1.0, case.student_weight)
+    for norm, weight in ((teacher, 1.0), (student, -case.student_weight)):
         spread = norm.amax() - norm.amin()
         if spread > 0:
-            gap += sign * (norm - norm.amin()) / spread
-            off += unit * (3 + (NORM_UNITS * float(norm.amax() / spread) if computed else 0))
-    width = float(gap.amax() - gap.amin())
-    return (4 * off + 3 * unit) / width if width > 0 else 0.0
+            gap += weight * (norm - norm.amin()) / spread
+            magnified = NORM_UNITS * float(norm.amax() / spread) if case.hidden else 0
+            # A weight of 1 is exact; another one is rounded, and so is its product.
+            off += unit * abs(weight) * (3 + 2 * (abs(weight) != 1) + magnified)
+    return gap, off
+
+
+def log_gap(
+    case: cases.SpansCase, teacher: Tensor, student: Tensor, unit: float
+) -> tuple[Tensor, float]:
+    """Return the gap and its rounding. A logarithm is off by up to LOG_UNITS of its value."""
+    shares = [
+        norm.div(norm.amax()).clamp(min=LOG_FLOOR) if norm.amax() > 0 else torch.ones_like(norm)
+        for norm in (teacher, student)
+    ]
+    ratio, rest = shares[0], case.student_weight
+    if rest >= 0.5:
+        ratio, rest = ratio / shares[1], rest - 1
+    first, second = ratio.log(), rest * shares[1].log()
+    share = unit * (2 + (NORM_UNITS if case.hidden else 0))  # quotient and floor
+    off = share * (2 + abs(rest)) + unit + unit * LOG_UNITS * float(first.abs().amax())
+    off += unit * (LOG_UNITS + 2) * float(second.abs().amax())
+    gap = first - second
+    return gap, off + unit * float(gap.abs().amax())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,11 @@ def test_detection_is_bitwise_the_same_for_any_number_of_threads(dtype: torch.dt
 
     def run() -> Iterator[Tensor]:
         yield leaf_ext.grad_norm(grad, backend="cpu")
-        spans = leaf_ext.detect_spans(*pair, domain, threshold=0.4, backend="cpu")
-        # NaN outside the domain is not equal to itself.
-        yield from (spans.span, spans.count, spans.confounder, spans.score.nan_to_num(-1.0))
+        for gap in ({}, {"scale": "log", "student_weight": 0.8}):
+            options: Any = {"threshold": 0.4, "backend": "cpu", **gap}
+            spans = leaf_ext.detect_spans(*pair, domain, **options)
+            # NaN outside the domain is not equal to itself.
+            yield from (spans.span, spans.count, spans.confounder, spans.score.nan_to_num(-1.0))
 
     assert_the_same_for_any_number_of_threads(run)
 

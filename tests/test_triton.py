@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,8 +75,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("join_gap", [0, 2, 40])
 @pytest.mark.parametrize("rule", ["absolute", "quantile"])
+@pytest.mark.parametrize("scale", ["minmax", "log"])
 def test_spans_cross_blocks(
-    small_blocks: None, device: torch.device, rule: str, join_gap: int
+    small_blocks: None, device: torch.device, scale: Any, rule: str, join_gap: int
 ) -> None:
     """Spans, joins and walls cross one or several borders of blocks."""
     length = 100
@@ -87,6 +89,8 @@ def test_spans_cross_blocks(
     found, expected = (
         leaf_ext.detect_spans(
             *(t.to(on) for t in (teacher, student, domain)),
+            scale=scale,
+            student_weight=0.9,
             threshold=0.4,
             rule="quantile" if rule == "quantile" else "absolute",
             join_gap=join_gap,
@@ -125,7 +129,20 @@ def test_borders_on_a_gpu_are_not_trusted(device: torch.device) -> None:
     norms, inside = torch.rand(10, device=device), torch.ones(10, dtype=torch.bool, device=device)
     borders = torch.tensor([2, 1000, -5, 8], device=device)
     span, count, score, confounder, _ = torch.ops.leaf_ext_triton.detect_spans(
-        norms, norms.flip(0), inside, None, 1.0, False, 1.0, float("inf"), 0, 1, borders, 4
+        norms,
+        norms.flip(0),
+        inside,
+        None,
+        False,
+        1.0,
+        1.0,
+        False,
+        1.0,
+        float("inf"),
+        0,
+        1,
+        borders,
+        4,
     )
     assert span.shape == (3, 2, 2) and int(span.max()) <= 4
     assert count.tolist() == [1, 0, 1]

@@ -40,6 +40,7 @@ class Variant(NamedTuple):
     constants: dict[str, Any]
     warps: int
     registers: int | None = None  # the limit for a thread; by default the compiler chooses
+    fused: bool = True  # whether a product and a sum may become one operation
 
 
 def _named(type_: str, names: str) -> dict[str, str]:
@@ -115,15 +116,17 @@ def scale_variants(dtypes: tuple[str, ...]) -> Iterator[Variant]:
 def spans_variants(flags: tuple[bool, ...]) -> Iterator[Variant]:
     types = _named("*fp32", "teacher student score") | _named("*u8", "domain prunable")
     types |= _named("*i64", "borders span count status") | {"confounder": "*i8", "share": "fp64"}
-    types |= _named("fp32", "threshold cap teacher_max")
+    types |= _named("fp32", "weight threshold cap teacher_max")
     names = ("PACKED", "PRUNABLE", "QUANTILE")
-    for chosen in itertools.product(*[flags] * len(names)):
+    for form, *chosen in itertools.product(range(3), *[flags] * len(names)):
         constants = dict(zip(names, chosen, strict=True)) | {"BLOCK": detect_spans._BLOCK}
-        yield Variant(detect_spans.spans_kernel, types, constants, detect_spans._WARPS)
+        constants["SCALE"] = form
+        warps = detect_spans._WARPS
+        yield Variant(detect_spans.spans_kernel, types, constants, warps, fused=False)
 
 
 def compiled(variant: Variant, architecture: int) -> dict[str, Any]:
-    kernel, types, constants, warps, registers = variant
+    kernel, types, constants, warps, registers, fused = variant
     names = kernel.arg_names
     assert set(types) | set(constants) <= set(names), (set(types) | set(constants)) - set(names)
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
@@ -135,7 +138,8 @@ def compiled(variant: Variant, architecture: int) -> dict[str, Any]:
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
     target = GPUTarget("cuda", architecture, 32)
-    binary = triton.compile(source, target=target, options=options(warps) | {"maxnreg": registers})
+    chosen = options(warps, fused=fused) | {"maxnreg": registers}
+    binary = triton.compile(source, target=target, options=chosen)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()

@@ -143,6 +143,7 @@ def lines(clock: Clock, backend: str, small: bool) -> Iterator[Line]:
         yield line(op, case, how)
     for length in (40, 4096, 20_001):
         yield line("detect_spans", SpansCase(f"{length}", 3, length))
+        yield line("detect_spans", SpansCase(f"{length}_log", 3, length, scale="log"))
     yield line("detect_spans", SpansCase("of gradients", 3, 300, hidden=(65, 33)))
     yield "no rows", partial(without_rows, clock, backend)
     if not (small and clock.on_gpu):  # a sanitizer would look at NCCL's kernels

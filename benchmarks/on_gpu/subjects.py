@@ -296,15 +296,19 @@ class Spans(Subject):
             normal = (self.random.normal(case.dtype, *shape, width) for width in case.hidden)
             norms = [x.mul_(norm[..., None]) for x, norm in zip(normal, norms, strict=True)]
         self.tensors = (*norms, self.random.uniform(*shape) < case.in_domain)
+        self.options = {"scale": case.scale, "student_weight": case.student_weight}
 
     def truths(self, result: Any) -> Iterator[Truth]:
         *both, domain = self.tensors
         norms = [t.double().norm(dim=-1) if t.dim() == 3 else t for t in both]
         exact, single = (
-            leaf_ext.detect_spans(*(n.to(dtype) for n in norms), domain, backend="reference")
+            leaf_ext.detect_spans(
+                *(n.to(dtype) for n in norms), domain, backend="reference", **self.options
+            )
             for dtype in (torch.float64, torch.float32)
         )
-        if isinstance(result, leaf_ext.Spans) and self.case.hidden is None:
+        exactly = self.case.hidden is None and self.case.scale == "minmax"
+        if isinstance(result, leaf_ext.Spans) and exactly:
             yield "spans", result.span, single.span, 0.0  # equal norms give equal spans
         score = result.score if isinstance(result, leaf_ext.Spans) else result
         yield "score", score[domain], exact.score[domain], 1e-5

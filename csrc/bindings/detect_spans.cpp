@@ -73,9 +73,9 @@ void check_borders(const int64_t* borders, int64_t sequences, int64_t tokens, in
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect_spans(
-    Tensor teacher, Tensor student, Tensor domain, std::optional<Tensor> prunable, double threshold,
-    bool quantile, double cap, double teacher_max, int64_t join_gap, int64_t min_length,
-    std::optional<Tensor> cu_seqlens, int64_t max_seqlen) {
+    Tensor teacher, Tensor student, Tensor domain, std::optional<Tensor> prunable, bool log_scale,
+    double student_weight, double threshold, bool quantile, double cap, double teacher_max,
+    int64_t join_gap, int64_t min_length, std::optional<Tensor> cu_seqlens, int64_t max_seqlen) {
   check_dtype(kOp, "domain", domain, ScalarType::Bool, "bool");
   std::optional<Tensor> borders;
   if (cu_seqlens) {
@@ -113,6 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect_spans(
   params.sequences = sequences;
   params.max_length = max_seqlen;
   params.max_spans = max_spans;
+  params.set_scale(log_scale, student_weight);
   params.threshold = threshold;
   params.quantile = quantile;
   params.cap = cap;

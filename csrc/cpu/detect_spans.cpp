@@ -1,12 +1,17 @@
 // Per sequence, over the tokens of the domain and in float32, step by step:
 //
 //     s_hat = (s - min s) / (max s - min s)       for teacher and student; 0 where max = min
-//     gap   = s_hat_teacher - s_hat_student
+//     gap   = s_hat_teacher - weight s_hat_student
 //     score = (gap - min gap) / (max gap - min gap)
 //     confounder = prunable & (score <= cut) & (s_hat_teacher <= teacher_max)
 //
 // Every step rounds each value once, so that the masks equal those of every other backend. A span
 // is a maximal run of confounders.
+//
+// On the logarithmic scale the gap is log t - weight log s of the models' shares t and s of their
+// largest norm, at least kLogFloor. From a weight of 1/2 on it is log(t / s) - (weight - 1) log s,
+// so that weights of 1 and 0 make no error in a gap that is equal everywhere. Here backends differ
+// by the rounding of logarithms.
 
 #include "leaf/detect_spans.h"
 
@@ -53,15 +58,46 @@ LEAF_CLONES Range domain_range(const float* __restrict__ x, const uint8_t* __res
   return {min, max, bad == 0};
 }
 
-// x and y may be the same array. Values outside the domain are arbitrary.
-LEAF_CLONES void normalize(const float* x, int64_t n, Range range, float* y) {
+// Returns weight * (x - min) / (max - min) in y, which may be x. Values outside the domain are
+// arbitrary. The weight is not left to the subtraction, where it would be fused on some processors.
+LEAF_CLONES void normalize(const float* x, int64_t n, Range range, float weight, float* y) {
   const float width = range.max - range.min;
   if (!(width > 0.0f)) {
     std::fill(y, y + n, 0.0f);
     return;
   }
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - range.min) / width;
+  for (int64_t i = 0; i < n; ++i) y[i] = weight * ((x[i] - range.min) / width);
+}
+
+// Divides by the largest value in the domain: shares in [kLogFloor, 1], also outside the domain.
+LEAF_CLONES void share(const float* __restrict__ x, int64_t n, float max, float* __restrict__ y) {
+  if (!(max > 0.0f)) {
+    std::fill(y, y + n, 1.0f);
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float ratio = x[i] / max;
+    const float bounded = ratio < 1.0f ? ratio : 1.0f;
+    y[i] = bounded > kLogFloor ? bounded : kLogFloor;
+  }
+}
+
+LEAF_CLONES void divide(float* __restrict__ x, const float* __restrict__ y, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) x[i] /= y[i];
+}
+
+// Returns log x - weight log y.
+LEAF_CLONES void subtract_logs(const float* __restrict__ x, const float* __restrict__ y, int64_t n,
+                               float weight, float* __restrict__ difference) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = x[i];
+    const float b = y[i];
+    difference[i] = log_of(a, a - 1.0f) - weight * log_of(b, b - 1.0f);
+  }
 }
 
 LEAF_CLONES void subtract(const float* __restrict__ x, const float* __restrict__ y, int64_t n,
@@ -148,11 +184,19 @@ class Sequence {
   void mark(const Range& teacher_range, const Range& student_range) {
     std::vector<float> teacher(n_);
     std::vector<float> student(n_);
-    normalize(p_.teacher + begin_, n_, teacher_range, teacher.data());
-    normalize(p_.student + begin_, n_, student_range, student.data());
-    subtract(teacher.data(), student.data(), n_, score_);
+    if (p_.scale == GapScale::kMinMax) {
+      normalize(p_.teacher + begin_, n_, teacher_range, 1.0f, teacher.data());
+      normalize(p_.student + begin_, n_, student_range, p_.weight, student.data());
+      subtract(teacher.data(), student.data(), n_, score_);
+    } else {
+      share(p_.teacher + begin_, n_, teacher_range.max, teacher.data());
+      share(p_.student + begin_, n_, student_range.max, student.data());
+      if (p_.scale == GapScale::kLogRatio) divide(teacher.data(), student.data(), n_);
+      subtract_logs(teacher.data(), student.data(), n_, p_.weight, score_);
+      normalize(p_.teacher + begin_, n_, teacher_range, 1.0f, teacher.data());
+    }
     const Range gap = domain_range(score_, domain_, n_);
-    normalize(score_, n_, gap, score_);
+    normalize(score_, n_, gap, 1.0f, score_);
     erase_outside(domain_, n_, score_);
 
     if (!(gap.width() >= kSmallestGapRange)) return;

@@ -38,20 +38,7 @@ LEAF_INLINE float difference_and_term(float q, float p, float log_ratio, float* 
 // has the relative error of `drop`.
 LEAF_INLINE float log_of_mixture(float own, float other, float decay, float drop) {
   const float value = own + other * decay;
-  const auto bits = std::bit_cast<int32_t>(value);
-  const int32_t exponent =
-      (bits - 0x3f3504f3) >> 23;  // so that the rest is in [sqrt(1/2), sqrt(2))
-  const float rest = std::bit_cast<float>(bits - exponent * (1 << 23));
-  const float above = exponent == 0 ? other * drop : rest - 1.0f;
-  const float z = above / (2.0f + above);  // log(1 + above) = 2 atanh(z)
-  const float square = z * z;
-  float series = 1.0f / 9;
-  series = series * square + 1.0f / 7;
-  series = series * square + 1.0f / 5;
-  series = series * square + 1.0f / 3;
-  const float log = 2.0f * z + 2.0f * z * square * series;
-  constexpr float kLn2 = 0.693147180559945309f;
-  return value == value ? static_cast<float>(exponent) * kLn2 + log : value;
+  return value == value ? log_of(value, other * drop) : value;
 }
 
 // A divergence whose gradient is p_s (r - mean): returns the term of a token and stores r.

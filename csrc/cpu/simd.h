@@ -104,6 +104,24 @@ LEAF_INLINE float exp2_nonpositive(float x, float scale, float lowest) {
   return p * std::bit_cast<float>(std::bit_cast<uint32_t>(shifted) << 23);
 }
 
+// Returns log(x) of a normal x > 0 with a relative error of 2e-7, also near 1 if `above` = x - 1 is
+// that exact: 2 atanh(z) of the significand, in [sqrt(1/2), sqrt(2)), and the exponent's part.
+LEAF_INLINE float log_of(float x, float above) {
+  const auto bits = std::bit_cast<int32_t>(x);
+  const int32_t exponent = (bits - 0x3f3504f3) >> 23;
+  const float rest = std::bit_cast<float>(bits - exponent * (1 << 23));
+  above = exponent == 0 ? above : rest - 1.0f;
+  const float z = above / (2.0f + above);
+  const float square = z * z;
+  float series = 1.0f / 9;
+  series = series * square + 1.0f / 7;
+  series = series * square + 1.0f / 5;
+  series = series * square + 1.0f / 3;
+  const float log = 2.0f * z + 2.0f * z * square * series;
+  constexpr float kLn2 = 0.693147180559945309f;
+  return static_cast<float>(exponent) * kLn2 + log;
+}
+
 // Returns tanh(u) and stores 1 - tanh(u)^2, both with a relative error of 5e-7: a polynomial near
 // 0, otherwise 1 - 2 / (e^2u + 1).
 LEAF_INLINE float tanh_and_slope(float u, float* slope) {

@@ -1,12 +1,17 @@
 // Per sequence, over the tokens of the domain and in float32, step by step:
 //
 //     s_hat = (s - min s) / (max s - min s)       for teacher and student; 0 where max = min
-//     gap   = s_hat_teacher - s_hat_student
+//     gap   = s_hat_teacher - weight s_hat_student
 //     score = (gap - min gap) / (max gap - min gap)
 //     confounder = prunable & (score <= cut) & (s_hat_teacher <= teacher_max)
 //
 // Every step rounds each value once, so that the masks equal those of every other backend. A span
 // is a maximal run of confounders.
+//
+// On the logarithmic scale the gap is log t - weight log s of the models' shares t and s of their
+// largest norm, at least kLogFloor. From a weight of 1/2 on it is log(t / s) - (weight - 1) log s,
+// so that weights of 1 and 0 make no error in a gap that is equal everywhere. Here backends differ
+// by the rounding of logarithms.
 //
 // One block processes a sequence of any length, in passes: the ranges of both models; the gap and
 // its range; with the quantile rule, the digits of the rank; marks and spans. The gap is stored in
@@ -42,6 +47,10 @@ struct Range {
   __device__ __forceinline__ float normalized(float x) const {
     const float width = high - low;
     return width > 0.0f ? __fdiv_rn(x - low, width) : 0.0f;
+  }
+  // The share of the largest value, on the logarithmic scale.
+  __device__ __forceinline__ float share(float x) const {
+    return high > 0.0f ? fmaxf(__fdiv_rn(x, high), kLogFloor) : 1.0f;
   }
 };
 
@@ -106,13 +115,24 @@ __device__ __forceinline__ Domain read_domain(const Sequence& sequence, Shared& 
   return block_reduce(domain, combine, shared.domains);
 }
 
+__device__ __forceinline__ float gap_of(const DetectSpansParams& p, const Domain& domain,
+                                        float teacher, float student) {
+  if (p.scale == GapScale::kMinMax) {  // here the product is not fused with the subtraction
+    const float product = __fmul_rn(p.weight, domain.student.normalized(student));
+    return domain.teacher.normalized(teacher) - product;
+  }
+  const float s = domain.student.share(student);
+  const float t = domain.teacher.share(teacher);
+  return logf(p.scale == GapScale::kLogRatio ? __fdiv_rn(t, s) : t) - p.weight * logf(s);
+}
+
 __device__ __forceinline__ Range write_gap(const Sequence& sequence, const Domain& domain,
                                            Shared& shared) {
   Range range = empty_range();
   sequence.for_tokens<1>([&](int token) {
     if (!sequence.inside(token)) return;
-    const float teacher = domain.teacher.normalized(sequence.teacher(token));
-    const float gap = teacher - domain.student.normalized(sequence.student(token));
+    const float gap =
+        gap_of(sequence.params, domain, sequence.teacher(token), sequence.student(token));
     sequence.score(token) = gap;
     range.include(gap);
   });

@@ -15,6 +15,7 @@ from leaf_ext.ops import checks
 from leaf_ext.schema import LIBRARIES, accum_dtype
 
 _OP = "detect_spans"
+Scale = Literal["minmax", "log"]
 Rule = Literal["absolute", "quantile"]
 _SHOWN = 8  # sequences whose counts `print` shows
 
@@ -68,6 +69,8 @@ def detect_spans(
     domain: Tensor,
     *,
     prunable: Tensor | None = None,
+    scale: Scale = "minmax",
+    student_weight: float = 1.0,
     threshold: float = 0.10,
     rule: Rule = "absolute",
     cap: float = 0.5,
@@ -81,9 +84,14 @@ def detect_spans(
     """Detect spans of tokens to which the student reacts far more than the teacher.
 
         s_hat = (s - min s) / (max s - min s)   over the domain     (LeaF, arXiv:2506.07851, Eq. 3)
-        gap   = s_hat_teacher - s_hat_student                                               (Eq. 4)
+        gap   = s_hat_teacher - student_weight * s_hat_student                              (Eq. 4)
         score = (gap - min gap) / (max gap - min gap)                                       (Eq. 5)
         confounder = domain & prunable & (score <= cut) & (s_hat_teacher <= teacher_max)
+
+    With scale "log" the gap is that of s_hat = log(max(s, 1e-4 max s)), or of 0 if max s is 0. Then
+    one token with a large norm does not set the scale of all others. A factor common to a model's
+    norms cancels in Eq. 5: with a weight of 1 the score is that of log(s_teacher / s_student).
+    Backends differ by the rounding of logarithms, and not at all with scale "minmax".
 
     Args:
         teacher, student: norms [B, T] float32, or gradients [B, T, H_teacher], [B, T, H_student]
@@ -91,11 +99,14 @@ def detect_spans(
             backend="reference".
         domain: [B, T] or [N] bool, the tokens over which minima and maxima are taken.
         prunable: like domain, the tokens that may be cut; by default all of the domain.
+        scale: "minmax" (the paper) or "log", where a negative value counts as a norm of 0.
+        student_weight: the student's factor in the gap, in [0, 1e30]; 1 in the paper.
         threshold: in [0, 1]. With rule "absolute" it is the cut; with "quantile" (the authors'
             release) cut = min(cap, sorted(score)[min(n - 1, floor(threshold * n))]) of n tokens.
         rule: "absolute" or "quantile".
         cap: the largest cut of rule "quantile", in [0, 1].
-        teacher_max: the largest normalized teacher saliency of a confounder, in [0, 1].
+        teacher_max: the largest s_hat_teacher of a confounder, in [0, 1]; with both scales that of
+            Eq. 3.
         join_gap: the largest number of domain tokens between runs that are joined.
         min_length: the shortest span that is kept, in tokens.
         cu_seqlens: [B + 1] int32 or int64, the borders of packed sequences. The values are checked
@@ -110,6 +121,9 @@ def detect_spans(
         RuntimeError: the backend is not available (says why).
     """
     _check_tensors(teacher, student, domain, prunable, cu_seqlens, backend)
+    checks.require(scale in ("minmax", "log"), _OP, "scale", '"minmax" or "log"', repr(scale))
+    # A larger weight could make the float32 gap infinite.
+    student_weight = checks.require_number(_OP, "student_weight", student_weight, 0, 1e30)
     checks.require(
         rule in ("absolute", "quantile"), _OP, "rule", '"absolute" or "quantile"', repr(rule)
     )
@@ -128,6 +142,8 @@ def detect_spans(
             checks.unit_stride(student.detach()),
             domain.contiguous(),
             None if prunable is None else prunable.contiguous(),
+            scale == "log",
+            student_weight,
             threshold,
             rule == "quantile",
             cap,
@@ -207,6 +223,8 @@ def _fake(
     student: Tensor,
     domain: Tensor,
     prunable: Tensor | None,
+    log_scale: bool,
+    student_weight: float,
     threshold: float,
     quantile: bool,
     cap: float,

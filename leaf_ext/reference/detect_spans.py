@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leaf_ext.reference.grad_norm import grad_norm
 from leaf_ext.reference.upcast import upcast
+from leaf_ext.schema import LOG_FLOOR
 
 # If the gap varies by less over a whole sequence, its order is due to rounding: no spans.
 MIN_GAP_RANGE = 1e-6
@@ -32,6 +33,8 @@ def detect_spans(
     student: Tensor,
     domain: Tensor,
     prunable: Tensor | None,
+    log_scale: bool,
+    student_weight: float,
     threshold: float,
     quantile: bool,
     cap: float,
@@ -44,11 +47,12 @@ def detect_spans(
     """Detect spans of tokens to which the student reacts far more than the teacher.
 
         s_hat = (s - min s) / (max s - min s)   over the domain     (LeaF, arXiv:2506.07851, Eq. 3)
-        gap   = s_hat_teacher - s_hat_student                                               (Eq. 4)
+        gap   = s_hat_teacher - student_weight * s_hat_student                              (Eq. 4)
         score = (gap - min gap) / (max gap - min gap)                                       (Eq. 5)
         confounder = domain & prunable & (score <= cut) & (s_hat_teacher <= teacher_max)
 
     cut = threshold, or with `quantile` min(cap, sorted(score)[min(n-1, floor(threshold * n))]).
+    With `log_scale` the gap is that of s_hat = log(max(s, LOG_FLOOR max s)), 0 where max s is 0.
     """
     if teacher.dim() > domain.dim():
         teacher, student = grad_norm(teacher), grad_norm(student)
@@ -67,8 +71,12 @@ def detect_spans(
     broken = status > 0
 
     s_hat_teacher, _ = min_max(s_teacher, inside)
-    s_hat_student, _ = min_max(s_student, inside)
-    score, gap_range = min_max(s_hat_teacher - s_hat_student, inside)
+    if log_scale:
+        gap = log_gap(s_teacher, s_student, inside, student_weight)
+    else:
+        s_hat_student, _ = min_max(s_student, inside)
+        gap = s_hat_teacher - student_weight * s_hat_student
+    score, gap_range = min_max(gap, inside)
     score = score.masked_fill(~inside | broken[:, None], math.nan)
 
     cut = _cut(score, inside, threshold, cap) if quantile else torch.full_like(gap_range, threshold)
@@ -108,6 +116,28 @@ def min_max(values: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     spread = torch.where(highest > lowest, highest - lowest, torch.zeros_like(lowest))
     shifted = torch.where(inside & (spread > 0), values - lowest, torch.zeros_like(values))
     return shifted / torch.where(spread > 0, spread, torch.ones_like(spread)), spread
+
+
+def log_gap(teacher: Tensor, student: Tensor, inside: Tensor, student_weight: float) -> Tensor:
+    """Return log t - student_weight * log s, t and s being shares of the sequence's largest norm.
+
+    Dividing by the largest norm shifts the gap of a sequence by a constant, which cancels in the
+    score. Weights of 1 and 0 make no rounding error in a gap that is equal everywhere.
+    """
+    t, s = (_shares(values, inside) for values in (teacher, student))
+    if student_weight < 0.5:
+        return t.log() - student_weight * s.log()
+    return (t / s).log() - (student_weight - 1) * s.log()
+
+
+def _shares(values: Tensor, inside: Tensor) -> Tensor:
+    """Return the values divided by the largest one inside, at least LOG_FLOOR; 1 if that is 0."""
+    if values.shape[1] == 0:
+        return values
+    highest = values.masked_fill(~inside, 0.0).amax(1, keepdim=True).clamp(min=0.0)
+    counted = inside & (highest > 0)
+    share = values / torch.where(highest > 0, highest, torch.ones_like(highest))
+    return torch.where(counted, share.clamp(min=LOG_FLOOR), torch.ones_like(share))
 
 
 def _cut(score: Tensor, inside: Tensor, threshold: float, cap: float) -> Tensor:

@@ -38,9 +38,16 @@ class NormCase:
         return math.prod(self.shape) > _INTERPRETED_ELEMENTS
 
 
+SpansKind = Literal["random", "constant", "identical", "proportional", "nan", "ties", "signed"]
+
+
 @dataclass(frozen=True)
 class SpansCase:
-    """Saliencies of both models; `lengths` packs sequences, `hidden` gives gradients."""
+    """Saliencies of both models; `lengths` packs sequences, `hidden` gives gradients.
+
+    Kind "signed" also has values that are negative, zero or tiny; with "proportional" the student's
+    are the teacher's times 3.
+    """
 
     name: str
     batch: int = 4
@@ -48,7 +55,9 @@ class SpansCase:
     lengths: tuple[int, ...] = ()
     hidden: tuple[int, int] | None = None
     dtype: torch.dtype = torch.float32
-    kind: Literal["random", "constant", "identical", "nan", "ties"] = "random"
+    kind: SpansKind = "random"
+    scale: Literal["minmax", "log"] = "minmax"
+    student_weight: float = 1.0
     threshold: float = 0.3
     rule: Literal["absolute", "quantile"] = "absolute"
     cap: float = 0.5
@@ -66,6 +75,8 @@ class SpansCase:
     def options(self) -> dict[str, Any]:
         """The case's arguments of `detect_spans`."""
         return {
+            "scale": self.scale,
+            "student_weight": self.student_weight,
             "threshold": self.threshold,
             "rule": self.rule,
             "cap": self.cap,
@@ -222,6 +233,41 @@ SPANS_CASES = [
     SpansCase("one_token", length=1, in_domain=1.0),
     SpansCase("no_tokens", length=0),
     SpansCase("no_sequences", batch=0),
+    SpansCase("half_weight", student_weight=0.3, teacher_max=0.8),
+    SpansCase("no_weight", student_weight=0.0, kind="signed"),
+    SpansCase("weight_packed", lengths=(5, 90), rule="quantile", student_weight=1.7),
+    SpansCase("weight_largest", student_weight=1e30),
+    SpansCase("weight_gradients", 2, 24, hidden=(40, 24), student_weight=1.7),
+    SpansCase("log", scale="log"),
+    SpansCase("log_long", batch=2, length=1500, scale="log", student_weight=0.8, join_gap=1),
+    SpansCase("log_two_blocks", 2, 6001, scale="log", in_domain=0.99, min_length=2),
+    SpansCase("log_quantile", scale="log", rule="quantile", threshold=0.2),
+    SpansCase("log_packed", scale="log", student_weight=0.3, lengths=(1, 0, 33, 7, 64, 2)),
+    SpansCase("log_packed_quantile", scale="log", lengths=(5, 90), rule="quantile", join_gap=1),
+    SpansCase("log_teacher_max", scale="log", teacher_max=0.4, threshold=0.6),
+    SpansCase("log_prunable", scale="log", prunable=True, join_gap=1, threshold=0.6),
+    SpansCase("log_no_weight", scale="log", student_weight=0.0),
+    SpansCase("log_weight", scale="log", student_weight=2.5, rule="quantile"),
+    SpansCase("log_weight_largest", scale="log", student_weight=1e30),
+    SpansCase("log_signed", scale="log", kind="signed"),
+    SpansCase("log_signed_weight", scale="log", kind="signed", student_weight=0.4),
+    SpansCase("log_constant", scale="log", kind="constant"),
+    SpansCase("log_identical", scale="log", kind="identical"),
+    SpansCase("log_proportional", scale="log", kind="proportional"),
+    SpansCase("log_nan", scale="log", kind="nan"),
+    SpansCase("log_nan_packed", scale="log", kind="nan", lengths=(20, 30, 14)),
+    SpansCase("log_ties", scale="log", kind="ties", rule="quantile"),
+    SpansCase("log_empty_domain", scale="log", in_domain=0.0),
+    SpansCase("log_one_token", scale="log", length=1, in_domain=1.0),
+    SpansCase("log_no_tokens", scale="log", length=0),
+    SpansCase("log_no_sequences", scale="log", batch=0),
+    *(
+        SpansCase("log_gradients", 2, 24, hidden=(40, 24), dtype=dtype, scale="log")
+        for dtype in DTYPES
+    ),
+    SpansCase(
+        "log_gradients_packed", hidden=(40, 24), lengths=(7, 20), scale="log", student_weight=0.6
+    ),
     *(SpansCase("gradients", 2, 24, hidden=(40, 24), dtype=dtype) for dtype in DTYPES),
     SpansCase("gradients_packed", hidden=(40, 24), dtype=torch.bfloat16, lengths=(7, 20)),
     SpansCase("gradients_wide", 1, 8, hidden=(4097, 2049), dtype=torch.bfloat16),

@@ -209,6 +209,13 @@ def spans_inputs(case: SpansCase) -> SpansInputs:
         teacher, student = torch.full_like(teacher, 0.3), torch.full_like(student, 0.7)
     elif case.kind == "identical":
         student = teacher.clone()
+    elif case.kind == "proportional":
+        student = teacher * 3
+    elif case.kind == "signed":
+        teacher, student = (
+            x * torch.tensor([1.0, -1.0, 0.0, 1e-5])[(uniform(seed, *shape) * 4).long()]
+            for x in (teacher, student)
+        )
     elif case.kind == "ties":
         teacher, student = teacher.mul(4).round(), student.mul(4).round()
     elif case.kind == "nan":

@@ -1,14 +1,18 @@
 """From two models' norms to spans. One program processes a sequence, block by block.
 
     s_hat = (s - min s) / (max s - min s)       for teacher and student; 0 where max = min
-    gap   = s_hat_teacher - s_hat_student
+    gap   = s_hat_teacher - weight s_hat_student
     score = (gap - min gap) / (max gap - min gap)
     confounder = prunable & (score <= cut) & (s_hat_teacher <= teacher_max)
 
 A sequence may have any length. If it does not fit into one block, every pass reads it again from
 the cache: both ranges; the gap's range; with the quantile rule four digits of the rank; marks and
-spans. Each pass computes the values again from the norms, with IEEE 754 divisions, so that all
-passes see the same bits. The host does not wait.
+spans. Each pass computes the values again from the norms, with IEEE 754 divisions and without fused
+multiply-adds, so that all passes see the same bits. The host does not wait.
+
+On the logarithmic scale the gap is log t - weight log s of the models' shares t and s of their
+largest norm, at least LOG_FLOOR. From a weight of 1/2 on it is log(t / s) - (weight - 1) log s, so
+that weights of 1 and 0 make no error in a gap that is equal everywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leaf_ext.schema import LOG_FLOOR
 from leaf_ext.triton.grad_norm import grad_norm_pair
 from leaf_ext.triton.launch import check, on_device_of, options
 
@@ -27,6 +32,10 @@ _BLOCK = 4096
 _WARPS = 8
 # If the gap varies by less over a whole sequence, its order is due to rounding: no spans.
 _MIN_GAP_RANGE = tl.constexpr(1e-6)
+_LOG_FLOOR = tl.constexpr(LOG_FLOOR)
+# How the gap is made: of the normalized values t and s as t - weight s; of their shares of the
+# largest norm as log t - weight log s, or as log(t / s) - weight log s.
+_MINMAX, _LOG, _LOG_RATIO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _INFINITY = tl.constexpr(float("inf"))
 
 
@@ -43,10 +52,39 @@ def _load(values, inside, positions):
 
 
 @triton.jit
-def _gap(teacher, student, inside, positions, low_t, width_t, low_s, width_s):
+def _share(x, high):
+    """Return x as a share of the largest value, at least the floor; 1 if that is not positive."""
+    positive = high > 0.0
+    share = tl.maximum(tl.div_rn(x, tl.where(positive, high, 1.0)), _LOG_FLOOR)
+    return tl.where(positive, share, 1.0)
+
+
+@triton.jit
+def _gap(
+    teacher,
+    student,
+    inside,
+    positions,
+    low_t,
+    high_t,
+    low_s,
+    high_s,
+    weight,
+    SCALE: tl.constexpr,
+):
     """Return the gap and the teacher's normalized saliency; arbitrary outside the domain."""
-    hat = _unit(_load(teacher, inside, positions), low_t, width_t)
-    return hat - _unit(_load(student, inside, positions), low_s, width_s), hat
+    x_t = _load(teacher, inside, positions)
+    x_s = _load(student, inside, positions)
+    hat = _unit(x_t, low_t, high_t - low_t)
+    if SCALE == _MINMAX:
+        gap = hat - weight * _unit(x_s, low_s, high_s - low_s)
+    else:
+        t = _share(x_t, high_t)
+        s = _share(x_s, high_s)
+        if SCALE == _LOG_RATIO:
+            t = tl.div_rn(t, s)
+        gap = tl.log(t) - weight * tl.log(s)
+    return gap, hat
 
 
 @triton.jit
@@ -75,6 +113,7 @@ def spans_kernel(
     tokens,
     length,
     capacity,
+    weight,
     threshold,
     share: tl.float64,
     cap,
@@ -83,6 +122,7 @@ def spans_kernel(
     min_length,
     PACKED: tl.constexpr,
     PRUNABLE: tl.constexpr,
+    SCALE: tl.constexpr,
     QUANTILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -125,9 +165,9 @@ def spans_kernel(
     broken = tl.max(broken_lanes & 1) | tl.max(broken_lanes & 2)
     inside_count = tl.sum(inside_lanes)
     low_t = tl.min(low_t)
-    width_t = tl.max(high_t) - low_t
+    high_t = tl.max(high_t)
     low_s = tl.min(low_s)
-    width_s = tl.max(high_s) - low_s
+    high_s = tl.max(high_s)
     tl.store(status + sequence, broken.to(tl.int64))
 
     # The range of the gap.
@@ -136,7 +176,9 @@ def spans_kernel(
     for start in range(0, size, BLOCK):
         positions = start + lanes
         inside = tl.load(domain + positions, mask=positions < size, other=0) != 0
-        gap, _hat = _gap(teacher, student, inside, positions, low_t, width_t, low_s, width_s)
+        gap, _hat = _gap(
+            teacher, student, inside, positions, low_t, high_t, low_s, high_s, weight, SCALE
+        )
         low_lanes = tl.minimum(low_lanes, tl.where(inside, gap, _INFINITY))
         high_lanes = tl.maximum(high_lanes, tl.where(inside, gap, -_INFINITY))
     low_gap = tl.min(low_lanes)
@@ -158,8 +200,9 @@ def spans_kernel(
                 positions = start + lanes
                 inside = tl.load(domain + positions, mask=positions < size, other=0) != 0
                 gap, _hat = _gap(
-                    teacher, student, inside, positions, low_t, width_t, low_s, width_s
-                )
+                    teacher, student, inside, positions, low_t, high_t, low_s, high_s,
+                    weight, SCALE,
+                )  # fmt: skip
                 bits = _unit(gap, low_gap, width_gap).to(tl.int32, bitcast=True) >> shift
                 same = inside & ((bits >> 8) == prefix)
                 histogram += tl.histogram(bits & 255, 256, mask=same)
@@ -180,7 +223,9 @@ def spans_kernel(
         positions = start + lanes
         here = positions < size
         inside = tl.load(domain + positions, mask=here, other=0) != 0
-        gap, hat = _gap(teacher, student, inside, positions, low_t, width_t, low_s, width_s)
+        gap, hat = _gap(
+            teacher, student, inside, positions, low_t, high_t, low_s, high_s, weight, SCALE
+        )
         value = _unit(gap, low_gap, width_gap) + poison
         tl.store(score + positions, tl.where(inside, value, float("nan")), mask=here)
         mark = inside & (value <= cut) & (hat <= teacher_max)
@@ -230,6 +275,8 @@ def detect_spans(
     student: Tensor,
     domain: Tensor,
     prunable: Tensor | None,
+    log_scale: bool,
+    student_weight: float,
     threshold: float,
     quantile: bool,
     cap: float,
@@ -243,6 +290,9 @@ def detect_spans(
     _check(teacher, student, domain, prunable, cu_seqlens, max_seqlen)
     if teacher.dim() > domain.dim():
         teacher, student = grad_norm_pair(teacher, student)
+    scale, weight = _MINMAX, student_weight
+    if log_scale:
+        scale, weight = (_LOG_RATIO, weight - 1) if weight >= 0.5 else (_LOG, weight)
     sequences = domain.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     capacity = (max_seqlen + 1) // 2
     where = {"device": domain.device}
@@ -260,10 +310,12 @@ def detect_spans(
                 inside if prunable is None else prunable.contiguous().view(torch.uint8),
                 count if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
                 span, count, score, confounder.view(torch.int8), status,
-                domain.numel(), max_seqlen, capacity,
+                domain.numel(), max_seqlen, capacity, weight,
                 threshold, threshold, cap, teacher_max, join_gap, min_length,
-                PACKED=cu_seqlens is not None, PRUNABLE=prunable is not None, QUANTILE=quantile,
-                BLOCK=min(_BLOCK, triton.next_power_of_2(max(1, max_seqlen))), **options(_WARPS),
+                PACKED=cu_seqlens is not None, PRUNABLE=prunable is not None,
+                SCALE=scale.value, QUANTILE=quantile,
+                BLOCK=min(_BLOCK, triton.next_power_of_2(max(1, max_seqlen))),
+                **options(_WARPS, fused=False),
             )  # fmt: skip
     return span, count, score, confounder, status
 

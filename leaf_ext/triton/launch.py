@@ -13,9 +13,9 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def options(warps: int) -> dict[str, int]:
+def options(warps: int, *, fused: bool = True) -> dict[str, int]:
     """Return launch options. Fused multiply-adds are explicit: Triton's default will change."""
-    return {"num_warps": warps, "enable_fp_fusion": True}
+    return {"num_warps": warps, "enable_fp_fusion": fused}
 
 
 def check(condition: bool, message: str) -> None:

@@ -58,6 +58,7 @@ template <class T>
 T max(T x, T y) {
   return x < y ? y : x;
 }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 
