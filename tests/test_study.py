@@ -14,7 +14,7 @@ STUDY = Path(__file__).resolve().parents[1] / "benchmarks" / "study"
 sys.path.insert(0, str(STUDY))  # its modules are flat, as the command runs them
 import measures  # noqa: E402
 import problems as study_problems  # noqa: E402
-from measures import Row, auc, first_clauses, share, unmentioned  # noqa: E402
+from measures import Row, auc, first_phrases, share, unmentioned  # noqa: E402
 from problems import Problem, as_rows, group_similar, load_gsm8k, load_problems  # noqa: E402
 
 from leaf_distill.data.dataset import load_examples  # noqa: E402
@@ -117,7 +117,7 @@ def test_problems_of_a_folder_are_cleaned_pairs(tmp_path: Path) -> None:
             ]
             (tmp_path / f"{kind}_{name}_train.json").write_text("\n".join(lines))
     found = load_problems(tmp_path)
-    assert {one.name for one in found} == {"simple/p_0", "complex/p_0"}
+    assert [one.name for one in found] == ["simple/p_0"]  # the complex one is the same problem
     one = found[0]
     assert one.adversarial == "tom has 7 apples and 2 pears. the sticker says 3. how many fruits?"
     assert [one.adversarial[a:b].strip() for a, b in one.ranges] == ["the sticker says 3."]
@@ -129,16 +129,16 @@ def planted_rows(count: int = 60, tokens: int = 25, students: int = 2) -> list[R
     draw = np.random.default_rng(0)
     rows = []
     for at in range(count):
-        clause = np.arange(tokens) // 5
-        planted_clause = np.array([True, *(draw.random(tokens // 5 - 2) < 0.3), False])
-        planted = planted_clause[clause]
+        phrase = np.arange(tokens) // 5
+        planted_phrase = np.array([True, *(draw.random(tokens // 5 - 2) < 0.3), False])
+        planted = planted_phrase[phrase]
         suspicion = {
             "truth": planted + draw.random(tokens) / 2,
             "shuffled": draw.random(tokens),
             "tied": np.zeros(tokens),
         }
         number = draw.random(tokens) < 0.5
-        one = Row(at % students, f"p{at // students}", planted, number, clause, planted_clause, {})
+        one = Row(at % students, f"p{at // students}", planted, number, phrase, planted_phrase, {})
         one.suspicion.update(suspicion)
         rows.append(one)
     return rows
@@ -151,7 +151,7 @@ def test_planted_truth_has_an_auc_of_one_and_a_shuffled_score_one_half() -> None
     mean, low, high = auc(rows, "shuffled") or (0, 0, 0)
     assert mean == pytest.approx(0.5, abs=0.06)
     assert low < mean < high and high - low < 0.2
-    bare = Row(0, "p", rows[0].number & False, rows[0].number, rows[0].clause, rows[0].planted, {})
+    bare = Row(0, "p", rows[0].number & False, rows[0].number, rows[0].phrase, rows[0].planted, {})
     bare.suspicion.update(rows[0].suspicion)
     assert auc([bare], "truth") is None
 
@@ -164,13 +164,13 @@ def test_ties_count_half_in_an_auc() -> None:
     assert (auc([row], "score") or [0])[0] == (2 + 2 / 2) / 4
 
 
-def test_the_first_clause_is_a_distractor_by_the_truth_and_by_chance_otherwise() -> None:
+def test_the_first_phrase_is_a_distractor_by_the_truth_and_by_chance_otherwise() -> None:
     rows = planted_rows()
-    assert set(first_clauses(rows, "truth")) == {1.0}
-    chance = np.mean([row.planted_clause.mean() for row in rows])
-    assert first_clauses(rows, "tied").mean() == pytest.approx(chance)
-    assert first_clauses(rows, "shuffled").mean() == pytest.approx(chance, abs=0.15)
-    found = share(first_clauses(rows, "tied"), rows)
+    assert set(first_phrases(rows, "truth")) == {1.0}
+    chance = np.mean([row.planted_phrase.mean() for row in rows])
+    assert first_phrases(rows, "tied").mean() == pytest.approx(chance)
+    assert first_phrases(rows, "shuffled").mean() == pytest.approx(chance, abs=0.15)
+    found = share(first_phrases(rows, "tied"), rows)
     assert found is not None and found[1] < found[0] < found[2]
 
 

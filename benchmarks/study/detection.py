@@ -17,7 +17,7 @@ from settings import Profile
 from leaf_distill.detection.config import DetectConfig, Score, Strategy
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.detection.truth import tokens_inside
-from leaf_distill.detection.units import clauses
+from leaf_distill.detection.units import phrases
 from leaf_distill.io import make_directory, write_bytes
 
 SCORES: Mapping[str, Mapping[str, Any]] = {
@@ -115,9 +115,9 @@ def _row(problem: Problem, samples: Mapping[str, dict[str, Any]]) -> Row:
         CONTROL: unmentioned(problem.adversarial, offsets, problem.label),
         ORACLE: planted.astype(np.float64),
     }
-    starts = [start for start, _ in clauses(problem.adversarial, [(0, len(problem.adversarial))])]
-    clause = np.searchsorted(starts, (offsets[:, 0] + offsets[:, 1]) // 2, side="right") - 1
-    tokens = clause[prunable]
+    starts = [start for start, _ in phrases(problem.adversarial, [(0, len(problem.adversarial))])]
+    phrase = np.searchsorted(starts, (offsets[:, 0] + offsets[:, 1]) // 2, side="right") - 1
+    tokens = phrase[prunable]
     inside = np.bincount(tokens, planted[prunable], minlength=len(starts))
     total = np.bincount(tokens, minlength=len(starts))
     number = [any(char.isdigit() for char in problem.adversarial[a:b]) for a, b in offsets]
@@ -126,7 +126,7 @@ def _row(problem: Problem, samples: Mapping[str, dict[str, Any]]) -> Row:
         problem=problem.name,
         planted=planted[prunable],
         number=np.array(number)[prunable],
-        clause=tokens,
-        planted_clause=(2 * inside >= total) & (total > 0),
+        phrase=tokens,
+        planted_phrase=(2 * inside >= total) & (total > 0),
         suspicion={name: values[prunable] for name, values in suspicion.items()},
     )

@@ -24,8 +24,8 @@ class Row:
         student: whose scores they are.
         problem: its name; the same problem may be a row of several students.
         planted, number: bool [n]: the token is in a distractor; it has a digit.
-        clause: int [n], the clause that each token is in.
-        planted_clause: bool [c]: at least half of the clause's tokens are in a distractor.
+        phrase: int [n], the phrase that each token is in.
+        planted_phrase: bool [p]: at least half of the phrase's tokens are in a distractor.
         suspicion: float64 [n] by score, high for a distractor.
     """
 
@@ -33,8 +33,8 @@ class Row:
     problem: str
     planted: Mask
     number: Mask
-    clause: npt.NDArray[np.int64]
-    planted_clause: Mask
+    phrase: npt.NDArray[np.int64]
+    planted_phrase: Mask
     suspicion: dict[str, Floats]
 
 
@@ -44,8 +44,8 @@ def as_json(row: Row) -> dict[str, Any]:
         "problem": row.problem,
         "planted": row.planted.tolist(),
         "number": row.number.tolist(),
-        "clause": row.clause.tolist(),
-        "planted_clause": row.planted_clause.tolist(),
+        "phrase": row.phrase.tolist(),
+        "planted_phrase": row.planted_phrase.tolist(),
         "suspicion": {name: values.tolist() for name, values in row.suspicion.items()},
     }
 
@@ -57,8 +57,8 @@ def from_json(student: int, row: dict[str, Any]) -> Row:
         row["problem"],
         np.array(row["planted"], dtype=np.bool_),
         np.array(row["number"], dtype=np.bool_),
-        np.array(row["clause"], dtype=np.int64),
-        np.array(row["planted_clause"], dtype=np.bool_),
+        np.array(row["phrase"], dtype=np.int64),
+        np.array(row["planted_phrase"], dtype=np.bool_),
         {name: np.array(values, dtype=np.float64) for name, values in row["suspicion"].items()},
     )
 
@@ -104,24 +104,24 @@ def auc(
     return interval(once, rows, draws=draws)
 
 
-def first_clauses(rows: Sequence[Row], name: str) -> Floats:
-    """Return whether the clause with the highest mean score is a distractor, of each row.
+def first_phrases(rows: Sequence[Row], name: str) -> Floats:
+    """Return whether the phrase with the highest mean score is a distractor, of each row.
 
-    Clauses that tie share the first place. NaN in a row without a distractor's clause, or with no
+    Phrases that tie share the first place. NaN in a row without a distractor's phrase, or with no
     other one.
     """
-    return np.array([_first_clause(row, name) for row in rows])
+    return np.array([_first_phrase(row, name) for row in rows])
 
 
-def _first_clause(row: Row, name: str) -> float:
-    if row.planted_clause.all() or not row.planted_clause.any():
+def _first_phrase(row: Row, name: str) -> float:
+    if row.planted_phrase.all() or not row.planted_phrase.any():
         return np.nan
-    count = len(row.planted_clause)
-    sizes = np.bincount(row.clause, minlength=count)
-    sums = np.bincount(row.clause, row.suspicion[name], minlength=count)
+    count = len(row.planted_phrase)
+    sizes = np.bincount(row.phrase, minlength=count)
+    sums = np.bincount(row.phrase, row.suspicion[name], minlength=count)
     means = np.where(sizes > 0, sums / np.maximum(sizes, 1), -np.inf)
     first = means >= means.max() - 1e-12
-    return float(row.planted_clause[first].mean())
+    return float(row.planted_phrase[first].mean())
 
 
 def share(values: Floats, rows: Sequence[Any], *, draws: int = 1000) -> Interval | None:

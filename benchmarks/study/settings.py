@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ class Study:
     """The directory of a study.
 
     DIR/study.json    the profile and the problems
+    DIR/study.log     what the product's commands print
     DIR/steps/        the result of each step, as JSON, with its seconds
     DIR/pair/         the checkpoints of teacher and students
     DIR/student-N/    arms of `leaf detect` and distilled students
@@ -116,13 +118,14 @@ class Study:
     def step(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the result of a step, which is computed only if it is not known.
 
-        What `compute` returns must be expressible in JSON.
+        What `compute` returns must be expressible in JSON; what it prints goes to DIR/study.log.
         """
         path = self.root / "steps" / f"{name}.json"
         if not path.exists():
             print(f"{name} ...", flush=True)
             started = time.perf_counter()
-            result = compute()
+            with (self.root / "study.log").open("a") as log, redirect_stdout(log):
+                result = compute()
             seconds = round(time.perf_counter() - started, 1)
             write_json(path, {"step": name, "seconds": seconds, "result": result})
         return read_json(path)["result"]
