@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 STUDY = Path(__file__).resolve().parents[1] / "benchmarks" / "study"
 sys.path.insert(0, str(STUDY))  # its modules are flat, as the command runs them
+import cutting  # noqa: E402
+import detection  # noqa: E402
+import distillation  # noqa: E402
 import measures  # noqa: E402
+import pair  # noqa: E402
 import problems as study_problems  # noqa: E402
+import settings  # noqa: E402
 from measures import Row, auc, first_phrases, share, unmentioned  # noqa: E402
 from problems import Problem, as_rows, group_similar, load_gsm8k, load_problems  # noqa: E402
 
@@ -190,3 +202,125 @@ def test_the_control_marks_numbers_that_the_label_lacks() -> None:
     text = "Tom has 1,200 apples of 30 grams"
     offsets = np.array([[0, 8], [8, 11], [11, 13], [13, 24], [24, 26], [26, 32]])
     assert unmentioned(text, offsets, "1200 + 7").tolist() == [0, -1, -1, 0, 1, 0]
+
+
+def test_a_score_is_read_from_the_arms_and_the_cuts_from_their_answers() -> None:
+    problem = Problem("p", "a. c?", "a. b. c?", ((2, 5),), True, "1 + 2")
+    candidates = [
+        {"cut": [[0, 2]], "student_verdict": "wrong", "teacher_verdict": None, "kept": False},
+        {"cut": [[2, 5]], "student_verdict": "right", "teacher_verdict": "right", "kept": True},
+    ]
+    line = cutting._line(problem, candidates)
+    assert (line["first"], line["any"], line["both"]) == (False, True, True)
+    assert (line["asked"], line["inside"], line["cut"]) == (3, 3, 5)
+    example = load_examples([{"prompt": "Tom has 7, weighs 30 kg, and buys 5.", "completion": "-"}])
+    found = cutting.absent_numbers(replace(problem, label="7 + 5"), example[0])
+    assert [example[0].text[a:b].strip() for a, b in found] == ["weighs 30 kg,"]
+
+
+def test_every_table_has_the_control_without_a_model() -> None:
+    assert detection.CONTROL in cutting.BY_HAND
+    assert distillation.ARMS["control"].offered
+    names = {name for name, arm in distillation.ARMS.items() if arm.offered}
+    assert {"kd", "sft", "augmented", "truth", "cross, truth", "LeaF spans"} <= names
+
+
+def test_a_step_is_done_once_and_a_directory_is_of_one_study(tmp_path: Path) -> None:
+    study = settings.Study(tmp_path, settings.PROFILES["quick"], {"base": "None"})
+    done: list[int] = []
+    for _ in range(2):
+        assert study.step("one", lambda: [done.append(1) or len(done)]) == [1]
+    again = settings.Study(tmp_path, settings.PROFILES["quick"], {"base": "None"})
+    assert again.done("one") == [1] and again.done("two") is None
+    with pytest.raises(ValueError, match="output_dir: must be new or of the same study"):
+        settings.Study(tmp_path, settings.PROFILES["cpu"], {"base": "None"})
+
+
+def make_base(directory: Path) -> Path:
+    """Save a tiny model whose tokens are the bytes of a text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: at for at, letter in enumerate(["<pad>", "<eos>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+    ).save_pretrained(directory)
+    return directory
+
+
+def test_a_teacher_s_lower_layers_stay_and_its_upper_ones_train(
+    problems: list[Problem], tmp_path: Path
+) -> None:
+    base = str(make_base(tmp_path))
+    maker = pair.Maker(base, problems, settings.PROFILES["quick"])
+    model, losses = maker.teacher(0)
+    before = maker.model.model
+    for at, layer in enumerate(model.model.layers):
+        same = torch.equal(layer.mlp.up_proj.weight, before.layers[at].mlp.up_proj.weight)
+        assert same == (at < 2), at
+    # Run in two parts and at once, the trained model has the same logits.
+    rows = maker.rows("C-dev", ["plain"])
+    whole, _ = pair.label_logits(model, rows, [0, 1])
+    student, again = (pair.copied(model, layers) for layers in ([0, 3], range(4)))
+    assert torch.equal(pair.label_logits(again, rows, [0, 1])[0], whole)
+    assert student.config.num_hidden_layers == 2
+    assert student.model.layers[1].self_attn.layer_idx == 1
+    assert maker.teacher(0)[1] == losses
+
+
+def study_command(base: Path, output: Path) -> list[str]:
+    profile = ["--profile", "quick", "--base", str(base), "--output_dir", str(output)]
+    return [sys.executable, str(STUDY), *profile]
+
+
+def tables_of(page: Path) -> list[str]:
+    text, _, _ = page.read_text().partition("## Settings and time")
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+@pytest.mark.slow
+def test_the_study_runs_goes_on_after_a_kill_and_reruns_to_the_digit(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    root = STUDY.parents[1]
+    search = os.pathsep.join((str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")))
+    env = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+    first = study_command(base, tmp_path / "first")
+    running = subprocess.Popen(first, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    steps = tmp_path / "first" / "steps"
+    while running.poll() is None and not (steps / "cutting-1-B.json").exists():
+        time.sleep(0.2)
+    running.kill()
+    running.communicate()
+    known = {path: path.stat().st_mtime_ns for path in steps.glob("*.json")}
+    assert known and not (tmp_path / "first" / "study.md").exists()
+    for command in (first, study_command(base, tmp_path / "second")):
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert all(path.stat().st_mtime_ns == at for path, at in known.items())
+    tables = tables_of(tmp_path / "first" / "study.md")
+    assert tables == tables_of(tmp_path / "second" / "study.md")
+    page = (tmp_path / "first" / "study.md").read_text()
+    assert "This is a rehearsal" in page and "FIGURE" not in page
+    names = {line.split(" | ")[0].removeprefix("| ") for line in tables}
+    expected = {*detection.SCORES, *cutting.ARMS, *cutting.BY_HAND}
+    expected |= {*distillation.arms_of(settings.PROFILES["quick"])}
+    assert expected <= names
+    for name in ("detection-B", "cutting-B", "distillation"):
+        assert (tmp_path / "first" / f"study-{name}.svg").exists() and f"study-{name}.svg" in page
+    assert not list((tmp_path / "first").glob("student-1/students/*"))

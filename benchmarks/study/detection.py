@@ -26,7 +26,7 @@ SCORES: Mapping[str, Mapping[str, Any]] = {
     "log_ratio": {"score": "log_ratio"},
     "rank": {"score": "rank"},
     "lens": {"score": "lens"},
-    "intervention": {"score": "intervention"},
+    "intervention": {"score": "intervention", "shortlist": 4, "draws": 1},
     "student's gradient": {"score": "student"},
     "teacher's gradient, low": {"score": "teacher"},
     "perplexity": {"score": "perplexity"},
@@ -79,8 +79,6 @@ def settings_of(
         grade="exact",
         max_new_tokens=MAX_NEW_TOKENS,
         select=profile.select,  # type: ignore[arg-type]
-        shortlist=profile.intervention,
-        draws=1,
     )
 
 

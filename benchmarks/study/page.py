@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 from cutting import ARMS as CUTS
 from cutting import BY_HAND
-from detection import SCORES
+from detection import CONTROL, ORACLE, SCORES
 from distillation import KD, TEACHER, UNTRAINED, arms_of
-from measures import Floats, Interval, Row, auc, first_phrases, from_json, share
+from measures import Row, auc, first_phrases, from_json, share
 from problems import Problem
-from run import DOMAINS, Inputs, slug, tests_of
+from run import Inputs, slug, tests_of
 from settings import Study
+from tables import estimate, estimates, short, shown, signed, table, with_error
 
 from leaf_distill.config import package_versions
 from leaf_distill.evaluation.charts import interval_chart
-from leaf_distill.evaluation.sheets import Estimate
 from leaf_distill.io import make_directory, write_bytes
 
 TITLES = {
@@ -56,8 +56,8 @@ def write_page(study: Study, inputs: Inputs, path: Path) -> None:
         *([REHEARSAL] if study.profile.name == "quick" else []),
         *_head(study, inputs, problems),
         *_pair(study),
-        *(part for name in DOMAINS for part in _detection(study, name, figures)),
-        *(part for name in DOMAINS for part in _cutting(study, name, figures)),
+        *(part for name in study.profile.domains for part in _detection(study, name, figures)),
+        *(part for name in study.profile.domains for part in _cutting(study, name, figures)),
         *_distillation(study, problems, figures),
         *_settings(study),
     ]
@@ -116,7 +116,7 @@ def _pair(study: Study) -> Iterator[str]:
         f"student at least {100 * low:.0f} on plain ones and at most {100 * high:.0f} on "
         "adversarial ones. The first student is for the choice of settings alone."
     )
-    yield _table(("model", "seed", "layers", "plain", "adversarial", ""), lines)
+    yield table(("model", "seed", "layers", "plain", "adversarial", ""), lines)
 
 
 def _rows(study: Study, domain: str) -> list[Row]:
@@ -134,31 +134,31 @@ def _detection(study: Study, domain: str, figures: dict[str, str]) -> Iterator[s
     draws = study.profile.draws
     reference = first_phrases(rows, GAP)
     lines, numbers, firsts = [], [], []
-    names = list(rows[0].suspicion)
+    names = [name for name in (*SCORES, CONTROL, ORACLE) if name in rows[0].suspicion]
     for name in names:
         first = first_phrases(rows, name)
         numbers.append(auc(rows, name, numbers=True, draws=draws))
         firsts.append(share(first, rows, draws=draws))
         change = None if name == GAP else share(first - reference, rows, draws=draws)
         whole = auc(rows, name, draws=draws)
-        lines.append((name, *map(_shown, (whole, numbers[-1], firsts[-1])), _signed(change)))
+        lines.append((name, *map(shown, (whole, numbers[-1], firsts[-1])), signed(change)))
     figures[f"detection-{domain}"] = interval_chart(
         f"{TITLES[domain]}: a score's truth, %",
         names,
-        {"AUC of number tokens": _estimates(numbers), "first phrase": _estimates(firsts)},
+        {"AUC of number tokens": estimates(numbers), "first phrase": estimates(firsts)},
         "%",
     )
     planted = np.concatenate([row.planted for row in rows]).mean()
     yield f"## Detection: {TITLES[domain]}"
     yield (
-        f"{len(rows)} rows of {len({row.student for row in rows})} students "
-        f"({_selected(study)}). {100 * planted:.0f} % of the tokens are in a distractor. AUC: the "
-        "chance that a token of a distractor is more suspect than another, of all tokens and of "
-        "those with a digit. First phrase: how often the phrase with the highest mean score is a "
-        "distractor; a row without one, or with no other phrase, does not count. Intervals: 95 %, "
-        "of a bootstrap over problems and students."
+        f"Rows: {len(rows)}, {_selected(study)}; students: "
+        f"{len({row.student for row in rows})}. {100 * planted:.0f} % of the tokens are in a "
+        "distractor. AUC: the chance that a token of a distractor is more suspect than another, of "
+        "all tokens and of those with a digit. First phrase: how often the phrase with the highest "
+        "mean score is a distractor; a row without one, or with no other phrase, does not count. "
+        "Intervals: 95 %, of a bootstrap over problems and students."
     )
-    yield _table(("score", "AUC", "AUC, numbers", "first phrase", f"minus {GAP.split()[0]}"), lines)
+    yield table(("score", "AUC", "AUC, numbers", "first phrase", f"minus {GAP.split()[0]}"), lines)
     yield f"FIGURE detection-{domain}"
 
 
@@ -182,11 +182,11 @@ def _cutting(study: Study, domain: str, figures: dict[str, str]) -> Iterator[str
         asked = np.mean([row.values["asked"] for row in rows])
         cut = sum(row.values["cut"] for row in rows)
         inside = sum(row.values["inside"] for row in rows) / cut if cut else None
-        shares = [_shown(found[of]) for of in ("first", "any", "both")]
-        lines.append((name, *shares, f"{asked:.1f}", "" if inside is None else _short(inside)))
+        shares = [shown(found[of]) for of in ("first", "any", "both")]
+        lines.append((name, *shares, f"{asked:.1f}", "" if inside is None else short(inside)))
         shown.append(found["any"])
     figures[f"cutting-{domain}"] = interval_chart(
-        f"{TITLES[domain]}: students that a cut repairs, %", [*arms], {"": _estimates(shown)}, "%"
+        f"{TITLES[domain]}: students that a cut repairs, %", [*arms], {"": estimates(shown)}, "%"
     )
     first = next(iter(arms.values()))
     yield f"## Cuts: {TITLES[domain]}"
@@ -194,11 +194,12 @@ def _cutting(study: Study, domain: str, figures: dict[str, str]) -> Iterator[str
         f"The same {len(first)} rows, and no training. The student is right after the first cut of "
         "an arm, after any of them, and both models are right after one (what the arm keeps). "
         "Answers: of both models to changed prompts, a row; for the two gradients every row costs "
-        "a forward and a backward pass of each model in addition. Inside: the share of the "
-        "characters of all cuts that are in a distractor."
+        "a forward and a backward pass of each model in addition, and for search at most 24 "
+        "forward passes of the student, and some answers of the teacher to cuts that were not "
+        "made. Inside: the share of the characters of all cuts that are in a distractor."
     )
     head = ("cut", "right after the first", "after any", "both right", "answers", "inside")
-    yield _table(head, lines)
+    yield table(head, lines)
     yield f"FIGURE cutting-{domain}"
 
 
@@ -223,31 +224,32 @@ def _distillation(
     lines = []
     for name, found in results.items():
         counts = [one.get("counterfactuals", 0) for orders in found.values() for one in orders]
-        cells = [_with_error(list(numbers[name][test].values())) for test in places]
+        cells = [with_error(list(numbers[name][test].values())) for test in places]
         changes = [
-            "" if name == KD else _with_error(_changes(numbers, name, test), sign=True)
+            "" if name == KD else with_error(_changes(numbers, name, test), sign=True)
             for test in list(places)[:2]
         ]
         lines.append((name, f"{np.mean(counts):.0f}", *cells, *changes))
     figures["distillation"] = interval_chart(
         "Held-out simple problems: right answers, %",
         list(numbers),
-        {test: [_estimate(numbers[name][test]) for name in numbers] for test in list(places)[:2]},
+        {test: [estimate(numbers[name][test]) for name in numbers] for test in list(places)[:2]},
         "%, with two standard errors over students",
     )
     profile = study.profile
     yield "## Distillation"
     yield (
-        f"{len(results[KD])} students, {profile.orders} batch orders each, {profile.steps} steps of "
-        f"{profile.distilled_rows} rows for every arm, counterfactuals among them. The learning "
-        f"rate is {_rate(study):g}, of {', '.join(f'{one:g}' for one in profile.rates)}, with which "
+        f"Students: {len(results[KD])}; batch orders of each: {profile.orders}. Every arm has "
+        f"{profile.steps} steps of {profile.distilled_rows} rows, counterfactuals among them. The "
+        f"learning rate is {_rate(study):g}, of "
+        f"{', '.join(f'{one:g}' for one in profile.rates)}, with which "
         "KD was best on C-dev for the first student. Right answers, %; a value is the mean of the "
         "students, each the mean of its batch orders, with its standard error over students; the "
         "last columns are the paired differences from kd on the simple problems. Counterfactuals: "
         "the mean of an arm's dataset, beside as many originals as kd has."
     )
     head = ("arm", "counterfactuals", *(_title(test) for test in places))
-    yield _table((*head, "plain, minus kd", "adversarial, minus kd"), lines)
+    yield table((*head, "plain, minus kd", "adversarial, minus kd"), lines)
     arms = arms_of(profile)
     yield "\n".join(f"- {name}: {arms[name].says}." for name in results if name in arms)
     yield "FIGURE distillation"
@@ -312,50 +314,7 @@ def _settings(study: Study) -> Iterator[str]:
     groups: dict[str, float] = {}
     for name, seconds in study.seconds().items():
         groups[name.split("-")[0]] = groups.get(name.split("-")[0], 0.0) + seconds
-    yield _table(
+    yield table(
         ("step", "seconds, of all students together"),
         [(name, f"{seconds:.0f}") for name, seconds in groups.items()],
     )
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    marks = "|".join(["---", *["---:"] * (len(head) - 1)])
-    rows = [f"| {' | '.join(line)} |" for line in (head, *lines)]
-    return "\n".join([rows[0], f"|{marks}|", *rows[1:]])
-
-
-def _short(number: float) -> str:
-    return f"{number:.2f}".replace("0.", ".", 1)
-
-
-def _shown(value: Interval | None) -> str:
-    if value is None:
-        return ""
-    mean, low, high = map(_short, value)
-    return f"{mean} ({low} to {high})"
-
-
-def _signed(value: Interval | None) -> str:
-    return "" if value is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*value)
-
-
-def _with_error(values: Sequence[float], *, sign: bool = False) -> str:
-    if not values:
-        return ""
-    mean = f"{100 * np.mean(values):{'+' if sign else ''}.1f}"
-    error = _error(values)
-    return mean if error is None else f"{mean} ± {100 * error:.1f}"
-
-
-def _error(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-
-
-def _estimate(found: Mapping[int, float]) -> Estimate:
-    values: Floats = np.array([*found.values()])
-    mean, error = float(values.mean()), _error([*found.values()]) or 0.0
-    return Estimate(mean, max(mean - 2 * error, 0.0), min(mean + 2 * error, 1.0))
-
-
-def _estimates(values: Sequence[Interval | None]) -> list[Estimate | None]:
-    return [None if one is None else Estimate(*one) for one in values]

@@ -219,14 +219,15 @@ class Maker:
 
         The layers that do not train run once, for all steps together.
         """
-        model = copied(self.model, range(self.depth)).requires_grad_(True)
+        depth = self.profile.teacher_depth or self.depth
+        model = copied(self.model, spread(depth, self.depth)).requires_grad_(True)
         rows, upper = self.rows("A", FORMS), self.profile.teacher_layers
         if upper is None:
             return model, self._train(model, rows, "teacher", seed)
         model.requires_grad_(False)
-        below = with_layers(model, range(self.depth - upper)).model
+        below = with_layers(model, range(depth - upper)).model
         below.norm = torch.nn.Identity()
-        above = with_layers(model, range(self.depth - upper, self.depth))
+        above = with_layers(model, range(depth - upper, depth))
         above.model.layers.requires_grad_(True)
         above.model.norm.requires_grad_(True)
         with torch.no_grad():

@@ -18,8 +18,6 @@ from pair import find_base, make_pair
 from problems import Problem, load_gsm8k, load_problems, of_split
 from settings import PROFILES, Study
 
-DOMAINS = ("B", "complex", "gsm8k")
-"""The rows that are searched: those that are distilled on, and two more."""
 TESTS = ("C", "complex", "gsm8k")
 """The rows that distilled students answer."""
 
@@ -92,17 +90,14 @@ def source_of(study: Study, problems: Sequence[Problem], number: int, domain: st
 def work(inputs: Inputs, number: int) -> None:
     """Do all steps of one student."""
     study, problems = inputs.study(), inputs.problems()
-    for domain in domains_of(problems):
+    for domain in study.profile.domains:
+        if not of_split(problems, domain):
+            continue
         source = source_of(study, problems, number, domain)
         rows = (source.config, source.problems)
         study.step(f"detection-{number}-{domain}", partial(detection.score_rows, *rows))
         study.step(f"cutting-{number}-{domain}", partial(cutting.cut_rows, *rows, source.place))
     distil_all(inputs, study, problems, number)
-
-
-def domains_of(problems: Sequence[Problem]) -> list[str]:
-    """Return the domains that have rows."""
-    return [name for name in DOMAINS if of_split(problems, name)]
 
 
 def distil_all(inputs: Inputs, study: Study, problems: Sequence[Problem], number: int) -> None:

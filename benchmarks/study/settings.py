@@ -19,6 +19,7 @@ class Profile:
     Attributes:
         name: of the profile.
         layers: of each student, in their order; the first one is for the choice of settings.
+        teacher_depth: layers of the teacher; None: all of the model's.
         teacher_layers: the upper layers of the teacher that train; None: all weights.
         teacher_steps, student_steps, rows_a_step: of the training of the pair.
         teacher_rate, student_rate: peak learning rates of it.
@@ -27,7 +28,7 @@ class Profile:
         attempts: seeds that are tried for each model that is wanted.
         select: rows that are searched, as in `leaf detect`.
         rows: most problems of each split; None: all.
-        intervention: words of a row that get an intervention score.
+        domains: the splits whose rows are searched; B is also distilled on.
         steps, distilled_rows: steps of a distillation, and rows in each.
         rates: learning rates that are tried on the development student.
         orders: batch orders of each student, which are averaged.
@@ -37,6 +38,7 @@ class Profile:
 
     name: str
     layers: tuple[int, ...]
+    teacher_depth: int | None = None
     teacher_layers: int | None = 10
     teacher_steps: int = 200
     student_steps: int = 150
@@ -48,7 +50,7 @@ class Profile:
     attempts: int = 3
     select: str = "student_wrong"
     rows: int | None = None
-    intervention: int = 4
+    domains: tuple[str, ...] = ("B", "complex", "gsm8k")
     steps: int = 30
     distilled_rows: int = 16
     rates: tuple[float, ...] = (1e-4, 2e-4)
@@ -61,7 +63,8 @@ PROFILES = {
     "quick": Profile(
         "quick",
         layers=(2, 2),
-        teacher_layers=1,
+        teacher_depth=4,
+        teacher_layers=2,
         teacher_steps=2,
         student_steps=2,
         rows_a_step=4,
@@ -69,7 +72,7 @@ PROFILES = {
         student_gate=(0.0, 1.0),
         select="all",
         rows=6,
-        intervention=2,
+        domains=("B",),
         steps=2,
         distilled_rows=4,
         rates=(2e-4,),
