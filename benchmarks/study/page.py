@@ -173,7 +173,7 @@ def _cutting(study: Study, domain: str, figures: dict[str, str]) -> Iterator[str
     if not arms:
         return
     draws = study.profile.draws
-    lines, shown = [], []
+    lines, repaired = [], []
     for name, rows in arms.items():
         found = {
             of: share(np.array([float(row.values[of]) for row in rows]), rows, draws=draws)
@@ -184,9 +184,9 @@ def _cutting(study: Study, domain: str, figures: dict[str, str]) -> Iterator[str
         inside = sum(row.values["inside"] for row in rows) / cut if cut else None
         shares = [shown(found[of]) for of in ("first", "any", "both")]
         lines.append((name, *shares, f"{asked:.1f}", "" if inside is None else short(inside)))
-        shown.append(found["any"])
+        repaired.append(found["any"])
     figures[f"cutting-{domain}"] = interval_chart(
-        f"{TITLES[domain]}: students that a cut repairs, %", [*arms], {"": estimates(shown)}, "%"
+        f"{TITLES[domain]}: students that a cut repairs, %", [*arms], {"": estimates(repaired)}, "%"
     )
     first = next(iter(arms.values()))
     yield f"## Cuts: {TITLES[domain]}"
