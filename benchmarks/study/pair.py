@@ -13,6 +13,7 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def train(
     model.train()
     for _ in range(steps):
         loss = cross_entropy(*label_logits(model, rows, next(batches)))
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
@@ -182,8 +183,9 @@ def accuracy(model: Any, rows: Rows, *, size: int = 32) -> float:
     for start in range(0, len(rows.inputs), size):
         batch = range(start, min(start + size, len(rows.inputs)))
         logits, labels = label_logits(model, rows, batch)
-        same = (logits.argmax(dim=-1) == labels).split([len(rows.labels[at]) for at in batch])
-        right += sum(bool(one.all()) for one in same)
+        same = logits.argmax(dim=-1) == labels
+        parts = torch.split(same, [len(rows.labels[at]) for at in batch])
+        right += sum(bool(one.all()) for one in parts)
     return right / len(rows.inputs)
 
 
@@ -297,9 +299,7 @@ def make_pair(study: Study, base: str, problems: Sequence[Problem]) -> list[dict
         for attempt in range(seed, seed + study.profile.attempts):
             path = study.root / "pair" / name
             step = f"pair-{role}-seed-{attempt}"
-            found = study.step(
-                step, lambda at=attempt, to=path, of=(role, layers): once(*of, at, to)
-            )
+            found = study.step(step, partial(once, role, layers, attempt, path))
             tried.append({**found, "name": name})
             if found["kept"]:
                 break
