@@ -4,6 +4,8 @@
 #   make test        the fast tests                    make test-slow   the rest, real models, servers and
 #                    other harnesses included; LEAF_DATA=folder with benchmarks for those that need some
 #   make bench       kernels against eager and compiled PyTorch; the table is printed and written
+#   make study       scores, cuts and distillations on known distractors, on one page: up to three hours;
+#                    PROFILE=quick is a rehearsal of minutes, PROFILE=gpu needs a GPU
 #   make gpu         on a machine with a GPU: build, smoke test, timings, counters, tests, in 8 minutes
 #   make vectorized  proof from the compiler's report (GCC) that the kernels' loops are vector code;
 #                    make aarch64: the same, cross-compiled
@@ -26,7 +28,7 @@ export OMP_WAIT_POLICY ?= passive
 BUILT := $(VENV)/.built
 DEV   := $(VENV)/.dev
 
-.PHONY: demo test test-slow bench gpu vectorized aarch64 registers isa sanitize emulate lint format clean
+.PHONY: demo test test-slow bench study gpu vectorized aarch64 registers isa sanitize emulate lint format clean
 
 demo: $(BUILT)
 	leaf demo --output_dir outputs/demo
@@ -41,6 +43,11 @@ test-slow: $(VENV)/.smollm2 $(VENV)/.oracles $(VENV)/.harness $(VENV)/.trl $(VEN
 bench: $(DEV)
 	pytest benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	python benchmarks/report.py build/benchmark.json
+
+PROFILE ?= cpu
+
+study: $(VENV)/.smollm2
+	python benchmarks/study --profile $(PROFILE) $(STUDY_ARGS)
 
 # PYTHON is used directly if it has all packages, without asking an index.
 GPU_OUT ?= build/gpu

@@ -1,0 +1,163 @@
+"""Which cuts repair a student that distractors mislead: arms of `leaf detect`, and two by hand.
+
+By hand are the oracle, which cuts the true distractors, and the control without a model. Both are
+answered by the same judge, and written as arms are, so that they can be distilled from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from detection import CONTROL, ORACLE, SCORES, SCORING, offered, samples_of
+from problems import Problem, numbers, value
+
+from leaf_distill.data.dataset import load_examples
+from leaf_distill.data.example import ROLES, Example, Range, Role, remaining
+from leaf_distill.data.prompt import Renderer
+from leaf_distill.detection.answers import open_cache, prompted_model, render_for
+from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.counterfactual import make_candidate, tidied
+from leaf_distill.detection.judge import Judge
+from leaf_distill.detection.output import write_dataset
+from leaf_distill.detection.pipeline import detect
+from leaf_distill.detection.units import phrases
+from leaf_distill.io import make_directory, write_table
+from leaf_distill.models.loading import LazyModel
+
+TOP = "top 1, 2, 3 phrases by "
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "token spans, one at a time (the paper)": {"strategy": "span", "widen": "token"},
+    "token spans, together (the paper)": {"strategy": "collective", "widen": "token"},
+    "random token spans": {"strategy": "random_spans", "widen": "token"},
+    "spans widened to phrases, together": {"strategy": "collective", "widen": "phrase"},
+    **{
+        f"{TOP}{name}": {"strategy": "cumulative", "widen": "phrase", **changes}
+        for name, changes in SCORES.items()
+    },
+    "search": {"strategy": "search", "widen": "phrase"},
+    "search, shortlist by log_gap": {"strategy": "search", "widen": "phrase", "score": "log_gap"},
+}
+"""Arms of `leaf detect`; both models must answer what is left."""
+
+Propose = Callable[[Problem, Example], Sequence[Range]]
+"""Returns the characters that are cut out of a row, together."""
+
+
+def absent_numbers(problem: Problem, example: Example) -> list[Range]:
+    """Return the phrases with a number that the label lacks, and with none that it has."""
+    known = {value(one) for one in numbers(problem.label)}
+    found = []
+    for start, stop in phrases(example.text, example.parts):
+        own = {value(one) for one in numbers(example.text[start:stop])}
+        if own and not own & known:
+            found.append((start, stop))
+    return found
+
+
+BY_HAND: Mapping[str, tuple[str, Propose]] = {
+    CONTROL: ("control", absent_numbers),
+    ORACLE: ("oracle", lambda problem, example: problem.ranges),
+}
+"""Each cut that is no arm of `leaf detect`, with its directory."""
+
+
+def cut_rows(
+    config: DetectConfig, problems: Sequence[Problem], place: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Return what each arm does to the rows that the student fails and the teacher solves.
+
+    Args:
+        config: the settings of detection; every arm validates by both models.
+        problems: the rows of config.dataset.
+        place: where the arms by hand are written.
+
+    Returns:
+        For each arm a line for each row: `problem`; `first`, `any`: whether the student is right
+        after the first cut, after any; `both`: whether both models are after one cut; `asked`: the
+        answers of both models to changed prompts; `inside`, `cut`: characters of the cuts that are
+        tried, in distractors and in all.
+    """
+    rows = [one["row_id"] for one in samples_of(replace(config, **SCORING))]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, changes in ARMS.items():
+        if offered(changes):
+            samples = samples_of(replace(config, validate="both", **changes))
+            tried = {one["row_id"]: one["candidates"] for one in samples}
+            found[name] = [_line(problems[at], tried.get(at) or []) for at in rows]
+    originals = pq.read_table(detect(replace(config, **SCORING)).dataset)
+    for name, (directory, propose) in BY_HAND.items():
+        examples = judged(config, problems, rows, propose)
+        found[name] = [_line(problems[one.row_id], map(_tried, one.candidates)) for one in examples]
+        for cross in (False, True):
+            _write(place / (directory + "-cross" * cross), examples, originals, cross=cross)
+    return found
+
+
+def judged(
+    config: DetectConfig, problems: Sequence[Problem], rows: Sequence[int], propose: Propose
+) -> list[Example]:
+    """Return rows with one candidate each that both models were asked."""
+    by_id = {one.row_id: one for one in load_examples(config.dataset)}
+    examples = [by_id[at] for at in rows]
+    pair = {role: _asked(role, config) for role in ROLES}
+    for example in examples:
+        cut = tidied(example, propose(problems[example.row_id], example))
+        candidate = make_candidate(example, (cut, (), None), config, ())
+        candidate.candidate_id = 0
+        example.candidates = [candidate]
+        for one in remaining(example.candidates):
+            render_for(pair, one, Renderer.prompt)
+    with open_cache(config) as cache:
+        judge = Judge(pair, replace(config, validate="both"), cache, lambda stage: nullcontext())
+        judge.validate(examples)
+        judge.use(None)
+    return examples
+
+
+def _asked(role: Role, config: DetectConfig) -> Any:
+    source = getattr(config, role)
+    model = LazyModel(source, dtype=config.dtype, device=config.device, argument=role)
+    return prompted_model(role, model, config)
+
+
+def _write(
+    directory: Path, examples: Sequence[Example], originals: pa.Table, *, cross: bool
+) -> None:
+    """Write the dataset of an arm: the originals of another one, and these counterfactuals."""
+    make_directory(directory)
+    path = write_dataset(directory, examples, "{}", cross=cross)
+    table = pq.read_table(path)
+    kept = table.filter(pc.not_equal(table["branch"], "original"))
+    plain = originals.filter(pc.equal(originals["branch"], "original"))
+    write_table(path, pa.concat_tables([plain, kept.select(plain.column_names)]))
+
+
+def _tried(candidate: Example) -> dict[str, Any]:
+    verdicts = {
+        f"{role}_verdict": candidate.answers[role].verdict if role in candidate.answers else None
+        for role in ROLES
+    }
+    return {"cut": candidate.cut, "kept": candidate.outcome is None, **verdicts}
+
+
+def _line(problem: Problem, candidates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    tried = list(candidates)
+    right = [one["student_verdict"] == "right" for one in tried]
+    truth = {at for start, stop in problem.ranges for at in range(start, stop)}
+    cut = [at for one in tried for start, stop in one["cut"] for at in range(start, stop)]
+    return {
+        "problem": problem.name,
+        "first": any(right[:1]),
+        "any": any(right),
+        "both": any(one["kept"] for one in tried),
+        "asked": sum(one[f"{role}_verdict"] is not None for one in tried for role in ROLES),
+        "inside": sum(at in truth for at in cut),
+        "cut": len(cut),
+    }

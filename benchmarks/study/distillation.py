@@ -1,0 +1,221 @@
+"""Which distillation makes a student robust: arms at equal compute, from one student each.
+
+Every arm has the same steps and rows a step, the counterfactuals within them. The students answer
+held-out problems in their plain and their adversarial form.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from cutting import ARMS as CUTS
+from cutting import TOP
+from detection import MAX_NEW_TOKENS, SCORING, offered, write_rows
+from problems import Problem, as_rows
+from settings import Profile
+
+from leaf_distill.data.dataset import load_examples
+from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.output import write_dataset
+from leaf_distill.detection.pipeline import detect
+from leaf_distill.evaluation.compare import distill_equally
+from leaf_distill.evaluation.compared import ARMS as COMPARED
+from leaf_distill.evaluation.config import EvaluateConfig
+from leaf_distill.evaluation.evaluate import evaluate
+from leaf_distill.io import make_directory, write_table
+from leaf_distill.training.config import DistillArguments, LeafConfig
+
+UNTRAINED, TEACHER, KD = "untrained", "teacher", "kd"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an arm's rows are made of: the settings of detection, its rows, and its directory."""
+
+    config: DetectConfig
+    problems: Sequence[Problem]
+    place: Path
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm: a sentence about it, its rows, and its settings of training."""
+
+    says: str
+    dataset: Callable[[Source], Path]
+    training: Mapping[str, Any] = field(default_factory=dict)
+    offered: bool = True
+
+
+def originals(source: Source) -> Path:
+    """Return the adversarial problems alone, with the verdict on the student's answers."""
+    table = pq.read_table(detect(replace(source.config, **SCORING)).dataset)
+    path = source.place / "kd" / "dataset.parquet"
+    make_directory(path.parent)
+    write_table(path, table.filter(pc.equal(table["branch"], "original")))
+    return path
+
+
+def with_share(share: int) -> Callable[[Source], Path]:
+    """Return the maker of a dataset of which so many percent of the rows have distractors."""
+
+    def make(source: Source) -> Path:
+        order = list(range(len(source.problems)))
+        random.Random(0).shuffle(order)
+        whole = set(order[: round(len(order) * share / 100)])
+        rows = [
+            row
+            for at, one in enumerate(source.problems)
+            for row in as_rows([one], "adversarial" if at in whole else "plain")
+        ]
+        directory = source.place / f"kd-{share}"
+        make_directory(directory)
+        return write_dataset(directory, load_examples(rows), "{}")
+
+    return make
+
+
+def detected(**changes: Any) -> Callable[[Source], Path]:
+    """Return the maker of the dataset of an arm of `leaf detect`."""
+    return lambda source: detect(replace(source.config, **changes)).dataset
+
+
+def by_hand(name: str) -> Callable[[Source], Path]:
+    """Return the finder of a dataset that the step of the cuts has written."""
+    return lambda source: source.place / name / "dataset.parquet"
+
+
+def _cut(says: str, name: str) -> Arm:
+    changes = {"validate": "both", **CUTS[name]}
+    return Arm(says, detected(**changes), offered=offered(changes))
+
+
+ARMS: Mapping[str, Arm] = {
+    KD: Arm("plain distillation on problems with distractors", originals),
+    **{
+        f"{KD}, {share} % with distractors": Arm(
+            f"plain distillation; {share} % of the problems have distractors", with_share(share)
+        )
+        for share in (0, 10, 50)
+    },
+    "kd_failed": Arm(COMPARED["kd_failed"].says, originals, COMPARED["kd_failed"].training),
+    "kd_entropy": Arm(COMPARED["kd_entropy"].says, originals, COMPARED["kd_entropy"].training),
+    "sft": Arm(COMPARED["sft"].says, originals, COMPARED["sft"].training),
+    "augmented": Arm(
+        COMPARED["augmented"].says, detected(**(COMPARED["augmented"].detection or {}))
+    ),
+    "LeaF spans": _cut("the paper's token spans", "token spans, one at a time (the paper)"),
+    "log_gap phrases": _cut("the top 1, 2, 3 phrases by log_gap", f"{TOP}log_gap"),
+    "search": _cut("the cuts of the search", "search"),
+    "random phrases": _cut("a control: 1, 2, 3 phrases at random", f"{TOP}random"),
+    "control": Arm("a control: phrases whose numbers the label lacks", by_hand("control")),
+    "truth": Arm("the true distractors", by_hand("oracle")),
+    "cross, truth": Arm(
+        "the teacher reads the problem without the true distractors, the student the whole one",
+        by_hand("oracle-cross"),
+    ),
+}
+"""All arms. Those with cuts keep what both models answer."""
+
+
+def arms_of(profile: Profile) -> dict[str, Arm]:
+    """Return the arms that can run; kd_failed needs the verdicts on the student's answers."""
+    answered = profile.select != "all"
+    return {
+        name: arm
+        for name, arm in ARMS.items()
+        if arm.offered and (answered or "failed_share" not in arm.training)
+    }
+
+
+def distil(
+    source: Source,
+    arm: Arm,
+    profile: Profile,
+    output: Path,
+    held_out: Path,
+    *,
+    learning_rate: float,
+    order: int,
+) -> dict[str, Any]:
+    """Distil from the source's student, and return its counts and answers; the weights are deleted.
+
+    Args:
+        source, arm: the rows.
+        profile: the steps and rows a step.
+        output: the directory of the student.
+        held_out: the problems that it answers.
+        learning_rate: the peak.
+        order: seed of the batches' order.
+    """
+    training = LeafConfig(
+        output_dir=str(output),
+        max_steps=profile.steps,
+        originals_per_step=profile.distilled_rows,
+        per_device_train_batch_size=profile.distilled_rows,
+        learning_rate=learning_rate,
+        warmup_steps=max(1, profile.steps // 10),
+        seed=order,
+        logging_steps=profile.steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        bf16=False,
+        **arm.training,
+    )
+    arguments = DistillArguments(
+        student=source.config.student,
+        teacher=source.config.teacher,
+        dataset=str(arm.dataset(source)),
+        teacher_dtype="float32",
+    )
+    trained = distill_equally(arguments, training, output)
+    right = answers(str(trained.model), held_out, source.config.cache_dir)
+    shutil.rmtree(output)
+    return {
+        "originals": trained.originals,
+        "counterfactuals": trained.counterfactuals,
+        "originals_a_step": trained.originals_a_step,
+        "tokens": trained.tokens,
+        "right": right,
+    }
+
+
+def write_held_out(path: Path, sets: Mapping[str, Sequence[Problem]]) -> dict[str, tuple[int, int]]:
+    """Write the problems of all test sets, plain and adversarial; return the rows of each.
+
+    The names are those of the sets with "plain" or "adversarial" behind.
+    """
+    rows: list[dict[str, str]] = []
+    places = {}
+    for name, problems in sets.items():
+        for form in ("plain", "adversarial"):
+            places[f"{name} {form}"] = (len(rows), len(rows) + len(problems))
+            rows += as_rows(problems, form)
+    write_rows(path, rows)
+    return places
+
+
+def answers(model: str, held_out: Path, cache_dir: str | None) -> list[bool]:
+    """Return which held-out problems a model answers with the label, greedily."""
+    output = held_out.parent / "evaluation" / Path(model).parent.name / Path(model).name
+    result = evaluate(
+        EvaluateConfig(
+            model=model,
+            dataset=str(held_out),
+            output_dir=str(output),
+            cache_dir=cache_dir,
+            dtype="float32",
+            grade="exact",
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+    )
+    verdicts = pq.read_table(result.answers, columns=["verdict"])["verdict"].to_pylist()
+    return [verdict == "right" for verdict in verdicts]

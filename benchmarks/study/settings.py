@@ -1,0 +1,153 @@
+"""The profiles of the study, and its directory: steps that are done once, and kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from leaf_distill.io import make_directory, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The size of a study.
+
+    Attributes:
+        name: of the profile.
+        layers: of each student, in their order; the first one is for the choice of settings.
+        teacher_depth: layers of the teacher; None: all of the model's.
+        teacher_layers: the upper layers of the teacher that train; None: all weights.
+        teacher_steps, student_steps, rows_a_step: of the training of the pair.
+        teacher_rate, student_rate: peak learning rates of it.
+        teacher_gate: lowest accuracy of the teacher on adversarial problems of C-dev.
+        student_gate: lowest accuracy of a student on the plain ones, highest on the adversarial.
+        attempts: seeds that are tried for each model that is wanted.
+        select: rows that are searched, as in `leaf detect`.
+        rows: most problems of each split; None: all.
+        domains: the splits whose rows are searched; B is also distilled on.
+        steps, distilled_rows: steps of a distillation, and rows in each.
+        rates: learning rates that are tried on the development student.
+        orders: batch orders of each student, which are averaged.
+        workers: processes, each with a student.
+        draws: of a bootstrap.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    teacher_depth: int | None = None
+    teacher_layers: int | None = 10
+    teacher_steps: int = 200
+    student_steps: int = 150
+    rows_a_step: int = 16
+    teacher_rate: float = 2e-4
+    student_rate: float = 5e-4
+    teacher_gate: float = 0.6
+    student_gate: tuple[float, float] = (0.5, 0.15)
+    attempts: int = 3
+    select: str = "student_wrong"
+    rows: int | None = None
+    domains: tuple[str, ...] = ("B", "complex", "gsm8k")
+    steps: int = 30
+    distilled_rows: int = 16
+    rates: tuple[float, ...] = (1e-4, 2e-4)
+    orders: int = 1
+    workers: int = 1
+    draws: int = 1000
+
+
+PROFILES = {
+    "quick": Profile(
+        "quick",
+        layers=(2, 2),
+        teacher_depth=4,
+        teacher_layers=2,
+        teacher_steps=2,
+        student_steps=2,
+        rows_a_step=4,
+        teacher_gate=0.0,
+        student_gate=(0.0, 1.0),
+        select="all",
+        rows=6,
+        domains=("B",),
+        steps=2,
+        distilled_rows=4,
+        rates=(2e-4,),
+        draws=100,
+    ),
+    "cpu": Profile("cpu", layers=(10, 10, 10, 10), steps=20),
+    "gpu": Profile(
+        "gpu",
+        layers=(10, 10, 10, 10, 10, 10, 10, 15, 15),
+        teacher_layers=None,
+        teacher_steps=225,
+        teacher_rate=5e-5,
+        teacher_gate=0.8,
+        steps=100,
+        workers=8,
+    ),
+}
+
+
+class Study:
+    """The directory of a study.
+
+    DIR/study.json    the profile and the problems
+    DIR/study.log     what the product's commands print
+    DIR/steps/        the result of each step, as JSON, with its seconds
+    DIR/pair/         the checkpoints of teacher and students
+    DIR/student-N/    arms of `leaf detect` and distilled students
+
+    Raises:
+        ValueError: the directory is that of another study.
+    """
+
+    def __init__(self, root: Path, profile: Profile, inputs: dict[str, Any]) -> None:
+        self.root, self.profile = root, profile
+        for directory in (root / "steps", root / "pair"):
+            make_directory(directory)
+        record = {"command": "study", "profile": asdict(profile), "inputs": inputs}
+        known = root / "study.json"
+        if known.exists() and read_json(known) != _as_json(record):
+            raise ValueError(
+                f"output_dir: must be new or of the same study, got {root}, whose study.json has "
+                "other settings; give another one"
+            )
+        write_json(known, record)
+
+    def step(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return the result of a step, which is computed only if it is not known.
+
+        What `compute` returns must be expressible in JSON; what it prints goes to DIR/study.log.
+        """
+        path = self.root / "steps" / f"{name}.json"
+        if not path.exists():
+            print(f"{name} ...", flush=True)
+            started = time.perf_counter()
+            with (self.root / "study.log").open("a") as log, redirect_stdout(log):
+                result = compute()
+            seconds = round(time.perf_counter() - started, 1)
+            write_json(path, {"step": name, "seconds": seconds, "result": result})
+        return read_json(path)["result"]
+
+    def done(self, name: str) -> Any:
+        """Return the result of a step that is done, or None."""
+        path = self.root / "steps" / f"{name}.json"
+        return read_json(path)["result"] if path.exists() else None
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each step that is done."""
+        paths = sorted((self.root / "steps").glob("*.json"))
+        return {path.stem: read_json(path)["seconds"] for path in paths}
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as it is read again from JSON."""
+    if isinstance(value, dict):
+        return {name: _as_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(one) for one in value]
+    return value

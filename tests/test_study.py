@@ -1,0 +1,326 @@
+"""The study on known distractors: its problems, splits, truth, measures and pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+STUDY = Path(__file__).resolve().parents[1] / "benchmarks" / "study"
+sys.path.insert(0, str(STUDY))  # its modules are flat, as the command runs them
+import cutting  # noqa: E402
+import detection  # noqa: E402
+import distillation  # noqa: E402
+import measures  # noqa: E402
+import pair  # noqa: E402
+import problems as study_problems  # noqa: E402
+import settings  # noqa: E402
+from measures import Row, auc, first_phrases, share, unmentioned  # noqa: E402
+from problems import Problem, as_rows, group_similar, load_gsm8k, load_problems  # noqa: E402
+
+from leaf_distill.data.dataset import load_examples  # noqa: E402
+from leaf_distill.detection.counterfactual import changed, tidied  # noqa: E402
+
+sys.path.remove(str(STUDY))
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[Problem]:
+    return load_problems()
+
+
+def test_every_expression_has_the_value_of_the_gold_number_and_is_the_only_one() -> None:
+    text = "Tom has 1,200 apples in 30 boxes and 2 pears."
+    assert study_problems.expressions(text, 40.0) == {"1,200 / 30"}
+    assert study_problems.expressions(text, 1230.0) == {"1,200 + 30"}
+    assert study_problems.expressions("2 and 2", 4.0) == {"2 + 2", "2 * 2"}
+    assert study_problems.expressions("3 of 10", 7.0) == {"10 - 3"}
+
+
+def test_labels_use_two_numbers_of_both_forms(problems: list[Problem]) -> None:
+    for one in problems:
+        used = set(study_problems.numbers(one.label))
+        assert 1 <= len(used) <= 2
+        assert used <= set(study_problems.numbers(one.plain))
+        assert used <= set(study_problems.numbers(one.adversarial))
+
+
+def test_no_template_is_in_two_splits(problems: list[Problem]) -> None:
+    sizes = {name: len(study_problems.of_split(problems, name)) for name in study_problems.SIZES}
+    assert all(sizes[name] >= count for name, count in study_problems.SIZES.items())
+    assert len(study_problems.of_split(problems, "A")) > 400
+    split = {at: one.split for at, one in enumerate(problems)}
+    for group in group_similar([one.plain for one in problems]):
+        assert len({split[at] for at in group}) == 1
+    texts = [{one.plain for one in problems if one.split == name} for name in (*sizes, "A")]
+    assert not any(one & other for one, other in combinations(texts, 2))
+
+
+def test_all_but_what_trains_models_has_exact_truth(problems: list[Problem]) -> None:
+    assert all(one.exact for one in problems if one.split != "A")
+    assert load_problems() == problems
+    assert load_problems(seed=1) != problems
+
+
+def test_similar_texts_are_of_one_template_through_others_too() -> None:
+    texts = [
+        "Tom has 3 red apples and buys some more of them today",
+        "Eva has 5 red apples and buys some more of them today",
+        "Eva has 5 green apples and buys some more of them today",
+        "A train leaves the station at noon",
+    ]
+    assert sorted(map(sorted, group_similar(texts))) == [[0, 1, 2], [3]]
+
+
+def plain_words(text: str) -> str:
+    return "".join(char for char in text.lower() if char.isalnum())
+
+
+def test_the_oracle_cut_restores_the_plain_text(problems: list[Problem]) -> None:
+    exact = [one for one in problems if one.split in ("B", "C")]
+    examples = load_examples(as_rows(exact, "adversarial"))
+    for example, one in zip(examples, exact, strict=True):
+        cut = changed(example, tidied(example, one.ranges))
+        assert plain_words(cut.text) == plain_words(one.plain), one.name
+
+
+def test_gsm8k_gets_a_sentence_of_another_problem_before_its_question(tmp_path: Path) -> None:
+    rows = [
+        ("Tom has 7 apples. He buys 5 more. How many has he?", "7+5=<<7+5=12>>12\n#### 12"),
+        (
+            "Eva sees 40 birds. She is glad. How many eyes do 3 birds have?",
+            "3*2=<<3*2=6>>6\n#### 6",
+        ),
+    ]
+    lines = "\n".join(json.dumps({"question": q, "answer": a}) for q, a in rows)
+    (tmp_path / "train.jsonl").write_text(lines)
+    (tmp_path / "test.jsonl").write_text("")
+    (one,) = load_gsm8k(tmp_path)
+    assert (one.plain, one.label) == (rows[0][0], "7 + 5")
+    ((start, stop),) = one.ranges
+    assert one.adversarial[:start] + one.adversarial[stop:] == one.plain
+    assert one.adversarial[start:stop] == "Eva sees 40 birds. "
+    assert one.adversarial[stop:] == "How many has he?"
+
+
+PLAIN = "<<Passage>>tom has 7 apples and 2 pears.<<Question>> how many fruits?"
+WHOLE = "<<Passage>>tom has 7 apples and 2 pears. the sticker says 3.<<Question>> how many fruits?"
+SOLVED = "<<Explanation>>tom has 7 and 2.<<FinalAnswer>>9.0"
+
+
+def test_problems_of_a_folder_are_cleaned_pairs(tmp_path: Path) -> None:
+    pairs = [(PLAIN, WHOLE), (PLAIN, PLAIN.replace("7", "8")), ("no number", WHOLE)]
+    for kind in ("simple", "complex"):
+        for name, at in (("adversarial", 1), ("non_adversarial", 0)):
+            lines = [
+                json.dumps({"id": f"p_{number}", "prompt": pair[at], "completion": SOLVED})
+                for number, pair in enumerate(pairs)
+            ]
+            (tmp_path / f"{kind}_{name}_train.json").write_text("\n".join(lines))
+    found = load_problems(tmp_path)
+    assert [one.name for one in found] == ["simple/p_0"]  # the complex one is the same problem
+    one = found[0]
+    assert one.adversarial == "tom has 7 apples and 2 pears. the sticker says 3. how many fruits?"
+    assert [one.adversarial[a:b].strip() for a, b in one.ranges] == ["the sticker says 3."]
+    assert one.label == "7 + 2"
+
+
+def planted_rows(count: int = 60, tokens: int = 25, students: int = 2) -> list[Row]:
+    """Rows in which one score is the truth and another was drawn without it."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for at in range(count):
+        phrase = np.arange(tokens) // 5
+        planted_phrase = np.array([True, *(draw.random(tokens // 5 - 2) < 0.3), False])
+        planted = planted_phrase[phrase]
+        suspicion = {
+            "truth": planted + draw.random(tokens) / 2,
+            "shuffled": draw.random(tokens),
+            "tied": np.zeros(tokens),
+        }
+        number = draw.random(tokens) < 0.5
+        one = Row(at % students, f"p{at // students}", planted, number, phrase, planted_phrase, {})
+        one.suspicion.update(suspicion)
+        rows.append(one)
+    return rows
+
+
+def test_planted_truth_has_an_auc_of_one_and_a_shuffled_score_one_half() -> None:
+    rows = planted_rows()
+    assert auc(rows, "truth") == (1.0, 1.0, 1.0)
+    assert auc(rows, "truth", numbers=True) == (1.0, 1.0, 1.0)
+    mean, low, high = auc(rows, "shuffled") or (0, 0, 0)
+    assert mean == pytest.approx(0.5, abs=0.06)
+    assert low < mean < high and high - low < 0.2
+    bare = Row(0, "p", rows[0].number & False, rows[0].number, rows[0].phrase, rows[0].planted, {})
+    bare.suspicion.update(rows[0].suspicion)
+    assert auc([bare], "truth") is None
+
+
+def test_ties_count_half_in_an_auc() -> None:
+    planted = np.array([True, True, False, False])
+    values = np.array([1.0, 0.0, 0.0, 0.0])
+    row = Row(0, "p", planted, planted, planted.astype(int), planted, {"score": values})
+    # Of the four pairs, the first planted token wins two and the second ties twice.
+    assert (auc([row], "score") or [0])[0] == (2 + 2 / 2) / 4
+
+
+def test_the_first_phrase_is_a_distractor_by_the_truth_and_by_chance_otherwise() -> None:
+    rows = planted_rows()
+    assert set(first_phrases(rows, "truth")) == {1.0}
+    chance = np.mean([row.planted_phrase.mean() for row in rows])
+    assert first_phrases(rows, "tied").mean() == pytest.approx(chance)
+    assert first_phrases(rows, "shuffled").mean() == pytest.approx(chance, abs=0.15)
+    found = share(first_phrases(rows, "tied"), rows)
+    assert found is not None and found[1] < found[0] < found[2]
+
+
+def test_an_interval_of_several_students_is_wider_than_one_of_their_rows_alone() -> None:
+    rows = planted_rows(count=200, students=2)
+    values = np.array([float(row.student) for row in rows])
+    of_students = measures.share(values, rows)
+    alone = measures.share(
+        values, [Row(0, f"{at}", *[rows[0].planted] * 4, {}) for at in range(200)]
+    )
+    assert of_students is not None and alone is not None
+    assert of_students[1:] == (0.0, 1.0)
+    assert alone[2] - alone[1] < 0.2
+
+
+def test_the_control_marks_numbers_that_the_label_lacks() -> None:
+    text = "Tom has 1,200 apples of 30 grams"
+    offsets = np.array([[0, 8], [8, 11], [11, 13], [13, 24], [24, 26], [26, 32]])
+    assert unmentioned(text, offsets, "1200 + 7").tolist() == [0, -1, -1, 0, 1, 0]
+
+
+def test_a_score_is_read_from_the_arms_and_the_cuts_from_their_answers() -> None:
+    problem = Problem("p", "a. c?", "a. b. c?", ((2, 5),), True, "1 + 2")
+    candidates = [
+        {"cut": [[0, 2]], "student_verdict": "wrong", "teacher_verdict": None, "kept": False},
+        {"cut": [[2, 5]], "student_verdict": "right", "teacher_verdict": "right", "kept": True},
+    ]
+    line = cutting._line(problem, candidates)
+    assert (line["first"], line["any"], line["both"]) == (False, True, True)
+    assert (line["asked"], line["inside"], line["cut"]) == (3, 3, 5)
+    example = load_examples([{"prompt": "Tom has 7, weighs 30 kg, and buys 5.", "completion": "-"}])
+    found = cutting.absent_numbers(replace(problem, label="7 + 5"), example[0])
+    assert [example[0].text[a:b].strip() for a, b in found] == ["weighs 30 kg,"]
+
+
+def test_every_table_has_the_control_without_a_model() -> None:
+    assert detection.CONTROL in cutting.BY_HAND
+    assert distillation.ARMS["control"].offered
+    names = {name for name, arm in distillation.ARMS.items() if arm.offered}
+    assert {"kd", "sft", "augmented", "truth", "cross, truth", "LeaF spans"} <= names
+
+
+def test_a_step_is_done_once_and_a_directory_is_of_one_study(tmp_path: Path) -> None:
+    study = settings.Study(tmp_path, settings.PROFILES["quick"], {"base": "None"})
+    done: list[int] = []
+    for _ in range(2):
+        assert study.step("one", lambda: [done.append(1) or len(done)]) == [1]
+    again = settings.Study(tmp_path, settings.PROFILES["quick"], {"base": "None"})
+    assert again.done("one") == [1] and again.done("two") is None
+    with pytest.raises(ValueError, match="output_dir: must be new or of the same study"):
+        settings.Study(tmp_path, settings.PROFILES["cpu"], {"base": "None"})
+
+
+def make_base(directory: Path) -> Path:
+    """Save a tiny model whose tokens are the bytes of a text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: at for at, letter in enumerate(["<pad>", "<eos>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+    ).save_pretrained(directory)
+    return directory
+
+
+def test_a_teacher_s_lower_layers_stay_and_its_upper_ones_train(
+    problems: list[Problem], tmp_path: Path
+) -> None:
+    base = str(make_base(tmp_path))
+    maker = pair.Maker(base, problems, settings.PROFILES["quick"])
+    model, losses = maker.teacher(0)
+    before = maker.model.model
+    for at, layer in enumerate(model.model.layers):
+        same = torch.equal(layer.mlp.up_proj.weight, before.layers[at].mlp.up_proj.weight)
+        assert same == (at < 2), at
+    # Run in two parts and at once, the trained model has the same logits.
+    rows = maker.rows("C-dev", ["plain"])
+    whole, _ = pair.label_logits(model, rows, [0, 1])
+    student, again = (pair.copied(model, layers) for layers in ([0, 3], range(4)))
+    assert torch.equal(pair.label_logits(again, rows, [0, 1])[0], whole)
+    assert student.config.num_hidden_layers == 2
+    assert student.model.layers[1].self_attn.layer_idx == 1
+    assert maker.teacher(0)[1] == losses
+
+
+def study_command(base: Path, output: Path) -> list[str]:
+    profile = ["--profile", "quick", "--base", str(base), "--output_dir", str(output)]
+    return [sys.executable, str(STUDY), *profile]
+
+
+def tables_of(page: Path) -> list[str]:
+    text, _, _ = page.read_text().partition("## Settings and time")
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+@pytest.mark.slow
+def test_the_study_runs_goes_on_after_a_kill_and_reruns_to_the_digit(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    root = STUDY.parents[1]
+    search = os.pathsep.join((str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")))
+    env = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+    first = study_command(base, tmp_path / "first")
+    running = subprocess.Popen(first, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    steps = tmp_path / "first" / "steps"
+    while running.poll() is None and not (steps / "cutting-1-B.json").exists():
+        time.sleep(0.2)
+    running.kill()
+    running.communicate()
+    known = {path: path.stat().st_mtime_ns for path in steps.glob("*.json")}
+    assert known and not (tmp_path / "first" / "study.md").exists()
+    for command in (first, study_command(base, tmp_path / "second")):
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert all(path.stat().st_mtime_ns == at for path, at in known.items())
+    tables = tables_of(tmp_path / "first" / "study.md")
+    assert tables == tables_of(tmp_path / "second" / "study.md")
+    page = (tmp_path / "first" / "study.md").read_text()
+    assert "This is a rehearsal" in page and "FIGURE" not in page
+    names = {line.split(" | ")[0].removeprefix("| ") for line in tables}
+    expected = {*detection.SCORES, *cutting.ARMS, *cutting.BY_HAND}
+    expected |= {*distillation.arms_of(settings.PROFILES["quick"])}
+    assert expected <= names
+    for name in ("detection-B", "cutting-B", "distillation"):
+        assert (tmp_path / "first" / f"study-{name}.svg").exists() and f"study-{name}.svg" in page
+    assert not list((tmp_path / "first").glob("student-1/students/*"))
