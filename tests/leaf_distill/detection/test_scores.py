@@ -9,12 +9,21 @@ from typing import get_args
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from aligned_rows import aligned, config_of
 from detect_run import run
 
+import leaf_ext
 from leaf_distill.detection.config import Score
 from leaf_distill.detection.judge import Judge
-from leaf_distill.detection.suspicion import FLOOR, OF_NORMS, logs, ranks, set_suspicion
+from leaf_distill.detection.suspicion import (
+    FLOOR,
+    OF_NORMS,
+    STUDENT_WEIGHT,
+    logs,
+    ranks,
+    set_suspicion,
+)
 
 STUDENT = np.array([1.0, 4.0, 2.0, 0.0, 2.0], dtype=np.float32)
 TEACHER = np.array([2.0, 1.0, 8.0, 4.0, 0.5], dtype=np.float32)
@@ -35,6 +44,16 @@ def test_scores_of_norms() -> None:
     assert expected.keys() == OF_NORMS.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(OF_NORMS[name](STUDENT, TEACHER), values, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "weight"), [("log_gap", STUDENT_WEIGHT), ("log_ratio", 1.0)])
+def test_the_op_has_the_scores_of_logarithms(name: str, weight: float) -> None:
+    suspicion = OF_NORMS[name](STUDENT, TEACHER)
+    domain = torch.ones(1, len(STUDENT), dtype=torch.bool)
+    teacher, student = (torch.from_numpy(one)[None] for one in (TEACHER, STUDENT))
+    found = leaf_ext.detect_spans(teacher, student, domain, scale="log", student_weight=weight)
+    expected = (suspicion.max() - suspicion) / (suspicion.max() - suspicion.min())
+    np.testing.assert_allclose(found.score[0].numpy(), expected, atol=1e-6)
 
 
 def test_a_constant_factor_of_a_models_norms_changes_no_order() -> None:
