@@ -212,8 +212,10 @@ def spans_inputs(case: SpansCase) -> SpansInputs:
     elif case.kind == "proportional":
         student = teacher * 3
     elif case.kind == "signed":
+        factors = torch.tensor([1.0, -1.0, 0.0, 1e-5])
+        per_token = (*shape, *(1 for _ in teacher.shape[len(shape) :]))
         teacher, student = (
-            x * torch.tensor([1.0, -1.0, 0.0, 1e-5])[(uniform(seed, *shape) * 4).long()]
+            x * factors[(uniform(seed, *shape) * 4).long()].view(per_token).to(x.dtype)
             for x in (teacher, student)
         )
     elif case.kind == "ties":
