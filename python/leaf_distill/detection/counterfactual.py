@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -123,15 +124,20 @@ def ranked_units(example: Example, unit: Unit) -> list[RankedUnit]:
     if not len(known) or known.min() == known.max():
         return []
     units = UNITS[unit if unit in LONG_UNITS else "phrase"](example.text, example.parts)
+    starts = [start for start, _ in units]
     tokens: list[list[int]] = [[] for _ in units]
     for at in np.flatnonzero(example.prunable).tolist():
         start, stop = example.offsets[at].tolist()
-        shares = [
-            sum(char.isalnum() for char in example.text[max(start, low) : min(stop, high)])
-            for low, high in units
-        ]
-        if max(shares, default=0):
-            tokens[shares.index(max(shares))].append(at)
+        near = range(max(bisect_right(starts, start) - 1, 0), bisect_left(starts, stop))
+        shares = {
+            index: sum(
+                char.isalnum()
+                for char in example.text[max(start, units[index][0]) : min(stop, units[index][1])]
+            )
+            for index in near
+        }
+        if any(shares.values()):
+            tokens[max(near, key=lambda index: (shares[index], -index))].append(at)
     found = [
         RankedUnit(one, tuple(own), float(example.score[own].mean(dtype=np.float64)))
         for one, own in zip(units, tokens, strict=True)
