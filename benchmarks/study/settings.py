@@ -46,7 +46,7 @@ class Profile:
     teacher_rate: float = 2e-4
     student_rate: float = 5e-4
     teacher_gate: float = 0.6
-    student_gate: tuple[float, float] = (0.5, 0.15)
+    student_gate: tuple[float, float] = (0.3, 0.15)
     attempts: int = 3
     select: str = "student_wrong"
     rows: int | None = None
