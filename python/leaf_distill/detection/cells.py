@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from leaf_distill.data.example import Example, Range, remaining
 from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.counterfactual import WITHOUT_SPANS
 
 Place = tuple[int, int]
 """A row, and the segment of its response that it is analyzed at; 0: the instruction level."""
@@ -96,6 +97,10 @@ def empty_cells(
             for strategy in grid["strategy"]
             for unit in grid["widen"]
             for threshold in sorted({*thresholds, own})
+        ]
+        points = [
+            replace(point, threshold=own, rule=rule) if point.strategy in WITHOUT_SPANS else point
+            for point in points
         ]
         for point in dict.fromkeys((current, *points)):
             yield Cell(point, current=point == current)

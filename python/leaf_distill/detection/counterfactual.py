@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from leaf_distill.data.example import Example, Floats, Range
-from leaf_distill.detection.config import LONG_UNITS, DetectConfig, Unit
+from leaf_distill.detection.config import LONG_UNITS, DetectConfig
 from leaf_distill.detection.distractors import Distractors
 from leaf_distill.detection.spans import characters
 from leaf_distill.detection.substitution import Vocabulary
@@ -19,7 +19,7 @@ from leaf_distill.detection.units import UNITS, tidy, widen
 Change = tuple[tuple[Range, ...], tuple[str, ...], float | None]
 """Ranges, the texts in their place (none: they are deleted), and the mean score of the tokens."""
 
-WITHOUT_SPANS: Final = ("cumulative", "distractors")
+WITHOUT_SPANS: Final = ("cumulative", "search", "distractors")
 """The strategies that do not begin with the spans that detection found."""
 
 
@@ -108,22 +108,27 @@ def make_candidate(
     return candidate
 
 
-def ranked_units(example: Example, unit: Unit) -> list[RankedUnit]:
+def ranked_units(example: Example, config: DetectConfig) -> list[RankedUnit]:
     """Return the units of a scored row by the mean score of their prunable tokens, lowest first.
+
+    With score "random" their order is drawn: the mean of many drawn tokens lies near the middle, so
+    that short units would come first.
 
     A token belongs to the unit with most of its letters and digits, the earlier of two. A unit
     without a prunable token is left out; of units with equal scores the earlier one comes first.
 
     Args:
         example: a row with scores.
-        unit: "phrase" in place of a shorter one: what is cut has to make sense by itself.
+        config: units are those of `widen`, or phrases in place of shorter ones: what is cut has to
+            make sense by itself.
     """
     assert example.offsets is not None and example.prunable is not None
     assert example.score is not None
     known = example.score[np.isfinite(example.score)]
     if not len(known) or known.min() == known.max():
         return []
-    units = UNITS[unit if unit in LONG_UNITS else "phrase"](example.text, example.parts)
+    unit = config.widen if config.widen in LONG_UNITS else "phrase"
+    units = UNITS[unit](example.text, example.parts)
     starts = [start for start, _ in units]
     tokens: list[list[int]] = [[] for _ in units]
     for at in np.flatnonzero(example.prunable).tolist():
@@ -143,6 +148,9 @@ def ranked_units(example: Example, unit: Unit) -> list[RankedUnit]:
         for one, own in zip(units, tokens, strict=True)
         if own
     ]
+    if config.score == "random":
+        random.Random(f"{config.seed}/{example.row_id}/{example.segment}/units").shuffle(found)
+        return found
     return sorted(found, key=lambda one: (one.score, one.range))
 
 
@@ -156,7 +164,7 @@ def cut_units(example: Example, units: Sequence[RankedUnit]) -> Change:
 
 def _cumulative(example: Example, config: DetectConfig) -> Iterator[Change]:
     """Yield the cut of the most suspect unit, of the first two, and so on."""
-    ranked = ranked_units(example, config.widen)
+    ranked = ranked_units(example, config)
     for count in range(1, min(config.max_cuts, len(ranked)) + 1):
         yield cut_units(example, ranked[:count])
 

@@ -114,7 +114,7 @@ class Judge:
         verdict = example.answers[role].verdict
         if verdict not in wanted:
             stage = "mark" if verdict in ("right", *self.failed) else "predict"
-            example.leave(stage, f"{role}_{verdict}", _said(example, role))
+            example.leave(stage, f"{role}_{verdict}", said(example, role))
 
     def validate(self, examples: Sequence[Example]) -> None:
         """Ask again on the changed prompts; a candidate that does not hold leaves."""
@@ -136,7 +136,7 @@ class Judge:
     def _leave_unless_right(self, candidate: Example, role: Role) -> None:
         verdict = candidate.answers[role].verdict
         if verdict != "right":
-            candidate.leave("validate", f"{role}_{verdict}", _said(candidate, role))
+            candidate.leave("validate", f"{role}_{verdict}", said(candidate, role))
 
     def _relabel(self, candidates: Sequence[Example]) -> None:
         """Give candidates the teacher's answer as their completion, if it passes the guard."""
@@ -145,7 +145,7 @@ class Judge:
         for candidate in asked:
             given = candidate.answers["teacher"]
             if given.verdict in UNGRADED:
-                candidate.leave("validate", f"teacher_{given.verdict}", _said(candidate, "teacher"))
+                candidate.leave("validate", f"teacher_{given.verdict}", said(candidate, "teacher"))
             elif not given.text.strip():
                 candidate.leave("validate", "empty_completion", "the teacher's answer is empty")
             elif self.config.guard == "grader":
@@ -192,7 +192,7 @@ def _with_gold(candidate: Example, given: Answer) -> Example:
     return again
 
 
-def _said(example: Example, role: Role) -> str:
+def said(example: Example, role: Role) -> str:
     """Quote the end of an answer, and what it was graded by: a failed test or the gold."""
     given = example.answers[role]
     if given.detail:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from leaf_distill.data.example import Example
 from leaf_distill.detection.config import DetectConfig
@@ -18,14 +19,17 @@ from leaf_distill.detection.counterfactual import (
     make_candidate,
     ranked_units,
 )
-from leaf_distill.detection.judge import Judge
+from leaf_distill.detection.judge import Judge, said
 from leaf_distill.detection.scores import score_changes
 
-STAGE = "search"
+ROUNDING: Final = 0.01
+"""In 16 bits, the share of a loss that a cut must take away to count: less is rounding."""
+
+STAGE: Final = "search"
 """The name under which the seconds of its passes and answers are counted."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A row during the search.
 
@@ -33,15 +37,18 @@ class _Row:
         example: the row; its candidates are the cuts that were chosen so far.
         left: the units that are not cut, the most suspect first.
         cut: the units that are.
-        loss: the student's on the label, in nats a token, with these cut.
-        trials: the cuts of a round that lower it, the best first.
+        text: the row with these cut.
+        trials: the cuts of a round that lower the loss, the best first.
+        reason, detail: why no unit is cut.
     """
 
     example: Example
     left: list[RankedUnit]
+    text: Example
     cut: list[RankedUnit] = field(default_factory=list)
-    loss: float = 0.0
     trials: list[tuple[float, RankedUnit, Example]] = field(default_factory=list)
+    reason: str = "no_span"
+    detail: str = "no score tells one part of the text from another"
 
 
 def search(
@@ -55,21 +62,21 @@ def search(
     In each of at most `max_cuts` rounds, the `shortlist` most suspect phrases of a row that are not
     cut yet are tried, each beside what is cut already. Of those without which the student's loss of
     the completion is lower than before, the one with the lowest loss after which the teacher still
-    answers correctly is cut. A row is done where the student is then right, or where no phrase is
-    left to cut; it leaves if there never was one.
+    answers correctly is cut. A row is done where the student is then right, or where none of them
+    helps; it leaves if none ever did.
 
     Every candidate is validated afterwards as those of other strategies are; its answers are known.
-    For a row this takes at most `max_cuts` x `shortlist` forward passes of the student, which
-    compute the common beginning of the prompts once; in each round one answer of the student, and
-    one of the teacher or some more where it fails on the best cuts.
+    For a row a round takes at most `shortlist` forward passes of the student and one more, which
+    compute the common beginning of the prompts once; one answer of the student, and one of the
+    teacher or some more where it fails on the best cuts.
 
     Args:
         judge: the models.
-        examples: scored rows, with the student's loss.
-        config: the settings. The phrases are `ranked_units` of `widen`.
+        examples: scored rows.
+        config: the settings.
         check: renders a candidate of a row; the candidate leaves where it cannot be used.
     """
-    rows = [_Row(one, ranked_units(one, config.widen), loss=one.nll["student"]) for one in examples]
+    rows = [_Row(one, ranked_units(one, config), one) for one in examples]
     active = rows
     for _ in range(config.max_cuts):
         _try(judge, active, config, check)
@@ -80,16 +87,8 @@ def search(
         judge.answer("student", asked, STAGE)
         active = [row for row in active if not _is_right(row.example.candidates[-1], "student")]
     for row in rows:
-        if not row.cut and not row.left:
-            row.example.leave(
-                "prune", "no_span", "no score tells one part of the text from another"
-            )
-        elif not row.cut:
-            row.example.leave(
-                "prune",
-                "no_helpful_cut",
-                "no phrase whose cut lowers the student's loss leaves the teacher right",
-            )
+        if not row.cut:
+            row.example.leave("prune", row.reason, row.detail)
 
 
 def _try(
@@ -107,15 +106,24 @@ def _try(
             [row.example for row in rows],
             config,
             judge.cache,
-            [[candidate for _, candidate in trials] for trials in tried],
+            [
+                [row.text, *(candidate for _, candidate in trials)]
+                for row, trials in zip(rows, tried, strict=True)
+            ],
         )
-    for row, trials, values in zip(rows, tried, losses, strict=True):
+    margin = 1.0 if judge.pair["student"].model.exact else 1.0 - ROUNDING
+    for row, trials, (now, *values) in zip(rows, tried, losses, strict=True):
         better = [
             (float(value), unit, candidate)
             for value, (unit, candidate) in zip(values, trials, strict=True)
-            if value < row.loss
+            if value < margin * now
         ]
         row.trials = sorted(better, key=lambda one: (one[0], one[1].range))
+        if row.left and not trials:
+            row.reason, row.detail = "no_usable_cut", "no cut leaves a usable prompt"
+        elif trials:
+            row.reason = "no_helpful_cut"
+            row.detail = "no phrase that was tried lowers the student's loss where it is cut"
 
 
 def _trials(
@@ -123,8 +131,10 @@ def _trials(
 ) -> list[tuple[RankedUnit, Example]]:
     """Return the usable cuts of one more phrase."""
     seen = [row.example.text, *(one.text for one in row.example.candidates)]
-    found = []
-    for unit in row.left[: config.shortlist]:
+    found: list[tuple[RankedUnit, Example]] = []
+    for unit in row.left:
+        if len(found) == config.shortlist:
+            break
         candidate = make_candidate(
             row.example, cut_units(row.example, [*row.cut, unit]), config, seen
         )
@@ -137,22 +147,26 @@ def _trials(
 
 def _ask_teacher(judge: Judge, rows: Sequence[_Row]) -> list[_Row]:
     """Make the best cut of each row after which the teacher is right; return the rows with one."""
-    waiting, found = [row for row in rows if row.trials], []
+    waiting = [row for row in rows if row.trials]
+    found: set[int] = set()
     while waiting:
         judge.answer("teacher", [row.trials[0][2] for row in waiting], STAGE)
         again = []
         for row in waiting:
-            loss, unit, candidate = row.trials.pop(0)
+            _, unit, candidate = row.trials.pop(0)
             if _is_right(candidate, "teacher"):
-                row.loss = loss
+                row.text = candidate
                 row.cut.append(unit)
                 row.left.remove(unit)
                 row.example.candidates.append(candidate)
-                found.append(row)
-            elif row.trials:
-                again.append(row)
+                found.add(id(row))
+            else:
+                row.reason = f"teacher_{candidate.answers['teacher'].verdict}"
+                row.detail = f"on each cut that helps the student: {said(candidate, 'teacher')}"
+                if row.trials:
+                    again.append(row)
         waiting = again
-    return [row for row in rows if row in found]
+    return [row for row in rows if id(row) in found]
 
 
 def _is_right(candidate: Example, role: str) -> bool:

@@ -82,8 +82,10 @@ class _Sweep(ArmRun):
                     found.append(cell)
                 except NotLoaded:
                     known = setting.score in self._suspicion or setting.score == "gap"
-                    missing.append(setting.strategy if known else setting.score)
-        advice = [_missing(name) for name in dict.fromkeys(missing)]
+                    missing.append(_missing(setting.strategy if known else setting.score))
+                except ValueError as error:  # settings that do not go with those of the arm
+                    missing.append(f"{setting.strategy} was not tried: {error}")
+        advice = [*dict.fromkeys(missing)]
         return Swept(found, advice, config)
 
     def _fill(

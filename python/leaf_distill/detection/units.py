@@ -248,7 +248,8 @@ def _phrases(text: str) -> list[Range]:
         words = list(_WORD.finditer(text, start, stop))
         edges, first = [start], 0
         for at in range(2, len(words) - 1):
-            border = len(text[: words[at].start()].rstrip())
+            between = text[words[at - 1].end() : words[at].start()]
+            border = words[at - 1].end() + len(between.rstrip())
             if (
                 at - first > 1
                 and border < words[at].start()

@@ -15,7 +15,7 @@ from leaf_distill.evaluation.arms import Arm
 from leaf_distill.evaluation.charts import curve_chart
 from leaf_distill.evaluation.config import AnalyzeConfig
 from leaf_distill.evaluation.sheets import Estimate, Sheet, Value
-from leaf_distill.io import StoreError
+from leaf_distill.io import StoreError, read_json, user_directory
 
 NAME = "curves"
 ENOUGH = 30
@@ -82,11 +82,23 @@ def score_curves(
     try:
         own = read_settings(path, **config.moved)
         lines = arm_curves(path, own, config.scores, load=config.curves)
+        if lines is None and (measured := _measured(config, root, arm.name)):
+            lines = arm_curves(path, own, measured, load=False)
     except (ValueError, StoreError) as error:
         if config.curves:
             raise
         lines, why = None, str(error)
     return (ScoreCurves(arm.name, lines), []) if lines else (None, [MISSING.format(why=why)])
+
+
+def _measured(config: AnalyzeConfig, root: Path, arm: str) -> list[str]:
+    """Return the scores of the curves that an earlier `leaf analyze` has written of an arm."""
+    file = user_directory(config.output_dir or root / "analysis") / "analysis.json"
+    if not file.is_file():
+        return []
+    found = read_json(file).get("curves") or {}
+    names = dict.fromkeys(str(one["score"]) for one in found.get("lines", ()))
+    return [*names] if found.get("arm") == arm else []
 
 
 def curve_sheet(found: ScoreCurves | None) -> Sheet:

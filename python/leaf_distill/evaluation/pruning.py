@@ -151,11 +151,16 @@ def missing_controls(arms: Sequence[Arm]) -> list[str]:
     controlled = {arm.name for arm, _ in _with_controls(arms)}
     for arm in arms:
         strategy = arm.settings["strategy"]
-        if strategy not in CONTROLS or not arm.marks or not arm.asks_student:
+        if strategy not in (*CONTROLS, "search") or not arm.marks or not arm.asks_student:
             continue
         if not any(row.asked for row in arm.of("marked")):
             continue
-        name, values = CONTROLS[strategy]
+        name, values = CONTROLS.get(strategy, ("strategy", (strategy,)))
+        if strategy == "search":
+            sentences.append(
+                f"{arm.name} has no control: its cuts were found by their effect on these rows. A "
+                "random one of a row's cuts may be one that did not repair it yet."
+            )
         if arm.name not in controlled and arm.settings[name] not in values:
             near = [
                 one

@@ -130,7 +130,7 @@ def test_cumulative_cuts_take_the_most_suspect_phrases_together() -> None:
 def test_phrases_are_ranked_by_the_mean_of_their_prunable_tokens() -> None:
     values = [0.9, 0.9, 0.9, 0.9, 0.5, 0.5, 0.5, 0.1, 0.2, 0.2, 0.2, 0.2, 0.8, 0.8, 0.8, 0.0]
     found = scored(DRAWN, values, unprunable=(4, 5, 6, 15))
-    units = ranked_units(found, "clause")
+    units = ranked_units(found, DetectConfig(widen="clause"))
     assert [DRAWN[slice(*one.range)] for one in units] == [
         " a sticker says 8,",
         " ann weighs 5 kg,",
@@ -139,9 +139,20 @@ def test_phrases_are_ranked_by_the_mean_of_their_prunable_tokens() -> None:
     ]
     assert [one.tokens for one in units] == [(7,), (8, 9, 10, 11), (12, 13, 14), (0, 1, 2, 3)]
     found = scored(DRAWN, [0.5] * 16)
-    assert ranked_units(found, "clause") == []
+    assert ranked_units(found, DetectConfig(widen="clause")) == []
     assert candidates(found, strategy="cumulative") == ([], [])
     assert found.outcome and found.outcome.reason == "no_span"
+
+
+def test_random_phrases_are_drawn_whatever_their_length() -> None:
+    firsts = []
+    for row_id in range(200):
+        found = scored(DRAWN, [0.5] * 15 + [0.4])
+        found.row_id = row_id
+        units = ranked_units(found, DetectConfig(score="random"))
+        assert len(units) == 4
+        firsts.append(DRAWN[slice(*units[0].range)])
+    assert all(35 <= firsts.count(one) <= 65 for one in set(firsts)) and len(set(firsts)) == 4
 
 
 def test_random_tokens_are_as_many_together() -> None:

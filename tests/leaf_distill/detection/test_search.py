@@ -151,16 +151,29 @@ def test_fewer_phrases_are_tried_with_a_shortlist(pair: dict[str, str], tmp_path
         patch.setitem(scores.MEASURES, "nll", (name, count))
         result = run(pair, tmp_path, MISLED, strategy="search", shortlist=1, max_cuts=1)
     marked = len(table(result.samples))
-    assert tried == [1] * marked and marked
+    assert tried == [2] * marked and marked  # the whole prompt beside the cut one
 
 
 def test_a_sweep_repeats_the_search_from_the_cache(pair: dict[str, str], tmp_path: Path) -> None:
     result = run(pair, tmp_path, MISLED, strategy="search")
     grid = {"score": ["gap"], "rule": ["absolute"], "strategy": ["search"], "widen": ["word"]}
-    swept = sweep_arm(result.arm, read_settings(result.arm), [0.3], grid)
-    assert not swept.missing and len(swept.cells) == 2
-    for cell in swept.cells:
-        assert cell.overlap == 1 and cell.complete and cell.kept == cell.hit > 0
+    own = read_settings(result.arm)
+    swept = sweep_arm(result.arm, own, [0.1, 0.3], grid)
+    (cell,) = swept.cells  # thresholds do not matter
+    assert not swept.missing
+    assert cell.overlap == 1 and cell.complete and cell.kept == cell.hit > 0
+
+
+def test_a_sweep_goes_on_where_a_strategy_does_not_fit_the_arm(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    result = run(pair, tmp_path, MISLED, validate="none")
+    grid = {"score": ["gap"], "rule": ["absolute"], "widen": ["word"]}
+    strategies = {"strategy": ["span", "search"]}
+    swept = sweep_arm(result.arm, read_settings(result.arm), [0.3], {**grid, **strategies})
+    assert [cell.setting.strategy for cell in swept.cells] == ["span", "span"]
+    (sentence,) = swept.missing
+    assert sentence.startswith("search was not tried: validate: must be both or teacher")
 
 
 def test_rows_without_a_helpful_cut_say_so(pair: dict[str, str], tmp_path: Path) -> None:
