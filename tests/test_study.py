@@ -172,7 +172,7 @@ def test_ties_count_half_in_an_auc() -> None:
     planted = np.array([True, True, False, False])
     values = np.array([1.0, 0.0, 0.0, 0.0])
     row = Row(0, "p", planted, planted, planted.astype(int), planted, {"score": values})
-    # Of the four pairs, the first planted token wins two and the second ties twice.
+    # There are four pairs: the first planted token wins two and the second ties twice.
     assert (auc([row], "score") or [0])[0] == (2 + 2 / 2) / 4
 
 

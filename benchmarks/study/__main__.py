@@ -4,7 +4,7 @@
 
 It makes a teacher and students, measures scores, cuts and distillations, and writes one page. The
 same command goes on where a killed one stopped. `quick` is a rehearsal of a few minutes, whose
-numbers mean nothing; `cpu` takes at most three hours on two cores; `gpu` needs a GPU.
+numbers mean nothing; `cpu` is meant for hours on two cores; `gpu` needs a GPU.
 """
 
 from __future__ import annotations

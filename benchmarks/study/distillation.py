@@ -37,7 +37,7 @@ UNTRAINED, TEACHER, KD = "untrained", "teacher", "kd"
 
 @dataclass(frozen=True)
 class Source:
-    """What an arm's rows are made of: the settings of detection, its rows, and its directory."""
+    """The source of an arm's rows: the settings of detection, its rows, and its directory."""
 
     config: DetectConfig
     problems: Sequence[Problem]

@@ -39,7 +39,7 @@ REHEARSAL = (
 
 @dataclass(frozen=True)
 class Line:
-    """What an arm of the cuts did to a row of a student."""
+    """The effect of an arm of the cuts on a row of a student."""
 
     student: int
     problem: str

@@ -24,7 +24,7 @@ TESTS = ("C", "complex", "gsm8k")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a study is made from: a model, and places of rows; None: as shipped, or left out."""
+    """The inputs of a study: a model, and places of rows; None: as shipped, or left out."""
 
     output_dir: Path
     profile: str

@@ -121,7 +121,7 @@ class Study:
     def step(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the result of a step, which is computed only if it is not known.
 
-        What `compute` returns must be expressible in JSON; what it prints goes to DIR/study.log.
+        The result must be expressible in JSON. The output of `compute` goes to DIR/study.log.
         """
         path = self.root / "steps" / f"{name}.json"
         if not path.exists():

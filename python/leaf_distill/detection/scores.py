@@ -18,7 +18,7 @@ from leaf_distill.models.saliency import completion_nll, saliency, token_nll
 
 Measure = Literal["kl", "nll"]
 MEASURES: Final = {"kl": ("intervention", answer_kl), "nll": ("trial", answer_nll)}
-"""What is measured of a changed prompt: its name in the row cache, and the function."""
+"""Measures of a changed prompt: the name in the row cache, and the function."""
 
 VERSION: Final = 2
 """Raised with a change of the passes, so that no value of an older one is used."""

@@ -35,10 +35,10 @@ def set_suspicion(
 
     An example with a log-probability that is not finite leaves.
 
-    Of the norms s of the gradients: "log_gap" is 0.5 log s_student - log s_teacher; "log_ratio" is
-    log s_student - log s_teacher, which ranks the tokens of a row as the ratio of norms divided by
-    their sums; "rank" is the difference of their ranks in the row; "student" is the student's norm
-    alone, "teacher" the teacher's with a minus sign.
+    These are made of the gradient norms s: "log_gap" is 0.5 log s_student - log s_teacher;
+    "log_ratio" is log s_student - log s_teacher, which ranks the tokens of a row as the ratio of
+    norms divided by their sums; "rank" is the difference of their ranks in the row; "student" is
+    the student's norm alone, "teacher" the teacher's with a minus sign.
 
     "perplexity" is the student's negative log-likelihood of the token, "random" a number drawn by
     `seed`, row_id and segment.

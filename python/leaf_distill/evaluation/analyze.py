@@ -171,8 +171,9 @@ def _curve_name(arm: Arm) -> str:
 def _write(result: AnalyzeResult, charts: Mapping[str, str], arms: Sequence[str]) -> None:
     make_directory(result.directory)
     if result.curves is None:  # those of an earlier run are not of these rows
-        for path in result.directory.glob("curves*.*"):
-            path.unlink()
+        for pattern in ("curves.csv", "curves-deletion-*.svg", "curves-insertion-*.svg"):
+            for path in result.directory.glob(pattern):
+                path.unlink()
     for name, text in charts.items():
         write_bytes(result.directory / f"{name}.svg", text.encode())
     for name, sheet in result.sheets.items():

@@ -1,4 +1,4 @@
-"""What `leaf distill`, `evaluate`, `compare` and `analyze` wrote into a run directory."""
+"""Reads the results of `leaf distill`, `evaluate`, `compare` and `analyze` in a run directory."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from detect_run import ROWS, check_sums, reasons, run, settings, table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from leaf_distill.data.dataset import load_examples
-from leaf_distill.detection import scores
+from leaf_distill.detection import scores, search
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import changed, tidied
 from leaf_distill.detection.pipeline import detect
@@ -182,3 +182,21 @@ def test_rows_without_a_helpful_cut_say_so(pair: dict[str, str], tmp_path: Path)
     plain = sum(not detect_pair.misled(row) for row in ROWS)
     left = reasons(result)
     assert 0 < left["no_helpful_cut"] <= plain + 2
+
+
+def test_rows_that_the_teacher_never_solves_say_so(pair: dict[str, str], tmp_path: Path) -> None:
+    rows = [{**row, "answer": "none"} for row in MISLED]
+    changes = {"strategy": "search", "select": "all", "validate": "teacher"}
+    left = reasons(detect(DetectConfig(**settings(pair, tmp_path, rows, **changes))))
+    assert left["teacher_wrong"] >= 0.8 * len(rows) and "no_valid_cut" not in left
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_16_bits_a_cut_must_help_by_more_than_rounding(
+    pair: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(search, "ROUNDING", 1.0)  # then no loss is low enough
+    result = run(pair, tmp_path, MISLED, strategy="search", dtype=dtype)
+    marked = len(table(result.samples))
+    helpless = reasons(result).get("no_helpful_cut", 0)
+    assert marked and helpless == (marked if dtype == "bfloat16" else 0)

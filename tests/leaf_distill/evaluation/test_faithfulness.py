@@ -76,6 +76,21 @@ def studied(
     return arm, analyze(AnalyzeConfig(run_dir=str(arm.run_directory), scores=["gap", "lens"]))
 
 
+def test_curves_of_some_scores_stay_until_their_losses_are_gone(
+    pair: dict[str, str], tmp_path: Path
+) -> None:
+    arm = run(pair, tmp_path)
+    settings: dict[str, Any] = {"run_dir": str(arm.run_directory)}
+    measured = analyze(AnalyzeConfig(**settings, curves=True, scores=["gap", "student"]))
+    again = analyze(AnalyzeConfig(**settings))  # asks for all scores, most of them never measured
+    assert measured.curves is not None and again.curves == measured.curves
+    own = again.directory / "curves-of-mine.csv"
+    own.write_text("")
+    gone = analyze(AnalyzeConfig(**settings, cache_dir=str(tmp_path / "empty")))
+    assert gone.curves is None
+    assert [*gone.directory.glob("curves*")] == [own]
+
+
 def test_the_gap_finds_the_word_that_misleads_the_student(
     studied: tuple[DetectResult, AnalyzeResult],
 ) -> None:
