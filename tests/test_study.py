@@ -23,9 +23,11 @@ import cutting  # noqa: E402
 import detection  # noqa: E402
 import distillation  # noqa: E402
 import measures  # noqa: E402
+import page  # noqa: E402
 import pair  # noqa: E402
 import problems as study_problems  # noqa: E402
 import settings  # noqa: E402
+import tables  # noqa: E402
 from measures import Row, auc, first_phrases, share, unmentioned  # noqa: E402
 from problems import Problem, as_rows, group_similar, load_gsm8k, load_problems  # noqa: E402
 
@@ -176,6 +178,18 @@ def test_ties_count_half_in_an_auc() -> None:
     assert (auc([row], "score") or [0])[0] == (2 + 2 / 2) / 4
 
 
+def test_a_difference_counts_its_errors_over_rows_and_students() -> None:
+    assert tables.percent((0.25, 0.152, 0.348), sign=True) == "+25.0 ± 5.0"
+    assert tables.is_above((0.16, 0.062, 0.258), errors=3)
+    assert not tables.is_above((0.14, 0.042, 0.238), errors=3)
+    assert not tables.is_above((0.0, 0.0, 0.0), errors=3)
+    mine = {1: [{"right": [True, True, False]}, {"right": [True, False, False]}]}
+    other = {1: [{"right": [False, True, False]}]}
+    lines = page._answered(mine, other, (0, 2))
+    assert [one.values["right"] for one in lines] == [1.0, -0.5]
+    assert page._answered(mine, {2: other[1]}, (0, 2)) == []
+
+
 def test_the_first_phrase_is_a_distractor_by_the_truth_and_by_chance_otherwise() -> None:
     rows = planted_rows()
     assert set(first_phrases(rows, "truth")) == {1.0}
@@ -264,24 +278,43 @@ def make_base(directory: Path) -> Path:
     return directory
 
 
-def test_a_teacher_s_lower_layers_stay_and_its_upper_ones_train(
-    problems: list[Problem], tmp_path: Path
+@pytest.mark.parametrize(("role", "layers", "forms"), [("teacher", None, 2), ("student", 3, 1)])
+def test_a_model_has_the_lower_layers_of_which_the_lowest_stay(
+    problems: list[Problem], tmp_path: Path, role: str, layers: int | None, forms: int
 ) -> None:
     base = str(make_base(tmp_path))
     maker = pair.Maker(base, problems, settings.PROFILES["quick"])
-    model, losses = maker.teacher(0)
+    model, losses = maker.make(role, layers, 0)
+    assert model.config.num_hidden_layers == len(model.model.layers) == (layers or 4)
     before = maker.model.model
     for at, layer in enumerate(model.model.layers):
         same = torch.equal(layer.mlp.up_proj.weight, before.layers[at].mlp.up_proj.weight)
-        assert same == (at < 2), at
+        assert same == (at < 1), at
     # Run in two parts and at once, the trained model has the same logits.
     rows = maker.rows("C-dev", ["plain"])
     whole, _ = pair.label_logits(model, rows, [0, 1])
-    student, again = (pair.copied(model, layers) for layers in ([0, 3], range(4)))
+    again = pair.copied(model, range(layers or 4))
     assert torch.equal(pair.label_logits(again, rows, [0, 1])[0], whole)
-    assert student.config.num_hidden_layers == 2
-    assert student.model.layers[1].self_attn.layer_idx == 1
-    assert maker.teacher(0)[1] == losses
+    upper = pair.copied(model, [1, 2])
+    assert upper.config.num_hidden_layers == 2
+    assert upper.model.layers[1].self_attn.layer_idx == 1
+    assert maker.make(role, layers, 0)[1] == losses
+    assert maker.make(role, layers, 1)[1] != losses
+    trained = maker.rows("A", pair.FORMS[:forms])
+    assert len(trained.inputs) == forms * len(maker.rows("A", ["plain"]).inputs)
+
+
+def test_students_have_seeds_of_their_own_and_rejected_ones_are_kept_as_results(
+    problems: list[Problem], tmp_path: Path
+) -> None:
+    base = str(make_base(tmp_path / "base"))
+    strict = replace(settings.PROFILES["quick"], student_gate=(1.1, 1.0), attempts=2)
+    study = settings.Study(tmp_path / "study", strict, {})
+    with pytest.raises(RuntimeError, match="student-1: none of 2 seeds passed its gate"):
+        pair.make_model(study, base, problems, "student-1")
+    tried = [study.done(f"pair-student-1-seed-{seed}") for seed in (1, 3)]
+    assert [(one["seed"], one["kept"]) for one in tried] == [(1, False), (3, False)]
+    assert not list((study.root / "pair").iterdir())
 
 
 def study_command(base: Path, output: Path) -> list[str]:
@@ -318,7 +351,7 @@ def test_the_study_runs_goes_on_after_a_kill_and_reruns_to_the_digit(tmp_path: P
     page = (tmp_path / "first" / "study.md").read_text()
     assert "This is a rehearsal" in page and "FIGURE" not in page
     names = {line.split(" | ")[0].removeprefix("| ") for line in tables}
-    expected = {*detection.SCORES, *cutting.ARMS, *cutting.BY_HAND}
+    expected = {*detection.SCORES, detection.FALL, *cutting.ARMS, *cutting.BY_HAND}
     expected |= {*distillation.arms_of(settings.PROFILES["quick"])}
     assert expected <= names
     for name in ("detection-B", "cutting-B", "distillation"):

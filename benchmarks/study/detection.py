@@ -6,16 +6,25 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
-from measures import Row, as_json, unmentioned
+from measures import Floats, Row, as_json, unmentioned
 from problems import Problem, as_rows
 from settings import Profile
 
+from leaf_distill.data.example import ROLES, Range, Role
+from leaf_distill.detection.answers import open_cache
+from leaf_distill.detection.arm_run import ArmRun
 from leaf_distill.detection.config import DetectConfig, Score, Strategy
+from leaf_distill.detection.counterfactual import cut_units, make_candidate, ranked_units
 from leaf_distill.detection.pipeline import detect
+from leaf_distill.detection.scores import score_changes
+from leaf_distill.detection.spans import find_spans
+from leaf_distill.detection.suspicion import logs
+from leaf_distill.detection.swept_arm import read_settings
 from leaf_distill.detection.truth import tokens_inside
 from leaf_distill.detection.units import phrases
 from leaf_distill.io import make_directory, write_bytes
@@ -36,6 +45,9 @@ SCORES: Mapping[str, Mapping[str, Any]] = {
 
 CONTROL = "no model: number not in the label"
 ORACLE = "oracle: the true distractors"
+FALL = "fall of the student's loss without the phrase"
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+"""The student's weights in log_gap that are tried on development problems."""
 
 MAX_NEW_TOKENS = 16
 SCORING: Mapping[str, Any] = {"strategy": "collective", "validate": "none"}
@@ -82,6 +94,50 @@ def settings_of(
     )
 
 
+class Measured(ArmRun):
+    """What `leaf detect` measured on the rows of an arm, and what more is measured on them here."""
+
+    @classmethod
+    def of(cls, config: DetectConfig) -> Self:
+        """Run detection with some settings, unless that is done; return the run on its rows."""
+        arm = detect(config).dataset.parent
+        return cls(arm, read_settings(arm), load=True)
+
+    def norms(self) -> dict[int, Mapping[Role, npt.NDArray[np.float32]]]:
+        """Return the gradient norms [d] of both models, by row."""
+        with open_cache(self.own) as self.cache:
+            self._begin()
+        return {one.row_id: one.norms for one in self._measured}
+
+    def falls(self) -> dict[int, dict[Range, float]]:
+        """Return how far the student's loss of the label falls without each phrase, by row.
+
+        In nats a label. A phrase without which there is no usable prompt is left out.
+        """
+        with open_cache(self.own) as self.cache:
+            self._begin()
+            settings = replace(self.own, widen="phrase")
+            rows = self._with_suspicion(settings, self._measured)
+            find_spans(rows, settings)
+            units = [ranked_units(row, settings) for row in rows]
+            without = [
+                [make_candidate(row, cut_units(row, [one]), settings, ()) for one in own]
+                for row, own in zip(rows, units, strict=True)
+            ]
+            proposals = [[row, *own] for row, own in zip(rows, without, strict=True)]
+            student = self.judge.use("student")
+            losses = score_changes("nll", student, rows, settings, self.cache, proposals)
+            self.judge.use(None)
+        return {
+            row.row_id: {
+                one.range: float(now - loss)
+                for one, cut, loss in zip(own, cuts, rest, strict=True)
+                if cut.outcome is None and np.isfinite(loss)
+            }
+            for row, own, cuts, (now, *rest) in zip(rows, units, without, losses, strict=True)
+        }
+
+
 def score_rows(config: DetectConfig, problems: Sequence[Problem]) -> list[dict[str, Any]]:
     """Return the rows that the student fails and the teacher solves, with all scores, as JSON."""
     arms = {
@@ -89,12 +145,35 @@ def score_rows(config: DetectConfig, problems: Sequence[Problem]) -> list[dict[s
         for name, changes in SCORES.items()
         if offered(changes)
     }
+    falls = Measured.of(replace(config, **SCORING)).falls()
     first = next(iter(arms.values()))
-    return [
-        as_json(_row(problems[at], {name: samples[at] for name, samples in arms.items()}))
-        for at in first
-        if all(at in samples for samples in arms.values())
-    ]
+    found = []
+    for at, sample in first.items():
+        if all(at in samples for samples in arms.values()):
+            scores = {name: -_floats(samples[at]["score"]) for name, samples in arms.items()}
+            scores[FALL] = _of_phrases(_offsets(sample), falls[at])
+            found.append(as_json(_row(problems[at], sample, scores)))
+    return found
+
+
+def weigh(config: DetectConfig, problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    """Return the same rows, with log_gap for each of WEIGHTS."""
+    norms = Measured.of(replace(config, **SCORING)).norms()
+    found = []
+    for sample in samples_of(replace(config, **SCORING)):
+        teacher, student = (logs(norms[sample["row_id"]][role]) for role in ROLES)
+        scores = {f"{weight:g}": weight * student - teacher for weight in WEIGHTS}
+        found.append(as_json(_row(problems[sample["row_id"]], sample, scores)))
+    return found
+
+
+def _of_phrases(offsets: npt.NDArray[np.int64], values: Mapping[Range, float]) -> Floats:
+    """Return the value of each token's phrase; the lowest of all where it has none."""
+    found = np.full(len(offsets), min(values.values(), default=0.0))
+    middle = offsets.sum(axis=1) // 2
+    for (start, stop), value in values.items():
+        found[(start <= middle) & (middle < stop)] = value
+    return found
 
 
 def samples_of(config: DetectConfig) -> list[dict[str, Any]]:
@@ -103,13 +182,19 @@ def samples_of(config: DetectConfig) -> list[dict[str, Any]]:
     return samples
 
 
-def _row(problem: Problem, samples: Mapping[str, dict[str, Any]]) -> Row:
-    sample = next(iter(samples.values()))
-    offsets = np.array(sample["offsets"], dtype=np.int64)
-    prunable = np.array(sample["prunable"])
+def _offsets(sample: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    return np.array(sample["offsets"], dtype=np.int64)
+
+
+def _floats(values: Any) -> Floats:
+    return np.array(values, dtype=np.float64)
+
+
+def _row(problem: Problem, sample: Mapping[str, Any], scores: Mapping[str, Floats]) -> Row:
+    offsets, prunable = _offsets(sample), np.array(sample["prunable"])
     planted = tokens_inside(offsets, problem.ranges)
-    suspicion = {name: -np.array(one["score"], dtype=np.float64) for name, one in samples.items()}
-    suspicion |= {
+    suspicion = {
+        **scores,
         CONTROL: unmentioned(problem.adversarial, offsets, problem.label),
         ORACLE: planted.astype(np.float64),
     }

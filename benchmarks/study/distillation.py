@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from cutting import ARMS as CUTS
 from cutting import TOP
 from detection import MAX_NEW_TOKENS, SCORING, offered, write_rows
@@ -114,6 +115,15 @@ ARMS: Mapping[str, Arm] = {
     "LeaF spans": _cut("the paper's token spans", "token spans, one at a time (the paper)"),
     "log_gap phrases": _cut("the top 1, 2, 3 phrases by log_gap", f"{TOP}log_gap"),
     "search": _cut("the cuts of the search", "search"),
+    "search, failed": replace(
+        _cut("search, with half of each step from rows that the student fails", "search"),
+        training=COMPARED["kd_failed"].training,
+    ),
+    "cross, search": Arm(
+        "the teacher reads the problem without the cuts of the search, the student the whole one",
+        detected(validate="both", cross_branch=True, **CUTS["search"]),
+        offered=offered(CUTS["search"]),
+    ),
     "random phrases": _cut("a control: 1, 2, 3 phrases at random", f"{TOP}random"),
     "control": Arm("a control: phrases whose numbers the label lacks", by_hand("control")),
     "truth": Arm("the true distractors", by_hand("oracle")),
@@ -123,6 +133,10 @@ ARMS: Mapping[str, Arm] = {
     ),
 }
 """All arms. Those with cuts keep what both models answer."""
+
+
+WITHOUT_CUTS = [name for name in ARMS if name.startswith(KD) or name == "sft"]
+"""The arms that train on problems as they are."""
 
 
 def arms_of(profile: Profile) -> dict[str, Arm]:
@@ -136,8 +150,9 @@ def arms_of(profile: Profile) -> dict[str, Arm]:
 
 
 def distil(
-    source: Source,
+    config: DetectConfig,
     arm: Arm,
+    dataset: Path,
     profile: Profile,
     output: Path,
     held_out: Path,
@@ -145,10 +160,12 @@ def distil(
     learning_rate: float,
     order: int,
 ) -> dict[str, Any]:
-    """Distil from the source's student, and return its counts and answers; the weights are deleted.
+    """Distil a student, and return its counts and answers; the weights are deleted.
 
     Args:
-        source, arm: the rows.
+        config: the pair.
+        arm: the settings of training.
+        dataset: the arm's rows.
         profile: the steps and rows a step.
         output: the directory of the student.
         held_out: the problems that it answers.
@@ -167,17 +184,17 @@ def distil(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        bf16=False,
+        bf16=has_fast_bfloat16(),
         **arm.training,
     )
     arguments = DistillArguments(
-        student=source.config.student,
-        teacher=source.config.teacher,
-        dataset=str(arm.dataset(source)),
-        teacher_dtype="float32",
+        student=config.student,
+        teacher=config.teacher,
+        dataset=str(dataset),
+        teacher_dtype="bfloat16" if has_fast_bfloat16() else "float32",
     )
     trained = distill_equally(arguments, training, output)
-    right = answers(str(trained.model), held_out, source.config.cache_dir)
+    right = answers(str(trained.model), held_out, config.cache_dir)
     shutil.rmtree(output)
     return {
         "originals": trained.originals,
@@ -186,6 +203,11 @@ def distil(
         "tokens": trained.tokens,
         "right": right,
     }
+
+
+def has_fast_bfloat16() -> bool:
+    """Return whether distillation computes in bfloat16 here: on GPUs, and CPUs with AMX."""
+    return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def write_held_out(path: Path, sets: Mapping[str, Sequence[Problem]]) -> dict[str, tuple[int, int]]:

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 from cutting import ARMS as CUTS
 from cutting import BY_HAND
-from detection import CONTROL, ORACLE, SCORES
-from distillation import KD, TEACHER, UNTRAINED, arms_of
-from measures import Row, auc, first_phrases, from_json, share
+from detection import CONTROL, FALL, ORACLE, SCORES, WEIGHTS
+from distillation import KD, TEACHER, UNTRAINED, WITHOUT_CUTS, arms_of, has_fast_bfloat16
+from measures import Floats, Interval, Row, auc, first_phrases, from_json, share
 from problems import Problem
-from run import Inputs, slug, tests_of
+from run import DEVELOPMENT, Inputs, best_rate, slug, tests_of
 from settings import Study
-from tables import estimate, estimates, short, shown, signed, table, with_error
+from tables import estimates, is_above, percent, short, shown, signed, table
 
 from leaf_distill.config import package_versions
+from leaf_distill.detection.suspicion import STUDENT_WEIGHT
 from leaf_distill.evaluation.charts import interval_chart
 from leaf_distill.io import make_directory, write_bytes
 
@@ -56,6 +57,7 @@ def write_page(study: Study, inputs: Inputs, path: Path) -> None:
         *([REHEARSAL] if study.profile.name == "quick" else []),
         *_head(study, inputs, problems),
         *_pair(study),
+        *_weights(study),
         *(part for name in study.profile.domains for part in _detection(study, name, figures)),
         *(part for name in study.profile.domains for part in _cutting(study, name, figures)),
         *_distillation(study, problems, figures),
@@ -82,7 +84,9 @@ def _head(study: Study, inputs: Inputs, problems: Sequence[Problem]) -> Iterator
         "the same ones without, so that the distractors are known. A model answers with an "
         'expression of two numbers, such as "50 * 7", and is right if it is the gold one. No '
         f"template is in two splits. Problems: {listed}. A trains the pair, B is searched and "
-        "distilled on, C is held out; settings are chosen on B of another student and on C-dev."
+        "distilled on, C is held out; "
+        "settings are chosen on B-dev, B and C-dev with the first student, whose other results do "
+        "not count."
     )
     if not inputs.gsm8k:
         yield "GSM8K is left out; give its folder with --gsm8k."
@@ -111,12 +115,36 @@ def _pair(study: Study) -> Iterator[str]:
     yield "## The pair"
     yield (
         "SmolLM2-135M-Instruct. The teacher was trained on plain and adversarial problems of A, a "
-        "student, cut to some layers, on plain ones alone. Right answers on C-dev, %. Gates: the "
+        "student, which has the lower layers alone, on plain ones. The lowest "
+        f"{study.profile.frozen} layers of both stay as they were. Right answers on C-dev, %. "
+        "Gates: the "
         f"teacher at least {100 * study.profile.teacher_gate:.0f} on adversarial problems; a "
         f"student at least {100 * low:.0f} on plain ones and at most {100 * high:.0f} on "
         "adversarial ones. The first student is for the choice of settings alone."
     )
     yield table(("model", "seed", "layers", "plain", "adversarial", ""), lines)
+
+
+def _weights(study: Study) -> Iterator[str]:
+    rows = [from_json(DEVELOPMENT, one) for one in study.done("weights") or []]
+    if not rows:
+        return
+    draws, names = study.profile.draws, [f"{weight:g}" for weight in WEIGHTS]
+    lines = [
+        (
+            name,
+            shown(auc(rows, name, numbers=True, draws=draws)),
+            shown(share(first_phrases(rows, name), rows, draws=draws)),
+        )
+        for name in names
+    ]
+    yield "## The student's weight in log_gap"
+    yield (
+        f"Of the first student and the problems of B-dev and C-dev, {len(rows)} rows. The columns "
+        f"are those of the tables of scores. The product's weight, {STUDENT_WEIGHT:g}, was chosen "
+        "before, on other models."
+    )
+    yield table(("weight", "AUC, numbers", "first phrase"), lines)
 
 
 def _rows(study: Study, domain: str) -> list[Row]:
@@ -134,7 +162,7 @@ def _detection(study: Study, domain: str, figures: dict[str, str]) -> Iterator[s
     draws = study.profile.draws
     reference = first_phrases(rows, GAP)
     lines, numbers, firsts = [], [], []
-    names = [name for name in (*SCORES, CONTROL, ORACLE) if name in rows[0].suspicion]
+    names = [name for name in (*SCORES, FALL, CONTROL, ORACLE) if name in rows[0].suspicion]
     for name in names:
         first = first_phrases(rows, name)
         numbers.append(auc(rows, name, numbers=True, draws=draws))
@@ -156,6 +184,7 @@ def _detection(study: Study, domain: str, figures: dict[str, str]) -> Iterator[s
         "distractor. AUC: the chance that a token of a distractor is more suspect than another, of "
         "all tokens and of those with a digit. First phrase: how often the phrase with the highest "
         "mean score is a distractor; a row without one, or with no other phrase, does not count. "
+        f"Beside the scores of `leaf detect` stands the {FALL}, which the strategy search goes by. "
         "Intervals: 95 %, of a bootstrap over problems and students."
     )
     yield table(("score", "AUC", "AUC, numbers", "first phrase", f"minus {GAP.split()[0]}"), lines)
@@ -219,50 +248,101 @@ def _distillation(
     results = _by_student(study)
     if KD not in results:
         return
-    places = _places(study, problems)
-    numbers = {name: _accuracies(found, places) for name, found in results.items()}
+    profile, places = study.profile, _places(study, problems)
+    plain, adversarial = list(places)[:2]
+
+    def found(name: str, test: str, other: str | None = None) -> Interval | None:
+        rows = _answered(results[name], results[other] if other else None, places[test])
+        values = np.array([row.values["right"] for row in rows])
+        return share(values, rows, draws=profile.draws)
+
     lines = []
-    for name, found in results.items():
-        counts = [one.get("counterfactuals", 0) for orders in found.values() for one in orders]
-        cells = [with_error(list(numbers[name][test].values())) for test in places]
+    for name, arm in results.items():
+        counts = [one.get("counterfactuals", 0) for orders in arm.values() for one in orders]
+        cells = [percent(found(name, test)) for test in places]
         changes = [
-            "" if name == KD else with_error(_changes(numbers, name, test), sign=True)
-            for test in list(places)[:2]
+            "" if name == KD else percent(found(name, test, KD), sign=True)
+            for test in (plain, adversarial)
         ]
         lines.append((name, f"{np.mean(counts):.0f}", *cells, *changes))
     figures["distillation"] = interval_chart(
         "Held-out simple problems: right answers, %",
-        list(numbers),
-        {test: [estimate(numbers[name][test]) for name in numbers] for test in list(places)[:2]},
-        "%, with two standard errors over students",
+        list(results),
+        {test: estimates([found(name, test) for name in results]) for test in (plain, adversarial)},
+        "%",
     )
-    profile = study.profile
+    arms = arms_of(profile)
     yield "## Distillation"
     yield (
         f"Students: {len(results[KD])}; batch orders of each: {profile.orders}. Every arm has "
-        f"{profile.steps} steps of {profile.distilled_rows} rows, counterfactuals among them. The "
-        f"learning rate is {_rate(study):g}, of "
-        f"{', '.join(f'{one:g}' for one in profile.rates)}, with which "
-        "KD was best on C-dev for the first student. Right answers, %; a value is the mean of the "
-        "students, each the mean of its batch orders, with its standard error over students; the "
-        "last columns are the paired differences from kd on the simple problems. Counterfactuals: "
-        "the mean of an arm's dataset, beside as many originals as kd has."
+        f"{profile.steps} steps of {profile.distilled_rows} rows, counterfactuals among them, in "
+        f"{'bfloat16' if has_fast_bfloat16() else 'float32'}. The learning rate is "
+        f"{best_rate(study):g}, of {', '.join(f'{one:g}' for one in profile.rates)}, with which KD "
+        "was best on C-dev for the first student. Right answers, %, the mean of students and batch "
+        "orders, with its standard error over problems and students (of a bootstrap); the last "
+        "columns are the paired differences from kd on the simple problems. Counterfactuals: the "
+        "mean of an arm's dataset, beside as many originals as kd has."
     )
     head = ("arm", "counterfactuals", *(_title(test) for test in places))
     yield table((*head, "plain, minus kd", "adversarial, minus kd"), lines)
-    arms = arms_of(profile)
     yield "\n".join(f"- {name}: {arms[name].says}." for name in results if name in arms)
     yield "FIGURE distillation"
+    rivals = [name for name in (KD, "kd_failed", "random phrases") if name in results]
+    cut = [name for name in arms if name in results and name not in [*WITHOUT_CUTS, *rivals]]
+    differences = {
+        name: [
+            *(found(name, adversarial, rival) for rival in rivals),
+            found(name, plain, KD),
+        ]
+        for name in cut
+    }
+    passed = [
+        name
+        for name, (*gains, lost) in differences.items()
+        if all(is_above(one, errors=3) for one in gains) and lost is not None and lost[0] >= -0.01
+    ]
+    yield (
+        "Does an arm beat plain distillation, the reweighted one and the random phrases at once? "
+        "Paired differences on the simple problems, in points. Asked for: 3 standard errors above "
+        f"each on adversarial ones, at no more than 1 point lost on plain ones. Passed: "
+        f"{', '.join(passed) or 'none'}."
+    )
+    yield table(
+        ("arm", *(f"adversarial, minus {rival}" for rival in rivals), "plain, minus kd"),
+        [
+            (name, *(percent(one, sign=True) for one in values))
+            for name, values in differences.items()
+        ],
+    )
+
+
+def _answered(
+    arm: Mapping[int, Sequence[Mapping[str, Any]]],
+    other: Mapping[int, Sequence[Mapping[str, Any]]] | None,
+    place: tuple[int, int],
+) -> list[Line]:
+    """Return how often each student is right on each row of a test, minus the same of another arm.
+
+    Students that lack the other arm are left out.
+    """
+    found = []
+    for student, orders in arm.items():
+        if other is not None and student not in other:
+            continue
+        right = _right(orders, place) - (_right(other[student], place) if other else 0)
+        found += [Line(student, f"{at}", {"right": one}) for at, one in enumerate(right.tolist())]
+    return found
+
+
+def _right(orders: Sequence[Mapping[str, Any]], place: tuple[int, int]) -> Floats:
+    right = np.array([one["right"][slice(*place)] for one in orders], dtype=np.float64)
+    mean: Floats = right.mean(axis=0)
+    return mean
 
 
 def _title(test: str) -> str:
     split, form = test.split()
     return f"{TITLES[split].removeprefix('PROBLEMATHIC, ').split()[0]}, {form}"
-
-
-def _rate(study: Study) -> float:
-    found = {rate: np.mean(study.done(f"rate-{rate}")["right"]) for rate in study.profile.rates}
-    return max(found, key=lambda rate: (found[rate], -rate))
 
 
 def _by_student(study: Study) -> dict[str, dict[int, list[dict[str, Any]]]]:
@@ -285,27 +365,6 @@ def _places(study: Study, problems: Sequence[Problem]) -> dict[str, tuple[int, i
             places[f"{name} {form}"] = (at, at + len(rows))
             at += len(rows)
     return places
-
-
-def _accuracies(
-    found: Mapping[int, Sequence[Mapping[str, Any]]], places: Mapping[str, tuple[int, int]]
-) -> dict[str, dict[int, float]]:
-    """Return the accuracy by test set and student, the mean over batch orders."""
-    return {
-        test: {
-            number: float(np.mean([np.mean(one["right"][start:stop]) for one in orders]))
-            for number, orders in found.items()
-        }
-        for test, (start, stop) in places.items()
-    }
-
-
-def _changes(
-    numbers: Mapping[str, Mapping[str, Mapping[int, float]]], name: str, test: str
-) -> list[float]:
-    """Return the differences from kd, of the students that have both."""
-    mine, theirs = numbers[name][test], numbers[KD][test]
-    return [mine[number] - theirs[number] for number in mine if number in theirs]
 
 
 def _settings(study: Study) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The teacher and the students, cut from one model and trained on the problems of split A.
 
-A student has some of the model's layers and sees plain problems only, so that distractors mislead
+A student has the model's lower layers and sees plain problems only, so that distractors mislead
 it. The teacher has all layers and sees both forms. A model is kept if it passes its gate on the
 development problems; the rejected seeds are part of the result.
 """
@@ -111,11 +111,6 @@ def copied(model: Any, layers: Sequence[int]) -> Any:
     return part
 
 
-def spread(layers: int, depth: int) -> list[int]:
-    """Return evenly spaced layers of a model, the first and the last among them."""
-    return [round(at * (depth - 1) / max(layers - 1, 1)) for at in range(layers)]
-
-
 def label_logits(model: Any, rows: Rows, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return the logits [N, V] at the labels of some rows, and the labels [N].
 
@@ -203,7 +198,6 @@ class Maker:
         self.profile, self.problems = profile, problems
         self.tokenizer = make_tokenizer(base)
         self.model = load_model(base, dtype="float32", device=str(self.device))
-        self.depth = self.model.config.num_hidden_layers
 
     def rows(self, split: str, forms: Sequence[str]) -> Rows:
         """Return the problems of a split in these forms."""
@@ -211,43 +205,32 @@ class Maker:
         texts = [row for form in forms for row in as_rows(chosen, form)]
         return as_tensors(render(self.tokenizer, texts), self.device)
 
-    def student(self, layers: int, seed: int) -> tuple[Any, list[float]]:
-        """Return a student trained on plain problems, and its losses."""
-        model = copied(self.model, spread(layers, self.depth)).requires_grad_(True)
-        return model, self._train(model, self.rows("A", ["plain"]), "student", seed)
+    def make(self, role: str, layers: int | None, seed: int) -> tuple[Any, list[float]]:
+        """Return a model of the base's lower layers (None: all), trained for its role; the losses.
 
-    def teacher(self, seed: int) -> tuple[Any, list[float]]:
-        """Return a teacher trained on both forms, and its losses.
-
-        The layers that do not train run once, for all steps together.
+        A student is trained on plain problems, the teacher on both forms. The layers that do not
+        train run once, for all steps together.
         """
-        depth = self.profile.teacher_depth or self.depth
-        model = copied(self.model, spread(depth, self.depth)).requires_grad_(True)
-        rows, upper = self.rows("A", FORMS), self.profile.teacher_layers
-        if upper is None:
-            return model, self._train(model, rows, "teacher", seed)
-        model.requires_grad_(False)
-        below = with_layers(model, range(depth - upper)).model
+        depth, frozen = layers or self.model.config.num_hidden_layers, self.profile.frozen
+        model = copied(self.model, range(depth)).requires_grad_(False)
+        below = with_layers(model, range(frozen)).model
         below.norm = torch.nn.Identity()
-        above = with_layers(model, range(depth - upper, depth))
+        above = with_layers(model, range(frozen, depth))
         above.model.layers.requires_grad_(True)
         above.model.norm.requires_grad_(True)
+        rows = self.rows("A", FORMS if role == "teacher" else FORMS[:1])
         with torch.no_grad():
             states = [below(input_ids=ids[None]).last_hidden_state[0] for ids in rows.inputs]
-        losses = self._train(above, Rows(states, rows.labels), "teacher", seed)
-        return model.requires_grad_(True), losses
-
-    def _train(self, model: Any, rows: Rows, role: str, seed: int) -> list[float]:
         torch.manual_seed(seed)
-        profile = self.profile
-        return train(
-            model,
-            rows,
-            steps=getattr(profile, f"{role}_steps"),
-            rows_a_step=profile.rows_a_step,
-            learning_rate=getattr(profile, f"{role}_rate"),
+        losses = train(
+            above,
+            Rows(states, rows.labels),
+            steps=getattr(self.profile, f"{role}_steps"),
+            rows_a_step=self.profile.rows_a_step,
+            learning_rate=getattr(self.profile, f"{role}_rate"),
             seed=seed,
         )
+        return model.requires_grad_(True), losses
 
     def gate(self, model: Any, role: str) -> dict[str, Any]:
         """Return a model's accuracy on the development problems, and whether it is kept."""
@@ -269,43 +252,38 @@ class Maker:
         new.rename(directory)
 
 
-def make_pair(study: Study, base: str, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    """Train the teacher and the students; return what was tried, in order.
+def wanted(profile: Profile) -> dict[str, int | None]:
+    """Return the layers of each model of the pair, by its name; None: all."""
+    students = {f"student-{at}": layers for at, layers in enumerate(profile.layers)}
+    return {"teacher": profile.teacher_layers, **students}
 
-    Each entry has `role`, `seed`, `layers`, the accuracies of the gate, `kept`, `losses`, and for a
-    kept model its `path`.
+
+def make_model(study: Study, base: str, problems: Sequence[Problem], name: str) -> None:
+    """Train a model of the pair, with one seed after another until one passes the gate.
+
+    A step's result has `role`, `seed`, `layers`, the accuracies of the gate, `kept` and `losses`.
+    No two students share a seed.
 
     Raises:
-        RuntimeError: too few seeds pass.
+        RuntimeError: no seed passes.
     """
-    maker: list[Maker] = []
+    layers = wanted(study.profile)[name]
+    role, _, number = name.partition("-")
 
-    def once(role: str, layers: int, seed: int, path: Path) -> dict[str, Any]:
-        if not maker:
-            maker.append(Maker(base, problems, study.profile))
-        one = maker[0]
-        model, losses = one.teacher(seed) if role == "teacher" else one.student(layers, seed)
-        gate = one.gate(model, role)
+    def once(seed: int) -> dict[str, Any]:
+        maker = Maker(base, problems, study.profile)
+        model, losses = maker.make(role, layers, seed)
+        gate = maker.gate(model, role)
         if gate["kept"]:
-            one.save(model, path)
+            maker.save(model, study.root / "pair" / name)
         depth = model.config.num_hidden_layers
         return {"role": role, "seed": seed, "layers": depth, **gate, "losses": losses[::10]}
 
-    tried: list[dict[str, Any]] = []
-    wanted = [("teacher", 0, "teacher")]
-    wanted += [("student", one, f"student-{at}") for at, one in enumerate(study.profile.layers)]
-    for role, layers, name in wanted:
-        seed = sum(one["role"] == role for one in tried)
-        for attempt in range(seed, seed + study.profile.attempts):
-            path = study.root / "pair" / name
-            step = f"pair-{role}-seed-{attempt}"
-            found = study.step(step, partial(once, role, layers, attempt, path))
-            tried.append({**found, "name": name})
-            if found["kept"]:
-                break
-        else:
-            raise RuntimeError(
-                f"{name}: none of {study.profile.attempts} seeds passed its gate; see the steps "
-                f"pair-{role}-seed-* in {study.root / 'steps'}"
-            )
-    return tried
+    for attempt in range(study.profile.attempts):
+        seed = int(number or 0) + attempt * len(study.profile.layers)
+        if study.step(f"pair-{name}-seed-{seed}", partial(once, seed))["kept"]:
+            return
+    raise RuntimeError(
+        f"{name}: none of {study.profile.attempts} seeds passed its gate; see the steps "
+        f"pair-{name}-seed-* in {study.root / 'steps'}"
+    )

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cutting
 import detection
-import distillation
 import numpy as np
-from distillation import KD, TEACHER, UNTRAINED, Source, answers, arms_of, distil, write_held_out
-from pair import find_base, make_pair
+import torch
+from distillation import (
+    ARMS,
+    KD,
+    TEACHER,
+    UNTRAINED,
+    Source,
+    answers,
+    arms_of,
+    distil,
+    write_held_out,
+)
+from pair import find_base, make_model, wanted
 from problems import Problem, load_gsm8k, load_problems, of_split
-from settings import PROFILES, Study
+from settings import PROFILES, Profile, Study
 
-TESTS = ("C", "complex", "gsm8k")
-"""The rows that distilled students answer."""
+DEVELOPMENT = 0
+"""The student for the choice of settings."""
 
 
 @dataclass(frozen=True)
@@ -44,77 +56,115 @@ class Inputs:
 
 def run(inputs: Inputs) -> Study:
     """Run all steps; return the study."""
-    study = inputs.study()
-    make_pair(study, find_base(inputs.base), inputs.problems())
-    choose_rate(inputs)
-    students = range(1, len(study.profile.layers))
-    if study.profile.workers == 1:
-        for number in students:
-            work(inputs, number)
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(study.profile.workers, mp_context=context) as pool:
-            for done in [pool.submit(work, inputs, number) for number in students]:
-                done.result()
+    study, problems = inputs.study(), inputs.problems()
+    profile = study.profile
+    students = range(1, len(profile.layers))
+    domains = [name for name in profile.domains if of_split(problems, name)]
+    arms = (TEACHER, UNTRAINED, *arms_of(profile))
+    each(profile, make, [(inputs, name) for name in wanted(profile)])
+    each(profile, analyze, [(inputs, number, name) for name in domains for number in students])
+    each(profile, weigh, [(inputs,)])
+    each(profile, gather, [(inputs, number) for number in (DEVELOPMENT, *students)])
+    each(profile, develop, [(inputs, rate) for rate in profile.rates])
+    each(profile, test, [(inputs, number, name) for name in arms for number in students])
     return study
 
 
-def choose_rate(inputs: Inputs) -> float:
-    """Return the learning rate with which KD is best, on the development student and problems.
-
-    The measure is the mean accuracy on plain and adversarial problems of C-dev.
-    """
-    study, problems = inputs.study(), inputs.problems()
-    profile = study.profile
-    tests = {"C-dev": of_split(problems, "C-dev", profile.rows)}
-    held_out = study.root / "held-out-dev.jsonl"
-    write_held_out(held_out, tests)
-    source = source_of(study, problems, 0, "B")
-    found = {}
-    for rate in profile.rates:
-        output = study.root / "student-0" / f"rate-{rate}"
-        arguments = (source, distillation.ARMS[KD], profile, output, held_out)
-        compute = partial(distil, *arguments, learning_rate=rate, order=0)
-        found[rate] = float(np.mean(study.step(f"rate-{rate}", compute)["right"]))
-    return max(found, key=lambda rate: (found[rate], -rate))
+def each(profile: Profile, work: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
+    """Do all jobs, in so many processes as the profile has."""
+    if profile.workers == 1:
+        for job in jobs:
+            work(*job)
+        return
+    context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+    threads = max(1, (os.cpu_count() or 1) // profile.workers)
+    with ProcessPoolExecutor(profile.workers, context, torch.set_num_threads, (threads,)) as pool:
+        for done in [pool.submit(work, *job) for job in jobs]:
+            done.result()
 
 
-def source_of(study: Study, problems: Sequence[Problem], number: int, domain: str) -> Source:
-    """Return the rows of a domain for a student."""
-    rows = of_split(problems, domain, study.profile.rows)
+def make(inputs: Inputs, name: str) -> None:
+    """Make a model of the pair."""
+    make_model(inputs.study(), find_base(inputs.base), inputs.problems(), name)
+
+
+def analyze(inputs: Inputs, number: int, domain: str) -> None:
+    """Measure the scores and the cuts on a domain's rows for a student."""
+    study = inputs.study()
+    source = source_of(study, inputs.problems(), number, domain)
+    rows = (source.config, source.problems)
+    study.step(f"detection-{number}-{domain}", partial(detection.score_rows, *rows))
+    study.step(f"cutting-{number}-{domain}", partial(cutting.cut_rows, *rows, source.place))
+
+
+def weigh(inputs: Inputs) -> None:
+    """Measure log_gap with other weights, on the development student and problems."""
+    study = inputs.study()
+    source = source_of(study, inputs.problems(), DEVELOPMENT, "B-dev", "C-dev")
+    study.step("weights", partial(detection.weigh, source.config, source.problems))
+
+
+def source_of(study: Study, problems: Sequence[Problem], number: int, *domains: str) -> Source:
+    """Return the rows of some domains for a student."""
+    domain = domains[0]
+    rows = [row for one in domains for row in of_split(problems, one, study.profile.rows)]
     name = f"student-{number}"
     config = detection.settings_of(study.root, name, rows, domain, study.profile)
     return Source(config, rows, study.root / name / f"{domain}-by-hand")
 
 
-def work(inputs: Inputs, number: int) -> None:
-    """Do all steps of one student."""
+def gather(inputs: Inputs, number: int) -> None:
+    """Write the dataset of each arm of a student; of the development student that of KD alone."""
+    study = inputs.study()
+    source = source_of(study, inputs.problems(), number, "B")
+    arms = {KD: ARMS[KD]} if number == DEVELOPMENT else arms_of(study.profile)
+
+    def compute() -> dict[str, str]:
+        paths = {name: arm.dataset(source) for name, arm in arms.items()}
+        return {name: str(path.relative_to(study.root)) for name, path in paths.items()}
+
+    study.step(f"datasets-{number}", compute)
+
+
+def develop(inputs: Inputs, rate: float) -> None:
+    """Distil the development student with a learning rate; it answers development problems."""
     study, problems = inputs.study(), inputs.problems()
-    for domain in study.profile.domains:
-        if not of_split(problems, domain):
-            continue
-        source = source_of(study, problems, number, domain)
-        rows = (source.config, source.problems)
-        study.step(f"detection-{number}-{domain}", partial(detection.score_rows, *rows))
-        study.step(f"cutting-{number}-{domain}", partial(cutting.cut_rows, *rows, source.place))
-    distil_all(inputs, study, problems, number)
+    held_out = study.root / "held-out-dev.jsonl"
+    write_held_out(held_out, {"C-dev": of_split(problems, "C-dev", study.profile.rows)})
+    output = study.root / f"student-{DEVELOPMENT}" / f"rate-{rate}"
+    source = source_of(study, problems, DEVELOPMENT, "B")
+    dataset = study.root / study.done(f"datasets-{DEVELOPMENT}")[KD]
+    work = partial(distil, source.config, ARMS[KD], dataset, study.profile, output, held_out)
+    study.step(f"rate-{rate}", partial(work, learning_rate=rate, order=0))
 
 
-def distil_all(inputs: Inputs, study: Study, problems: Sequence[Problem], number: int) -> None:
-    """Distil all arms from one student, in all batch orders."""
-    held_out = study.root / f"student-{number}" / "held-out.jsonl"
+def best_rate(study: Study) -> float:
+    """Return the learning rate with which KD is best on the development student and problems.
+
+    The measure is the mean accuracy on plain and adversarial problems of C-dev.
+    """
+    found = {rate: np.mean(study.done(f"rate-{rate}")["right"]) for rate in study.profile.rates}
+    return max(found, key=lambda rate: (found[rate], -rate))
+
+
+def test(inputs: Inputs, number: int, name: str) -> None:
+    """Distil an arm from one student, in all batch orders; it answers the held-out problems."""
+    study, problems = inputs.study(), inputs.problems()
+    root = study.root / f"student-{number}"
+    held_out = root / "held-out.jsonl"
     write_held_out(held_out, tests_of(study, problems))
-    source = source_of(study, problems, number, "B")
-    for name, model in ((UNTRAINED, source.config.student), (TEACHER, source.config.teacher)):
-        compute = partial(answered, model, held_out, source.config.cache_dir)
+    config = source_of(study, problems, number, "B").config
+    if name in (TEACHER, UNTRAINED):
+        model = config.teacher if name == TEACHER else config.student
+        compute = partial(answered, model, held_out, config.cache_dir)
         study.step(f"distillation-{number}-{name}-0", compute)
-    rate = choose_rate(inputs)
-    for name, arm in arms_of(study.profile).items():
-        for order in range(study.profile.orders):
-            step = f"distillation-{number}-{slug(name)}-{order}"
-            output = study.root / f"student-{number}" / "students" / f"{slug(name)}-{order}"
-            arguments = (source, arm, study.profile, output, held_out)
-            study.step(step, partial(distil, *arguments, learning_rate=rate, order=order))
+        return
+    arm, dataset = ARMS[name], study.root / study.done(f"datasets-{number}")[name]
+    for order in range(study.profile.orders):
+        output = root / "students" / f"{slug(name)}-{order}"
+        work = partial(distil, config, arm, dataset, study.profile, output, held_out)
+        step = f"distillation-{number}-{slug(name)}-{order}"
+        study.step(step, partial(work, learning_rate=best_rate(study), order=order))
 
 
 def answered(model: str, held_out: Path, cache_dir: str | None) -> dict[str, list[bool]]:
@@ -124,7 +174,8 @@ def answered(model: str, held_out: Path, cache_dir: str | None) -> dict[str, lis
 
 def tests_of(study: Study, problems: Sequence[Problem]) -> dict[str, list[Problem]]:
     """Return the test sets that have rows."""
-    found = {name: of_split(problems, name, study.profile.rows) for name in TESTS}
+    profile = study.profile
+    found = {name: of_split(problems, name, profile.rows) for name in profile.tests}
     return {name: rows for name, rows in found.items() if rows}
 
 

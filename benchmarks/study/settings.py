@@ -18,9 +18,10 @@ class Profile:
 
     Attributes:
         name: of the profile.
-        layers: of each student, in their order; the first one is for the choice of settings.
-        teacher_depth: layers of the teacher; None: all of the model's.
-        teacher_layers: the upper layers of the teacher that train; None: all weights.
+        layers: lower layers of the base that each student has; the first student is for the choice
+            of settings.
+        teacher_layers: layers of the teacher; None: all of the base's.
+        frozen: the lowest layers of all models, which do not train.
         teacher_steps, student_steps, rows_a_step: of the training of the pair.
         teacher_rate, student_rate: peak learning rates of it.
         teacher_gate: lowest accuracy of the teacher on adversarial problems of C-dev.
@@ -29,28 +30,30 @@ class Profile:
         select: rows that are searched, as in `leaf detect`.
         rows: most problems of each split; None: all.
         domains: the splits whose rows are searched; B is also distilled on.
+        tests: the splits that distilled students answer.
         steps, distilled_rows: steps of a distillation, and rows in each.
         rates: learning rates that are tried on the development student.
         orders: batch orders of each student, which are averaged.
-        workers: processes, each with a student.
+        workers: processes that share the work, and a CPU's cores.
         draws: of a bootstrap.
     """
 
     name: str
     layers: tuple[int, ...]
-    teacher_depth: int | None = None
-    teacher_layers: int | None = 10
-    teacher_steps: int = 200
-    student_steps: int = 150
+    teacher_layers: int | None = None
+    frozen: int = 10
+    teacher_steps: int = 120
+    student_steps: int = 130
     rows_a_step: int = 16
     teacher_rate: float = 2e-4
-    student_rate: float = 5e-4
-    teacher_gate: float = 0.6
-    student_gate: tuple[float, float] = (0.3, 0.15)
+    student_rate: float = 3e-4
+    teacher_gate: float = 0.7
+    student_gate: tuple[float, float] = (0.5, 0.3)
     attempts: int = 3
     select: str = "student_wrong"
     rows: int | None = None
     domains: tuple[str, ...] = ("B", "complex", "gsm8k")
+    tests: tuple[str, ...] = ("C",)
     steps: int = 30
     distilled_rows: int = 16
     rates: tuple[float, ...] = (1e-4, 2e-4)
@@ -63,8 +66,8 @@ PROFILES = {
     "quick": Profile(
         "quick",
         layers=(2, 2),
-        teacher_depth=4,
-        teacher_layers=2,
+        teacher_layers=4,
+        frozen=1,
         teacher_steps=2,
         student_steps=2,
         rows_a_step=4,
@@ -78,14 +81,11 @@ PROFILES = {
         rates=(2e-4,),
         draws=100,
     ),
-    "cpu": Profile("cpu", layers=(10, 10, 10, 10), steps=20),
+    "cpu": Profile("cpu", layers=(20,) * 4, steps=25, workers=2),
     "gpu": Profile(
         "gpu",
-        layers=(10, 10, 10, 10, 10, 10, 10, 15, 15),
-        teacher_layers=None,
-        teacher_steps=225,
-        teacher_rate=5e-5,
-        teacher_gate=0.8,
+        layers=(20,) * 9,
+        tests=("C", "complex", "gsm8k"),
         steps=100,
         workers=8,
     ),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 from measures import Interval
 
 from leaf_distill.evaluation.sheets import Estimate
@@ -35,24 +34,21 @@ def signed(value: Interval | None) -> str:
     return "" if value is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*value)
 
 
-def with_error(values: Sequence[float], *, sign: bool = False) -> str:
-    """Return the mean of values of students in percent, with its standard error."""
-    if not values:
+def percent(value: Interval | None, *, sign: bool = False) -> str:
+    """Return a share in percent with its standard error."""
+    if value is None:
         return ""
-    mean, error = f"{100 * np.mean(values):{'+' if sign else ''}.1f}", standard_error(values)
-    return mean if error is None else f"{mean} ± {100 * error:.1f}"
+    return f"{100 * value[0]:{'+' if sign else ''}.1f} ± {100 * standard_error(value):.1f}"
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Return the standard error of the mean of at least two values."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+def standard_error(value: Interval) -> float:
+    """Return the standard error of which the width of an interval is 3.92."""
+    return (value[2] - value[1]) / 3.92
 
 
-def estimate(found: Mapping[int, float]) -> Estimate:
-    """Return the mean of a share by student, with two standard errors on each side."""
-    values = [*found.values()]
-    mean, error = float(np.mean(values)), standard_error(values) or 0.0
-    return Estimate(mean, max(mean - 2 * error, 0.0), min(mean + 2 * error, 1.0))
+def is_above(value: Interval | None, *, errors: float) -> bool:
+    """Return whether a difference is so many standard errors above 0."""
+    return value is not None and value[0] > 0 and value[0] >= errors * standard_error(value)
 
 
 def estimates(values: Sequence[Interval | None]) -> list[Estimate | None]:
