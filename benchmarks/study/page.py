@@ -71,8 +71,9 @@ def write_page(study: Study, inputs: Inputs, path: Path) -> None:
 
 
 def _head(study: Study, inputs: Inputs, problems: Sequence[Problem]) -> Iterator[str]:
-    gsm8k = " --gsm8k FOLDER" if inputs.gsm8k else ""
-    yield f"    python benchmarks/study --profile {study.profile.name}{gsm8k}"
+    given = [f" --{name} {name.upper()}" for name in ("base", "data", "gsm8k")
+             if getattr(inputs, name)]  # fmt: skip
+    yield f"    python benchmarks/study --profile {study.profile.name}{''.join(given)}"
     versions = ", ".join(f"{name} {number}" for name, number in package_versions().items())
     yield f"Versions: {versions}; {platform.machine()}, {os.cpu_count()} cores, {_device()}."
     counts: dict[str, int] = {}
@@ -88,8 +89,6 @@ def _head(study: Study, inputs: Inputs, problems: Sequence[Problem]) -> Iterator
         "settings are chosen on B-dev, B and C-dev with the first student, whose other results do "
         "not count."
     )
-    if not inputs.gsm8k:
-        yield "GSM8K is left out; give its folder with --gsm8k."
 
 
 def _device() -> str:

@@ -1,9 +1,11 @@
 """The problems of the study: pairs with known distractors, short answers, and splits by template.
 
-    python benchmarks/study/problems.py FOLDER    (makes problemathic.jsonl.gz anew)
+    python benchmarks/study/problems.py PROBLEMATHIC GSM8K    (makes the files in data/ anew)
 
-FOLDER holds the JSON files of PROBLEMATHIC (MIT license, github.com/him1411/problemathic): word
+PROBLEMATHIC is a folder of its JSON files (MIT license, github.com/him1411/problemathic): word
 problems with irrelevant clauses, and the same ones without. What only the first has is the truth.
+GSM8K is a folder of its train.jsonl and test.jsonl (MIT license,
+github.com/openai/grade-school-math), whose problems get a sentence of another one.
 An answer is the one expression of two numbers of the problem that gives the gold number, such as
 "50 * 7", so that arithmetic plays no role.
 """
@@ -15,17 +17,20 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from leaf_distill.data.example import Range
 from leaf_distill.data.sentences import sentences
 from leaf_distill.detection.truth import distractors
 from leaf_distill.io import write_bytes
 
-SHIPPED = Path(__file__).with_name("problemathic.jsonl.gz")
+DATA = Path(__file__).with_name("data")
+PROBLEMATHIC, GSM8K = DATA / "problemathic.jsonl.gz", DATA / "gsm8k.jsonl.gz"
+"""The shipped rows."""
 KINDS = ("simple", "complex")
 SIMILAR = 0.7
 """The share of common words at which two problems are of one template."""
@@ -134,12 +139,15 @@ def _label(text: str, solution: str, answer: str, *, strict: bool) -> str | None
     return label if used <= said and (said <= used or not strict) else None
 
 
-def write_shipped(folder: Path, path: Path = SHIPPED) -> int:
-    """Write the rows of a folder; return their number. The same rows give the same bytes."""
-    rows = read_folder(folder)
+def write_packed(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as packed JSON lines; the same rows give the same bytes."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_bytes(path, gzip.compress(text.encode(), 9, mtime=0))
-    return len(rows)
+
+
+def read_packed(path: Path) -> list[dict[str, Any]]:
+    """Return the rows that `write_packed` has written."""
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
 def load_problems(source: Path | None = None, *, seed: int = 0) -> list[Problem]:
@@ -149,11 +157,8 @@ def load_problems(source: Path | None = None, *, seed: int = 0) -> list[Problem]
         source: a folder of its JSON files, or a file like the shipped one, which is the default.
         seed: decides which templates are in which split.
     """
-    source = source or SHIPPED
-    if source.is_dir():
-        rows = read_folder(source)
-    else:
-        rows = [json.loads(line) for line in gzip.decompress(source.read_bytes()).splitlines()]
+    source = source or PROBLEMATHIC
+    rows = read_folder(source) if source.is_dir() else read_packed(source)
     problems = []
     for row in rows:
         found = distractors(row["plain"], row["adversarial"])
@@ -229,13 +234,20 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]+|#", names_out.lower()))
 
 
-def load_gsm8k(folder: Path, *, seed: int = 0) -> list[Problem]:
+def load_gsm8k(folder: Path | None = None, *, seed: int = 0) -> list[Problem]:
     """Return GSM8K's problems that one expression answers, each with an inserted sentence.
 
     They are those of train.jsonl and test.jsonl whose solution ends with the calculation of this
     expression. The sentence is of another problem, has one number, which is not in this one, and
     stands before the question.
+
+    Args:
+        folder: where the two files are; None: the shipped problems, made of them with seed 0.
+        seed: of the sentences.
     """
+    if folder is None:
+        shipped = read_packed(GSM8K)
+        return [Problem(**{**row, "ranges": (tuple(row["ranges"][0]),)}) for row in shipped]
     rows = []
     for name in ("train", "test"):
         lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -292,4 +304,7 @@ def as_rows(problems: Sequence[Problem], form: str) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    print(f"{write_shipped(Path(sys.argv[1]))} pairs are in {SHIPPED}")
+    write_packed(PROBLEMATHIC, read_folder(Path(sys.argv[1])))
+    write_packed(GSM8K, map(asdict, load_gsm8k(Path(sys.argv[2]))))
+    for made in (PROBLEMATHIC, GSM8K):
+        print(f"{len(read_packed(made))} problems are in {made}")

@@ -36,7 +36,7 @@ DEVELOPMENT = 0
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a study: a model, and places of rows; None: as shipped, or left out."""
+    """The inputs of a study: a model, and places of rows; None: as shipped."""
 
     output_dir: Path
     profile: str
@@ -51,7 +51,7 @@ class Inputs:
 
     def problems(self) -> list[Problem]:
         """Return all problems."""
-        return load_problems(self.data) + (load_gsm8k(self.gsm8k) if self.gsm8k else [])
+        return load_problems(self.data) + load_gsm8k(self.gsm8k)
 
 
 def run(inputs: Inputs) -> Study:
