@@ -26,6 +26,7 @@ import measures  # noqa: E402
 import page  # noqa: E402
 import pair  # noqa: E402
 import problems as study_problems  # noqa: E402
+import run as study_run  # noqa: E402
 import settings  # noqa: E402
 import tables  # noqa: E402
 from measures import Row, auc, first_phrases, share, unmentioned  # noqa: E402
@@ -270,6 +271,16 @@ def test_a_step_is_done_once_and_a_directory_is_of_one_study(tmp_path: Path) -> 
     assert again.done("one") == [1] and again.done("two") is None
     with pytest.raises(ValueError, match="output_dir: must be new or of the same study"):
         settings.Study(tmp_path, settings.PROFILES["cpu"], {"base": "None"})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_jobs_run_in_processes_and_an_error_stops_the_study(tmp_path: Path, workers: int) -> None:
+    profile = replace(settings.PROFILES["quick"], workers=workers)
+    places = [tmp_path / f"{at}" for at in range(3)]
+    study_run.each(profile, os.mkdir, [(place,) for place in places])
+    assert all(place.is_dir() for place in places)
+    with pytest.raises(FileExistsError):
+        study_run.each(profile, os.mkdir, [(places[0],)])
 
 
 def make_base(directory: Path) -> Path:

@@ -81,16 +81,25 @@ def cut_rows(
     Returns:
         For each arm a line for each row: `problem`; `first`, `any`: whether the student is right
         after the first cut, after any; `both`: whether both models are after one cut; `asked`: the
-        answers of both models to changed prompts; `inside`, `cut`: characters of the cuts that are
-        tried, in distractors and in all.
+        answers of both models to changed prompts (of a search the mean of its rows); `losses`: of
+        the student on changed prompts; `inside`, `cut`: characters of the cuts that are tried, in
+        distractors and in all.
     """
     rows = [one["row_id"] for one in samples_of(replace(config, **SCORING))]
     found: dict[str, list[dict[str, Any]]] = {}
     for name, changes in ARMS.items():
         if offered(changes):
-            samples = samples_of(replace(config, validate="both", **changes))
+            done = detect(replace(config, validate="both", **changes))
+            samples = pq.read_table(done.samples, columns=["row_id", "candidates"]).to_pylist()
             tried = {one["row_id"]: one["candidates"] for one in samples}
             found[name] = [_line(problems[at], tried.get(at) or []) for at in rows]
+            if cost := done.funnel.get("search"):
+                answers = cost["student_answers"] + cost["teacher_answers"]
+                mean = {
+                    "asked": answers / len(rows),
+                    "losses": cost["student_losses"] / len(rows),
+                }
+                found[name] = [{**line, **mean} for line in found[name]]
     originals = pq.read_table(detect(replace(config, **SCORING)).dataset)
     for name, (directory, propose) in BY_HAND.items():
         examples = judged(config, problems, rows, propose)
@@ -158,6 +167,7 @@ def _line(problem: Problem, candidates: Iterable[Mapping[str, Any]]) -> dict[str
         "any": any(right),
         "both": any(one["kept"] for one in tried),
         "asked": sum(one[f"{role}_verdict"] is not None for one in tried for role in ROLES),
+        "losses": 0,
         "inside": sum(at in truth for at in cut),
         "cut": len(cut),
     }

@@ -207,11 +207,12 @@ def _cutting(study: Study, domain: str, figures: dict[str, str]) -> Iterator[str
             of: share(np.array([float(row.values[of]) for row in rows]), rows, draws=draws)
             for of in ("first", "any", "both")
         }
-        asked = np.mean([row.values["asked"] for row in rows])
+        asked, losses = (np.mean([row.values[of] for row in rows]) for of in ("asked", "losses"))
         cut = sum(row.values["cut"] for row in rows)
         inside = sum(row.values["inside"] for row in rows) / cut if cut else None
         shares = [shown(found[of]) for of in ("first", "any", "both")]
-        lines.append((name, *shares, f"{asked:.1f}", "" if inside is None else short(inside)))
+        costs = (f"{asked:.1f}", f"{losses:.1f}")
+        lines.append((name, *shares, *costs, "" if inside is None else short(inside)))
         repaired.append(found["any"])
     figures[f"cutting-{domain}"] = interval_chart(
         f"{TITLES[domain]}: students that a cut repairs, %", [*arms], {"": estimates(repaired)}, "%"
@@ -221,12 +222,20 @@ def _cutting(study: Study, domain: str, figures: dict[str, str]) -> Iterator[str
     yield (
         f"The same {len(first)} rows, and no training. The student is right after the first cut of "
         "an arm, after any of them, and both models are right after one (what the arm keeps). "
-        "Answers: of both models to changed prompts, a row; for the two gradients every row costs "
-        "a forward and a backward pass of each model in addition, and for search at most 24 "
-        "forward passes of the student, and some answers of the teacher to cuts that were not "
-        "made. Inside: the share of the characters of all cuts that are in a distractor."
+        "Answers, losses: what an arm asks for a row, answers of both models to changed prompts "
+        "and losses of the student; for the gradients every row costs a forward and a backward "
+        "pass of each model in addition. Inside: the share of the characters of all cuts that are "
+        "in a distractor."
     )
-    head = ("cut", "right after the first", "after any", "both right", "answers", "inside")
+    head = (
+        "cut",
+        "right after the first",
+        "after any",
+        "both right",
+        "answers",
+        "losses",
+        "inside",
+    )
     yield table(head, lines)
     yield f"FIGURE cutting-{domain}"
 

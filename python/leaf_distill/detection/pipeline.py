@@ -148,6 +148,7 @@ class Run:
         self.config = config
         self.root = user_directory(config.output_dir)
         self.seconds: dict[str, float] = {}
+        self.searched: dict[str, int] = {}
         check_run(self.root, config)
         with self._clock("rows"):
             rows_in = load_examples(
@@ -356,7 +357,7 @@ class Run:
     def _propose(self, scored: Sequence[Example]) -> None:
         """Set the candidates of each view, rendered without their completion."""
         if self.config.strategy == "search":
-            search(self.judge, scored, self.config, self._render_candidate)
+            self.searched = search(self.judge, scored, self.config, self._render_candidate)
             ids: Counter[int] = Counter()
             for example in scored:
                 for candidate in example.candidates:
@@ -425,6 +426,7 @@ class Run:
             "dataset_sha256": hashlib.sha256(dataset.read_bytes()).hexdigest(),
             "templates": warnings,
             "versions": package_versions(),
+            **({"search": self.searched} if self.searched else {}),
             "halved_batches": self.halved,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }

@@ -7,6 +7,7 @@ what a phrase costs the student is measured without it, and the teacher says whe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -56,7 +57,7 @@ def search(
     examples: Sequence[Example],
     config: DetectConfig,
     check: Callable[[Example, Example], None],
-) -> None:
+) -> dict[str, int]:
     """Set the candidates of scored examples: a cut of one phrase, of two, and so on.
 
     In each of at most `max_cuts` rounds, the `shortlist` most suspect phrases of a row that are not
@@ -75,20 +76,27 @@ def search(
         examples: scored rows.
         config: the settings.
         check: renders a candidate of a row; the candidate leaves where it cannot be used.
+
+    Returns:
+        What it asked, also where the cache knew: `student_losses`, changed prompts and those that
+        they are compared with; `student_answers` and `teacher_answers`.
     """
+    asked: Counter[str] = Counter(student_losses=0, student_answers=0, teacher_answers=0)
     rows = [_Row(one, ranked_units(one, config), one) for one in examples]
     active = rows
     for _ in range(config.max_cuts):
-        _try(judge, active, config, check)
-        active = _ask_teacher(judge, active)
+        asked["student_losses"] += _try(judge, active, config, check)
+        active, answers = _ask_teacher(judge, active)
+        asked["teacher_answers"] += answers
         if not active:
             break
-        asked = [row.example.candidates[-1] for row in active]
-        judge.answer("student", asked, STAGE)
+        asked["student_answers"] += len(active)
+        judge.answer("student", [row.example.candidates[-1] for row in active], STAGE)
         active = [row for row in active if not _is_right(row.example.candidates[-1], "student")]
     for row in rows:
         if not row.cut:
             row.example.leave("prune", row.reason, row.detail)
+    return dict(asked)
 
 
 def _try(
@@ -96,8 +104,11 @@ def _try(
     rows: Sequence[_Row],
     config: DetectConfig,
     check: Callable[[Example, Example], None],
-) -> None:
-    """Set the trials of each row: cuts of one more phrase that lower the student's loss."""
+) -> int:
+    """Set the trials of each row: cuts of one more phrase that lower the student's loss.
+
+    Returns the number of losses that were asked.
+    """
     tried = [_trials(row, config, check) for row in rows]
     with judge.clock(STAGE):
         losses = score_changes(
@@ -124,6 +135,7 @@ def _try(
         elif trials:
             row.reason = "no_helpful_cut"
             row.detail = "no phrase that was tried lowers the student's loss where it is cut"
+    return sum(map(len, losses))
 
 
 def _trials(
@@ -145,11 +157,16 @@ def _trials(
     return found
 
 
-def _ask_teacher(judge: Judge, rows: Sequence[_Row]) -> list[_Row]:
-    """Make the best cut of each row after which the teacher is right; return the rows with one."""
+def _ask_teacher(judge: Judge, rows: Sequence[_Row]) -> tuple[list[_Row], int]:
+    """Make the best cut of each row after which the teacher is right.
+
+    Returns the rows with one, and the number of answers that were asked.
+    """
+    asked = 0
     waiting = [row for row in rows if row.trials]
     found: set[int] = set()
     while waiting:
+        asked += len(waiting)
         judge.answer("teacher", [row.trials[0][2] for row in waiting], STAGE)
         again = []
         for row in waiting:
@@ -166,7 +183,7 @@ def _ask_teacher(judge: Judge, rows: Sequence[_Row]) -> list[_Row]:
                 if row.trials:
                     again.append(row)
         waiting = again
-    return [row for row in rows if id(row) in found]
+    return [row for row in rows if id(row) in found], asked
 
 
 def _is_right(candidate: Example, role: str) -> bool:

@@ -137,6 +137,7 @@ def test_a_second_run_asks_no_model(
     monkeypatch.setitem(scores.MEASURES, "nll", ("trial", refuse))
     again = run(pair, tmp_path, TWICE, strategy="search")
     assert (again.dataset.read_bytes(), again.outcomes.read_bytes()) == content
+    assert again.funnel["search"] == first.funnel["search"]
 
 
 def test_fewer_phrases_are_tried_with_a_shortlist(pair: dict[str, str], tmp_path: Path) -> None:
@@ -152,6 +153,10 @@ def test_fewer_phrases_are_tried_with_a_shortlist(pair: dict[str, str], tmp_path
         result = run(pair, tmp_path, MISLED, strategy="search", shortlist=1, max_cuts=1)
     marked = len(table(result.samples))
     assert tried == [2] * marked and marked  # the whole prompt beside the cut one
+    asked = result.funnel["search"]
+    cut = sum(bool(one["candidates"]) for one in table(result.samples))
+    assert asked["student_losses"] == sum(tried) and asked["student_answers"] == cut
+    assert cut <= asked["teacher_answers"] <= marked
 
 
 def test_a_sweep_repeats_the_search_from_the_cache(pair: dict[str, str], tmp_path: Path) -> None:
@@ -187,8 +192,10 @@ def test_rows_without_a_helpful_cut_say_so(pair: dict[str, str], tmp_path: Path)
 def test_rows_that_the_teacher_never_solves_say_so(pair: dict[str, str], tmp_path: Path) -> None:
     rows = [{**row, "answer": "none"} for row in MISLED]
     changes = {"strategy": "search", "select": "all", "validate": "teacher"}
-    left = reasons(detect(DetectConfig(**settings(pair, tmp_path, rows, **changes))))
+    result = detect(DetectConfig(**settings(pair, tmp_path, rows, **changes)))
+    left, asked = reasons(result), result.funnel["search"]
     assert left["teacher_wrong"] >= 0.8 * len(rows) and "no_valid_cut" not in left
+    assert asked["teacher_answers"] >= left["teacher_wrong"] and asked["student_answers"] == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
