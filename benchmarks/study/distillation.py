@@ -34,6 +34,7 @@ from leaf_distill.io import make_directory, write_table
 from leaf_distill.training.config import DistillArguments, LeafConfig
 
 UNTRAINED, TEACHER, KD = "untrained", "teacher", "kd"
+FLOATS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def distil(
         student=config.student,
         teacher=config.teacher,
         dataset=str(dataset),
-        teacher_dtype="bfloat16" if has_fast_bfloat16() else "float32",
+        teacher_dtype=FLOATS[has_fast_bfloat16()],
     )
     trained = distill_equally(arguments, training, output)
     right = answers(str(trained.model), held_out, config.cache_dir)
@@ -206,7 +207,7 @@ def distil(
 
 
 def has_fast_bfloat16() -> bool:
-    """Return whether distillation computes in bfloat16 here: on GPUs, and CPUs with AMX."""
+    """Return whether students train and answer in bfloat16 here: on GPUs, and CPUs with AMX."""
     return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
@@ -234,7 +235,7 @@ def answers(model: str, held_out: Path, cache_dir: str | None) -> list[bool]:
             dataset=str(held_out),
             output_dir=str(output),
             cache_dir=cache_dir,
-            dtype="float32",
+            dtype=FLOATS[has_fast_bfloat16()],
             grade="exact",
             max_new_tokens=MAX_NEW_TOKENS,
         )

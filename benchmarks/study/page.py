@@ -13,7 +13,7 @@ import numpy as np
 from cutting import ARMS as CUTS
 from cutting import BY_HAND
 from detection import CONTROL, FALL, ORACLE, SCORES, WEIGHTS
-from distillation import KD, TEACHER, UNTRAINED, WITHOUT_CUTS, arms_of, has_fast_bfloat16
+from distillation import FLOATS, KD, TEACHER, UNTRAINED, WITHOUT_CUTS, arms_of, has_fast_bfloat16
 from measures import Floats, Interval, Row, auc, first_phrases, from_json, share
 from problems import Problem
 from run import DEVELOPMENT, Inputs, best_rate, slug, tests_of
@@ -184,6 +184,7 @@ def _detection(study: Study, domain: str, figures: dict[str, str]) -> Iterator[s
         "all tokens and of those with a digit. First phrase: how often the phrase with the highest "
         "mean score is a distractor; a row without one, or with no other phrase, does not count. "
         f"Beside the scores of `leaf detect` stands the {FALL}, which the strategy search goes by. "
+        "intervention changes 4 words of a row once each, not 8 three times (its default). "
         "Intervals: 95 %, of a bootstrap over problems and students."
     )
     yield table(("score", "AUC", "AUC, numbers", "first phrase", f"minus {GAP.split()[0]}"), lines)
@@ -283,8 +284,8 @@ def _distillation(
     yield "## Distillation"
     yield (
         f"Students: {len(results[KD])}; batch orders of each: {profile.orders}. Every arm has "
-        f"{profile.steps} steps of {profile.distilled_rows} rows, counterfactuals among them, in "
-        f"{'bfloat16' if has_fast_bfloat16() else 'float32'}. The learning rate is "
+        f"{profile.steps} steps of {profile.distilled_rows} rows, counterfactuals among them; all "
+        f"train and answer in {FLOATS[has_fast_bfloat16()]}. The learning rate is "
         f"{best_rate(study):g}, of {', '.join(f'{one:g}' for one in profile.rates)}, with which KD "
         "was best on C-dev for the first student. Right answers, %, the mean of students and batch "
         "orders, with its standard error over problems and students (of a bootstrap); the last "
