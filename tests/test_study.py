@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -22,14 +22,13 @@ sys.path.insert(0, str(STUDY))  # its modules are flat, as the command runs them
 import cutting  # noqa: E402
 import detection  # noqa: E402
 import distillation  # noqa: E402
-import measures  # noqa: E402
 import page  # noqa: E402
 import pair  # noqa: E402
 import problems as study_problems  # noqa: E402
 import run as study_run  # noqa: E402
 import settings  # noqa: E402
 import tables  # noqa: E402
-from measures import Row, auc, first_phrases, share, unmentioned  # noqa: E402
+from measures import Row, aucs, first_phrases, mean, unmentioned  # noqa: E402
 from problems import Problem, as_rows, group_similar, load_gsm8k, load_problems  # noqa: E402
 
 from leaf_distill.data.dataset import load_examples  # noqa: E402
@@ -64,6 +63,11 @@ def test_no_template_is_in_two_splits(problems: list[Problem]) -> None:
     assert all(sizes[name] >= count for name, count in study_problems.SIZES.items())
     assert len(study_problems.of_split(problems, "A")) > 400
     split = {at: one.split for at, one in enumerate(problems)}
+    of_template: dict[str, set[str]] = {}
+    for one in problems:
+        of_template.setdefault(one.template, set()).add(one.split)
+    assert all(len(names) == 1 for names in of_template.values())
+    assert 300 < len(of_template) < len(problems)
     for group in group_similar([one.plain for one in problems]):
         assert len({split[at] for at in group}) == 1
     texts = [{one.plain for one in problems if one.split == name} for name in (*sizes, "A")]
@@ -84,6 +88,16 @@ def test_similar_texts_are_of_one_template_through_others_too() -> None:
         "A train leaves the station at noon",
     ]
     assert sorted(map(sorted, group_similar(texts))) == [[0, 1, 2], [3]]
+
+
+def test_distractors_that_are_nearly_those_of_another_split_are_counted() -> None:
+    texts = ["the sticker says 9 units", "the sticker says 7 units", "a red car drives by"]
+    one, same, other = (
+        Problem("p", "", text, ((0, len(text)),), True, "", split)
+        for text, split in zip(texts, "CAB", strict=True)
+    )
+    assert study_problems.copied_share([one, same, other], "C", "A") == 1.0
+    assert study_problems.copied_share([one, same, other], "C", "B") == 0.0
 
 
 def plain_words(text: str) -> str:
@@ -175,42 +189,33 @@ def planted_rows(count: int = 60, tokens: int = 25, students: int = 2) -> list[R
             "tied": np.zeros(tokens),
         }
         number = draw.random(tokens) < 0.5
-        one = Row(at % students, f"p{at // students}", planted, number, phrase, planted_phrase, {})
-        one.suspicion.update(suspicion)
+        name = f"p{at // students}"
+        one = Row(
+            at % students, name, name, planted, number, phrase, planted_phrase, dict(suspicion)
+        )
         rows.append(one)
     return rows
 
 
 def test_planted_truth_has_an_auc_of_one_and_a_shuffled_score_one_half() -> None:
     rows = planted_rows()
-    assert auc(rows, "truth") == (1.0, 1.0, 1.0)
-    assert auc(rows, "truth", numbers=True) == (1.0, 1.0, 1.0)
-    mean, low, high = auc(rows, "shuffled") or (0, 0, 0)
-    assert mean == pytest.approx(0.5, abs=0.06)
-    assert low < mean < high and high - low < 0.2
-    bare = Row(0, "p", rows[0].number & False, rows[0].number, rows[0].phrase, rows[0].planted, {})
-    bare.suspicion.update(rows[0].suspicion)
-    assert auc([bare], "truth") is None
+    assert set(aucs(rows, "truth")) == {1.0}
+    numbers = aucs(rows, "truth", numbers=True)
+    assert set(numbers[np.isfinite(numbers)]) == {1.0}
+    found, error = mean(aucs(rows, "shuffled"), rows) or (0.0, 0.0)
+    assert abs(found - 0.5) < 3 * error < 0.15
+    assert set(aucs(rows, "tied")) == {0.5}
+    bare = replace(rows[0], planted=rows[0].planted & False)
+    assert np.isnan(aucs([bare], "truth")).all()
+    assert mean(aucs([bare], "truth"), [bare]) is None
 
 
 def test_ties_count_half_in_an_auc() -> None:
     planted = np.array([True, True, False, False])
     values = np.array([1.0, 0.0, 0.0, 0.0])
-    row = Row(0, "p", planted, planted, planted.astype(int), planted, {"score": values})
+    row = Row(0, "p", "p", planted, planted, planted.astype(int), planted, {"score": values})
     # There are four pairs: the first planted token wins two and the second ties twice.
-    assert (auc([row], "score") or [0])[0] == (2 + 2 / 2) / 4
-
-
-def test_a_difference_counts_its_errors_over_rows_and_students() -> None:
-    assert tables.percent((0.25, 0.152, 0.348), sign=True) == "+25.0 ± 5.0"
-    assert tables.is_above((0.16, 0.062, 0.258), errors=3)
-    assert not tables.is_above((0.14, 0.042, 0.238), errors=3)
-    assert not tables.is_above((0.0, 0.0, 0.0), errors=3)
-    mine = {1: [{"right": [True, True, False]}, {"right": [True, False, False]}]}
-    other = {1: [{"right": [False, True, False]}]}
-    lines = page._answered(mine, other, (0, 2))
-    assert [one.values["right"] for one in lines] == [1.0, -0.5]
-    assert page._answered(mine, {2: other[1]}, (0, 2)) == []
+    assert aucs([row], "score").tolist() == [(2 + 2 / 2) / 4]
 
 
 def test_the_first_phrase_is_a_distractor_by_the_truth_and_by_chance_otherwise() -> None:
@@ -218,21 +223,57 @@ def test_the_first_phrase_is_a_distractor_by_the_truth_and_by_chance_otherwise()
     assert set(first_phrases(rows, "truth")) == {1.0}
     chance = np.mean([row.planted_phrase.mean() for row in rows])
     assert first_phrases(rows, "tied").mean() == pytest.approx(chance)
-    assert first_phrases(rows, "shuffled").mean() == pytest.approx(chance, abs=0.15)
-    found = share(first_phrases(rows, "tied"), rows)
-    assert found is not None and found[1] < found[0] < found[2]
+    found, error = mean(first_phrases(rows, "shuffled"), rows) or (0.0, 0.0)
+    assert abs(found - chance) < 3 * error < 0.3
 
 
-def test_an_interval_of_several_students_is_wider_than_one_of_their_rows_alone() -> None:
-    rows = planted_rows(count=200, students=2)
-    values = np.array([float(row.student) for row in rows])
-    of_students = measures.share(values, rows)
-    alone = measures.share(
-        values, [Row(0, f"{at}", *[rows[0].planted] * 4, {}) for at in range(200)]
-    )
-    assert of_students is not None and alone is not None
-    assert of_students[1:] == (0.0, 1.0)
-    assert alone[2] - alone[1] < 0.2
+@dataclass(frozen=True)
+class Cell:
+    """A row of a student."""
+
+    student: int
+    template: str
+
+
+@pytest.mark.parametrize(
+    ("of_student", "of_template", "of_row"), [(0.1, 0.0, 0.4), (0.3, 0.0, 0.1), (0.0, 0.3, 0.1)]
+)
+def test_errors_are_the_spread_of_means_over_students_templates_and_rows(
+    of_student: float, of_template: float, of_row: float
+) -> None:
+    draw = np.random.default_rng(0)
+    cells = [Cell(student, f"t{template}") for student in range(6) for template in range(40)]
+    found, errors = [], []
+    for _ in range(60):
+        effects = of_student * draw.normal(size=6)[:, None] + of_template * draw.normal(size=40)
+        values = effects.ravel() + of_row * draw.normal(size=240)
+        one, error = mean(values, cells, draws=200) or (0.0, 0.0)
+        found.append(one)
+        errors.append(error)
+    assert 0.7 < np.sqrt(np.mean(np.square(errors))) / np.std(found) < 1.4
+
+
+def test_an_error_of_one_student_is_that_of_templates() -> None:
+    values = np.array([0.0, 0.0, 1.0, 1.0])
+    alone = [Cell(1, "a"), Cell(1, "a"), Cell(1, "b"), Cell(1, "b")]
+    apart = [Cell(1, name) for name in "abcd"]
+    wide, narrow = (mean(values, cells) or (0.0, 0.0) for cells in (alone, apart))
+    assert wide[0] == narrow[0] == 0.5
+    assert wide[1] == pytest.approx(0.5 / np.sqrt(2), rel=0.1)
+    assert narrow[1] == pytest.approx(0.5 / 2, rel=0.1)
+
+
+def test_a_difference_is_paired_and_its_mean_is_over_batch_orders() -> None:
+    assert tables.shown((0.25, 0.05), sign=True) == "+25.0 ± 5.0"
+    assert tables.shown(None) == ""
+    assert tables.is_above((0.16, 0.05), errors=3)
+    assert not tables.is_above((0.14, 0.05), errors=3)
+    assert not tables.is_above((0.0, 0.0), errors=3)
+    mine = {1: [{"right": [True, True, False]}, {"right": [True, False, False]}]}
+    other = {1: [{"right": [False, True, False]}]}
+    lines = page._answered(mine, other, (0, 2), ["a", "b"])
+    assert [(one.template, one.values["right"]) for one in lines] == [("a", 1.0), ("b", -0.5)]
+    assert page._answered(mine, {2: other[1]}, (0, 2), ["a", "b"]) == []
 
 
 def test_the_control_marks_numbers_that_the_label_lacks() -> None:
@@ -252,14 +293,15 @@ def test_a_score_is_read_from_the_arms_and_the_cuts_from_their_answers() -> None
     assert (line["asked"], line["inside"], line["cut"]) == (3, 3, 5)
     example = load_examples([{"prompt": "Tom has 7, weighs 30 kg, and buys 5.", "completion": "-"}])
     found = cutting.absent_numbers(replace(problem, label="7 + 5"), example[0])
-    assert [example[0].text[a:b].strip() for a, b in found] == ["weighs 30 kg,"]
+    assert [[example[0].text[a:b].strip() for a, b in cut] for cut in found] == [["weighs 30 kg,"]]
+    two = replace(problem, ranges=((2, 5), (6, 7), (8, 9)))
+    assert cutting.one_more(two, example[0]) == [((2, 5),), ((2, 5), (6, 7))]
 
 
 def test_every_table_has_the_control_without_a_model() -> None:
     assert detection.CONTROL in cutting.BY_HAND
-    assert distillation.ARMS["control"].offered
-    names = {name for name, arm in distillation.ARMS.items() if arm.offered}
-    assert {"kd", "sft", "augmented", "truth", "cross, truth", "LeaF spans"} <= names
+    assert {"control", distillation.AS_MANY} <= {*distillation.ARMS}
+    assert {*distillation.WITHOUT_CUTS} < {*distillation.ARMS}
 
 
 def test_a_step_is_done_once_and_a_directory_is_of_one_study(tmp_path: Path) -> None:
@@ -274,13 +316,52 @@ def test_a_step_is_done_once_and_a_directory_is_of_one_study(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_jobs_run_in_processes_and_an_error_stops_the_study(tmp_path: Path, workers: int) -> None:
+def test_jobs_run_in_processes_and_an_error_stops_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.syspath_prepend(str(STUDY))  # which the processes take over
     profile = replace(settings.PROFILES["quick"], workers=workers)
     places = [tmp_path / f"{at}" for at in range(3)]
     study_run.each(profile, os.mkdir, [(place,) for place in places])
     assert all(place.is_dir() for place in places)
     with pytest.raises(FileExistsError):
         study_run.each(profile, os.mkdir, [(places[0],)])
+
+
+def test_a_killed_study_leaves_no_process_behind(tmp_path: Path) -> None:
+    script = tmp_path / "started.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.append({str(STUDY)!r})\n"
+        "from dataclasses import replace\n"
+        "from run import each\n"
+        "from settings import PROFILES\n"
+        "if __name__ == '__main__':\n"
+        "    profile = replace(PROFILES['quick'], workers=2)\n"
+        f"    each(profile, os.system, [('echo $PPID > {tmp_path}/worker; sleep 100',)])\n"
+    )
+    root = STUDY.parents[1]
+    search = os.pathsep.join((str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")))
+    study = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": search})
+    known = tmp_path / "worker"
+    while study.poll() is None and not (known.exists() and known.read_text().strip()):
+        time.sleep(0.1)
+    worker = Path("/proc") / known.read_text().strip() / "stat"
+    assert is_running(worker)
+    study.kill()
+    study.wait()
+    end = time.monotonic() + 20
+    while is_running(worker) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not is_running(worker)
+
+
+def is_running(stat: Path) -> bool:
+    """Whether a process has not ended; one that ended may wait for somebody who asks for its end."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def make_base(directory: Path) -> Path:
@@ -369,7 +450,7 @@ def test_the_study_runs_goes_on_after_a_kill_and_reruns_to_the_digit(tmp_path: P
     first = study_command(base, tmp_path / "first")
     running = subprocess.Popen(first, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     steps = tmp_path / "first" / "steps"
-    while running.poll() is None and not (steps / "cutting-1-B.json").exists():
+    while running.poll() is None and not (steps / "cutting-1.json").exists():
         time.sleep(0.2)
     running.kill()
     running.communicate()
@@ -387,6 +468,6 @@ def test_the_study_runs_goes_on_after_a_kill_and_reruns_to_the_digit(tmp_path: P
     expected = {*detection.SCORES, detection.FALL, *cutting.ARMS, *cutting.BY_HAND}
     expected |= {*distillation.arms_of(settings.PROFILES["quick"])}
     assert expected <= names
-    for name in ("detection-B", "cutting-B", "distillation"):
+    for name in ("detection-B", "cutting", "distillation"):
         assert (tmp_path / "first" / f"study-{name}.svg").exists() and f"study-{name}.svg" in page
     assert not list((tmp_path / "first").glob("student-1/students/*"))

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from detection import CONTROL, ORACLE, SCORES, SCORING, offered, samples_of
+from detection import CONTROL, GAP, ORACLE, SCORES, SCORING, samples_of
 from problems import Problem, numbers, value
 
 from leaf_distill.data.dataset import load_examples
@@ -42,28 +42,45 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         for name, changes in SCORES.items()
     },
     "search": {"strategy": "search", "widen": "phrase"},
-    "search, shortlist by log_gap": {"strategy": "search", "widen": "phrase", "score": "log_gap"},
+    **{
+        f"search among 2 phrases, by {name}": {
+            "strategy": "search",
+            "widen": "phrase",
+            "shortlist": 2,
+            **SCORES[name],
+        }
+        for name in (GAP, "log_gap", "random")
+    },
 }
 """Arms of `leaf detect`; both models must answer what is left."""
 
-Propose = Callable[[Problem, Example], Sequence[Range]]
-"""Returns the characters that are cut out of a row, together."""
+Propose = Callable[[Problem, Example], Sequence[Sequence[Range]]]
+"""Returns cuts of a row: the characters that are cut out of it together."""
 
 
-def absent_numbers(problem: Problem, example: Example) -> list[Range]:
-    """Return the phrases with a number that the label lacks, and with none that it has."""
+def absent_numbers(problem: Problem, example: Example) -> list[list[Range]]:
+    """Return one cut: the phrases with a number that the label lacks, and with none that it has."""
     known = {value(one) for one in numbers(problem.label)}
     found = []
     for start, stop in phrases(example.text, example.parts):
         own = {value(one) for one in numbers(example.text[start:stop])}
         if own and not own & known:
             found.append((start, stop))
-    return found
+    return [found]
+
+
+def one_more(problem: Problem, example: Example) -> list[Sequence[Range]]:
+    """Return the first true distractor, the first two, and so on, without all of them."""
+    return [problem.ranges[:count] for count in range(1, len(problem.ranges))]
 
 
 BY_HAND: Mapping[str, tuple[str, Propose]] = {
     CONTROL: ("control", absent_numbers),
-    ORACLE: ("oracle", lambda problem, example: problem.ranges),
+    ORACLE: ("oracle", lambda problem, example: [problem.ranges]),
+    f"{ORACLE}, one more at a time": (
+        "oracle-in-turn",
+        lambda problem, example: [*one_more(problem, example), problem.ranges],
+    ),
 }
 """Each cut that is no arm of `leaf detect`, with its directory."""
 
@@ -79,27 +96,23 @@ def cut_rows(
         place: where the arms by hand are written.
 
     Returns:
-        For each arm a line for each row: `problem`; `first`, `any`: whether the student is right
+        For each arm a line for each row: `template`; `first`, `any`: whether the student is right
         after the first cut, after any; `both`: whether both models are after one cut; `asked`: the
-        answers of both models to changed prompts (of a search the mean of its rows); `losses`: of
-        the student on changed prompts; `inside`, `cut`: characters of the cuts that are tried, in
-        distractors and in all.
+        answers of both models to changed prompts, and `losses`: those that a search asks for (of
+        both the mean of its rows); `inside`, `cut`: characters that a cut takes, in distractors
+        and in all.
     """
     rows = [one["row_id"] for one in samples_of(replace(config, **SCORING))]
     found: dict[str, list[dict[str, Any]]] = {}
     for name, changes in ARMS.items():
-        if offered(changes):
-            done = detect(replace(config, validate="both", **changes))
-            samples = pq.read_table(done.samples, columns=["row_id", "candidates"]).to_pylist()
-            tried = {one["row_id"]: one["candidates"] for one in samples}
-            found[name] = [_line(problems[at], tried.get(at) or []) for at in rows]
-            if cost := done.funnel.get("search"):
-                answers = cost["student_answers"] + cost["teacher_answers"]
-                mean = {
-                    "asked": answers / len(rows),
-                    "losses": cost["student_losses"] / len(rows),
-                }
-                found[name] = [{**line, **mean} for line in found[name]]
+        done = detect(replace(config, validate="both", **changes))
+        samples = pq.read_table(done.samples, columns=["row_id", "candidates"]).to_pylist()
+        tried = {one["row_id"]: one["candidates"] for one in samples}
+        found[name] = [_line(problems[at], tried.get(at) or []) for at in rows]
+        if rows and (cost := done.funnel.get("search")):
+            answers = cost["student_answers"] + cost["teacher_answers"]
+            mean = {"asked": answers / len(rows), "losses": cost["student_losses"] / len(rows)}
+            found[name] = [{**line, **mean} for line in found[name]]
     originals = pq.read_table(detect(replace(config, **SCORING)).dataset)
     for name, (directory, propose) in BY_HAND.items():
         examples = judged(config, problems, rows, propose)
@@ -112,15 +125,16 @@ def cut_rows(
 def judged(
     config: DetectConfig, problems: Sequence[Problem], rows: Sequence[int], propose: Propose
 ) -> list[Example]:
-    """Return rows with one candidate each that both models were asked."""
+    """Return rows with the candidates that are proposed, which both models were asked."""
     by_id = {one.row_id: one for one in load_examples(config.dataset)}
     examples = [by_id[at] for at in rows]
     pair = {role: _asked(role, config) for role in ROLES}
     for example in examples:
-        cut = tidied(example, propose(problems[example.row_id], example))
-        candidate = make_candidate(example, (cut, (), None), config, ())
-        candidate.candidate_id = 0
-        example.candidates = [candidate]
+        for number, ranges in enumerate(propose(problems[example.row_id], example)):
+            cut = tidied(example, ranges)
+            candidate = make_candidate(example, (cut, (), None), config, ())
+            candidate.candidate_id = number
+            example.candidates.append(candidate)
         for one in remaining(example.candidates):
             render_for(pair, one, Renderer.prompt)
     with open_cache(config) as cache:
@@ -160,9 +174,9 @@ def _line(problem: Problem, candidates: Iterable[Mapping[str, Any]]) -> dict[str
     tried = list(candidates)
     right = [one["student_verdict"] == "right" for one in tried]
     truth = {at for start, stop in problem.ranges for at in range(start, stop)}
-    cut = [at for one in tried for start, stop in one["cut"] for at in range(start, stop)]
+    cut = {at for one in tried for start, stop in one["cut"] for at in range(start, stop)}
     return {
-        "problem": problem.name,
+        "template": problem.template,
         "first": any(right[:1]),
         "any": any(right),
         "both": any(one["kept"] for one in tried),

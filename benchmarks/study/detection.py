@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from settings import Profile
 from leaf_distill.data.example import ROLES, Range, Role
 from leaf_distill.detection.answers import open_cache
 from leaf_distill.detection.arm_run import ArmRun
-from leaf_distill.detection.config import DetectConfig, Score, Strategy
+from leaf_distill.detection.config import DetectConfig, Select
 from leaf_distill.detection.counterfactual import cut_units, make_candidate, ranked_units
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.detection.scores import score_changes
@@ -42,6 +42,7 @@ SCORES: Mapping[str, Mapping[str, Any]] = {
     "random": {"score": "random"},
 }
 """Each score by the settings of `leaf detect`."""
+GAP = next(iter(SCORES))
 
 CONTROL = "no model: number not in the label"
 ORACLE = "oracle: the true distractors"
@@ -54,12 +55,6 @@ SCORING: Mapping[str, Any] = {"strategy": "collective", "validate": "none"}
 """An arm for its scores alone, on whose cuts no model is asked."""
 
 
-def offered(changes: Mapping[str, Any]) -> bool:
-    """Return whether `leaf detect` has the score and the strategy of some settings."""
-    choices = {"score": get_args(Score), "strategy": get_args(Strategy)}
-    return all(changes.get(name, known[0]) in known for name, known in choices.items())
-
-
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
     """Write rows as JSON lines; return the path."""
     make_directory(path.parent)
@@ -68,7 +63,12 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
 
 
 def settings_of(
-    root: Path, student: str, problems: Sequence[Problem], name: str, profile: Profile
+    root: Path,
+    student: str,
+    problems: Sequence[Problem],
+    name: str,
+    select: Select,
+    profile: Profile,
 ) -> DetectConfig:
     """Return the settings of detection on the adversarial form of some problems.
 
@@ -77,6 +77,7 @@ def settings_of(
         student: the name of its checkpoint in `root`/pair.
         problems: the rows.
         name: of the run directory in `root`/`student`.
+        select: rows that are searched.
         profile: the size of the study.
     """
     place = root / student
@@ -90,7 +91,8 @@ def settings_of(
         dtype="float32",
         grade="exact",
         max_new_tokens=MAX_NEW_TOKENS,
-        select=profile.select,  # type: ignore[arg-type]
+        max_batch_tokens=profile.max_batch_tokens,
+        select=select,
     )
 
 
@@ -139,11 +141,10 @@ class Measured(ArmRun):
 
 
 def score_rows(config: DetectConfig, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    """Return the rows that the student fails and the teacher solves, with all scores, as JSON."""
+    """Return the rows that are searched, with all scores, as JSON."""
     arms = {
         name: {one["row_id"]: one for one in samples_of(replace(config, **SCORING, **changes))}
         for name, changes in SCORES.items()
-        if offered(changes)
     }
     falls = Measured.of(replace(config, **SCORING)).falls()
     first = next(iter(arms.values()))
@@ -207,6 +208,7 @@ def _row(problem: Problem, sample: Mapping[str, Any], scores: Mapping[str, Float
     return Row(
         student=0,  # the caller knows whose row it is
         problem=problem.name,
+        template=problem.template,
         planted=planted[prunable],
         number=np.array(number)[prunable],
         phrase=tokens,

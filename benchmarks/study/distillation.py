@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from cutting import ARMS as CUTS
 from cutting import TOP
-from detection import MAX_NEW_TOKENS, SCORING, offered, write_rows
+from detection import MAX_NEW_TOKENS, SCORING, write_rows
 from problems import Problem, as_rows
 from settings import Profile
 
@@ -34,6 +35,7 @@ from leaf_distill.io import make_directory, write_table
 from leaf_distill.training.config import DistillArguments, LeafConfig
 
 UNTRAINED, TEACHER, KD = "untrained", "teacher", "kd"
+AS_MANY = "random phrases, as many as search"
 FLOATS = ("float32", "bfloat16")
 
 
@@ -53,7 +55,6 @@ class Arm:
     says: str
     dataset: Callable[[Source], Path]
     training: Mapping[str, Any] = field(default_factory=dict)
-    offered: bool = True
 
 
 def originals(source: Source) -> Path:
@@ -89,6 +90,27 @@ def detected(**changes: Any) -> Callable[[Source], Path]:
     return lambda source: detect(replace(source.config, **changes)).dataset
 
 
+def as_many_at_random(source: Source) -> Path:
+    """Return random phrases that the teacher can do without, as many as the search has cuts."""
+    changes = {**CUTS[f"{TOP}random"], "validate": "teacher"}
+    table = pq.read_table(detect(replace(source.config, **changes)).dataset)
+    searched = detected(validate="both", **CUTS["search"])(source)
+    wanted = sum(branch != "original" for branch in _branches(pq.read_table(searched)))
+    branches = _branches(table)
+    drawn = [at for at, branch in enumerate(branches) if branch != "original"]
+    random.Random(0).shuffle(drawn)
+    kept = {*drawn[:wanted], *(at for at, one in enumerate(branches) if one == "original")}
+    path = source.place / "random-as-many" / "dataset.parquet"
+    make_directory(path.parent)
+    write_table(path, table.take(sorted(kept)))
+    return path
+
+
+def _branches(table: pa.Table) -> list[str]:
+    branches: list[str] = table["branch"].to_pylist()
+    return branches
+
+
 def by_hand(name: str) -> Callable[[Source], Path]:
     """Return the finder of a dataset that the step of the cuts has written."""
     return lambda source: source.place / name / "dataset.parquet"
@@ -96,7 +118,7 @@ def by_hand(name: str) -> Callable[[Source], Path]:
 
 def _cut(says: str, name: str) -> Arm:
     changes = {"validate": "both", **CUTS[name]}
-    return Arm(says, detected(**changes), offered=offered(changes))
+    return Arm(says, detected(**changes))
 
 
 ARMS: Mapping[str, Arm] = {
@@ -123,9 +145,12 @@ ARMS: Mapping[str, Arm] = {
     "cross, search": Arm(
         "the teacher reads the problem without the cuts of the search, the student the whole one",
         detected(validate="both", cross_branch=True, **CUTS["search"]),
-        offered=offered(CUTS["search"]),
     ),
     "random phrases": _cut("a control: 1, 2, 3 phrases at random", f"{TOP}random"),
+    AS_MANY: Arm(
+        "a control: phrases at random without which the teacher is right, as many as search cuts",
+        as_many_at_random,
+    ),
     "control": Arm("a control: phrases whose numbers the label lacks", by_hand("control")),
     "truth": Arm("the true distractors", by_hand("oracle")),
     "cross, truth": Arm(
@@ -144,9 +169,7 @@ def arms_of(profile: Profile) -> dict[str, Arm]:
     """Return the arms that can run; kd_failed needs the verdicts on the student's answers."""
     answered = profile.select != "all"
     return {
-        name: arm
-        for name, arm in ARMS.items()
-        if arm.offered and (answered or "failed_share" not in arm.training)
+        name: arm for name, arm in ARMS.items() if answered or "failed_share" not in arm.training
     }
 
 
@@ -159,7 +182,7 @@ def distil(
     held_out: Path,
     *,
     learning_rate: float,
-    order: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Distil a student, and return its counts and answers; the weights are deleted.
 
@@ -171,7 +194,7 @@ def distil(
         output: the directory of the student.
         held_out: the problems that it answers.
         learning_rate: the peak.
-        order: seed of the batches' order.
+        seed: of the batches' order.
     """
     training = LeafConfig(
         output_dir=str(output),
@@ -180,7 +203,7 @@ def distil(
         per_device_train_batch_size=profile.distilled_rows,
         learning_rate=learning_rate,
         warmup_steps=max(1, profile.steps // 10),
-        seed=order,
+        seed=seed,
         logging_steps=profile.steps,
         save_strategy="no",
         report_to="none",
@@ -195,7 +218,7 @@ def distil(
         teacher_dtype=FLOATS[has_fast_bfloat16()],
     )
     trained = distill_equally(arguments, training, output)
-    right = answers(str(trained.model), held_out, config.cache_dir)
+    right = answers(str(trained.model), held_out, config)
     shutil.rmtree(output)
     return {
         "originals": trained.originals,
@@ -211,22 +234,18 @@ def has_fast_bfloat16() -> bool:
     return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def write_held_out(path: Path, sets: Mapping[str, Sequence[Problem]]) -> dict[str, tuple[int, int]]:
-    """Write the problems of all test sets, plain and adversarial; return the rows of each.
-
-    The names are those of the sets with "plain" or "adversarial" behind.
-    """
-    rows: list[dict[str, str]] = []
-    places = {}
-    for name, problems in sets.items():
-        for form in ("plain", "adversarial"):
-            places[f"{name} {form}"] = (len(rows), len(rows) + len(problems))
-            rows += as_rows(problems, form)
+def write_held_out(path: Path, sets: Mapping[str, Sequence[Problem]]) -> None:
+    """Write the problems of all test sets, each plain and then adversarial."""
+    rows = [
+        row
+        for problems in sets.values()
+        for form in ("plain", "adversarial")
+        for row in as_rows(problems, form)
+    ]
     write_rows(path, rows)
-    return places
 
 
-def answers(model: str, held_out: Path, cache_dir: str | None) -> list[bool]:
+def answers(model: str, held_out: Path, config: DetectConfig) -> list[bool]:
     """Return which held-out problems a model answers with the label, greedily."""
     output = held_out.parent / "evaluation" / Path(model).parent.name / Path(model).name
     result = evaluate(
@@ -234,8 +253,9 @@ def answers(model: str, held_out: Path, cache_dir: str | None) -> list[bool]:
             model=model,
             dataset=str(held_out),
             output_dir=str(output),
-            cache_dir=cache_dir,
+            cache_dir=config.cache_dir,
             dtype=FLOATS[has_fast_bfloat16()],
+            max_batch_tokens=config.max_batch_tokens,
             grade="exact",
             max_new_tokens=MAX_NEW_TOKENS,
         )

@@ -1,8 +1,8 @@
-"""Measures of scores on known distractors, with intervals over problems and students."""
+"""Measures of scores on known distractors, with errors over templates and students."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from problems import NUMBER, value
 
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
-Interval = tuple[float, float, float]
-"""An estimate, and its 95 % interval of a bootstrap."""
+Estimate = tuple[float, float]
+"""An estimate, and its standard error."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Row:
     Attributes:
         student: whose scores they are.
         problem: its name; the same problem may be a row of several students.
+        template: the problem's template.
         planted, number: bool [n]: the token is in a distractor; it has a digit.
         phrase: int [n], the phrase that each token is in.
         planted_phrase: bool [p]: at least half of the phrase's tokens are in a distractor.
@@ -31,6 +32,7 @@ class Row:
 
     student: int
     problem: str
+    template: str
     planted: Mask
     number: Mask
     phrase: npt.NDArray[np.int64]
@@ -42,6 +44,7 @@ def as_json(row: Row) -> dict[str, Any]:
     """Return a row as JSON has it."""
     return {
         "problem": row.problem,
+        "template": row.template,
         "planted": row.planted.tolist(),
         "number": row.number.tolist(),
         "phrase": row.phrase.tolist(),
@@ -55,6 +58,7 @@ def from_json(student: int, row: dict[str, Any]) -> Row:
     return Row(
         student,
         row["problem"],
+        row["template"],
         np.array(row["planted"], dtype=np.bool_),
         np.array(row["number"], dtype=np.bool_),
         np.array(row["phrase"], dtype=np.int64),
@@ -76,32 +80,20 @@ def unmentioned(
     return values
 
 
-def auc(
-    rows: Sequence[Row], name: str, *, numbers: bool = False, draws: int = 1000
-) -> Interval | None:
-    """Return the chance that a token of a distractor is more suspicious than another one.
+def aucs(rows: Sequence[Row], name: str, *, numbers: bool = False) -> Floats:
+    """Return the chance that a token of a distractor is more suspicious than another one of a row.
 
-    Tokens of all rows together; ties count half. None where there are not both kinds of tokens.
+    Ties count half. NaN in a row without both kinds of tokens.
     """
-    keep = [row.number if numbers else np.ones_like(row.number) for row in rows]
-    if not any(one.any() for one in keep):
-        return None
-    owner = np.repeat(np.arange(len(rows)), [int(one.sum()) for one in keep])
-    values = np.concatenate([row.suspicion[name][one] for row, one in zip(rows, keep, strict=True)])
-    truth = np.concatenate([row.planted[one] for row, one in zip(rows, keep, strict=True)])
+    return np.array([_auc(row, name, row.number | (not numbers)) for row in rows])
+
+
+def _auc(row: Row, name: str, keep: Mask) -> float:
+    values, truth = row.suspicion[name][keep], row.planted[keep]
     if truth.all() or not truth.any():
-        return None
-    _, place = np.unique(values, return_inverse=True)
-    size = int(place.max()) + 1
-
-    def once(weights: Floats) -> float:
-        weight = weights[owner]
-        true = np.bincount(place, weight * truth, minlength=size)
-        false = np.bincount(place, weight * ~truth, minlength=size)
-        pairs = true.sum() * false.sum()
-        return float(true @ (np.cumsum(false) - false / 2) / pairs) if pairs else np.nan
-
-    return interval(once, rows, draws=draws)
+        return np.nan
+    above = values[truth][:, None] - values[~truth][None]
+    return float((above > 0).mean() + (above == 0).mean() / 2)
 
 
 def first_phrases(rows: Sequence[Row], name: str) -> Floats:
@@ -124,42 +116,37 @@ def _first_phrase(row: Row, name: str) -> float:
     return float(row.planted_phrase[first].mean())
 
 
-def share(values: Floats, rows: Sequence[Any], *, draws: int = 1000) -> Interval | None:
-    """Return the mean of a value of each row, without those that are NaN; None if all are."""
-    kept = np.isfinite(values)
-    if not kept.any():
-        return None
-    filled = np.where(kept, values, 0.0)
+def mean(values: Floats, rows: Sequence[Any], *, draws: int = 1000) -> Estimate | None:
+    """Return the mean of a value of each row, without those that are NaN; None if all are.
 
-    def once(weights: Floats) -> float:
-        total = weights @ kept
-        return float(weights @ filled / total) if total else np.nan
-
-    return interval(once, rows, draws=draws)
-
-
-def interval(
-    once: Callable[[Floats], float], rows: Sequence[Any], *, draws: int = 1000, seed: int = 0
-) -> Interval:
-    """Return a statistic of weighted rows, with its interval.
-
-    Problems and students are drawn with replacement, independently; a row's weight is the product
-    of how often its two were drawn. With one student the interval is over problems alone.
+    Its error counts that other students and other templates would give other values: the variance
+    is V_student n / (n - 1) + V_template - V_row of bootstraps that draw n students, templates or
+    rows with replacement, and is at least the largest of the last two. With one student it counts
+    templates alone.
 
     Args:
-        once: the statistic, for a weight of each row.
-        rows: each with `student` and `problem`.
-        draws, seed: of the bootstrap.
+        values: [n].
+        rows: each with `student` and `template`.
+        draws: of each bootstrap.
     """
-    random = np.random.default_rng(seed)
-    places = [np.unique([getattr(row, of) for row in rows], return_inverse=True)[1].ravel()
-              for of in ("student", "problem")]  # fmt: skip
-    found = []
-    for _ in range(draws):
-        weights = np.ones(len(rows))
-        for place in places:
-            count = int(place.max()) + 1
-            weights *= random.multinomial(count, np.full(count, 1 / count))[place]
-        found.append(once(weights) if weights.any() else np.nan)
-    low, high = np.nanquantile(found, (0.025, 0.975))
-    return once(np.ones(len(rows))), float(low), float(high)
+    known = np.isfinite(values)
+    if not known.any():
+        return None
+    kept, values = [row for row, one in zip(rows, known, strict=True) if one], values[known]
+    places = [
+        np.unique([row.student for row in kept], return_inverse=True)[1],
+        np.unique([row.template for row in kept], return_inverse=True)[1],
+        np.arange(len(kept)),
+    ]
+    student, template, row = (_variance(values, place, draws) for place in places)
+    students = int(places[0].max()) + 1
+    whole = template if students == 1 else student * students / (students - 1) + template - row
+    return float(values.mean()), float(np.sqrt(max(whole, template, row)))
+
+
+def _variance(values: Floats, place: npt.NDArray[np.int64], draws: int) -> float:
+    """Return the variance of the mean where groups of rows are drawn with replacement."""
+    count = int(place.max()) + 1
+    sums, sizes = np.bincount(place, values), np.bincount(place)
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=draws)
+    return float(np.var((weights @ sums) / (weights @ sizes)))

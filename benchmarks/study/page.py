@@ -12,13 +12,22 @@ from typing import Any
 import numpy as np
 from cutting import ARMS as CUTS
 from cutting import BY_HAND
-from detection import CONTROL, FALL, ORACLE, SCORES, WEIGHTS
-from distillation import FLOATS, KD, TEACHER, UNTRAINED, WITHOUT_CUTS, arms_of, has_fast_bfloat16
-from measures import Floats, Interval, Row, auc, first_phrases, from_json, share
-from problems import Problem
-from run import DEVELOPMENT, Inputs, best_rate, slug, tests_of
+from detection import CONTROL, FALL, GAP, ORACLE, SCORES, WEIGHTS
+from distillation import (
+    AS_MANY,
+    FLOATS,
+    KD,
+    TEACHER,
+    UNTRAINED,
+    WITHOUT_CUTS,
+    arms_of,
+    has_fast_bfloat16,
+)
+from measures import Estimate, Floats, Row, aucs, first_phrases, from_json, mean
+from problems import Problem, copied_share, of_split
+from run import DEVELOPMENT, SEARCHED, Inputs, best_rate, slug, tests_of
 from settings import Study
-from tables import estimates, is_above, percent, short, shown, signed, table
+from tables import bars, is_above, shown, table
 
 from leaf_distill.config import package_versions
 from leaf_distill.detection.suspicion import STUDENT_WEIGHT
@@ -31,7 +40,6 @@ TITLES = {
     "complex": "PROBLEMATHIC, complex problems",
     "gsm8k": "GSM8K with an inserted sentence",
 }
-GAP = next(iter(SCORES))
 REHEARSAL = (
     "**This is a rehearsal: few rows and few steps. It shows that the study runs; its numbers mean "
     "nothing.**"
@@ -40,10 +48,10 @@ REHEARSAL = (
 
 @dataclass(frozen=True)
 class Line:
-    """The effect of an arm of the cuts on a row of a student."""
+    """What an arm does to a row of a student."""
 
     student: int
-    problem: str
+    template: str
     values: Mapping[str, Any]
 
 
@@ -58,8 +66,12 @@ def write_page(study: Study, inputs: Inputs, path: Path) -> None:
         *_head(study, inputs, problems),
         *_pair(study),
         *_weights(study),
-        *(part for name in study.profile.domains for part in _detection(study, name, figures)),
-        *(part for name in study.profile.domains for part in _cutting(study, name, figures)),
+        *(
+            part
+            for name in (SEARCHED, *study.profile.domains)
+            for part in _detection(study, name, figures)
+        ),
+        *_cutting(study, figures),
         *_distillation(study, problems, figures),
         *_settings(study),
     ]
@@ -80,14 +92,24 @@ def _head(study: Study, inputs: Inputs, problems: Sequence[Problem]) -> Iterator
     for one in problems:
         counts[one.split] = counts.get(one.split, 0) + 1
     listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    copied = [f"{100 * copied_share(problems, 'C', other):.0f} %" for other in "AB"]
     yield (
-        "The problems are PROBLEMATHIC's (MIT license): word problems with irrelevant clauses, and "
-        "the same ones without, so that the distractors are known. A model answers with an "
-        'expression of two numbers, such as "50 * 7", and is right if it is the gold one. No '
-        f"template is in two splits. Problems: {listed}. A trains the pair, B is searched and "
-        "distilled on, C is held out; "
+        "The problems are PROBLEMATHIC's (MIT license), word problems with irrelevant clauses, and "
+        "the same ones without, so that the distractors are known; and GSM8K's (MIT license) that "
+        "get a sentence with a number from another one. A model answers with an expression of two "
+        'numbers, such as "50 * 7", and is right if it is the gold one. '
+        f"Problems: {listed}. A trains the pair, B is searched and distilled on, C is held out; "
         "settings are chosen on B-dev, B and C-dev with the first student, whose other results do "
-        "not count."
+        "not count. No template of a problem is in two splits. Templates of distractors are: "
+        f"{copied[0]} of C's are nearly those of one in A, which the teacher was trained on, and "
+        f"{copied[1]} those of one in B. log_gap and search were devised on problems of the same "
+        "source, the simple ones."
+    )
+    yield (
+        "± is a standard error: what other students and other templates of problems would change. "
+        f"It is of {len(study.profile.layers) - 1} students, which differ in the order of their "
+        "training alone, and of one teacher, and holds for one number: nothing is corrected for "
+        "the many comparisons."
     )
 
 
@@ -128,20 +150,20 @@ def _weights(study: Study) -> Iterator[str]:
     rows = [from_json(DEVELOPMENT, one) for one in study.done("weights") or []]
     if not rows:
         return
-    draws, names = study.profile.draws, [f"{weight:g}" for weight in WEIGHTS]
+    draws = study.profile.draws
     lines = [
         (
             name,
-            shown(auc(rows, name, numbers=True, draws=draws)),
-            shown(share(first_phrases(rows, name), rows, draws=draws)),
+            shown(mean(aucs(rows, name, numbers=True), rows, draws=draws)),
+            shown(mean(first_phrases(rows, name), rows, draws=draws)),
         )
-        for name in names
+        for name in (f"{weight:g}" for weight in WEIGHTS)
     ]
     yield "## The student's weight in log_gap"
     yield (
-        f"Of the first student and the problems of B-dev and C-dev, {len(rows)} rows. The columns "
-        f"are those of the tables of scores. The product's weight, {STUDENT_WEIGHT:g}, was chosen "
-        "before, on other models."
+        f"Of the first student and the problems of B-dev and C-dev, {len(rows)} rows, "
+        f"{_selected(study)}. The columns are those of the tables of scores. The product's weight, "
+        f"{STUDENT_WEIGHT:g}, comes from an earlier study on problems of the same source."
     )
     yield table(("weight", "AUC, numbers", "first phrase"), lines)
 
@@ -161,33 +183,34 @@ def _detection(study: Study, domain: str, figures: dict[str, str]) -> Iterator[s
     draws = study.profile.draws
     reference = first_phrases(rows, GAP)
     lines, numbers, firsts = [], [], []
-    names = [name for name in (*SCORES, FALL, CONTROL, ORACLE) if name in rows[0].suspicion]
-    for name in names:
+    for name in (*SCORES, FALL, CONTROL, ORACLE):
         first = first_phrases(rows, name)
-        numbers.append(auc(rows, name, numbers=True, draws=draws))
-        firsts.append(share(first, rows, draws=draws))
-        change = None if name == GAP else share(first - reference, rows, draws=draws)
-        whole = auc(rows, name, draws=draws)
-        lines.append((name, *map(shown, (whole, numbers[-1], firsts[-1])), signed(change)))
+        numbers.append(mean(aucs(rows, name, numbers=True), rows, draws=draws))
+        firsts.append(mean(first, rows, draws=draws))
+        change = None if name == GAP else mean(first - reference, rows, draws=draws)
+        whole = mean(aucs(rows, name), rows, draws=draws)
+        cells = map(shown, (whole, numbers[-1], firsts[-1]))
+        lines.append((name, *cells, shown(change, sign=True)))
     figures[f"detection-{domain}"] = interval_chart(
-        f"{TITLES[domain]}: a score's truth, %",
-        names,
-        {"AUC of number tokens": estimates(numbers), "first phrase": estimates(firsts)},
-        "%",
+        f"{TITLES[domain]}: distractors that a score finds, %",
+        [line[0] for line in lines],
+        {"AUC of number tokens": bars(numbers), "first phrase": bars(firsts)},
+        "%, with two standard errors",
     )
     planted = np.concatenate([row.planted for row in rows]).mean()
+    chosen = _selected(study) if domain == SEARCHED else "all rows, whatever the models answer"
     yield f"## Detection: {TITLES[domain]}"
     yield (
-        f"Rows: {len(rows)}, {_selected(study)}; students: "
-        f"{len({row.student for row in rows})}. {100 * planted:.0f} % of the tokens are in a "
-        "distractor. AUC: the chance that a token of a distractor is more suspect than another, of "
-        "all tokens and of those with a digit. First phrase: how often the phrase with the highest "
-        "mean score is a distractor; a row without one, or with no other phrase, does not count. "
-        f"Beside the scores of `leaf detect` stands the {FALL}, which the strategy search goes by. "
-        "intervention changes 4 words of a row once each, not 8 three times (its default). "
-        "Intervals: 95 %, of a bootstrap over problems and students."
+        f"Rows: {len(rows)}, {chosen}; students: {len({row.student for row in rows})}. "
+        f"{100 * planted:.0f} % of the tokens are in a distractor. AUC: the chance, in %, that a "
+        "token of a distractor is more suspect than another one of its problem, of all tokens and "
+        "of those with a digit. First phrase: how often the phrase with the highest mean score is "
+        "a distractor. A row without both kinds of tokens or phrases does not count. Beside the "
+        f"scores of `leaf detect` stands the {FALL}, which the strategy search goes by. "
+        "intervention changes 4 words of a row once each, not 8 three times (its default)."
     )
-    yield table(("score", "AUC", "AUC, numbers", "first phrase", f"minus {GAP.split()[0]}"), lines)
+    head = ("score", "AUC", "AUC, numbers", "first phrase", f"minus {GAP.split()[0]}")
+    yield table(head, lines)
     yield f"FIGURE detection-{domain}"
 
 
@@ -197,57 +220,59 @@ def _selected(study: Study) -> str:
     return "those that the student fails and the teacher solves"
 
 
-def _cutting(study: Study, domain: str, figures: dict[str, str]) -> Iterator[str]:
-    arms = _cut_lines(study, domain)
+def _cutting(study: Study, figures: dict[str, str]) -> Iterator[str]:
+    arms = _cut_lines(study)
     if not arms:
         return
     draws = study.profile.draws
     lines, repaired = [], []
     for name, rows in arms.items():
         found = {
-            of: share(np.array([float(row.values[of]) for row in rows]), rows, draws=draws)
+            of: mean(np.array([float(row.values[of]) for row in rows]), rows, draws=draws)
             for of in ("first", "any", "both")
         }
         asked, losses = (np.mean([row.values[of] for row in rows]) for of in ("asked", "losses"))
         cut = sum(row.values["cut"] for row in rows)
         inside = sum(row.values["inside"] for row in rows) / cut if cut else None
         shares = [shown(found[of]) for of in ("first", "any", "both")]
-        costs = (f"{asked:.1f}", f"{losses:.1f}")
-        lines.append((name, *shares, *costs, "" if inside is None else short(inside)))
+        costs = (f"{asked:.1f}", f"{losses:.1f}" if losses else "")
+        lines.append((name, *shares, *costs, "" if inside is None else f"{100 * inside:.0f}"))
         repaired.append(found["any"])
-    figures[f"cutting-{domain}"] = interval_chart(
-        f"{TITLES[domain]}: students that a cut repairs, %", [*arms], {"": estimates(repaired)}, "%"
+    figures["cutting"] = interval_chart(
+        f"{TITLES[SEARCHED]}: students that a cut repairs, %",
+        [*arms],
+        {"": bars(repaired)},
+        "%, with two standard errors",
     )
     first = next(iter(arms.values()))
-    yield f"## Cuts: {TITLES[domain]}"
+    yield f"## Cuts: {TITLES[SEARCHED]}"
     yield (
-        f"The same {len(first)} rows, and no training. The student is right after the first cut of "
-        "an arm, after any of them, and both models are right after one (what the arm keeps). "
-        "Answers, losses: what an arm asks for a row, answers of both models to changed prompts "
-        "and losses of the student; for the gradients every row costs a forward and a backward "
-        "pass of each model in addition. Inside: the share of the characters of all cuts that are "
-        "in a distractor."
+        f"The same {len(first)} rows, and no training. How often, in %, the student is right after "
+        "the first cut of an arm, after any of them, and both models are right after one (what the "
+        "arm keeps). An arm with several cuts has several tries, so compare it with one that has "
+        "as many: cumulative arms with the random one and with the oracle that cuts one more "
+        "distractor at a time. Search goes by the loss of the label and stops where the student is "
+        "right: part of what it repairs is fitted to the label, and no proof that the cut was a "
+        "distractor. Answers: of both models to changed prompts, a row. Losses: of the student, "
+        "that a search asks for, a row. Not counted: a forward and a backward pass of each model "
+        "for the gradients, and the passes of the scores lens, perplexity and intervention. "
+        "Inside: the share of the cut characters that are in a distractor, in %. A problem has "
+        "about 7 phrases, so that a search among 8 tries all."
     )
-    head = (
-        "cut",
-        "right after the first",
-        "after any",
-        "both right",
-        "answers",
-        "losses",
-        "inside",
+    yield table(
+        ("cut", "right after the first", "after any", "both right", "answers", "losses", "inside"),
+        lines,
     )
-    yield table(head, lines)
-    yield f"FIGURE cutting-{domain}"
+    yield "FIGURE cutting"
 
 
-def _cut_lines(study: Study, domain: str) -> dict[str, list[Line]]:
+def _cut_lines(study: Study) -> dict[str, list[Line]]:
     found: dict[str, list[Line]] = {}
     for number in range(1, len(study.profile.layers)):
-        done = study.done(f"cutting-{number}-{domain}") or {}
+        done = study.done(f"cutting-{number}") or {}
         for name in (*CUTS, *BY_HAND):
             for one in done.get(name, []):
-                found.setdefault(name, []).append(Line(number, one["problem"], one))
+                found.setdefault(name, []).append(Line(number, one["template"], one))
     return found
 
 
@@ -258,45 +283,55 @@ def _distillation(
     if KD not in results:
         return
     profile, places = study.profile, _places(study, problems)
+    templates = {
+        test: [one.template for one in of_split(problems, test.split()[0], profile.rows)]
+        for test in places
+    }
     plain, adversarial = list(places)[:2]
 
-    def found(name: str, test: str, other: str | None = None) -> Interval | None:
-        rows = _answered(results[name], results[other] if other else None, places[test])
+    def found(name: str, test: str, other: str | None = None) -> Estimate | None:
+        rows = _answered(
+            results[name], results[other] if other else None, places[test], templates[test]
+        )
         values = np.array([row.values["right"] for row in rows])
-        return share(values, rows, draws=profile.draws)
+        return mean(values, rows, draws=profile.draws)
 
     lines = []
     for name, arm in results.items():
-        counts = [one.get("counterfactuals", 0) for orders in arm.values() for one in orders]
-        cells = [percent(found(name, test)) for test in places]
+        runs = [one for orders in arm.values() for one in orders if "tokens" in one]
+        counts = [
+            f"{np.mean([one[of] for one in runs]) / scale:.0f}" if runs else ""
+            for of, scale in (("counterfactuals", 1), ("tokens", 1000))
+        ]
         changes = [
-            "" if name == KD else percent(found(name, test, KD), sign=True)
+            "" if name in (KD, TEACHER) else shown(found(name, test, KD), sign=True)
             for test in (plain, adversarial)
         ]
-        lines.append((name, f"{np.mean(counts):.0f}", *cells, *changes))
+        lines.append((name, *counts, *(shown(found(name, test)) for test in places), *changes))
     figures["distillation"] = interval_chart(
         "Held-out simple problems: right answers, %",
         list(results),
-        {test: estimates([found(name, test) for name in results]) for test in (plain, adversarial)},
-        "%",
+        {test: bars([found(name, test) for name in results]) for test in (plain, adversarial)},
+        "%, with two standard errors",
     )
     arms = arms_of(profile)
     yield "## Distillation"
     yield (
-        f"Students: {len(results[KD])}; batch orders of each: {profile.orders}. Every arm has "
-        f"{profile.steps} steps of {profile.distilled_rows} rows, counterfactuals among them; all "
-        f"train and answer in {FLOATS[has_fast_bfloat16()]}. The learning rate is "
-        f"{best_rate(study):g}, of {', '.join(f'{one:g}' for one in profile.rates)}, with which KD "
-        "was best on C-dev for the first student. Right answers, %, the mean of students and batch "
-        "orders, with its standard error over problems and students (of a bootstrap); the last "
-        "columns are the paired differences from kd on the simple problems. Counterfactuals: the "
-        "mean of an arm's dataset, beside as many originals as kd has."
+        f"Students: {len(results[KD])}; batch orders of each: {profile.orders}, which its arms "
+        f"share. Every arm has {profile.steps} steps of about {profile.distilled_rows} rows, "
+        f"counterfactuals among them; all train and answer in {FLOATS[has_fast_bfloat16()]}. The "
+        f"learning rate is {best_rate(study):g}, of "
+        f"{', '.join(f'{one:g}' for one in profile.rates)}, with which KD was best on C-dev for "
+        "the first student. Right answers, %; the last columns are the paired differences from kd "
+        "on the simple problems. Counterfactuals: of an arm's dataset, beside the "
+        f"{len(of_split(problems, SEARCHED, profile.rows))} originals that all have; tokens: that "
+        "an arm has read, in thousands."
     )
-    head = ("arm", "counterfactuals", *(_title(test) for test in places))
+    head = ("arm", "counterfactuals", "tokens", *(_title(test) for test in places))
     yield table((*head, "plain, minus kd", "adversarial, minus kd"), lines)
     yield "\n".join(f"- {name}: {arms[name].says}." for name in results if name in arms)
     yield "FIGURE distillation"
-    rivals = [name for name in (KD, "kd_failed", "random phrases") if name in results]
+    rivals = [name for name in (KD, "kd_failed", AS_MANY) if name in results]
     cut = [name for name in arms if name in results and name not in [*WITHOUT_CUTS, *rivals]]
     differences = {
         name: [
@@ -311,15 +346,15 @@ def _distillation(
         if all(is_above(one, errors=3) for one in gains) and lost is not None and lost[0] >= -0.01
     ]
     yield (
-        "Does an arm beat plain distillation, the reweighted one and the random phrases at once? "
+        "Does an arm beat plain distillation, the reweighted one and random phrases at once? "
         "Paired differences on the simple problems, in points. Asked for: 3 standard errors above "
-        f"each on adversarial ones, at no more than 1 point lost on plain ones. Passed: "
-        f"{', '.join(passed) or 'none'}."
+        f"each on adversarial ones, at no more than 1 point lost on plain ones. {len(cut)} arms "
+        f"are tried; passed: {', '.join(passed) or 'none'}."
     )
     yield table(
         ("arm", *(f"adversarial, minus {rival}" for rival in rivals), "plain, minus kd"),
         [
-            (name, *(percent(one, sign=True) for one in values))
+            (name, *(shown(one, sign=True) for one in values))
             for name, values in differences.items()
         ],
     )
@@ -329,6 +364,7 @@ def _answered(
     arm: Mapping[int, Sequence[Mapping[str, Any]]],
     other: Mapping[int, Sequence[Mapping[str, Any]]] | None,
     place: tuple[int, int],
+    templates: Sequence[str],
 ) -> list[Line]:
     """Return how often each student is right on each row of a test, minus the same of another arm.
 
@@ -339,7 +375,10 @@ def _answered(
         if other is not None and student not in other:
             continue
         right = _right(orders, place) - (_right(other[student], place) if other else 0)
-        found += [Line(student, f"{at}", {"right": one}) for at, one in enumerate(right.tolist())]
+        found += [
+            Line(student, template, {"right": one})
+            for template, one in zip(templates, right.tolist(), strict=True)
+        ]
     return found
 
 
@@ -382,7 +421,8 @@ def _settings(study: Study) -> Iterator[str]:
     groups: dict[str, float] = {}
     for name, seconds in study.seconds().items():
         groups[name.split("-")[0]] = groups.get(name.split("-")[0], 0.0) + seconds
+    yield "Seconds are of a step's last start: what an earlier one left in the cache took none."
     yield table(
-        ("step", "seconds, of all students together"),
+        ("step", "seconds of all together"),
         [(name, f"{seconds:.0f}") for name, seconds in groups.items()],
     )

@@ -55,6 +55,7 @@ class Problem:
         label: the expression.
         split: "A" trains models, "B" is searched and distilled on, "C" is held out; "B-dev" and
             "C-dev" are for the choice of settings; "complex" and "gsm8k" are further test sets.
+        template: the name of a problem that stands for all of its template.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Problem:
     exact: bool
     label: str
     split: str = ""
+    template: str = ""
 
 
 def clean(text: str) -> str:
@@ -189,7 +191,8 @@ def _with_splits(problems: Sequence[Problem], seed: int) -> list[Problem]:
     random.Random(seed).shuffle(templates)
     left = dict(SIZES)
     found = []
-    for group in templates:
+    for similar in templates:
+        group = [replace(one, template=similar[0].name) for one in similar]
         exact = [one for one in group if one.exact]
         if all(one.name.startswith("complex") for one in group):
             found += [replace(one, split="complex") for one in exact]
@@ -220,13 +223,34 @@ def group_similar(texts: Sequence[str]) -> list[list[int]]:
         return at
 
     for first, second in combinations(range(len(texts)), 2):
-        common = len(kept[first] & kept[second])
-        if common >= SIMILAR * (len(kept[first]) + len(kept[second]) - common):
+        if _are_similar(kept[first], kept[second]):
             parent[root(second)] = root(first)
     groups: dict[int, list[int]] = {}
     for at in range(len(texts)):
         groups.setdefault(root(at), []).append(at)
     return list(groups.values())
+
+
+def copied_share(problems: Sequence[Problem], split: str, other: str) -> float:
+    """Return the share of a split's distractors of three words or more that another one has.
+
+    Two are the same if they have SIMILAR of their words in common; numbers count as one word.
+    """
+    mine, theirs = ([*_phrases(of_split(problems, name))] for name in (split, other))
+    return sum(any(_are_similar(one, two) for two in theirs) for one in mine) / max(len(mine), 1)
+
+
+def _phrases(problems: Iterable[Problem]) -> Iterator[frozenset[str]]:
+    for one in problems:
+        for start, stop in one.ranges:
+            words = _words(one.adversarial[start:stop])
+            if len(words) >= 3:
+                yield words
+
+
+def _are_similar(one: frozenset[str], two: frozenset[str]) -> bool:
+    common = len(one & two)
+    return common >= SIMILAR * (len(one) + len(two) - common)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -290,7 +314,7 @@ def _inserted(
     at = sentences(text)[-1][0]
     at += len(text[at:]) - len(text[at:].lstrip())
     whole = f"{text[:at]}{sentence} {text[at:]}"
-    return Problem(name, text, whole, ((at, at + len(sentence) + 1),), True, label, "gsm8k")
+    return Problem(name, text, whole, ((at, at + len(sentence) + 1),), True, label, "gsm8k", name)
 
 
 def of_split(problems: Sequence[Problem], split: str, count: int | None = None) -> list[Problem]:

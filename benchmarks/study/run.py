@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import cutting
@@ -30,8 +31,12 @@ from pair import find_base, make_model, wanted
 from problems import Problem, load_gsm8k, load_problems, of_split
 from settings import PROFILES, Profile, Study
 
+from leaf_distill.detection.config import DetectConfig
+
 DEVELOPMENT = 0
 """The student for the choice of settings."""
+SEARCHED = "B"
+"""The split whose rows are cut and distilled on."""
 
 
 @dataclass(frozen=True)
@@ -56,31 +61,49 @@ class Inputs:
 
 def run(inputs: Inputs) -> Study:
     """Run all steps; return the study."""
-    study, problems = inputs.study(), inputs.problems()
-    profile = study.profile
-    students = range(1, len(profile.layers))
-    domains = [name for name in profile.domains if of_split(problems, name)]
-    arms = (TEACHER, UNTRAINED, *arms_of(profile))
+    study = inputs.study()
+    profile, students = study.profile, range(1, len(study.profile.layers))
+    searched = [(inputs, number, SEARCHED) for number in students]
+    scored = [(inputs, number, name) for name in profile.domains for number in students]
+    arms = [(inputs, number, name) for name in arms_of(profile) for number in students]
+    untrained = [(inputs, number, UNTRAINED) for number in students]
     each(profile, make, [(inputs, name) for name in wanted(profile)])
-    each(profile, analyze, [(inputs, number, name) for name in domains for number in students])
+    each(profile, analyze, [*searched, *scored])
     each(profile, weigh, [(inputs,)])
     each(profile, gather, [(inputs, number) for number in (DEVELOPMENT, *students)])
     each(profile, develop, [(inputs, rate) for rate in profile.rates])
-    each(profile, test, [(inputs, number, name) for name in arms for number in students])
+    each(profile, test, [(inputs, students[0], TEACHER), *untrained, *arms])
     return study
 
 
 def each(profile: Profile, work: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
-    """Do all jobs, in so many processes as the profile has."""
+    """Do all jobs, in so many processes as the profile has; an error leaves the waiting ones."""
     if profile.workers == 1:
         for job in jobs:
             work(*job)
         return
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
     threads = max(1, (os.cpu_count() or 1) // profile.workers)
-    with ProcessPoolExecutor(profile.workers, context, torch.set_num_threads, (threads,)) as pool:
-        for done in [pool.submit(work, *job) for job in jobs]:
-            done.result()
+    with ProcessPoolExecutor(profile.workers, context, _begin, (threads,)) as pool:
+        try:
+            for done in as_completed([pool.submit(work, *job) for job in jobs]):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin(threads: int) -> None:
+    """Set up a worker, which ends with its parent, however that ends."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def make(inputs: Inputs, name: str) -> None:
@@ -89,12 +112,16 @@ def make(inputs: Inputs, name: str) -> None:
 
 
 def analyze(inputs: Inputs, number: int, domain: str) -> None:
-    """Measure the scores and the cuts on a domain's rows for a student."""
+    """Measure the scores on a domain's rows for a student; where it is searched, the cuts too.
+
+    In other domains the scores are measured on all rows: too few pass both models' answers.
+    """
     study = inputs.study()
     source = source_of(study, inputs.problems(), number, domain)
     rows = (source.config, source.problems)
     study.step(f"detection-{number}-{domain}", partial(detection.score_rows, *rows))
-    study.step(f"cutting-{number}-{domain}", partial(cutting.cut_rows, *rows, source.place))
+    if domain == SEARCHED:
+        study.step(f"cutting-{number}", partial(cutting.cut_rows, *rows, source.place))
 
 
 def weigh(inputs: Inputs) -> None:
@@ -109,14 +136,15 @@ def source_of(study: Study, problems: Sequence[Problem], number: int, *domains: 
     domain = domains[0]
     rows = [row for one in domains for row in of_split(problems, one, study.profile.rows)]
     name = f"student-{number}"
-    config = detection.settings_of(study.root, name, rows, domain, study.profile)
+    select = "all" if domain in study.profile.domains else study.profile.select
+    config = detection.settings_of(study.root, name, rows, domain, select, study.profile)
     return Source(config, rows, study.root / name / f"{domain}-by-hand")
 
 
 def gather(inputs: Inputs, number: int) -> None:
     """Write the dataset of each arm of a student; of the development student that of KD alone."""
     study = inputs.study()
-    source = source_of(study, inputs.problems(), number, "B")
+    source = source_of(study, inputs.problems(), number, SEARCHED)
     arms = {KD: ARMS[KD]} if number == DEVELOPMENT else arms_of(study.profile)
 
     def compute() -> dict[str, str]:
@@ -132,10 +160,10 @@ def develop(inputs: Inputs, rate: float) -> None:
     held_out = study.root / "held-out-dev.jsonl"
     write_held_out(held_out, {"C-dev": of_split(problems, "C-dev", study.profile.rows)})
     output = study.root / f"student-{DEVELOPMENT}" / f"rate-{rate}"
-    source = source_of(study, problems, DEVELOPMENT, "B")
+    source = source_of(study, problems, DEVELOPMENT, SEARCHED)
     dataset = study.root / study.done(f"datasets-{DEVELOPMENT}")[KD]
     work = partial(distil, source.config, ARMS[KD], dataset, study.profile, output, held_out)
-    study.step(f"rate-{rate}", partial(work, learning_rate=rate, order=0))
+    study.step(f"rate-{rate}", partial(work, learning_rate=rate, seed=0))
 
 
 def best_rate(study: Study) -> float:
@@ -153,10 +181,10 @@ def test(inputs: Inputs, number: int, name: str) -> None:
     root = study.root / f"student-{number}"
     held_out = root / "held-out.jsonl"
     write_held_out(held_out, tests_of(study, problems))
-    config = source_of(study, problems, number, "B").config
+    config = source_of(study, problems, number, SEARCHED).config
     if name in (TEACHER, UNTRAINED):
         model = config.teacher if name == TEACHER else config.student
-        compute = partial(answered, model, held_out, config.cache_dir)
+        compute = partial(answered, model, held_out, config)
         study.step(f"distillation-{number}-{name}-0", compute)
         return
     arm, dataset = ARMS[name], study.root / study.done(f"datasets-{number}")[name]
@@ -164,12 +192,13 @@ def test(inputs: Inputs, number: int, name: str) -> None:
         output = root / "students" / f"{slug(name)}-{order}"
         work = partial(distil, config, arm, dataset, study.profile, output, held_out)
         step = f"distillation-{number}-{slug(name)}-{order}"
-        study.step(step, partial(work, learning_rate=best_rate(study), order=order))
+        seed = number + order * len(study.profile.layers)  # shared by the arms of a student alone
+        study.step(step, partial(work, learning_rate=best_rate(study), seed=seed))
 
 
-def answered(model: str, held_out: Path, cache_dir: str | None) -> dict[str, list[bool]]:
+def answered(model: str, held_out: Path, config: DetectConfig) -> dict[str, list[bool]]:
     """Return the answers of a model that is not trained here."""
-    return {"right": answers(model, held_out, cache_dir)}
+    return {"right": answers(model, held_out, config)}
 
 
 def tests_of(study: Study, problems: Sequence[Problem]) -> dict[str, list[Problem]]:

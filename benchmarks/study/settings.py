@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from leaf_distill.detection.config import Select
 from leaf_distill.io import make_directory, read_json, write_json
 
 
@@ -27,9 +28,10 @@ class Profile:
         teacher_gate: lowest accuracy of the teacher on adversarial problems of C-dev.
         student_gate: lowest accuracy of a student on the plain ones, highest on the adversarial.
         attempts: seeds that are tried for each model that is wanted.
-        select: rows that are searched, as in `leaf detect`.
+        select: rows of B that are searched, as in `leaf detect`.
+        max_batch_tokens: of detection and answers; None: by the free memory.
         rows: most problems of each split; None: all.
-        domains: the splits whose rows are searched; B is also distilled on.
+        domains: splits beside B on which the scores are measured.
         tests: the splits that distilled students answer.
         steps, distilled_rows: steps of a distillation, and rows in each.
         rates: learning rates that are tried on the development student.
@@ -50,9 +52,10 @@ class Profile:
     teacher_gate: float = 0.7
     student_gate: tuple[float, float] = (0.5, 0.3)
     attempts: int = 3
-    select: str = "student_wrong"
+    select: Select = "student_wrong"
+    max_batch_tokens: int | None = None
     rows: int | None = None
-    domains: tuple[str, ...] = ("B", "complex", "gsm8k")
+    domains: tuple[str, ...] = ("complex", "gsm8k")
     tests: tuple[str, ...] = ("C",)
     steps: int = 30
     distilled_rows: int = 16
@@ -75,7 +78,7 @@ PROFILES = {
         student_gate=(0.0, 1.0),
         select="all",
         rows=6,
-        domains=("B",),
+        domains=(),
         steps=2,
         distilled_rows=4,
         rates=(2e-4,),
@@ -87,6 +90,7 @@ PROFILES = {
         layers=(20,) * 9,
         tests=("C", "complex", "gsm8k"),
         steps=100,
+        max_batch_tokens=16384,
         workers=8,
     ),
 }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from measures import Interval
+from measures import Estimate
 
-from leaf_distill.evaluation.sheets import Estimate
+from leaf_distill.evaluation import sheets
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -16,41 +16,23 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([rows[0], f"|{marks}|", *rows[1:]])
 
 
-def short(number: float) -> str:
-    """Return a share without its leading zero."""
-    return f"{number:.2f}".replace("0.", ".", 1)
-
-
-def shown(value: Interval | None) -> str:
-    """Return a share with its interval, nothing where there is none."""
+def shown(value: Estimate | None, *, sign: bool = False) -> str:
+    """Return a share in percent with its standard error, nothing where there is none."""
     if value is None:
         return ""
-    mean, low, high = map(short, value)
-    return f"{mean} ({low} to {high})"
+    return f"{100 * value[0]:{'+' if sign else ''}.1f} ± {100 * value[1]:.1f}"
 
 
-def signed(value: Interval | None) -> str:
-    """Return a difference with its interval."""
-    return "" if value is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*value)
-
-
-def percent(value: Interval | None, *, sign: bool = False) -> str:
-    """Return a share in percent with its standard error."""
-    if value is None:
-        return ""
-    return f"{100 * value[0]:{'+' if sign else ''}.1f} ± {100 * standard_error(value):.1f}"
-
-
-def standard_error(value: Interval) -> float:
-    """Return the standard error of which the width of an interval is 3.92."""
-    return (value[2] - value[1]) / 3.92
-
-
-def is_above(value: Interval | None, *, errors: float) -> bool:
+def is_above(value: Estimate | None, *, errors: float) -> bool:
     """Return whether a difference is so many standard errors above 0."""
-    return value is not None and value[0] > 0 and value[0] >= errors * standard_error(value)
+    return value is not None and value[0] > 0 and value[0] >= errors * value[1]
 
 
-def estimates(values: Sequence[Interval | None]) -> list[Estimate | None]:
-    """Return intervals as a chart takes them."""
-    return [None if one is None else Estimate(*one) for one in values]
+def bars(values: Sequence[Estimate | None]) -> list[sheets.Estimate | None]:
+    """Return values with two errors on each side, as a chart takes them."""
+    return [
+        None
+        if one is None
+        else sheets.Estimate(one[0], max(one[0] - 2 * one[1], 0), min(one[0] + 2 * one[1], 1))
+        for one in values
+    ]
