@@ -357,7 +357,7 @@ def test_a_killed_study_leaves_no_process_behind(tmp_path: Path) -> None:
 
 
 def is_running(stat: Path) -> bool:
-    """Whether a process has not ended; one that ended may wait for somebody who asks for its end."""
+    """Whether a process goes on; one that ended may wait for its parent to notice."""
     try:
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -40,6 +40,7 @@ TITLES = {
     "complex": "PROBLEMATHIC, complex problems",
     "gsm8k": "GSM8K with an inserted sentence",
 }
+RIVALS = (GAP, "teacher's gradient, low")
 REHEARSAL = (
     "**This is a rehearsal: few rows and few steps. It shows that the study runs; its numbers mean "
     "nothing.**"
@@ -181,16 +182,18 @@ def _detection(study: Study, domain: str, figures: dict[str, str]) -> Iterator[s
     if not rows:
         return
     draws = study.profile.draws
-    reference = first_phrases(rows, GAP)
+    firsts_of = {name: first_phrases(rows, name) for name in (*SCORES, FALL, CONTROL, ORACLE)}
     lines, numbers, firsts = [], [], []
-    for name in (*SCORES, FALL, CONTROL, ORACLE):
-        first = first_phrases(rows, name)
+    for name, first in firsts_of.items():
         numbers.append(mean(aucs(rows, name, numbers=True), rows, draws=draws))
         firsts.append(mean(first, rows, draws=draws))
-        change = None if name == GAP else mean(first - reference, rows, draws=draws)
+        changes = [
+            None if name == other else mean(first - firsts_of[other], rows, draws=draws)
+            for other in RIVALS
+        ]
         whole = mean(aucs(rows, name), rows, draws=draws)
         cells = map(shown, (whole, numbers[-1], firsts[-1]))
-        lines.append((name, *cells, shown(change, sign=True)))
+        lines.append((name, *cells, *(shown(one, sign=True) for one in changes)))
     figures[f"detection-{domain}"] = interval_chart(
         f"{TITLES[domain]}: distractors that a score finds, %",
         [line[0] for line in lines],
@@ -205,11 +208,13 @@ def _detection(study: Study, domain: str, figures: dict[str, str]) -> Iterator[s
         f"{100 * planted:.0f} % of the tokens are in a distractor. AUC: the chance, in %, that a "
         "token of a distractor is more suspect than another one of its problem, of all tokens and "
         "of those with a digit. First phrase: how often the phrase with the highest mean score is "
-        "a distractor. A row without both kinds of tokens or phrases does not count. Beside the "
+        "a distractor; the last columns are its paired differences from the gap and from the "
+        "teacher's gradient alone. A row without both kinds of tokens or phrases does not count. "
+        "Beside the "
         f"scores of `leaf detect` stands the {FALL}, which the strategy search goes by. "
         "intervention changes 4 words of a row once each, not 8 three times (its default)."
     )
-    head = ("score", "AUC", "AUC, numbers", "first phrase", f"minus {GAP.split()[0]}")
+    head = ("score", "AUC", "AUC, numbers", "first phrase", "minus gap", "minus teacher's")
     yield table(head, lines)
     yield f"FIGURE detection-{domain}"
 
