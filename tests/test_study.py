@@ -441,6 +441,20 @@ def tables_of(page: Path) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("|")]
 
 
+def assert_weighted_as_the_product_does(root: Path, base: Path) -> None:
+    """log_gap with the product's weight orders the tokens of a row as the score does."""
+    inputs = study_run.Inputs(root, "quick", str(base))
+    study, problems = inputs.study(), inputs.problems()
+    config = study_run.source_of(study, problems, 0, "B-dev", "C-dev").config
+    samples = detection.samples_of(replace(config, **detection.SCORING, score="log_gap"))
+    weighted = study.done("weights")
+    assert len(samples) == len(weighted) > 0
+    for sample, one in zip(samples, weighted, strict=True):
+        score = np.array(sample["score"])[np.array(sample["prunable"])]
+        values = np.array(one["suspicion"]["0.5"])
+        assert np.corrcoef(score, values)[0, 1] < -0.999
+
+
 @pytest.mark.slow
 def test_the_study_runs_goes_on_after_a_kill_and_reruns_to_the_digit(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
@@ -468,6 +482,7 @@ def test_the_study_runs_goes_on_after_a_kill_and_reruns_to_the_digit(tmp_path: P
     expected = {*detection.SCORES, detection.FALL, *cutting.ARMS, *cutting.BY_HAND}
     expected |= {*distillation.arms_of(settings.PROFILES["quick"])}
     assert expected <= names
+    assert_weighted_as_the_product_does(tmp_path / "first", base)
     for name in ("detection-B", "cutting", "distillation"):
         assert (tmp_path / "first" / f"study-{name}.svg").exists() and f"study-{name}.svg" in page
     assert not list((tmp_path / "first").glob("student-1/students/*"))

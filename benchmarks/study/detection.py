@@ -162,7 +162,7 @@ def weigh(config: DetectConfig, problems: Sequence[Problem]) -> list[dict[str, A
     norms = Measured.of(replace(config, **SCORING)).norms()
     found = []
     for sample in samples_of(replace(config, **SCORING)):
-        teacher, student = (logs(norms[sample["row_id"]][role]) for role in ROLES)
+        student, teacher = (logs(norms[sample["row_id"]][role]) for role in ROLES)
         scores = {f"{weight:g}": weight * student - teacher for weight in WEIGHTS}
         found.append(as_json(_row(problems[sample["row_id"]], sample, scores)))
     return found
