@@ -4,8 +4,9 @@
 #   make test        the fast tests                    make test-slow   the rest, real models, servers and
 #                    other harnesses included; LEAF_DATA=folder with benchmarks for those that need some
 #   make bench       kernels against eager and compiled PyTorch; the table is printed and written
-#   make study       scores, cuts and distillations on known distractors, on one page: hours on a CPU, and it goes
-#                    on where it was stopped; PROFILE=quick is a rehearsal, PROFILE=gpu needs a GPU
+#   make study       scores, cuts and distillations on known distractors, to benchmarks/results/study.md: hours
+#                    on a CPU, and it goes on where it was stopped; PROFILE=quick is a rehearsal with a page of its own,
+#                    PROFILE=gpu needs a GPU
 #   make gpu         on a machine with a GPU: build, smoke test, timings, counters, tests, in 8 minutes
 #   make vectorized  proof from the compiler's report (GCC) that the kernels' loops are vector code;
 #                    make aarch64: the same, cross-compiled

@@ -1,10 +1,11 @@
-"""The study on known distractors: a pair, which scores find them, which cuts and arms help.
+"""Measure which scores find known distractors, which cuts repair a student, which training helps.
 
     python benchmarks/study --profile quick|cpu|gpu [--output_dir DIR]
 
-It makes a teacher and students, measures scores, cuts and distillations, and writes one page. The
-same command goes on where a killed one stopped. `quick` is a rehearsal of a few minutes, whose
-numbers mean nothing; `cpu` is meant for hours on two cores; `gpu` needs a GPU.
+It makes a teacher and students, and writes one page. The same command goes on where a killed one
+stopped. `quick` is a rehearsal of a few minutes, whose numbers mean nothing; `cpu` takes two to
+three hours on two cores, and `gpu` needs a GPU: their page takes the place of the one in
+benchmarks/results, unless --page names another.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--profile", choices=PROFILES, default="cpu", help="size (default: cpu)")
+    parser.add_argument("--profile", choices=PROFILES, default="cpu", help="default: cpu")
     parser.add_argument("--output_dir", type=Path, help="default: outputs/study-PROFILE")
     parser.add_argument(
         "--data", type=Path, help="PROBLEMATHIC's folder (default: the shipped rows)"

@@ -35,6 +35,7 @@ TOP = "top 1, 2, 3 phrases by "
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "token spans, one at a time (the paper)": {"strategy": "span", "widen": "token"},
     "token spans, together (the paper)": {"strategy": "collective", "widen": "token"},
+    "spans widened to words, one at a time (the default)": {"strategy": "span", "widen": "word"},
     "random token spans": {"strategy": "random_spans", "widen": "token"},
     "spans widened to phrases, together": {"strategy": "collective", "widen": "phrase"},
     **{

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from cutting import ARMS as CUTS
 from cutting import BY_HAND
 from detection import CONTROL, FALL, GAP, ORACLE, SCORES, WEIGHTS
@@ -24,6 +27,7 @@ from distillation import (
     has_fast_bfloat16,
 )
 from measures import Estimate, Floats, Row, aucs, first_phrases, from_json, mean
+from pair import wanted
 from problems import Problem, copied_share, of_split
 from run import DEVELOPMENT, SEARCHED, Inputs, best_rate, slug, tests_of
 from settings import Study
@@ -41,6 +45,13 @@ TITLES = {
     "gsm8k": "GSM8K with an inserted sentence",
 }
 RIVALS = (GAP, "teacher's gradient, low")
+BRIEF = {
+    "top 1, 2, 3 phrases by ": "phrases by ",
+    "search among 2 phrases, by ": "search among 2, by ",
+    "oracle: the ": "",
+    "no model: number": "no model: numbers",
+    "fall of the student's loss without the phrase": "fall of the student's loss",
+}
 REHEARSAL = (
     "**This is a rehearsal: few rows and few steps. It shows that the study runs; its numbers mean "
     "nothing.**"
@@ -78,7 +89,8 @@ def write_page(study: Study, inputs: Inputs, path: Path) -> None:
     ]
     for name, chart in figures.items():
         write_bytes(path.with_name(f"{path.stem}-{name}.svg"), chart.encode())
-        link = f"![{name}]({path.stem}-{name}.svg)"
+        title = chart.partition("<title>")[2].partition("</title>")[0] or name
+        link = f"![{title}]({path.stem}-{name}.svg)"
         parts = [part.replace(f"FIGURE {name}", link) for part in parts]
     write_bytes(path, ("\n\n".join(parts) + "\n").encode())
 
@@ -88,23 +100,27 @@ def _head(study: Study, inputs: Inputs, problems: Sequence[Problem]) -> Iterator
              if getattr(inputs, name)]  # fmt: skip
     yield f"    python benchmarks/study --profile {study.profile.name}{''.join(given)}"
     versions = ", ".join(f"{name} {number}" for name, number in package_versions().items())
-    yield f"Versions: {versions}; {platform.machine()}, {os.cpu_count()} cores, {_device()}."
+    yield f"Written on {date.today()}; {versions}; {_device()}."
     counts: dict[str, int] = {}
     for one in problems:
         counts[one.split] = counts.get(one.split, 0) + 1
     listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-    copied = [f"{100 * copied_share(problems, 'C', other):.0f} %" for other in "AB"]
+    copied = [
+        f"{100 * copied_share(problems, *pair):.0f} %" for pair in (("C", "A"), ("C", "B"), "BA")
+    ]
     yield (
-        "The problems are PROBLEMATHIC's (MIT license), word problems with irrelevant clauses, and "
-        "the same ones without, so that the distractors are known; and GSM8K's (MIT license) that "
-        "get a sentence with a number from another one. A model answers with an expression of two "
+        "The problems are PROBLEMATHIC's (MIT license, github.com/him1411/problemathic), word "
+        "problems with irrelevant clauses, and the same ones without, so that the distractors are "
+        "known; and GSM8K's (MIT license) that get a sentence with a number from another one. A "
+        "model answers with an expression of two "
         'numbers, such as "50 * 7", and is right if it is the gold one. '
         f"Problems: {listed}. A trains the pair, B is searched and distilled on, C is held out; "
         "settings are chosen on B-dev, B and C-dev with the first student, whose other results do "
         "not count. No template of a problem is in two splits. Templates of distractors are: "
-        f"{copied[0]} of C's are nearly those of one in A, which the teacher was trained on, and "
-        f"{copied[1]} those of one in B. log_gap and search were devised on problems of the same "
-        "source, the simple ones."
+        f"{copied[2]} of B's are nearly those of one in A, which the teacher was trained on; of "
+        f"C's {copied[0]}, and {copied[1]} those of one in B. log_gap and search were devised on "
+        "problems of the same source, the simple ones. A problem's label names every number that "
+        "counts, which favours the rule without a model."
     )
     yield (
         "± is a standard error: what other students and other templates of problems would change. "
@@ -114,10 +130,19 @@ def _head(study: Study, inputs: Inputs, problems: Sequence[Problem]) -> Iterator
     )
 
 
-def _device() -> str:
-    import torch
+def brief(name: str) -> str:
+    """Return a name as it fits beside a chart."""
+    for long, short in BRIEF.items():
+        name = name.replace(long, short)
+    return re.sub(r" \(.*?\)", "", name)
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    known = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", known.read_text()) if known.exists() else None
+    return f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _pair(study: Study) -> Iterator[str]:
@@ -145,6 +170,26 @@ def _pair(study: Study) -> Iterator[str]:
         "adversarial ones. The first student is for the choice of settings alone."
     )
     yield table(("model", "seed", "layers", "plain", "adversarial", ""), lines)
+    measured = [study.done(f"accuracy-{name}") for name in wanted(study.profile)]
+    if any(one is None for one in measured):
+        return
+    tests = {
+        f"{split} {form}": f"{split}, {form}"
+        for split in (SEARCHED, "C", *study.profile.domains)
+        for form in ("plain", "adversarial")
+    }
+    yield "Right answers on problems that no model was trained on, %; of the students the mean."
+    teacher, students = measured[0], measured[DEVELOPMENT + 2 :]
+    yield table(
+        ("", *tests.values()),
+        [
+            ("teacher", *(f"{100 * teacher[test]:.0f}" for test in tests)),
+            (
+                "students",
+                *(f"{100 * np.mean([one[test] for one in students]):.0f}" for test in tests),
+            ),
+        ],
+    )
 
 
 def _weights(study: Study) -> Iterator[str]:
@@ -195,21 +240,24 @@ def _detection(study: Study, domain: str, figures: dict[str, str]) -> Iterator[s
         cells = map(shown, (whole, numbers[-1], firsts[-1]))
         lines.append((name, *cells, *(shown(one, sign=True) for one in changes)))
     figures[f"detection-{domain}"] = interval_chart(
-        f"{TITLES[domain]}: distractors that a score finds, %",
-        [line[0] for line in lines],
+        f"{TITLES[domain]}: how well a score finds distractors",
+        [brief(name) for name in firsts_of],
         {"AUC of number tokens": bars(numbers), "first phrase": bars(firsts)},
         "%, with two standard errors",
     )
     planted = np.concatenate([row.planted for row in rows]).mean()
+    counted = int(np.isfinite(firsts_of[GAP]).sum())
     chosen = _selected(study) if domain == SEARCHED else "all rows, whatever the models answer"
     yield f"## Detection: {TITLES[domain]}"
     yield (
-        f"Rows: {len(rows)}, {chosen}; students: {len({row.student for row in rows})}. "
+        f"Rows: {len(rows)}, {chosen}; a row is a student with a problem, and there are "
+        f"{len({row.student for row in rows})} students. "
         f"{100 * planted:.0f} % of the tokens are in a distractor. AUC: the chance, in %, that a "
         "token of a distractor is more suspect than another one of its problem, of all tokens and "
         "of those with a digit. First phrase: how often the phrase with the highest mean score is "
         "a distractor; the last columns are its paired differences from the gap and from the "
-        "teacher's gradient alone. A row without both kinds of tokens or phrases does not count. "
+        "teacher's gradient alone. A row without both kinds of tokens or phrases does not "
+        f"count: {counted} do in the last columns. "
         "Beside the "
         f"scores of `leaf detect` stands the {FALL}, which the strategy search goes by. "
         "intervention changes 4 words of a row once each, not 8 three times (its default)."
@@ -244,8 +292,8 @@ def _cutting(study: Study, figures: dict[str, str]) -> Iterator[str]:
         lines.append((name, *shares, *costs, "" if inside is None else f"{100 * inside:.0f}"))
         repaired.append(found["any"])
     figures["cutting"] = interval_chart(
-        f"{TITLES[SEARCHED]}: students that a cut repairs, %",
-        [*arms],
+        f"{TITLES[SEARCHED]}: rows that one of an arm's cuts repairs",
+        [brief(name) for name in arms],
         {"": bars(repaired)},
         "%, with two standard errors",
     )
@@ -422,12 +470,16 @@ def _places(study: Study, problems: Sequence[Problem]) -> dict[str, tuple[int, i
 
 def _settings(study: Study) -> Iterator[str]:
     yield "## Settings and time"
+    yield "The settings are described in `benchmarks/study/settings.py`, `Profile`."
     yield "\n".join(f"- {name}: {value}" for name, value in asdict(study.profile).items())
     groups: dict[str, float] = {}
     for name, seconds in study.seconds().items():
         groups[name.split("-")[0]] = groups.get(name.split("-")[0], 0.0) + seconds
-    yield "Seconds are of a step's last start: what an earlier one left in the cache took none."
+    yield (
+        f"Seconds are summed over {study.profile.workers} workers, and are of a step's last start: "
+        "what an earlier one had left in the cache took none."
+    )
     yield table(
-        ("step", "seconds of all together"),
+        ("step", "seconds"),
         [(name, f"{seconds:.0f}") for name, seconds in groups.items()],
     )

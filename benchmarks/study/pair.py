@@ -252,6 +252,20 @@ class Maker:
         new.rename(directory)
 
 
+def measure(study: Study, problems: Sequence[Problem], name: str) -> dict[str, float]:
+    """Return the accuracy of a model of the pair on both forms of each split but A."""
+    path = str(study.root / "pair" / name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_model(path, dtype="float32", device=str(device)), load_tokenizer(path)
+    found = {}
+    for split in sorted({one.split for one in problems} - {"A"}):
+        chosen = of_split(problems, split, study.profile.rows)
+        for form in FORMS:
+            rows = as_tensors(render(tokenizer, as_rows(chosen, form)), device)
+            found[f"{split} {form}"] = accuracy(model, rows)
+    return found
+
+
 def wanted(profile: Profile) -> dict[str, int | None]:
     """Return the layers of each model of the pair, by its name; None: all."""
     students = {f"student-{at}": layers for at, layers in enumerate(profile.layers)}

@@ -27,7 +27,7 @@ from distillation import (
     distil,
     write_held_out,
 )
-from pair import find_base, make_model, wanted
+from pair import find_base, make_model, measure, wanted
 from problems import Problem, load_gsm8k, load_problems, of_split
 from settings import PROFILES, Profile, Study
 
@@ -68,6 +68,7 @@ def run(inputs: Inputs) -> Study:
     arms = [(inputs, number, name) for name in arms_of(profile) for number in students]
     untrained = [(inputs, number, UNTRAINED) for number in students]
     each(profile, make, [(inputs, name) for name in wanted(profile)])
+    each(profile, examine, [(inputs, name) for name in wanted(profile)])
     each(profile, analyze, [*searched, *scored])
     each(profile, weigh, [(inputs,)])
     each(profile, gather, [(inputs, number) for number in (DEVELOPMENT, *students)])
@@ -109,6 +110,12 @@ def _begin(threads: int) -> None:
 def make(inputs: Inputs, name: str) -> None:
     """Make a model of the pair."""
     make_model(inputs.study(), find_base(inputs.base), inputs.problems(), name)
+
+
+def examine(inputs: Inputs, name: str) -> None:
+    """Measure a model of the pair on all problems that it was not trained on."""
+    study = inputs.study()
+    study.step(f"accuracy-{name}", partial(measure, study, inputs.problems(), name))
 
 
 def analyze(inputs: Inputs, number: int, domain: str) -> None:
