@@ -304,6 +304,13 @@ def test_every_table_has_the_control_without_a_model() -> None:
     assert {*distillation.WITHOUT_CUTS} < {*distillation.ARMS}
 
 
+def test_names_fit_beside_a_chart() -> None:
+    names = [*detection.SCORES, detection.FALL, *cutting.ARMS, *cutting.BY_HAND, *distillation.ARMS]
+    short = [page.brief(name) for name in names]
+    assert max(map(len, short)) <= 38
+    assert len({*short}) == len({*names})
+
+
 def test_a_step_is_done_once_and_a_directory_is_of_one_study(tmp_path: Path) -> None:
     study = settings.Study(tmp_path, settings.PROFILES["quick"], {"base": "None"})
     done: list[int] = []
@@ -478,6 +485,7 @@ def test_the_study_runs_goes_on_after_a_kill_and_reruns_to_the_digit(tmp_path: P
     assert tables == tables_of(tmp_path / "second" / "study.md")
     page = (tmp_path / "first" / "study.md").read_text()
     assert "This is a rehearsal" in page and "FIGURE" not in page
+    assert "| students | " in page
     names = {line.split(" | ")[0].removeprefix("| ") for line in tables}
     expected = {*detection.SCORES, detection.FALL, *cutting.ARMS, *cutting.BY_HAND}
     expected |= {*distillation.arms_of(settings.PROFILES["quick"])}
