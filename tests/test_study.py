@@ -22,7 +22,8 @@ sys.path.insert(0, str(STUDY))  # its modules are flat, as the command runs them
 import cutting  # noqa: E402
 import detection  # noqa: E402
 import distillation  # noqa: E402
-import page  # noqa: E402
+import page_scores  # noqa: E402
+import page_training  # noqa: E402
 import pair  # noqa: E402
 import problems as study_problems  # noqa: E402
 import run as study_run  # noqa: E402
@@ -271,9 +272,9 @@ def test_a_difference_is_paired_and_its_mean_is_over_batch_orders() -> None:
     assert not tables.is_above((0.0, 0.0), errors=3)
     mine = {1: [{"right": [True, True, False]}, {"right": [True, False, False]}]}
     other = {1: [{"right": [False, True, False]}]}
-    lines = page._answered(mine, other, (0, 2), ["a", "b"])
+    lines = page_training._answered(mine, other, (0, 2), ["a", "b"])
     assert [(one.template, one.values["right"]) for one in lines] == [("a", 1.0), ("b", -0.5)]
-    assert page._answered(mine, {2: other[1]}, (0, 2), ["a", "b"]) == []
+    assert page_training._answered(mine, {2: other[1]}, (0, 2), ["a", "b"]) == []
 
 
 def test_the_control_marks_numbers_that_the_label_lacks() -> None:
@@ -306,7 +307,7 @@ def test_every_table_has_the_control_without_a_model() -> None:
 
 def test_names_fit_beside_a_chart() -> None:
     names = [*detection.SCORES, detection.FALL, *cutting.ARMS, *cutting.BY_HAND, *distillation.ARMS]
-    short = [page.brief(name) for name in names]
+    short = [page_scores.brief(name) for name in names]
     assert max(map(len, short)) <= 38
     assert len({*short}) == len({*names})
 

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from measures import Estimate
 
 from leaf_distill.evaluation import sheets
+
+TITLES = {
+    "B": "PROBLEMATHIC, simple problems",
+    "C": "simple",
+    "complex": "PROBLEMATHIC, complex problems",
+    "gsm8k": "GSM8K with an inserted sentence",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """What an arm does to a row of a student."""
+
+    student: int
+    template: str
+    values: Mapping[str, Any]
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

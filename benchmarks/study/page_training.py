@@ -1,0 +1,165 @@
+"""The part of the page on distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from distillation import (
+    AS_MANY,
+    FLOATS,
+    KD,
+    TEACHER,
+    UNTRAINED,
+    WITHOUT_CUTS,
+    arms_of,
+    has_fast_bfloat16,
+)
+from measures import Estimate, Floats, mean
+from problems import Problem, of_split
+from run import SEARCHED, best_rate, slug, tests_of
+from settings import Study
+from tables import TITLES, Line, bars, is_above, shown, table
+
+from leaf_distill.evaluation.charts import interval_chart
+
+
+def distillation_section(
+    study: Study, problems: Sequence[Problem], figures: dict[str, str]
+) -> Iterator[str]:
+    """Yield the tables of the arms; add their figure."""
+    results = _by_student(study)
+    if KD not in results:
+        return
+    profile, places = study.profile, _places(study, problems)
+    templates = {
+        test: [one.template for one in of_split(problems, test.split()[0], profile.rows)]
+        for test in places
+    }
+    plain, adversarial = list(places)[:2]
+
+    def found(name: str, test: str, other: str | None = None) -> Estimate | None:
+        rows = _answered(
+            results[name], results[other] if other else None, places[test], templates[test]
+        )
+        values = np.array([row.values["right"] for row in rows])
+        return mean(values, rows, draws=profile.draws)
+
+    lines = []
+    for name, arm in results.items():
+        runs = [one for orders in arm.values() for one in orders if "tokens" in one]
+        counts = [
+            f"{np.mean([one[of] for one in runs]) / scale:.0f}" if runs else ""
+            for of, scale in (("counterfactuals", 1), ("tokens", 1000))
+        ]
+        changes = [
+            "" if name in (KD, TEACHER) else shown(found(name, test, KD), sign=True)
+            for test in (plain, adversarial)
+        ]
+        lines.append((name, *counts, *(shown(found(name, test)) for test in places), *changes))
+    figures["distillation"] = interval_chart(
+        "Held-out simple problems: right answers, %",
+        list(results),
+        {test: bars([found(name, test) for name in results]) for test in (plain, adversarial)},
+        "%, with two standard errors",
+    )
+    arms = arms_of(profile)
+    yield "## Distillation"
+    yield (
+        f"Students: {len(results[KD])}; batch orders of each: {profile.orders}, which its arms "
+        f"share. Every arm has {profile.steps} steps of about {profile.distilled_rows} rows, "
+        f"counterfactuals among them; all train and answer in {FLOATS[has_fast_bfloat16()]}. The "
+        f"learning rate is {best_rate(study):g}, of "
+        f"{', '.join(f'{one:g}' for one in profile.rates)}, with which KD was best on C-dev for "
+        "the first student. Right answers, %; the last columns are the paired differences from kd "
+        "on the simple problems. Counterfactuals: of an arm's dataset, beside the "
+        f"{len(of_split(problems, SEARCHED, profile.rows))} originals that all have; tokens: that "
+        "an arm has read, in thousands."
+    )
+    head = ("arm", "counterfactuals", "tokens", *(_title(test) for test in places))
+    yield table((*head, "plain, minus kd", "adversarial, minus kd"), lines)
+    yield "\n".join(f"- {name}: {arms[name].says}." for name in results if name in arms)
+    yield "FIGURE distillation"
+    rivals = [name for name in (KD, "kd_failed", AS_MANY) if name in results]
+    cut = [name for name in arms if name in results and name not in [*WITHOUT_CUTS, *rivals]]
+    differences = {
+        name: [
+            *(found(name, adversarial, rival) for rival in rivals),
+            found(name, plain, KD),
+        ]
+        for name in cut
+    }
+    passed = [
+        name
+        for name, (*gains, lost) in differences.items()
+        if all(is_above(one, errors=3) for one in gains) and lost is not None and lost[0] >= -0.01
+    ]
+    yield (
+        "Does an arm beat plain distillation, the reweighted one and random phrases at once? "
+        "Paired differences on the simple problems, in points. Asked for: 3 standard errors above "
+        f"each on adversarial ones, at no more than 1 point lost on plain ones. {len(cut)} arms "
+        f"are tried; passed: {', '.join(passed) or 'none'}."
+    )
+    yield table(
+        ("arm", *(f"adversarial, minus {rival}" for rival in rivals), "plain, minus kd"),
+        [
+            (name, *(shown(one, sign=True) for one in values))
+            for name, values in differences.items()
+        ],
+    )
+
+
+def _answered(
+    arm: Mapping[int, Sequence[Mapping[str, Any]]],
+    other: Mapping[int, Sequence[Mapping[str, Any]]] | None,
+    place: tuple[int, int],
+    templates: Sequence[str],
+) -> list[Line]:
+    """Return how often each student is right on each row of a test, minus the same of another arm.
+
+    Students that lack the other arm are left out.
+    """
+    found = []
+    for student, orders in arm.items():
+        if other is not None and student not in other:
+            continue
+        right = _right(orders, place) - (_right(other[student], place) if other else 0)
+        found += [
+            Line(student, template, {"right": one})
+            for template, one in zip(templates, right.tolist(), strict=True)
+        ]
+    return found
+
+
+def _right(orders: Sequence[Mapping[str, Any]], place: tuple[int, int]) -> Floats:
+    right = np.array([one["right"][slice(*place)] for one in orders], dtype=np.float64)
+    mean: Floats = right.mean(axis=0)
+    return mean
+
+
+def _title(test: str) -> str:
+    split, form = test.split()
+    return f"{TITLES[split].removeprefix('PROBLEMATHIC, ').split()[0]}, {form}"
+
+
+def _by_student(study: Study) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """Return the results by arm and student, one for each batch order."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for name in (TEACHER, UNTRAINED, *arms_of(study.profile)):
+        for number in range(1, len(study.profile.layers)):
+            for order in range(study.profile.orders):
+                one = study.done(f"distillation-{number}-{slug(name)}-{order}")
+                if one is not None:
+                    found.setdefault(name, {}).setdefault(number, []).append(one)
+    return found
+
+
+def _places(study: Study, problems: Sequence[Problem]) -> dict[str, tuple[int, int]]:
+    """Return the answers of each test set, in the order in which they are asked."""
+    places, at = {}, 0
+    for name, rows in tests_of(study, problems).items():
+        for form in ("plain", "adversarial"):
+            places[f"{name} {form}"] = (at, at + len(rows))
+            at += len(rows)
+    return places
