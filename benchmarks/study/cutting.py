@@ -71,17 +71,14 @@ def absent_numbers(problem: Problem, example: Example) -> list[list[Range]]:
 
 
 def one_more(problem: Problem, example: Example) -> list[Sequence[Range]]:
-    """Return the first true distractor, the first two, and so on, without all of them."""
-    return [problem.ranges[:count] for count in range(1, len(problem.ranges))]
+    """Return the first true distractor, the first two, and so on, up to all of them."""
+    return [problem.ranges[:count] for count in range(1, len(problem.ranges) + 1)]
 
 
 BY_HAND: Mapping[str, tuple[str, Propose]] = {
     CONTROL: ("control", absent_numbers),
     ORACLE: ("oracle", lambda problem, example: [problem.ranges]),
-    f"{ORACLE}, one more at a time": (
-        "oracle-in-turn",
-        lambda problem, example: [*one_more(problem, example), problem.ranges],
-    ),
+    f"{ORACLE}, one more at a time": ("oracle-in-turn", one_more),
 }
 """Each cut that is no arm of `leaf detect`, with its directory."""
 

@@ -23,8 +23,8 @@ EVIDENCE = (
     "to {largest} problems, on which two models differ by up to {noise:.0%} by chance alone (two "
     "standard errors at one half). All arms start from one student and see the same originals. "
     "Before the credit goes to the detection, compare LeaF with the arm of random spans, which "
-    "went through the same validation. On real distractors the same questions are answered in "
-    "docs/evidence.md of the sources."
+    "went through the same validation. How far scores find real distractors "
+    "is in docs/evidence.md of the sources."
 )
 
 
