@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -301,8 +302,43 @@ def test_a_score_is_read_from_the_arms_and_the_cuts_from_their_answers() -> None
 
 def test_every_table_has_the_control_without_a_model() -> None:
     assert detection.CONTROL in cutting.BY_HAND
-    assert {"control", distillation.AS_MANY} <= {*distillation.ARMS}
+    for arms, end in ((distillation.ALL_HAVE, ""), (distillation.FEW_HAVE, ", 10 %")):
+        assert {f"control{end}", f"{distillation.AS_MANY}{end}"} <= {*arms}
     assert {*distillation.WITHOUT_CUTS} < {*distillation.ARMS}
+    assert distillation.KD_OF_FEW in distillation.WITHOUT_CUTS
+
+
+def test_an_arm_is_better_by_three_errors_than_each_rival_and_loses_no_more_than_a_point() -> None:
+    above, near = (0.16, 0.05), (0.14, 0.05)
+    assert page_training._is_better([above, above, (-0.01, 0.05)])
+    assert not page_training._is_better([above, near, (0.0, 0.05)])
+    assert not page_training._is_better([above, above, (-0.02, 0.05)])
+    assert not page_training._is_better([above, None, (0.0, 0.05)])
+
+
+def test_where_few_problems_have_distractors_the_others_are_plain(
+    problems: list[Problem], tmp_path: Path
+) -> None:
+    rows = study_problems.of_split(problems, "B", 50)
+    quick = settings.PROFILES["quick"]
+    config = detection.settings_of(tmp_path, "student-1", rows, "B", "all", quick)
+    source = distillation.Source(config, rows, tmp_path / "by-hand")
+    made: list[distillation.Source] = []
+    keep = distillation.of_few(lambda few: made.append(few) or few.place)
+    assert keep(source) == keep(source) == made[0].place
+    mixed = made[0].config
+    assert made[0] == made[1]
+    assert mixed.output_dir != config.output_dir
+    lines = [json.loads(line) for line in Path(mixed.dataset).read_text().splitlines()]
+    forms = [line["prompt"] == one.adversarial for line, one in zip(lines, rows, strict=True)]
+    assert sum(forms) == 5
+    plain = [line["prompt"] == one.plain for line, one in zip(lines, rows, strict=True)]
+    assert [not one for one in forms] == plain
+    table = pq.read_table(distillation.with_share(distillation.FEW)(source))
+    assert set(table["branch"].to_pylist()) == {"original"}
+    assert [row[0]["content"] for row in table["prompt"].to_pylist()] == [
+        line["prompt"] for line in lines
+    ]
 
 
 def test_names_fit_beside_a_chart() -> None:

@@ -1,7 +1,7 @@
 """Which cuts repair a student that distractors mislead: arms of `leaf detect`, and two by hand.
 
-By hand are the oracle, which cuts the true distractors, and the control without a model. Both are
-answered by the same judge, and written as arms are, so that they can be distilled from.
+By hand are the oracle, which cuts the true distractors, and the control without a model. They are
+answered by the same judge as the arms.
 """
 
 from __future__ import annotations
@@ -75,23 +75,20 @@ def one_more(problem: Problem, example: Example) -> list[Sequence[Range]]:
     return [problem.ranges[:count] for count in range(1, len(problem.ranges) + 1)]
 
 
-BY_HAND: Mapping[str, tuple[str, Propose]] = {
-    CONTROL: ("control", absent_numbers),
-    ORACLE: ("oracle", lambda problem, example: [problem.ranges]),
-    f"{ORACLE}, one more at a time": ("oracle-in-turn", one_more),
+BY_HAND: Mapping[str, Propose] = {
+    CONTROL: absent_numbers,
+    ORACLE: lambda problem, example: [problem.ranges],
+    f"{ORACLE}, one more at a time": one_more,
 }
-"""Each cut that is no arm of `leaf detect`, with its directory."""
+"""Each cut that is no arm of `leaf detect`."""
 
 
-def cut_rows(
-    config: DetectConfig, problems: Sequence[Problem], place: Path
-) -> dict[str, list[dict[str, Any]]]:
+def cut_rows(config: DetectConfig, problems: Sequence[Problem]) -> dict[str, list[dict[str, Any]]]:
     """Return what each arm does to the rows that the student fails and the teacher solves.
 
     Args:
         config: the settings of detection; every arm validates by both models.
         problems: the rows of config.dataset.
-        place: where the arms by hand are written.
 
     Returns:
         For each arm a line for each row: `template`; `first`, `any`: whether the student is right
@@ -111,24 +108,19 @@ def cut_rows(
             answers = cost["student_answers"] + cost["teacher_answers"]
             mean = {"asked": answers / len(rows), "losses": cost["student_losses"] / len(rows)}
             found[name] = [{**line, **mean} for line in found[name]]
-    originals = pq.read_table(detect(replace(config, **SCORING)).dataset)
-    for name, (directory, propose) in BY_HAND.items():
-        examples = judged(config, problems, rows, propose)
+    for name in BY_HAND:
+        examples = judged(config, problems, name)
         found[name] = [_line(problems[one.row_id], map(_tried, one.candidates)) for one in examples]
-        for cross in (False, True):
-            _write(place / (directory + "-cross" * cross), examples, originals, cross=cross)
     return found
 
 
-def judged(
-    config: DetectConfig, problems: Sequence[Problem], rows: Sequence[int], propose: Propose
-) -> list[Example]:
-    """Return rows with the candidates that are proposed, which both models were asked."""
+def judged(config: DetectConfig, problems: Sequence[Problem], name: str) -> list[Example]:
+    """Return the selected rows with their cuts by hand, about which both models were asked."""
     by_id = {one.row_id: one for one in load_examples(config.dataset)}
-    examples = [by_id[at] for at in rows]
+    examples = [by_id[one["row_id"]] for one in samples_of(replace(config, **SCORING))]
     pair = {role: _asked(role, config) for role in ROLES}
     for example in examples:
-        for number, ranges in enumerate(propose(problems[example.row_id], example)):
+        for number, ranges in enumerate(BY_HAND[name](problems[example.row_id], example)):
             cut = tidied(example, ranges)
             candidate = make_candidate(example, (cut, (), None), config, ())
             candidate.candidate_id = number
@@ -148,16 +140,26 @@ def _asked(role: Role, config: DetectConfig) -> Any:
     return prompted_model(role, model, config)
 
 
-def _write(
-    directory: Path, examples: Sequence[Example], originals: pa.Table, *, cross: bool
-) -> None:
-    """Write the dataset of an arm: the originals of another one, and these counterfactuals."""
+def write_by_hand(
+    config: DetectConfig, problems: Sequence[Problem], directory: Path, name: str, *, cross: bool
+) -> Path:
+    """Write the dataset of an arm by hand, with the originals of an arm of `leaf detect`.
+
+    Args:
+        config: the settings of detection.
+        problems: the rows of config.dataset.
+        directory: of the dataset.
+        name: of the cuts, in BY_HAND.
+        cross: whether the teacher alone reads the cut problem.
+    """
     make_directory(directory)
-    path = write_dataset(directory, examples, "{}", cross=cross)
+    path = write_dataset(directory, judged(config, problems, name), "{}", cross=cross)
     table = pq.read_table(path)
     kept = table.filter(pc.not_equal(table["branch"], "original"))
-    plain = originals.filter(pc.equal(originals["branch"], "original"))
-    write_table(path, pa.concat_tables([plain, kept.select(plain.column_names)]))
+    originals = pq.read_table(detect(replace(config, **SCORING)).dataset)
+    originals = originals.filter(pc.equal(originals["branch"], "original"))
+    write_table(path, pa.concat_tables([originals, kept.select(originals.column_names)]))
+    return path
 
 
 def _tried(candidate: Example) -> dict[str, Any]:

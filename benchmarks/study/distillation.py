@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from cutting import ARMS as CUTS
-from cutting import TOP
-from detection import MAX_NEW_TOKENS, SCORING, write_rows
+from cutting import TOP, write_by_hand
+from detection import CONTROL, MAX_NEW_TOKENS, ORACLE, SCORING, write_rows
 from problems import Problem, as_rows
 from settings import Profile
 
@@ -35,7 +35,9 @@ from leaf_distill.io import make_directory, write_table
 from leaf_distill.training.config import DistillArguments, LeafConfig
 
 UNTRAINED, TEACHER, KD = "untrained", "teacher", "kd"
-AS_MANY = "random phrases, as many as search"
+AS_MANY = "as many random phrases as search"
+FEW = 10
+"""Percent of the problems that have distractors, where few have."""
 FLOATS = ("float32", "bfloat16")
 
 
@@ -70,19 +72,31 @@ def with_share(share: int) -> Callable[[Source], Path]:
     """Return the maker of a dataset of which so many percent of the rows have distractors."""
 
     def make(source: Source) -> Path:
-        order = list(range(len(source.problems)))
-        random.Random(0).shuffle(order)
-        whole = set(order[: round(len(order) * share / 100)])
-        rows = [
-            row
-            for at, one in enumerate(source.problems)
-            for row in as_rows([one], "adversarial" if at in whole else "plain")
-        ]
-        directory = source.place / f"kd-{share}"
-        make_directory(directory)
-        return write_dataset(directory, load_examples(rows), "{}")
+        mixed = _mixed(source, share)
+        return write_dataset(mixed.place, load_examples(mixed.config.dataset), "{}")
 
     return make
+
+
+def of_few(make: Callable[[Source], Path]) -> Callable[[Source], Path]:
+    """Return the maker of the same arm's dataset from rows of which few have distractors."""
+    return lambda source: make(_mixed(source, FEW))
+
+
+def _mixed(source: Source, share: int) -> Source:
+    """Return the same problems, of which so many percent have distractors, the others none."""
+    order = list(range(len(source.problems)))
+    random.Random(0).shuffle(order)
+    whole = set(order[: round(len(order) * share / 100)])
+    rows = [
+        row
+        for at, one in enumerate(source.problems)
+        for row in as_rows([one], "adversarial" if at in whole else "plain")
+    ]
+    place = source.place / f"{share}-percent"
+    dataset = write_rows(place / "rows.jsonl", rows)
+    config = replace(source.config, dataset=str(dataset), output_dir=str(place / "run"))
+    return Source(config, source.problems, place)
 
 
 def detected(**changes: Any) -> Callable[[Source], Path]:
@@ -111,9 +125,14 @@ def _branches(table: pa.Table) -> list[str]:
     return branches
 
 
-def by_hand(name: str) -> Callable[[Source], Path]:
-    """Return the finder of a dataset that the step of the cuts has written."""
-    return lambda source: source.place / name / "dataset.parquet"
+def by_hand(name: str, *, cross: bool = False) -> Callable[[Source], Path]:
+    """Return the maker of a dataset with cuts by hand."""
+
+    def make(source: Source) -> Path:
+        directory = source.place / (name.split(":")[0].replace(" ", "-") + "-cross" * cross)
+        return write_by_hand(source.config, source.problems, directory, name, cross=cross)
+
+    return make
 
 
 def _cut(says: str, name: str) -> Arm:
@@ -121,7 +140,7 @@ def _cut(says: str, name: str) -> Arm:
     return Arm(says, detected(**changes))
 
 
-ARMS: Mapping[str, Arm] = {
+ALL_HAVE: Mapping[str, Arm] = {
     KD: Arm("plain distillation on problems with distractors", originals),
     **{
         f"{KD}, {share} % with distractors": Arm(
@@ -151,16 +170,28 @@ ARMS: Mapping[str, Arm] = {
         "a control: phrases at random without which the teacher is right, as many as search cuts",
         as_many_at_random,
     ),
-    "control": Arm("a control: phrases whose numbers the label lacks", by_hand("control")),
-    "truth": Arm("the true distractors", by_hand("oracle")),
+    "control": Arm("a control: phrases whose numbers the label lacks", by_hand(CONTROL)),
+    "truth": Arm("the true distractors", by_hand(ORACLE)),
     "cross, truth": Arm(
         "the teacher reads the problem without the true distractors, the student the whole one",
-        by_hand("oracle-cross"),
+        by_hand(ORACLE, cross=True),
     ),
 }
-"""All arms. Those with cuts keep what both models answer."""
+"""Arms whose problems have distractors; those with cuts keep what both models answer."""
 
+FEW_HAVE: Mapping[str, Arm] = {
+    f"{name}, {FEW} %": replace(
+        ALL_HAVE[name],
+        says=f"{name}, where {FEW} % of the problems have distractors",
+        dataset=of_few(ALL_HAVE[name].dataset),
+    )
+    for name in ("kd_failed", "augmented", "log_gap phrases", "search", AS_MANY, "control")
+}
+"""Arms that start from problems of which few have distractors."""
 
+ARMS = {**ALL_HAVE, **FEW_HAVE}
+
+KD_OF_FEW = f"{KD}, {FEW} % with distractors"
 WITHOUT_CUTS = [name for name in ARMS if name.startswith(KD) or name == "sft"]
 """The arms that train on problems as they are."""
 

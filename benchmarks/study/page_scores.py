@@ -50,7 +50,7 @@ def weights_section(study: Study) -> Iterator[str]:
     ]
     yield "## The student's weight in log_gap"
     yield (
-        f"Of the first student and the problems of B-dev and C-dev, {len(rows)} rows, "
+        f"Measured on {len(rows)} rows of the first student and the problems of B-dev and C-dev, "
         f"{_selected(study)}. The columns are those of the tables of scores. The product's weight, "
         f"{STUDENT_WEIGHT:g}, comes from an earlier study on problems of the same source."
     )

@@ -128,7 +128,7 @@ def analyze(inputs: Inputs, number: int, domain: str) -> None:
     rows = (source.config, source.problems)
     study.step(f"detection-{number}-{domain}", partial(detection.score_rows, *rows))
     if domain == SEARCHED:
-        study.step(f"cutting-{number}", partial(cutting.cut_rows, *rows, source.place))
+        study.step(f"cutting-{number}", partial(cutting.cut_rows, *rows))
 
 
 def weigh(inputs: Inputs) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from markupsafe import escape
@@ -67,7 +68,7 @@ def curve_chart(
     """
     points = [point for curve in series.values() for point in curve]
     left, right = min(x for x, _ in points), max(x for x, _ in points)
-    top = max(_ceiling(estimate.high for _, estimate in points), floor + 0.1)
+    top = _ceiling((estimate.high for _, estimate in points), floor)
     colors = dict(zip(series, _colors(len(series)), strict=True))
 
     def place(x: float, share: float) -> tuple[float, float]:
@@ -122,10 +123,23 @@ def histogram_chart(
     return _svg(title, height, [*parts, *_legend(colors, TOP + HEIGHT + FOOT)])
 
 
-def _ceiling(shares: object) -> float:
-    """Return the end of an axis: a tenth at least, in tenths, so that ticks are round."""
-    highest = max(list(shares), default=0.0)  # type: ignore[call-overload]
-    return max(0.1, float(np.ceil(highest * 10 - 1e-9)) / 10)
+def _ceiling(shares: Iterable[float], floor: float = 0.0) -> float:
+    """Return the end of an axis that begins at `floor`: at a tick, and a tenth of it at least."""
+    highest = max([*shares, floor + 0.1])
+    step = _step(floor, highest)
+    return floor + step * math.ceil((highest - floor) / step - 1e-9)
+
+
+def _step(floor: float, top: float) -> float:
+    """Return the distance of ticks: 1, 2 or 5 times a power of ten, for TICKS of them at most."""
+    least = (top - floor) / TICKS
+    power: float = 10.0 ** math.floor(math.log10(least))
+    return next(one * power for one in (1, 2, 5, 10) if one * power >= least - 1e-9)
+
+
+def _ticks(floor: float, top: float) -> list[float]:
+    step = _step(floor, top)
+    return [floor + step * at for at in range(round((top - floor) / step) + 1)]
 
 
 def _colors(count: int) -> list[str]:
@@ -138,7 +152,7 @@ def _across(share: float, top: float) -> float:
 
 def _grid_x(top: float, bottom: float) -> list[str]:
     parts = []
-    for share in np.linspace(0, top, TICKS + 1):
+    for share in _ticks(0, top):
         x = _across(share, top)
         parts.append(_stroke([(x, TOP - 6), (x, bottom)], RULE, width=1))
         parts.append(_text(x, bottom + 16, f"{100 * share:.3g}", QUIET, anchor="middle"))
@@ -147,7 +161,7 @@ def _grid_x(top: float, bottom: float) -> list[str]:
 
 def _grid_y(top: float, scale: float = 100, floor: float = 0.0) -> list[str]:
     parts = []
-    for share in np.linspace(floor, top, TICKS + 1):
+    for share in _ticks(floor, top):
         y = TOP + HEIGHT * (top - share) / (top - floor)
         parts.append(_stroke([(90, y), (WIDTH - RIGHT, y)], RULE, width=1))
         parts.append(_text(82, y + 4, f"{scale * share:.3g}", QUIET, anchor="end"))
