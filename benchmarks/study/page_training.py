@@ -58,7 +58,7 @@ def distillation_section(
             for of, scale in (("counterfactuals", 1), ("tokens", 1000))
         ]
         changes = [
-            "" if name in (KD, TEACHER) else shown(found(name, test, KD), sign=True)
+            "" if name in (KD, TEACHER) else shown(found(name, test, _base(name)), sign=True)
             for test in (plain, adversarial)
         ]
         lines.append((name, *counts, *(shown(found(name, test)) for test in places), *changes))
@@ -77,7 +77,8 @@ def distillation_section(
         f"learning rate is {best_rate(study):g}, of "
         f"{', '.join(f'{one:g}' for one in profile.rates)}, with which KD was best on C-dev for "
         "the first student. Right answers, %; the last columns are the paired differences from kd "
-        "on the simple problems. Counterfactuals: of an arm's dataset, beside the "
+        f"on the simple problems, of the arms with {FEW} % from {KD_OF_FEW}. Counterfactuals: of "
+        "an arm's dataset, beside the "
         f"{len(of_split(problems, SEARCHED, profile.rows))} originals that all have; tokens: that "
         "an arm has read, in thousands."
     )
@@ -111,6 +112,11 @@ def distillation_section(
                 for name, changes in differences.items()
             ],
         )
+
+
+def _base(name: str) -> str:
+    """Return the plain distillation from the rows that an arm starts from."""
+    return KD_OF_FEW if name in FEW_HAVE else KD
 
 
 def _is_better(changes: Sequence[Estimate | None]) -> bool:
