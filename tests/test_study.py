@@ -303,7 +303,7 @@ def test_a_score_is_read_from_the_arms_and_the_cuts_from_their_answers() -> None
 def test_every_table_has_the_control_without_a_model() -> None:
     assert detection.CONTROL in cutting.BY_HAND
     for arms, end in ((distillation.ALL_HAVE, ""), (distillation.FEW_HAVE, ", 10 %")):
-        assert {f"control{end}", f"{distillation.AS_MANY}{end}"} <= {*arms}
+        assert {f"no model{end}", f"{distillation.AS_MANY}{end}"} <= {*arms}
     assert {*distillation.WITHOUT_CUTS} < {*distillation.ARMS}
     assert distillation.KD_OF_FEW in distillation.WITHOUT_CUTS
 
@@ -330,6 +330,13 @@ def test_where_few_problems_have_distractors_the_others_are_plain(
     assert made[0] == made[1]
     assert mixed.output_dir != config.output_dir
     lines = [json.loads(line) for line in Path(mixed.dataset).read_text().splitlines()]
+    kept = [
+        one.ranges if one.adversarial in {line["prompt"] for line in lines} else () for one in rows
+    ]
+    assert [one.ranges for one in made[0].problems] == kept
+    bare = next(one for one in made[0].problems if not one.ranges)
+    example = load_examples(as_rows([bare], "adversarial"))[0]
+    assert not [*cutting.all_at_once(bare, example), *cutting.one_more(bare, example)]
     forms = [line["prompt"] == one.adversarial for line, one in zip(lines, rows, strict=True)]
     assert sum(forms) == 5
     plain = [line["prompt"] == one.plain for line, one in zip(lines, rows, strict=True)]

@@ -59,7 +59,7 @@ Propose = Callable[[Problem, Example], Sequence[Sequence[Range]]]
 """Returns cuts of a row: the characters that are cut out of it together."""
 
 
-def absent_numbers(problem: Problem, example: Example) -> list[list[Range]]:
+def absent_numbers(problem: Problem, example: Example) -> list[Sequence[Range]]:
     """Return one cut: the phrases with a number that the label lacks, and with none that it has."""
     known = {value(one) for one in numbers(problem.label)}
     found = []
@@ -67,7 +67,12 @@ def absent_numbers(problem: Problem, example: Example) -> list[list[Range]]:
         own = {value(one) for one in numbers(example.text[start:stop])}
         if own and not own & known:
             found.append((start, stop))
-    return [found]
+    return [found] if found else []
+
+
+def all_at_once(problem: Problem, example: Example) -> list[Sequence[Range]]:
+    """Return one cut: all true distractors, if there are any."""
+    return [problem.ranges] if problem.ranges else []
 
 
 def one_more(problem: Problem, example: Example) -> list[Sequence[Range]]:
@@ -77,7 +82,7 @@ def one_more(problem: Problem, example: Example) -> list[Sequence[Range]]:
 
 BY_HAND: Mapping[str, Propose] = {
     CONTROL: absent_numbers,
-    ORACLE: lambda problem, example: [problem.ranges],
+    ORACLE: all_at_once,
     f"{ORACLE}, one more at a time": one_more,
 }
 """Each cut that is no arm of `leaf detect`."""

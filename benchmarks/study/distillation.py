@@ -38,6 +38,8 @@ UNTRAINED, TEACHER, KD = "untrained", "teacher", "kd"
 AS_MANY = "as many random phrases as search"
 FEW = 10
 """Percent of the problems that have distractors, where few have."""
+HALF: Mapping[str, Any] = {"kd_weight": 0.5}
+"""The paper's loss; without it all label tokens count the same."""
 FLOATS = ("float32", "bfloat16")
 
 
@@ -88,15 +90,14 @@ def _mixed(source: Source, share: int) -> Source:
     order = list(range(len(source.problems)))
     random.Random(0).shuffle(order)
     whole = set(order[: round(len(order) * share / 100)])
-    rows = [
-        row
+    problems = [
+        one if at in whole else replace(one, adversarial=one.plain, ranges=())
         for at, one in enumerate(source.problems)
-        for row in as_rows([one], "adversarial" if at in whole else "plain")
     ]
     place = source.place / f"{share}-percent"
-    dataset = write_rows(place / "rows.jsonl", rows)
+    dataset = write_rows(place / "rows.jsonl", as_rows(problems, "adversarial"))
     config = replace(source.config, dataset=str(dataset), output_dir=str(place / "run"))
-    return Source(config, source.problems, place)
+    return Source(config, problems, place)
 
 
 def detected(**changes: Any) -> Callable[[Source], Path]:
@@ -157,6 +158,14 @@ ALL_HAVE: Mapping[str, Arm] = {
     "LeaF spans": _cut("the paper's token spans", "token spans, one at a time (the paper)"),
     "log_gap phrases": _cut("the top 1, 2, 3 phrases by log_gap", f"{TOP}log_gap"),
     "search": _cut("the cuts of the search", "search"),
+    "LeaF spans, lambda 0.5": replace(
+        _cut(
+            "LeaF spans, with lambda 0.5: half of the loss is that of the counterfactuals",
+            "token spans, one at a time (the paper)",
+        ),
+        training=HALF,
+    ),
+    "search, lambda 0.5": replace(_cut("search, with lambda 0.5", "search"), training=HALF),
     "search, failed": replace(
         _cut("search, with half of each step from rows that the student fails", "search"),
         training=COMPARED["kd_failed"].training,
@@ -167,17 +176,21 @@ ALL_HAVE: Mapping[str, Arm] = {
     ),
     "random phrases": _cut("a control: 1, 2, 3 phrases at random", f"{TOP}random"),
     AS_MANY: Arm(
-        "a control: phrases at random without which the teacher is right, as many as search cuts",
+        "a control: so many cuts of 1, 2, 3 phrases at random, after which the teacher is right",
         as_many_at_random,
     ),
-    "control": Arm("a control: phrases whose numbers the label lacks", by_hand(CONTROL)),
+    "no model": Arm("phrases whose numbers the label lacks", by_hand(CONTROL)),
     "truth": Arm("the true distractors", by_hand(ORACLE)),
     "cross, truth": Arm(
         "the teacher reads the problem without the true distractors, the student the whole one",
         by_hand(ORACLE, cross=True),
     ),
 }
-"""Arms whose problems have distractors; those with cuts keep what both models answer."""
+"""Arms from problems with distractors, and plain distillation from fewer of them.
+
+Those with cuts keep what both models answer, but for those with as many cuts at random: too few of
+these are answered by both.
+"""
 
 FEW_HAVE: Mapping[str, Arm] = {
     f"{name}, {FEW} %": replace(
@@ -185,14 +198,17 @@ FEW_HAVE: Mapping[str, Arm] = {
         says=f"{name}, where {FEW} % of the problems have distractors",
         dataset=of_few(ALL_HAVE[name].dataset),
     )
-    for name in ("kd_failed", "augmented", "log_gap phrases", "search", AS_MANY, "control")
+    for name in (
+        *("kd_failed", "sft", "augmented", "log_gap phrases", "search", "search, lambda 0.5"),
+        *(AS_MANY, "no model", "truth"),
+    )
 }
 """Arms that start from problems of which few have distractors."""
 
 ARMS = {**ALL_HAVE, **FEW_HAVE}
 
 KD_OF_FEW = f"{KD}, {FEW} % with distractors"
-WITHOUT_CUTS = [name for name in ARMS if name.startswith(KD) or name == "sft"]
+WITHOUT_CUTS = [name for name in ARMS if name.startswith((KD, "sft"))]
 """The arms that train on problems as they are."""
 
 

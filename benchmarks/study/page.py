@@ -138,10 +138,10 @@ def _pair(study: Study) -> Iterator[str]:
     yield table(
         ("", *tests.values()),
         [
-            ("teacher", *(f"{100 * teacher[test]:.0f}" for test in tests)),
+            ("teacher", *(f"{100 * teacher[test]:.1f}" for test in tests)),
             (
                 "students",
-                *(f"{100 * np.mean([one[test] for one in students]):.0f}" for test in tests),
+                *(f"{100 * np.mean([one[test] for one in students]):.1f}" for test in tests),
             ),
         ],
     )

@@ -44,9 +44,10 @@ def distillation_section(
     plain, adversarial = list(places)[:2]
 
     def found(name: str, test: str, other: str | None = None) -> Estimate | None:
-        rows = _answered(
-            results[name], results[other] if other else None, places[test], templates[test]
-        )
+        arm, base = results[name], results[other] if other else None
+        if base and name == TEACHER:  # it is the same one for all students
+            arm = dict.fromkeys(base, next(iter(arm.values())))
+        rows = _answered(arm, base, places[test], templates[test])
         values = np.array([row.values["right"] for row in rows])
         return mean(values, rows, draws=profile.draws)
 
@@ -55,34 +56,46 @@ def distillation_section(
         runs = [one for orders in arm.values() for one in orders if "tokens" in one]
         counts = [
             f"{np.mean([one[of] for one in runs]) / scale:.0f}" if runs else ""
-            for of, scale in (("counterfactuals", 1), ("tokens", 1000))
+            for of, scale in (("counterfactuals", 1), ("originals_a_step", 1), ("tokens", 1000))
         ]
         changes = [
-            "" if name in (KD, TEACHER) else shown(found(name, test, _base(name)), sign=True)
+            "" if name == KD else shown(found(name, test, _base(name)), sign=True)
             for test in (plain, adversarial)
         ]
         lines.append((name, *counts, *(shown(found(name, test)) for test in places), *changes))
     figures["distillation"] = interval_chart(
         "Held-out simple problems: right answers, %",
         list(results),
-        {test: bars([found(name, test) for name in results]) for test in (plain, adversarial)},
+        {
+            _title(test): bars([found(name, test) for name in results])
+            for test in (plain, adversarial)
+        },
         "%, with two standard errors",
     )
     arms = arms_of(profile)
     yield "## Distillation"
+    originals = len(of_split(problems, SEARCHED, profile.rows))
     yield (
-        f"Students: {len(results[KD])}; batch orders of each: {profile.orders}, which its arms "
-        f"share. Every arm has {profile.steps} steps of about {profile.distilled_rows} rows, "
-        f"counterfactuals among them; all train and answer in {FLOATS[has_fast_bfloat16()]}. The "
-        f"learning rate is {best_rate(study):g}, of "
-        f"{', '.join(f'{one:g}' for one in profile.rates)}, with which KD was best on C-dev for "
-        "the first student. Right answers, %; the last columns are the paired differences from kd "
-        f"on the simple problems, of the arms with {FEW} % from {KD_OF_FEW}. Counterfactuals: of "
-        "an arm's dataset, beside the "
-        f"{len(of_split(problems, SEARCHED, profile.rows))} originals that all have; tokens: that "
-        "an arm has read, in thousands."
+        f"Students: {len(results[KD])}; orders of the rows of each: {profile.orders}. Every arm "
+        f"has {profile.steps} steps of about {profile.distilled_rows} rows, counterfactuals among "
+        "them, so that it has fewer originals a step the more counterfactuals there are; the arms "
+        f"of a student shuffle the {originals} originals alike. All train and answer in "
+        f"{FLOATS[has_fast_bfloat16()]}. All label tokens count the same, but where an arm names "
+        f"another weight. The learning rate is {best_rate(study):g}, of "
+        f"{', '.join(f'{one:g}' for one in profile.rates)}, with which the first student's KD was "
+        "best on C-dev, the lower one if equal; all arms have it. Right answers, %; the last "
+        "columns are the paired differences from kd on the simple problems, of the arms with "
+        f"{FEW} % from {KD_OF_FEW}. There the {100 - FEW} % are plain, and cuts may be of these "
+        "too. Counterfactuals: of an arm's dataset, beside the originals; tokens: that an arm has "
+        "read, in thousands. The problems that have distractors are drawn once."
     )
-    head = ("arm", "counterfactuals", "tokens", *(_title(test) for test in places))
+    head = (
+        "arm",
+        "counterfactuals",
+        "originals a step",
+        "tokens",
+        *(_title(test) for test in places),
+    )
     yield table((*head, "plain, minus kd", "adversarial, minus kd"), lines)
     yield "\n".join(f"- {name}: {arms[name].says}." for name in results if name in arms)
     yield "FIGURE distillation"
