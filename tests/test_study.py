@@ -306,6 +306,8 @@ def test_every_table_has_the_control_without_a_model() -> None:
         assert {f"no model{end}", f"{distillation.AS_MANY}{end}"} <= {*arms}
     assert {*distillation.WITHOUT_CUTS} < {*distillation.ARMS}
     assert distillation.KD_OF_FEW in distillation.WITHOUT_CUTS
+    assert page_training._base("search, 10 %") == distillation.KD_OF_FEW
+    assert page_training._base("search") == distillation.KD
 
 
 def test_an_arm_is_better_by_three_errors_than_each_rival_and_loses_no_more_than_a_point() -> None:

@@ -51,8 +51,9 @@ def weights_section(study: Study) -> Iterator[str]:
     yield "## The student's weight in log_gap"
     yield (
         f"Measured on {len(rows)} rows of the first student and the problems of B-dev and C-dev, "
-        f"{_selected(study)}. The columns are those of the tables of scores. The product's weight, "
-        f"{STUDENT_WEIGHT:g}, comes from an earlier study on problems of the same source."
+        f"{_selected(study, SEARCHED)}. The columns are those of the tables of scores. The "
+        f"product's weight, {STUDENT_WEIGHT:g}, comes from an earlier study on problems of the "
+        "same source."
     )
     yield table(("weight", "AUC, numbers", "first phrase"), lines)
 
@@ -91,11 +92,10 @@ def detection_section(study: Study, domain: str, figures: dict[str, str]) -> Ite
     )
     planted = np.concatenate([row.planted for row in rows]).mean()
     counted = int(np.isfinite(firsts_of[GAP]).sum())
-    chosen = _selected(study) if domain == SEARCHED else "all rows, whatever the models answer"
     yield f"## Detection: {TITLES[domain]}"
     yield (
-        f"Rows: {len(rows)}, {chosen}; a row is a student with a problem, and there are "
-        f"{len({row.student for row in rows})} students. "
+        f"Rows: {len(rows)}, {_selected(study, domain)}; a row is a student with a problem, and "
+        f"there are {len({row.student for row in rows})} students. "
         f"{100 * planted:.0f} % of the tokens are in a distractor. AUC: the chance, in %, that a "
         "token of a distractor is more suspect than another one of its problem, of all tokens and "
         "of those with a digit. First phrase: how often the phrase with the highest mean score is "
@@ -111,8 +111,8 @@ def detection_section(study: Study, domain: str, figures: dict[str, str]) -> Ite
     yield f"FIGURE detection-{domain}"
 
 
-def _selected(study: Study) -> str:
-    if study.profile.select == "all":
+def _selected(study: Study, domain: str) -> str:
+    if study.profile.select == "all" or domain in study.profile.domains:
         return "all rows, whatever the models answer"
     return "those that the student fails and the teacher solves"
 
@@ -155,7 +155,7 @@ def cutting_section(study: Study, figures: dict[str, str]) -> Iterator[str]:
         "that a search asks for, a row. Not counted: a forward and a backward pass of each model "
         "for the gradients, and the passes of the scores lens, perplexity and intervention. "
         "Inside: the share of the cut characters that are in a distractor, in %. A problem has "
-        "about 7 phrases, so that a search among 8 tries all."
+        "7 phrases on average and at most 11, so that a search among 8 tries all of most problems."
     )
     yield table(
         ("cut", "right after the first", "after any", "both right", "answers", "losses", "inside"),

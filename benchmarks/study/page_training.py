@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from detection import MAX_NEW_TOKENS
 from distillation import (
     ALL_HAVE,
     AS_MANY,
@@ -21,12 +22,14 @@ from distillation import (
     has_fast_bfloat16,
 )
 from measures import Estimate, Floats, mean
-from problems import Problem, of_split
+from pair import render
+from problems import Problem, as_rows, of_split
 from run import SEARCHED, best_rate, slug, tests_of
 from settings import Study
 from tables import TITLES, Line, bars, is_above, shown, table
 
 from leaf_distill.evaluation.charts import interval_chart
+from leaf_distill.models.tokenizer import load_tokenizer
 
 
 def distillation_section(
@@ -87,7 +90,10 @@ def distillation_section(
         "columns are the paired differences from kd on the simple problems, of the arms with "
         f"{FEW} % from {KD_OF_FEW}. There the {100 - FEW} % are plain, and cuts may be of these "
         "too. Counterfactuals: of an arm's dataset, beside the originals; tokens: that an arm has "
-        "read, in thousands. The problems that have distractors are drawn once."
+        "read, in thousands. The problems that have distractors are drawn once. An answer has at "
+        f"most {MAX_NEW_TOKENS} tokens: the labels of {_too_long(study, problems)} of the "
+        f"{len(of_split(problems, 'C', profile.rows))} held-out simple problems are longer, and no "
+        "answer in this table equals one; the table of the pair counts them."
     )
     head = (
         "arm",
@@ -125,6 +131,13 @@ def distillation_section(
                 for name, changes in differences.items()
             ],
         )
+
+
+def _too_long(study: Study, problems: Sequence[Problem]) -> int:
+    """Return how many held-out simple problems have labels that no answer is long enough for."""
+    tokenizer = load_tokenizer(str(study.root / "pair" / TEACHER))
+    rows = as_rows(of_split(problems, "C", study.profile.rows), "plain")
+    return sum(int(one.loss_mask.sum()) > MAX_NEW_TOKENS for one in render(tokenizer, rows))
 
 
 def _base(name: str) -> str:
@@ -167,8 +180,8 @@ def _answered(
 
 def _right(orders: Sequence[Mapping[str, Any]], place: tuple[int, int]) -> Floats:
     right = np.array([one["right"][slice(*place)] for one in orders], dtype=np.float64)
-    mean: Floats = right.mean(axis=0)
-    return mean
+    share: Floats = right.mean(axis=0)
+    return share
 
 
 def _title(test: str) -> str:

@@ -20,7 +20,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Line:
-    """What an arm does to a row of a student."""
+    """The values of an arm on one problem of one student."""
 
     student: int
     template: str

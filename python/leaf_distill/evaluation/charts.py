@@ -124,7 +124,7 @@ def histogram_chart(
 
 
 def _ceiling(shares: Iterable[float], floor: float = 0.0) -> float:
-    """Return the end of an axis that begins at `floor`: at a tick, and a tenth of it at least."""
+    """Return the end of an axis from `floor`: a tick that no share exceeds, 0.1 above at least."""
     highest = max([*shares, floor + 0.1])
     step = _step(floor, highest)
     return floor + step * math.ceil((highest - floor) / step - 1e-9)
