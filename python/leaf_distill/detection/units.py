@@ -145,15 +145,21 @@ def widen(
         for start, stop in ranges
         if max(start, low) < min(stop, high)
     ]
-    if unit != "token":
-        whole = UNITS[unit](text, parts)
-        starts = [start for start, _ in whole]
+    wide = tuple(one for part in parts for one in _joined(within, part))
+    if unit == "token":
+        return wide
+    whole = UNITS[unit](text, parts)
+    starts = [start for start, _ in whole]
+    before: tuple[Range, ...] = ()
+    while wide != before:  # a character that is taken whole may begin inside another unit
+        before = wide
         within = [
-            _whole_graphemes(text, wide, parts)
-            for one in within
-            for wide in _touched(text, one, whole, starts)
+            _whole_graphemes(text, taken, parts)
+            for one in wide
+            for taken in _touched(text, one, whole, starts)
         ]
-    return tuple(one for part in parts for one in _joined(within, part))
+        wide = tuple(one for part in parts for one in _joined(within, part))
+    return wide
 
 
 def _touched(

@@ -151,6 +151,7 @@ def test_an_unknown_unit_is_refused() -> None:
 
 
 @settings(deadline=None)
+@example(("\\:\u0e31", [(2, 3)]), "word", 0)  # the mark belongs to the end of a command
 @given(
     cuts(), st.sampled_from(["token", "word", "phrase", "clause", "sentence"]), st.integers(0, 40)
 )
