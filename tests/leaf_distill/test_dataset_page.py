@@ -1,4 +1,4 @@
-"""The guide of docs/dataset.md runs, on the embedded pair."""
+"""The guide of docs/reference/dataset.md runs, on the embedded pair."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from leaf_distill.data.example import ROLES
 from leaf_distill.demo.run import ASSETS
 from leaf_distill.demo.task import make_problems
 
-PAGE = (Path(__file__).parents[2] / "docs" / "dataset.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "dataset.md").read_text()
 COLUMNS = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE, flags=re.MULTILINE)
 
 

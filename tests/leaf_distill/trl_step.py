@@ -1,4 +1,4 @@
-"""Runs a block of docs/dataset.md in the environment of TRL, and prints what it trained on.
+"""Runs a block of docs/reference/dataset.md in TRL's environment, and prints what it trained on.
 
     python trl_step.py BLOCK.py
 

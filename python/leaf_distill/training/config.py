@@ -363,7 +363,9 @@ class DistillArguments(RowOptions, PairOptions):
     )
     teacher_quantization: str | None = field(
         default=None,
-        metadata=about("round the teacher's weights: int8, bnb8 or nf4; see docs/quantized.md"),
+        metadata=about(
+            "round the teacher's weights: int8, bnb8 or nf4; see docs/guides/quantized.md"
+        ),
     )
     teacher_cache: str | None = field(
         default=None,
@@ -449,7 +451,9 @@ class CacheConfig(ModelOptions, TeacherServerOptions, RowOptions, PairOptions):
     )
     teacher_quantization: str | None = field(
         default=None,
-        metadata=about("round the teacher's weights: int8, bnb8 or nf4; see docs/quantized.md"),
+        metadata=about(
+            "round the teacher's weights: int8, bnb8 or nf4; see docs/guides/quantized.md"
+        ),
     )
     train_on: Literal["last", "all"] = field(
         default="last",

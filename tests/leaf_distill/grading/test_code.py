@@ -664,7 +664,7 @@ def test_outputs_are_compared_line_by_line(printed: str, wanted: str, right: boo
     assert same_output(printed, wanted) is right
 
 
-PAGE = Path(__file__).parents[3] / "docs" / "programs.md"
+PAGE = Path(__file__).parents[3] / "docs" / "guides" / "programs.md"
 
 
 @confined
