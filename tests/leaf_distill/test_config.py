@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,7 @@ def test_columns_as_json_or_mapping() -> None:
 def test_an_evaluation_takes_one_name_or_several() -> None:
     assert EvaluateConfig(model="a").model == EvaluateConfig(model=["a"]).model == ("a",)
     assert EvaluateConfig().model == EvaluateConfig(model="").model == ()
+    assert EvaluateConfig(model=Path("a")).model == ("a",)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

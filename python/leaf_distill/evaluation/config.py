@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import get_args
@@ -90,8 +91,8 @@ class EvaluateConfig(GradingOptions, RowOptions):
     def __post_init__(self) -> None:
         for name in ("model", "benchmark", "benchmark_file"):
             given = getattr(self, name)
-            several = (given,) if isinstance(given, str) else tuple(given)
-            object.__setattr__(self, name, tuple(one for one in several if one))
+            several = (given,) if isinstance(given, str | os.PathLike) else tuple(given)
+            object.__setattr__(self, name, tuple(os.fspath(one) for one in several if one))
         check_answer_options(self)
         check_rows(self)
         check_drawing(self)

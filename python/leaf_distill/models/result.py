@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _BLUE: Final = (70, 143, 216)
+_BOLD: Final = 0.5  # seen also where colours are not, as in a notebook on GitHub
+_NAMED: Final = 3  # tokens that `repr` names
 _PAGE: Final = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Saliency</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -34,7 +36,7 @@ padding: 0 1rem }}</style></head>
 """
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SaliencyResult:
     """The saliency of each token of the user's text for a model's loss.
 
@@ -54,6 +56,16 @@ class SaliencyResult:
     norms: npt.NDArray[np.float32]
     nll: float
     model: str
+
+    def __repr__(self) -> str:
+        """Return one line with the most salient tokens."""
+        levels = self.saliency
+        first = np.argsort(-levels, kind="stable")[:_NAMED]
+        named = ", ".join(f"{self.tokens[i].strip()!r} {levels[i]:.2f}" for i in first)
+        return (
+            f"SaliencyResult({self._short_name()}, {len(self.tokens)} tokens, nll={self.nll:.3f}, "
+            f"most salient: {named or 'none'})"
+        )
 
     @property
     def saliency(self) -> npt.NDArray[np.float32]:
@@ -107,6 +119,7 @@ class SaliencyResult:
             shown = html.escape(_printable(text))
             if level is not None:
                 tint = f"rgb({' '.join(map(str, _BLUE))} / {level:.2f})"
+                shown = f"<strong>{shown}</strong>" if level >= _BOLD else shown
                 shown = (
                     f'<span title="{html.escape(title)}" style="background:{tint}">{shown}</span>'
                 )
@@ -126,15 +139,20 @@ class SaliencyResult:
         for text, level, _ in self._cells():
             # Black on a tint of white is readable on a dark and on a light terminal.
             tint = ",".join(str(round(255 - (level or 0) * (255 - part))) for part in _BLUE)
-            style = "not dim" if level is None else f"not dim black on rgb({tint})"
+            weight = "bold " if (level or 0) >= _BOLD else ""
+            style = "not dim" if level is None else f"not dim {weight}black on rgb({tint})"
             shown.append(_printable(text), style=style)
         return shown
 
     def _caption(self) -> str:
         return (
-            f"{self.model}: saliency of {len(self.tokens)} tokens, from 0 (no colour) to 1 (blue); "
-            f"loss of the completion {self.nll:.3f} nats per token"
+            f"{self._short_name()}: saliency of {len(self.tokens)} tokens, from 0 (no colour) to 1 "
+            f"(blue, bold from {_BOLD}); loss of the completion {self.nll:.3f} nats per token"
         )
+
+    def _short_name(self) -> str:
+        """Return the model's name, of an absolute path the last part."""
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
     def _rows(self) -> list[dict[str, Any]]:
         names = ("token", "start", "stop", "saliency", "grad_norm")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -116,8 +117,8 @@ class LeafTrainer(Trainer):
 
     def __init__(
         self,
-        model: Model,
-        teacher_model: Model | None,
+        model: Model | os.PathLike[str],
+        teacher_model: Model | os.PathLike[str] | None,
         args: LeafConfig,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -137,6 +138,10 @@ class LeafTrainer(Trainer):
     ) -> None:
         if not isinstance(args, LeafConfig):
             raise ValueError(f"args: must be a LeafConfig, got a {type(args).__name__}; convert it")
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
+        if isinstance(teacher_model, os.PathLike):
+            teacher_model = os.fspath(teacher_model)
         if eval_dataset is None and args.eval_strategy != "no":
             raise ValueError(
                 "eval_dataset: must be given with eval_strategy, got None; give rows, or leave "

@@ -56,6 +56,16 @@ def test_html_holds_the_whole_text_and_none_of_its_markup(result):
     assert "rgb(70 143 216 / 1.00)" in page and "rgb(70 143 216 / 0.00)" in page
 
 
+def test_strong_tokens_are_bold_and_named():
+    offsets, norms = np.array([[0, 1], [1, 3], [3, 5]], np.int32), np.array([1, 3, 2], np.float32)
+    one = SaliencyResult("a b c", ["a", " b", " c"], offsets, norms, 0.25, "/models/mine")
+    assert re.findall("<strong>(.*?)</strong>", one._repr_html_()) == [" b", " c"]
+    assert repr(one) == (
+        "SaliencyResult(mine, 3 tokens, nll=0.250, most salient: 'b' 1.00, 'c' 0.50, 'a' 0.00)"
+    )
+    assert ">mine: saliency of 3 tokens" in one._repr_html_() and one.model == "/models/mine"
+
+
 def test_show_prints_the_text_as_it_is(result, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     result.show()

@@ -280,17 +280,18 @@ def test_the_model_is_itself_outside_the_trainer(tmp_path: Path) -> None:
 # ---- what a user brings ----
 
 
-def test_models_and_rows_may_be_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [str, Path])
+def test_models_and_rows_may_be_names(tmp_path: Path, kind: type) -> None:
     names = {}
     for name, model in (("student", make_student()), ("teacher", make_teacher())):
         model.save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
-        names[name] = str(tmp_path / name)
+        names[name] = kind(tmp_path / name)
     arm = tmp_path / "run" / "arms" / "span"
     arm.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(make_rows()), arm / "dataset.parquet")
     config = make_config(tmp_path / "out", max_steps=2)
-    named = LeafTrainer(names["student"], names["teacher"], config, str(tmp_path / "run"))
+    named = LeafTrainer(names["student"], names["teacher"], config, kind(tmp_path / "run"))
     named.train()
     given = make_trainer(tmp_path / "out", max_steps=2)
     given.train()
