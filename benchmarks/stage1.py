@@ -3,7 +3,8 @@
     python benchmarks/stage1.py TEACHER STUDENT ROWS.jsonl [--rows 64] [--rounds 2] [--threads 2]
         [--columns '{"prompt": "question", "completion": "answer"}'] [--output FILE.md]
 
-TEACHER and STUDENT are model directories; `examples/smollm2.py` makes a pair. The contenders:
+TEACHER and STUDENT are model directories; `examples/smollm2.py` makes a pair (that of
+`results/` has LAYERS = 10). The contenders:
 
 ours: `leaf_distill.models.saliency.saliency` with the batches of `leaf detect`; `ours 512` with
     batches of 512 tokens.

@@ -5,7 +5,8 @@
         [--columns '{"prompt": "question", "completion": "answer"}'] [--output FILE.md]
         [--device cpu|cuda]
 
-TEACHER and STUDENT are model directories; `examples/smollm2.py` makes a pair. A step is the
+TEACHER and STUDENT are model directories; `examples/smollm2.py` makes a pair (that of
+`results/` has LAYERS = 10). A step is the
 teacher's forward pass, and the student's forward and backward pass, of one batch; the optimizer,
 whose time no contender changes, is left out. Each batch goes to all contenders in turn, whose order
 changes from step to step. The contenders:
