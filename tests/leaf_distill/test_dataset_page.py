@@ -1,4 +1,4 @@
-"""The guide of docs/reference/dataset.md runs, on the embedded pair."""
+"""The guides about data and other trainers run on the embedded pair; the columns are as written."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from leaf_distill.data.example import ROLES
 from leaf_distill.demo.run import ASSETS
 from leaf_distill.demo.task import make_problems
 
-PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "dataset.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+DATA = (DOCS / "guides" / "data.md").read_text()
+TRAINERS = (DOCS / "guides" / "other-trainers.md").read_text()
+PAGE = (DOCS / "reference" / "dataset.md").read_text()
 COLUMNS = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE, flags=re.MULTILINE)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
     """The words of the page's commands, without `leaf`."""
-    (text,) = blocks("sh")
+    (text,) = blocks(DATA, "sh")
     lines = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
     assert all(line[0] == "leaf" for line in lines)
     return [line[1:] for line in lines]
@@ -53,7 +56,7 @@ def test_stage_1_alone_on_rows_of_ones_own(mine: Path, capsys: pytest.CaptureFix
         assert main(words) == 0, capsys.readouterr().err
     capsys.readouterr()
     names: dict[str, Any] = {}
-    exec(blocks("python")[0], names)
+    exec(blocks(DATA, "python")[0], names)
     printed = capsys.readouterr().out.splitlines()
     rows, originals = names["rows"], names["originals"]
     cuts = [row for row in rows if row["branch"] != "original"]
@@ -101,7 +104,7 @@ def test_the_rows_become_messages_for_other_trainers(mine: Path) -> None:
     row["completion"] = [{"role": "assistant", "content": "Ho"}]
     lines = [row, {**row, "branch": "cross"}, {**row, "branch": "counterfactual", "context": 1}]
     (mine / "dataset.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (code,) = (block for block in blocks("python") if "messages.jsonl" in block)
+    (code,) = (block for block in blocks(TRAINERS, "python") if "messages.jsonl" in block)
     exec(code, {})
     (line,) = (mine / "messages.jsonl").read_text().splitlines()
     assert json.loads(line) == {"messages": [*row["prompt"], *row["completion"]]}
@@ -110,7 +113,7 @@ def test_the_rows_become_messages_for_other_trainers(mine: Path) -> None:
 def test_the_settings_of_other_trainers_are_well_formed() -> None:
     import yaml
 
-    (axolotl,) = blocks("yaml")
+    (axolotl,) = blocks(TRAINERS, "yaml")
     (rows,) = yaml.safe_load(axolotl)["datasets"]
-    (factory,) = blocks("json")
+    (factory,) = blocks(TRAINERS, "json")
     assert rows["path"] == json.loads(factory)["leaf"]["file_name"] == "messages.jsonl"

@@ -1,4 +1,4 @@
-"""Runs a block of docs/reference/dataset.md in TRL's environment, and prints what it trained on.
+"""Runs a block of docs/guides/other-trainers.md with TRL, and prints what it trained on.
 
     python trl_step.py BLOCK.py
 

@@ -1,4 +1,4 @@
-"""TRL trains on the dataset of `leaf detect` by the code of docs/reference/dataset.md."""
+"""TRL trains on the dataset of `leaf detect` by the code of docs/guides/other-trainers.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from leaf_distill.data.messages import Message
 
-DOCS = Path(__file__).parents[3] / "docs" / "reference" / "dataset.md"
+DOCS = Path(__file__).parents[3] / "docs" / "guides" / "other-trainers.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
 MESSAGES, TEXT = (block for block in BLOCKS if "SFTTrainer" in block)
 

@@ -187,7 +187,7 @@ def test_arms_are_different_names_of_the_table(arms: list[str]) -> None:
 
 def test_each_arm_has_a_sentence_in_help_and_docs() -> None:
     says = next(item for item in fields(CompareConfig) if item.name == "arms").metadata["help"]
-    page = (Path(__file__).parents[3] / "docs/reference/training.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/guides/compare.md").read_text()
     for name, arm in ARMS.items():
         assert f"{name}: {arm.says}" in says
         assert f"| `{name}` | {arm.says}" in page
