@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "development" / "architecture.md").read_text()
 TREE = PAGE.partition("## The tree")[2].partition("## Who may import whom")[0]
 
-FOLDERS = ("csrc", "leaf_ext", "python/leaf_distill", "examples", "tools")
+FOLDERS = ("csrc", "leaf_ext", "python/leaf_distill", "tools")
 KINDS = {".py", ".cpp", ".h", ".cu", ".cuh", ".yaml"}
 OPS = {path.stem for path in (ROOT / "leaf_ext" / "reference").glob("*.py")}
 """The tree writes <op> for a file that each op has."""
