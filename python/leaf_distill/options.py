@@ -36,6 +36,48 @@ def shortened(message: str) -> str:
     return f"{message[:half]} [...] {message[-half:]}"
 
 
+def make_parser(
+    prog: str,
+    description: str,
+    example: str,
+    configs: Sequence[type],
+    *,
+    hidden: Iterable[str] = (),
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.Action]]:
+    """Return the parser of a command, and its options by the names of their fields."""
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--config FILE.yaml] [--option value ...]" if configs else prog,
+        description=description,
+        epilog=f"example: {example}",
+        allow_abbrev=False,
+    )
+    if configs:
+        parser.add_argument(
+            "--config",
+            metavar="FILE.yaml",
+            help="flat keys, each one of these options; the command line wins",
+        )
+    known: dict[str, argparse.Action] = {}
+    for config in configs:
+        hints = get_type_hints(config)
+        items = {item.name: item for item in dataclasses.fields(config)}
+        for name in option_names(config):
+            if name not in known:
+                known[name] = _add(parser, items[name], hints[name], hide=name in hidden)
+    return parser, known
+
+
+def option_names(config: type) -> list[str]:
+    """Return the fields of a dataclass that are options, in order."""
+    return [item.name for item in dataclasses.fields(config) if item.init]
+
+
+def choices_of(config: type, name: str) -> list[str]:
+    """Return the values that an option takes, as they are typed; none where it takes any."""
+    return [str(choice) for choice in _choices(_kinds(get_type_hints(config)[name]))]
+
+
 def parse_options(
     prog: str,
     description: str,
@@ -57,29 +99,7 @@ def parse_options(
         SystemExit: an option is unknown (status 2), a value is refused (2), or --help (0).
         ValueError: the file of --config cannot be used.
     """
-    parser = _Parser(
-        prog=prog,
-        usage=f"{prog} [--config FILE.yaml] [--option value ...]" if configs else prog,
-        description=description,
-        epilog=f"example: {example}",
-        allow_abbrev=False,
-    )
-    if configs:
-        parser.add_argument(
-            "--config",
-            metavar="FILE.yaml",
-            help="flat keys, each one of these options; the command line wins",
-        )
-    fields = {
-        config: [item for item in dataclasses.fields(config) if item.init] for config in configs
-    }
-    known: dict[str, argparse.Action] = {}
-    for config, items in fields.items():
-        hints = get_type_hints(config)
-        for item in items:
-            if item.name not in known:
-                hide = item.name in hidden
-                known[item.name] = _add(parser, item, hints[item.name], hide=hide)
+    parser, known = make_parser(prog, description, example, configs, hidden=hidden)
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
         options = {
@@ -96,8 +116,8 @@ def parse_options(
     values = vars(given)
     try:
         return tuple(
-            config(**{item.name: values[item.name] for item in items if item.name in values})
-            for config, items in fields.items()
+            config(**{name: values[name] for name in option_names(config) if name in values})
+            for config in configs
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
         parser.error(" ".join(str(error).split()) or type(error).__name__)
@@ -112,7 +132,7 @@ def _add(
         text = str(item.metadata.get("help", "")).replace("%", "%%")
         shown = item.default not in (None, "", (), dataclasses.MISSING)
         options["help"] = f"{text} (default: {item.default})" if shown else text
-    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    choices = _choices(kinds)
     names = {get_origin(kind) or kind for kind in kinds}
     if choices and len(names) == 1:
         options |= {"type": _choice(choices), "metavar": "|".join(map(str, choices))}
@@ -134,6 +154,10 @@ def _kinds(hint: Any) -> list[Any]:
     if get_origin(hint) in (Union, types.UnionType):
         return [kind for part in get_args(hint) for kind in _kinds(part)]
     return [] if hint is type(None) else [hint]
+
+
+def _choices(kinds: Sequence[Any]) -> list[Any]:
+    return [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
 
 
 def _choice(choices: Sequence[Any]) -> Callable[[str], Any]:

@@ -146,10 +146,10 @@ class CodeGrader:
             answers: tests, each with an answer that holds a program.
 
         Returns:
-            "right"; "wrong": a test fails; "error": the program, or a test with what it returned,
-            raises; "timeout"; "memory"; "no_program": the answer has none that the tests could
-            call; "refused": it does what is not allowed, or returns what cannot be compared outside
-            of its process.
+            "right"; "wrong", where a test fails; "error", where the program, or a test with what it
+            returned, raises; "timeout"; "memory"; "no_program", where the answer has none that the
+            tests could call; "refused", where it does what is not allowed, or returns what cannot
+            be compared outside of its process.
 
         Raises:
             SandboxError: a process cannot be confined.
