@@ -67,6 +67,9 @@ class CMakeBuild(build_ext):
         fresh = output.with_suffix(".new")
         shutil.copy2(folder / output.name, fresh)
         fresh.replace(output)
+        # Python prefers a file for one version of Python, such as earlier builds made, to this one.
+        for stale in output.parent.glob(f"{ext.name.rpartition('.')[2]}.cpython-*.so"):
+            stale.unlink()
 
     def run_tool(self, command: list[str | Path]) -> None:
         try:
@@ -81,6 +84,12 @@ class CMakeBuild(build_ext):
 
 compiled = os.environ.get("LEAF_BUILD_EXT", "1") != "0"
 setup(
-    ext_modules=[Extension(f"leaf_ext.{name}", sources=[]) for name in MODULES if compiled],
+    ext_modules=[
+        Extension(f"leaf_ext.{name}", sources=[], py_limited_api=True)
+        for name in MODULES
+        if compiled
+    ],
     cmdclass={"build_ext": CMakeBuild},
+    # The oldest Python that the modules load under, as in CMakeLists.txt.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if compiled else {},
 )
