@@ -67,8 +67,11 @@ class CMakeBuild(build_ext):
         fresh = output.with_suffix(".new")
         shutil.copy2(folder / output.name, fresh)
         fresh.replace(output)
-        # Python prefers a file for one version of Python, such as earlier builds made, to this one.
-        for stale in output.parent.glob(f"{ext.name.rpartition('.')[2]}.cpython-*.so"):
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        # Earlier builds left a file for one version of Python, which Python prefers.
+        for stale in (ROOT / "leaf_ext").glob("_*.cpython-*.so"):
             stale.unlink()
 
     def run_tool(self, command: list[str | Path]) -> None:
