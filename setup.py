@@ -68,6 +68,12 @@ class CMakeBuild(build_ext):
         shutil.copy2(folder / output.name, fresh)
         fresh.replace(output)
 
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        # Earlier builds left a file for one version of Python, which Python prefers.
+        for stale in (ROOT / "leaf_ext").glob("_*.cpython-*.so"):
+            stale.unlink()
+
     def run_tool(self, command: list[str | Path]) -> None:
         try:
             subprocess.run(command, check=True)
@@ -81,6 +87,12 @@ class CMakeBuild(build_ext):
 
 compiled = os.environ.get("LEAF_BUILD_EXT", "1") != "0"
 setup(
-    ext_modules=[Extension(f"leaf_ext.{name}", sources=[]) for name in MODULES if compiled],
+    ext_modules=[
+        Extension(f"leaf_ext.{name}", sources=[], py_limited_api=True)
+        for name in MODULES
+        if compiled
+    ],
     cmdclass={"build_ext": CMakeBuild},
+    # The oldest Python that the modules load under, as in CMakeLists.txt.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if compiled else {},
 )

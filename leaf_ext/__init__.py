@@ -39,7 +39,18 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("leaf-distill")
+        return _version()
     raise AttributeError(f"module 'leaf_ext' has no attribute {name!r}")
+
+
+def _version() -> str:
+    """Return the version in pyproject.toml, by way of the installation where there is one."""
+    import re
+    from importlib.metadata import PackageNotFoundError, version
+    from pathlib import Path
+
+    try:
+        return version("leaf-distill")
+    except PackageNotFoundError:  # sources that are on Python's path, but not installed
+        project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+        return str(re.findall(r'^version = "(.+)"$', project, re.MULTILINE)[0])

@@ -3,14 +3,14 @@
 // A module of its own, because c10::Allocator is not part of torch's stable ABI: it is only used
 // under the torch that it was built with.
 
+#include <Python.h>
 #include <c10/core/Allocator.h>
 #include <pthread.h>
-#include <pybind11/pybind11.h>
 
 #include <atomic>
+#include <exception>
 #include <map>
 #include <mutex>
-#include <stdexcept>
 #include <unordered_map>
 #include <vector>
 
@@ -53,17 +53,19 @@ class Pool final : public c10::Allocator {
     ++users_;
   }
 
-  void leave() {
+  // Returns whether there was an enter() to this call.
+  bool leave() {
     Idle idle;
     {
       const std::lock_guard lock(mutex_);
-      if (users_ == 0) throw std::logic_error("leave() was called more often than enter()");
-      if (--users_ > 0) return;
+      if (users_ == 0) return false;
+      if (--users_ > 0) return true;
       idle.swap(idle_);
       sizes_.clear();  // what is not idle goes back to the C library when it is freed
       idle_bytes_ = used_bytes_ = 0;
     }
     give_back(idle);
+    return true;
   }
 
   c10::DataPtr allocate(size_t bytes) override {
@@ -184,15 +186,44 @@ class Pool final : public c10::Allocator {
   size_t used_bytes_ = 0;
 };
 
+PyObject* enter(PyObject*, PyObject*) {
+  Pool::get().enter();
+  Py_RETURN_NONE;
+}
+
+PyObject* leave(PyObject*, PyObject*) {
+  bool entered = false;
+  Py_BEGIN_ALLOW_THREADS;
+  entered = Pool::get().leave();
+  Py_END_ALLOW_THREADS;
+  if (entered) Py_RETURN_NONE;
+  PyErr_SetString(PyExc_RuntimeError, "leave() was called more often than enter()");
+  return nullptr;
+}
+
+PyMethodDef methods[] = {
+    {"enter", enter, METH_NOARGS, "Uses the pool, until as many calls of leave()."},
+    {"leave", leave, METH_NOARGS, "Frees what waits in the pool."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_memory",
+                          "A pool for the memory of CPU tensors.",
+                          -1,
+                          methods,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
+
 }  // namespace
 
-PYBIND11_MODULE(_memory, module) {
-  namespace py = pybind11;
-  module.doc() = "A pool for the memory of CPU tensors.";
-  module.attr("torch") = LEAF_TORCH_VERSION;  // the version it was built with
-  module.def(
-      "enter", [] { Pool::get().enter(); }, "Uses the pool, until as many calls of leave().");
-  module.def(
-      "leave", [] { Pool::get().leave(); }, "Frees what waits in the pool.",
-      py::call_guard<py::gil_scoped_release>());
+PyMODINIT_FUNC PyInit__memory() {
+  PyObject* module = PyModule_Create(&definition);
+  // "torch" is the version it was built with.
+  if (module != nullptr && PyModule_AddStringConstant(module, "torch", LEAF_TORCH_VERSION) != 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }

@@ -102,9 +102,12 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Load a public name, or the version, from the module that defines it."""
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("leaf-distill")
+        try:
+            return version("leaf-distill")
+        except PackageNotFoundError:  # only then: leaf_ext imports torch
+            return import_module("leaf_ext").__version__
     if name not in _HOME:
         raise AttributeError(f"module 'leaf_distill' has no attribute {name!r}")
     return getattr(import_module(f"leaf_distill.{_HOME[name]}"), name)

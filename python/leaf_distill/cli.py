@@ -17,10 +17,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import leaf_distill
 from leaf_distill.config import nearest
 from leaf_distill.options import parse_options, shortened
 from leaf_distill.ranks import is_first, reports
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     name = words[0]
     if name == "--version":
-        print(version("leaf-distill"))
+        print(leaf_distill.__version__)
         return 0
     if name not in COMMANDS:
         print(f"leaf: {name!r} is not a command{nearest(name, COMMANDS)}", file=sys.stderr)
