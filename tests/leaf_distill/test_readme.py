@@ -55,23 +55,33 @@ def test_the_loop_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_training_loop_of_the_readme_runs() -> None:
-    code = code_with("leaf_ext")
-    labels = torch.randint(50, (4, 9))
+    student, teacher = model(8, 50), model(16, 64)
+    input_ids, labels = torch.randint(50, (4, 9)), torch.randint(50, (4, 9))
     labels[:, :4] = -100
+    counts = labels[:, 1:] != -100
+    with torch.no_grad():
+        teacher_hidden = teacher.model(input_ids).last_hidden_state[:, :-1].flatten(0, 1)
     names = {
-        "torch": torch,
-        "student": model(8, 50),
-        "teacher": model(16, 64),
-        "input_ids": torch.randint(50, (4, 9)),
+        "student": student,
+        "teacher": teacher,
+        "input_ids": input_ids,
         "labels": labels,
-        "is_counterfactual": torch.tensor([False, True, False, True]),
-        "teacher_grad": torch.randn(4, 9, 16),
-        "student_grad": torch.randn(4, 9, 8),
+        "hidden": student.model(input_ids).last_hidden_state[:, :-1].flatten(0, 1),
+        "teacher_hidden": teacher_hidden,
+        "counts": counts.flatten(),
+        "is_counterfactual": torch.tensor([0, 1, 0, 1]).bool().repeat_interleave(8),
         "is_user_text": torch.ones(4, 9, dtype=torch.bool),
     }
-    exec(code, names)
-    found = names["spans"].tolist()
+    exec(code_with("leaf_ext"), names)
+    found, cuts = names["spans"].tolist(), names["cuts"]
     assert len(found) == 4 and all(found)
-    assert 0 < float(names["loss"].detach()) < 10
-    assert names["student"].lm_head.weight.grad.abs().sum() > 0
-    assert names["teacher"].lm_head.weight.grad is None
+    assert [len(one) for one in cuts[0]] == [9 - stop + start for start, stop in found[0]]
+    loss = names["loss"]
+    assert 0 < float(loss.detach()) < 10
+    loss.backward()
+    assert student.lm_head.weight.grad.abs().sum() > 0
+    assert teacher.lm_head.weight.grad is None
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 150
