@@ -62,6 +62,7 @@ _HOME = {
     "evaluate_benchmarks": "evaluation.evaluate",
     "load_examples": "data.dataset",
     "saliency": "models.result",
+    "write_figure": "report",
     "write_report": "report",
 }
 
@@ -95,6 +96,7 @@ __all__ = [
     "evaluate_benchmarks",
     "load_examples",
     "saliency",
+    "write_figure",
     "write_report",
 ]
 

@@ -60,8 +60,7 @@ _CONTROLS[0x7F] = "\N{SYMBOL FOR DELETE}"
 
 def render_page(run: Run, results: Mapping[str, Any]) -> str:
     """Return the page, which depends on nothing but its arguments."""
-    package = files("leaf_distill.report")
-    script = package.joinpath("page.js").read_text(encoding="utf-8")
+    script = _read("page.js")
     settings = run.funnel["settings"]
     return _template().render(
         run=run,
@@ -91,10 +90,14 @@ def render_page(run: Run, results: Mapping[str, Any]) -> str:
         thresholds=thresholds(settings),
         ticks=_ticks([value for _, value in thresholds(settings)]),
         generator=Markup(GENERATOR),
-        css=Markup(package.joinpath("page.css").read_text(encoding="utf-8") + _colors()),
+        css=Markup("".join(map(_read, ("page.css", "layers.css"))) + _colors()),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _read(name: str) -> str:
+    return files("leaf_distill.report").joinpath(name).read_text(encoding="utf-8")
 
 
 @functools.cache
