@@ -23,7 +23,7 @@ ORANGE: Final[Color] = (240, 136, 43)
 WIDTHS: Final = {1: (240.0, 7.0), 2: (504.0, 9.0)}
 """Points of a figure of one or two columns of a paper, and of its letters."""
 MOST_LINES: Final = 14
-"""Lines of text in a figure; of a longer text it has those with spans, and their neighbors."""
+"""Lines of a text with spans in a figure; a longer one is cut to those and their neighbors."""
 
 _ADVANCE = 0.6  # the width of a letter by its size, in nearly all monospaced fonts
 _FONTS = "'DejaVu Sans Mono','Liberation Mono',Menlo,Consolas,'Courier New',monospace"
@@ -173,6 +173,7 @@ def _columns(character: str) -> int:
 def _lines(cells: Sequence[Cell], columns: int) -> list[list[_Glyph]]:
     """Wrap the text; white space at a break is left out, and a line break is shown as an arrow."""
     lines: list[list[_Glyph]] = [[]]
+    wrapped = False
     characters = [
         (shown, at)
         for at, cell in enumerate(cells)
@@ -185,9 +186,11 @@ def _lines(cells: Sequence[Cell], columns: int) -> list[list[_Glyph]]:
         if character == "\n":
             line.append(_Glyph("\u21b5", cell, end, 1))
             lines.append([])
+            wrapped = False
             continue
         width = _columns(character)
         if end + width > columns:
+            wrapped = True
             if character.isspace():
                 lines.append([])
                 continue
@@ -198,7 +201,7 @@ def _lines(cells: Sequence[Cell], columns: int) -> list[list[_Glyph]]:
             line = [_Glyph(one.character, one.cell, one.at - first, one.width) for one in moved]
             lines.append(line)
             end -= first
-        elif not line and character == " " and len(lines) > 1:
+        elif wrapped and not line and character == " ":
             continue
         line.append(_Glyph(character, cell, end, width))
     return [_mirrored(line, columns) for line in lines if line]
@@ -217,12 +220,12 @@ def _mirrored(line: list[_Glyph], columns: int) -> list[_Glyph]:
 def _shortened(lines: list[list[_Glyph]], cells: Sequence[Cell]) -> Iterator[list[_Glyph] | None]:
     """Yield the lines that are shown, and None for each run of others."""
     wanted = set(range(len(lines)))
-    if len(lines) > MOST_LINES:
-        marked = [
-            n
-            for n, line in enumerate(lines)
-            if any(cells[one.cell].span or cells[one.cell].cut for one in line)
-        ]
+    marked = [
+        n
+        for n, line in enumerate(lines)
+        if any(cells[one.cell].span or cells[one.cell].cut for one in line)
+    ]
+    if len(lines) > MOST_LINES and marked:
         near = sorted({0, *(m for n in marked for m in (n - 1, n, n + 1))} & wanted)
         wanted = set(near[:MOST_LINES])
     for is_shown, group in groupby(enumerate(lines), key=lambda one: one[0] in wanted):
@@ -273,9 +276,14 @@ def _runs(size: _Size, line: list[_Glyph], values: Sequence[T]) -> Iterator[tupl
 
 
 def _words(size: _Size, line: list[_Glyph], y: float) -> Iterator[str]:
-    for is_blank, group in groupby(line, key=lambda one: one.character.isspace()):
+    def kind(one: _Glyph) -> str:
+        return (
+            "" if one.character.isspace() else one.character if one.character == "\u21b5" else "w"
+        )
+
+    for name, group in groupby(line, key=kind):
         glyphs = list(group)
-        if is_blank:
+        if not name:
             continue
         start = min(one.at for one in glyphs)
         width = max(one.at + one.width for one in glyphs) - start
@@ -346,7 +354,6 @@ def _legend(
         place(long + 3 * size.advance)
         drawn.append(_text(size, x, y, words, _INK))
         if framed:
-            drawn.append(_stroke(x, y - size.letter * 0.3, long, _INK, 1.0))
             drawn.append(
                 f'<rect x="{x - 2:.2f}" y="{y - size.letter * 0.9:.2f}" width="{long + 4:.2f}" '
                 f'height="{size.letter * 1.25:.2f}" rx="2" fill="none" stroke="{_INK}" '

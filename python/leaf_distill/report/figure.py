@@ -18,7 +18,7 @@ SCALES = (
     Scale("saliency", ("0", "1"), BLUE, tuple(step / LEVELS for step in range(LEVELS + 1))),
     Scale(
         "score",
-        ("0", "1"),
+        ("0 (suspect)", "1"),
         ORANGE,
         tuple((score_level(step / 40) or 0) / LEVELS for step in range(41)),
     ),

@@ -117,6 +117,7 @@ def _template() -> Template:
         number=number,
         signed=signed,
         change=change,
+        nats=nats,
         last_lines=last_lines,
     )
     environment.globals.update(heat=heat, cut_excerpt=cut_excerpt)
@@ -146,6 +147,11 @@ def signed(share: float) -> str:
 def change(value: float) -> str:
     """Return a difference of losses."""
     return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def nats(value: float) -> str:
+    """Return a KL with two significant digits, and no more than three behind the point."""
+    return f"{value:.3f}" if value < 0.01 else f"{value:.2f}"
 
 
 def _ticks(thresholds: Sequence[float]) -> list[float]:
@@ -201,9 +207,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _colors() -> str:
-    """Return one rule for each color step: saliency `a0`, `a1`, ..., and score `b0`, ..."""
+    """Return one rule for each color step: saliency `a0`, `a1`, ..., score `b0`, KL `c0`."""
     return "\n".join(
         f".{name}{level} {{ background: rgb(var(--{color}) / {level / LEVELS:g}) }}"
-        for name, color in (("a", "saliency"), ("b", "score"))
+        for name, color in (("a", "saliency"), ("b", "score"), ("c", "kl"))
         for level in range(LEVELS + 1)
     )
