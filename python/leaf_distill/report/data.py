@@ -70,8 +70,8 @@ def read_run(arm: Path, *, samples: int, row_ids: Sequence[int] | None) -> Run:
     for row_id in row_ids or ():
         if row_id not in places:
             raise ValueError(
-                f"row_ids: must be of the {len(known)} scored rows in {path}, got {row_id}; give "
-                "others"
+                f"row_ids (--row): must be of the {len(known)} scored rows in {path}, got {row_id};"
+                " give others"
             )
     if row_ids is None:
         chosen = [known[index] for index in choose(groups, samples)]
