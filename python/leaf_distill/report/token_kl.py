@@ -86,10 +86,12 @@ def _row(line: dict[str, Any], top: float) -> dict[str, Any]:
                 last[time] = max((x for x in (last[time], level) if x is not None), default=None)
             continue
         if end < start:
-            cells.append({"text": text[end:start], "title": "", "before": None, "after": None})
+            cells.append(_uncolored(text[end:start]))
         one = {"text": text[start:stop], "title": title}
         cells.append(one | dict(zip(TIMES, levels, strict=True)))
         end = max(end, stop)
+    if end < len(text):
+        cells.append(_uncolored(text[end:]))
     return {
         "row_id": int(line["row_id"]),
         "candidate_id": int(line["candidate_id"]),
@@ -98,6 +100,11 @@ def _row(line: dict[str, Any], top: float) -> dict[str, Any]:
         "cells": cells,
         "long": len(text) > 1500,
     }
+
+
+def _uncolored(text: str) -> dict[str, Any]:
+    """Return a piece that no token covers."""
+    return {"text": text, "title": "", **dict.fromkeys(TIMES)}
 
 
 def _number(value: float | None) -> str:
