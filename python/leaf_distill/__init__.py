@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from leaf_distill.evaluation.results import BenchmarkResult
     from leaf_distill.grading.code import CodeGrader
     from leaf_distill.models.result import SaliencyResult, saliency
-    from leaf_distill.report import write_report
+    from leaf_distill.report import write_figure, write_report
     from leaf_distill.training.cache import CacheResult, cache_teacher
     from leaf_distill.training.config import CacheConfig, DistillArguments, LeafConfig
     from leaf_distill.training.distill import DistillResult, distill
@@ -62,6 +62,7 @@ _HOME = {
     "evaluate_benchmarks": "evaluation.evaluate",
     "load_examples": "data.dataset",
     "saliency": "models.result",
+    "write_figure": "report",
     "write_report": "report",
 }
 
@@ -95,6 +96,7 @@ __all__ = [
     "evaluate_benchmarks",
     "load_examples",
     "saliency",
+    "write_figure",
     "write_report",
 ]
 

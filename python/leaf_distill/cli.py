@@ -90,9 +90,15 @@ def _run_detect(config: Any) -> None:
 
 
 def _run_report(config: Any) -> None:
-    from leaf_distill.report import write_report
+    from leaf_distill.report import write_figure, write_report
 
-    page = write_report(config.run_dir, output=config.output, samples=config.samples)
+    if config.figure is not None:
+        columns = config.figure_columns
+        path = write_figure(config.run_dir, config.figure, row_id=config.row, columns=columns)
+        print(f"The figure is {path}")
+        return
+    rows = None if config.row is None else [config.row]
+    page = write_report(config.run_dir, output=config.output, samples=config.samples, row_ids=rows)
     print(f"The page is {page}")
 
 

@@ -197,10 +197,29 @@ class ReportConfig:
         default=None, metadata=about("where to write the page; default: report.html in the arm")
     )
     samples: int = field(default=20, metadata=about("how many samples the page shows"))
+    row: int | None = field(
+        default=None,
+        metadata=about("show this row alone, by its row_id; default of a figure: the page's first"),
+    )
+    figure: str | None = field(
+        default=None,
+        metadata=about("write no page but the heat map of one row, for a paper: a file .svg"),
+    )
+    figure_columns: int = field(
+        default=2,
+        metadata=about("width of the figure in columns of a paper: 1 (240 points) or 2 (504)"),
+    )
 
     def __post_init__(self) -> None:
         need(self, "run_dir")
         check_range(self, "samples", 0, LARGEST)
+        check_range(self, "row", 0, LARGEST)
+        check_range(self, "figure_columns", 1, 2)
+        if self.figure is not None and self.output is not None:
+            raise ValueError(
+                f"figure: must be left out with output, got {self.figure!r}; a command writes one "
+                "of the two"
+            )
 
 
 @documented

@@ -25,6 +25,7 @@ from distill_pair import make_config, make_rows, make_student, make_teacher, mak
 from torch import Tensor
 from transformers import TrainerCallback
 
+from leaf_distill.training.token_kl import TokenKL
 from leaf_distill.training.trainer import LeafTrainer
 
 CONFIGS = Path(__file__).parents[2] / "python" / "leaf_distill" / "configs"
@@ -200,6 +201,7 @@ def train(settings: Mapping[str, Any], directory: Path) -> tuple[LeafTrainer, di
     double, tied = rest.pop("double", True), rest.pop("tied", True)
     kill_after, resume = rest.pop("kill_after", None), rest.pop("resume", False)
     evaluate_first = rest.pop("evaluate_first", False)
+    token_kl = rest.pop("token_kl", False)
     rows = make_rows()
     for row, text in zip(rows, rest.pop("answers", ()), strict=False):
         row["answer"] = text
@@ -213,6 +215,9 @@ def train(settings: Mapping[str, Any], directory: Path) -> tuple[LeafTrainer, di
         trainer.add_callback(began)
     if kill_after is not None:
         trainer.add_callback(Kill(kill_after))
+    if token_kl:
+        directory.mkdir(exist_ok=True)
+        trainer.add_callback(TokenKL(trainer, directory))
     if evaluate_first:
         trainer.evaluate()
     passes = Passes(trainer)

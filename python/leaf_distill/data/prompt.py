@@ -15,13 +15,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from leaf_distill.data.example import Example, Mask, Rendering, UnusableRow
+from leaf_distill.data.example import Example, Mask, Range, Rendering, UnusableRow
 from leaf_distill.data.offsets import solid_tokens, text_offsets
 from leaf_distill.data.template import ChatTemplate, cache_key, remember
 from leaf_distill.data.turns import earlier_turns, turn_tokens
@@ -39,6 +39,26 @@ class _Prompt:
     tail: str  # what follows the last user turn, with the generation prompt
     rendering: Rendering
     rest: str = ""  # of a response whose prefix is in the text: what follows it
+
+
+class Written(NamedTuple):
+    """A rendered example as texts, in this order.
+
+    Attributes:
+        start: The names of the tokens before plain text; mostly none.
+        prompt: What the template writes, up to the start of the model's answer.
+        prefix: The response's prefix, at the response level.
+        completion: What the model must write.
+        spans: The characters of each of its tokens, as the tokenizer gives them.
+        end: The name of the end token.
+    """
+
+    start: str
+    prompt: str
+    prefix: str
+    completion: str
+    spans: list[Range]
+    end: str
 
 
 class Renderer:
@@ -157,10 +177,7 @@ class Renderer:
                 does not stand in the prompt as it is.
         """
         self._note_ignored(example)
-        prompt = self._prompt(example)
-        if example.prefix:
-            prompt = self._with_prefix(example, prompt)
-        text = prompt.rest if example.prefix else self._completion(example, prompt)
+        prompt, text = self._both(example)
         if not text.strip():
             raise UnusableRow("empty_completion", "the completion is empty")
         ids, _ = self._tokens_behind(prompt, text)
@@ -175,6 +192,33 @@ class Renderer:
             offsets=np.concatenate([head.offsets, np.full((len(labels), 2), -1, np.int32)]),
             prunable=np.concatenate([head.prunable, ~behind]),
         )
+
+    def written(self, example: Example) -> Written:
+        """Return the texts of what `render` makes tokens of.
+
+        Raises:
+            UnusableRow: As for `render`.
+        """
+        whole = self._prompt(example).text
+        prompt, text = self._both(example)
+        start = "".join(self.tokenizer.convert_ids_to_tokens(self._prefix_ids))
+        _, spans = self._tokens_behind(prompt, text)
+        return Written(
+            start="" if whole.startswith(start) else start,
+            prompt=whole,
+            prefix=prompt.text[len(whole) :],
+            completion=text,
+            spans=spans,
+            end=str(self.tokenizer.convert_ids_to_tokens(self._end_id)),
+        )
+
+    def _both(self, example: Example) -> tuple[_Prompt, str]:
+        """Return the prompt, with the response's prefix behind it, and the completion's text."""
+        prompt = self._prompt(example)
+        if example.prefix:
+            prompt = self._with_prefix(example, prompt)
+            return prompt, prompt.rest
+        return prompt, self._completion(example, prompt)
 
     def _prompt(self, example: Example) -> _Prompt:
         key = cache_key(example.messages, example.places, example.template_kwargs)

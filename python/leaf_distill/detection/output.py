@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from leaf_distill.data.example import ROLES, Example, Message
+from leaf_distill.data.example import ROLES, Example, Message, Role
+from leaf_distill.data.prompt import Renderer
 from leaf_distill.data.ranges import in_messages
+from leaf_distill.data.sequence import sequence
 from leaf_distill.detection.spans import characters
 from leaf_distill.io import write_bytes, write_table
 
@@ -80,6 +82,9 @@ SAMPLES = pa.schema(
         ("candidates", pa.list_(CANDIDATE)),
     ]
 )
+PARTS = pa.list_(pa.struct([("kind", pa.string()), ("text", pa.string())]))
+SEQUENCES = pa.schema([(f"{role}_sequence", PARTS) for role in ROLES])
+"""Further columns of the samples, which those of older versions lack."""
 
 
 def write_dataset(
@@ -183,11 +188,24 @@ def _messages(values: Sequence[Sequence[Message] | None]) -> pa.Array:
     return pa.array(values, type=pa.list_(pa.struct([(name, pa.string()) for name in keys])))
 
 
-def write_samples(directory: Path, scored: Sequence[Example]) -> Path:
-    """Write samples.parquet: a row for each scored row or view of one, with what was measured."""
+def write_samples(
+    directory: Path, scored: Sequence[Example], renderers: Mapping[Role, Renderer]
+) -> Path:
+    """Write samples.parquet: a row for each scored row or view of one, with what was measured.
+
+    The renderers give it what each model read.
+    """
     path = directory / "samples.parquet"
-    write_table(path, _table([_sample(example) for example in scored], SAMPLES))
+    lines = [_sample(one) | _sequences(one, renderers) for one in scored]
+    write_table(path, _table(lines, pa.schema([*SAMPLES, *SEQUENCES])))
     return path
+
+
+def _sequences(example: Example, renderers: Mapping[Role, Renderer]) -> dict[str, Any]:
+    return {
+        f"{role}_sequence": [part._asdict() for part in sequence(renderer, example)]
+        for role, renderer in renderers.items()
+    }
 
 
 def _sample(example: Example) -> dict[str, Any]:

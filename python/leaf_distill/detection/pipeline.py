@@ -413,7 +413,8 @@ class Run:
         make_directory(arm)
         with self._clock("write"):
             dataset = write_dataset(arm, usable, self._provenance(), cross=self.config.cross_branch)
-            samples = write_samples(arm, scored)
+            renderers = {role: one.renderer for role, one in self.pair.items()}
+            samples = write_samples(arm, scored, renderers)
             outcomes = arm / "outcomes.parquet"
             write_table(outcomes, outcomes_table(self.examples))
         warnings = self._warnings()

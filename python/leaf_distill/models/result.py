@@ -19,14 +19,16 @@ from leaf_distill.data.prompt import Renderer
 from leaf_distill.io import write_bytes
 from leaf_distill.models import saliency as passes
 from leaf_distill.models.loading import LazyModel
+from leaf_distill.models.svg import BLUE, Cell, Row, Scale, heat_map
 
 if TYPE_CHECKING:
     import pandas
     from rich.text import Text
 
-_BLUE: Final = (70, 143, 216)
 _BOLD: Final = 0.5  # seen also where colours are not, as in a notebook on GitHub
 _NAMED: Final = 3  # tokens that `repr` names
+RAMP: Final = tuple(step / 20 for step in range(21))
+"""The tints of a scale from 0 to 1 in a figure."""
 _PAGE: Final = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Saliency</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -95,22 +97,38 @@ class SaliencyResult:
             ) from error
         return pandas.DataFrame(self._rows())
 
-    def save(self, path: str | Path) -> None:
-        """Write an HTML page or JSON, as the path's suffix says; an existing file is replaced.
+    def save(self, path: str | Path, *, columns: int = 2) -> None:
+        """Write HTML, JSON or SVG, as the path's suffix says; an existing file is replaced.
+
+        Args:
+            path: ends in .html, .json or .svg.
+            columns: the width of an SVG, in columns of a paper with two: 1 or 2.
 
         Raises:
-            ValueError: the suffix is another one.
+            ValueError: the suffix is another one, or `columns`.
         """
         path = Path(path)
-        if path.suffix.lower() == ".html":
+        if path.suffix.lower() == ".svg":
+            content = self._svg(columns)
+        elif path.suffix.lower() == ".html":
             content = _PAGE.format(body=self._repr_html_())
         elif path.suffix.lower() == ".json":
             fields = {"model": self.model, "nll": self.nll, "text": self.text}
             content = json.dumps({**fields, "tokens": self._rows()}, ensure_ascii=False, indent=1)
         else:
-            raise ValueError(f"path: must end in .html or .json, got {str(path)!r}; add one")
+            raise ValueError(f"path: must end in .html, .json or .svg, got {str(path)!r}; add one")
         # Half of a surrogate pair, which Python text may hold, has no bytes in UTF-8.
         write_bytes(path, content.encode("utf-8", "replace"))
+
+    def _svg(self, columns: int) -> str:
+        return heat_map(
+            [Row("saliency", BLUE)],
+            [Cell(text, (level or 0.0,)) for text, level, _ in self._cells()],
+            [Scale("saliency", ("0", "1"), BLUE, RAMP)],
+            title=self._caption(),
+            notes=[f"{self.model}, loss {self.nll:.3f} nats per token"],
+            columns=columns,
+        )
 
     def _repr_html_(self) -> str:
         """Return the coloured text as HTML for a notebook."""
@@ -118,7 +136,7 @@ class SaliencyResult:
         for text, level, title in self._cells():
             shown = html.escape(_printable(text))
             if level is not None:
-                tint = f"rgb({' '.join(map(str, _BLUE))} / {level:.2f})"
+                tint = f"rgb({' '.join(map(str, BLUE))} / {level:.2f})"
                 shown = f"<strong>{shown}</strong>" if level >= _BOLD else shown
                 shown = (
                     f'<span title="{html.escape(title)}" style="background:{tint}">{shown}</span>'
@@ -138,7 +156,7 @@ class SaliencyResult:
         shown = Text(f"{_printable(self._caption())}\n", style="dim")
         for text, level, _ in self._cells():
             # Black on a tint of white is readable on a dark and on a light terminal.
-            tint = ",".join(str(round(255 - (level or 0) * (255 - part))) for part in _BLUE)
+            tint = ",".join(str(round(255 - (level or 0) * (255 - part))) for part in BLUE)
             weight = "bold " if (level or 0) >= _BOLD else ""
             style = "not dim" if level is None else f"not dim {weight}black on rgb({tint})"
             shown.append(_printable(text), style=style)

@@ -8,12 +8,14 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 from leaf_distill.data.source import find_arm
-from leaf_distill.io import disk_error, make_directory, reading, user_directory, write_bytes
+from leaf_distill.io import make_directory, reading, user_directory, write_bytes
 from leaf_distill.report.data import read_run
+from leaf_distill.report.figure import write_figure
 from leaf_distill.report.page import GENERATOR, render_page
+from leaf_distill.report.place import check_output, output_path
 from leaf_distill.report.results import read_results
 
-__all__ = ["write_report"]
+__all__ = ["write_figure", "write_report"]
 
 
 def write_report(
@@ -46,8 +48,8 @@ def write_report(
     if samples < 0:
         raise ValueError(f"samples: must be 0 or more, got {samples}; give another number")
     arm = find_arm(user_directory(run_directory, "run_dir").absolute(), "run_dir")
-    path = arm / "report.html" if output is None else _output(output)
-    _check_output(path)
+    path = arm / "report.html" if output is None else output_path(output, "output")
+    check_output(path, "output", GENERATOR, "report")
     run = read_run(arm, samples=samples, row_ids=row_ids)
     results = read_results(arm.parent.parent)
     with reading(arm / "funnel.json", TemplateError):
@@ -55,27 +57,3 @@ def write_report(
     make_directory(path.parent)
     write_bytes(path, page.encode(errors="replace"))
     return path
-
-
-def _output(name: str | Path) -> Path:
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError as error:  # no such home
-        raise ValueError(f"output: must be a file, got {str(name)!r} ({error})") from error
-    if not path.name:
-        raise ValueError(f"output: must be a file, got {str(name)!r}; give its name")
-    return path
-
-
-def _check_output(path: Path) -> None:
-    """Refuse to replace what is not an earlier page."""
-    try:
-        page = path.is_file() and GENERATOR.encode() in path.read_bytes()
-        other = path.exists() and not page
-    except OSError as error:
-        raise disk_error(error, path) from error
-    if other:
-        raise ValueError(
-            f"output: must be a new file or an earlier report, got {path}, which is something else;"
-            " give another name"
-        )

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from leaf_distill.data.example import Example, Role
 from leaf_distill.detection.config import TURNS
 from leaf_distill.detection.levels import analyzed_turns
-from leaf_distill.detection.output import SAMPLES
+from leaf_distill.detection.output import SAMPLES, SEQUENCES
 from leaf_distill.io import read_json, reading
 from leaf_distill.report.heat import Token
 
@@ -57,7 +57,8 @@ def read_run(arm: Path, *, samples: int, row_ids: Sequence[int] | None) -> Run:
     path = arm / "samples.parquet"
     with reading(path):
         table = pq.read_table(path, page_checksum_verification=True)
-        wrong = [field.name for field in SAMPLES if not _has(table.schema, field)]
+        newer = [field for field in SEQUENCES if field.name in table.schema.names]
+        wrong = [one.name for one in (*SAMPLES, *newer) if not _has(table.schema, one)]
         if wrong:
             raise ValueError(f"no or another type for the columns {', '.join(wrong)}")
         places: dict[int, list[int]] = {}
@@ -69,8 +70,8 @@ def read_run(arm: Path, *, samples: int, row_ids: Sequence[int] | None) -> Run:
     for row_id in row_ids or ():
         if row_id not in places:
             raise ValueError(
-                f"row_ids: must be of the {len(known)} scored rows in {path}, got {row_id}; give "
-                "others"
+                f"row_ids (--row): must be of the {len(known)} scored rows in {path}, got {row_id};"
+                " give others"
             )
     if row_ids is None:
         chosen = [known[index] for index in choose(groups, samples)]
@@ -141,12 +142,20 @@ def _prepare(view: dict[str, Any], turns: str) -> dict[str, Any]:
         "answered": bool(_asked(view)),
         "context": _context(_turns(view), analyzed),
         "names": names,
+        "sequences": _sequences(view),
         "tokens": [
             Token(start, stop, teacher, student, score, bool(marks))
             for (start, stop), (teacher, student, score), marks in marked
         ],
         "spans": [(start, stop) for start, stop in view["spans"]],
     }
+
+
+def _sequences(view: Mapping[str, Any]) -> list[tuple[str, list[dict[str, str]]]]:
+    """Return who reads what, once where both read the same; runs of older versions lack it."""
+    read = [(role, view.get(f"{role}_sequence") or []) for role in MODELS]
+    (_, first), (_, second) = read
+    return [one for one in (read[:1] if first == second else read) if one[1]]
 
 
 def _name(segment: int) -> str:

@@ -60,8 +60,7 @@ _CONTROLS[0x7F] = "\N{SYMBOL FOR DELETE}"
 
 def render_page(run: Run, results: Mapping[str, Any]) -> str:
     """Return the page, which depends on nothing but its arguments."""
-    package = files("leaf_distill.report")
-    script = package.joinpath("page.js").read_text(encoding="utf-8")
+    script = _read("page.js")
     settings = run.funnel["settings"]
     return _template().render(
         run=run,
@@ -91,10 +90,14 @@ def render_page(run: Run, results: Mapping[str, Any]) -> str:
         thresholds=thresholds(settings),
         ticks=_ticks([value for _, value in thresholds(settings)]),
         generator=Markup(GENERATOR),
-        css=Markup(package.joinpath("page.css").read_text(encoding="utf-8") + _colors()),
+        css=Markup("".join(map(_read, ("page.css", "layers.css"))) + _colors()),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _read(name: str) -> str:
+    return files("leaf_distill.report").joinpath(name).read_text(encoding="utf-8")
 
 
 @functools.cache
@@ -114,6 +117,7 @@ def _template() -> Template:
         number=number,
         signed=signed,
         change=change,
+        nats=nats,
         last_lines=last_lines,
     )
     environment.globals.update(heat=heat, cut_excerpt=cut_excerpt)
@@ -143,6 +147,11 @@ def signed(share: float) -> str:
 def change(value: float) -> str:
     """Return a difference of losses."""
     return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def nats(value: float) -> str:
+    """Return a KL with two significant digits, and no more than three behind the point."""
+    return f"{value:.3f}" if value < 0.01 else f"{value:.2f}"
 
 
 def _ticks(thresholds: Sequence[float]) -> list[float]:
@@ -198,9 +207,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _colors() -> str:
-    """Return one rule for each color step: saliency `a0`, `a1`, ..., and score `b0`, ..."""
+    """Return one rule for each color step: saliency `a0`, `a1`, ..., score `b0`, KL `c0`."""
     return "\n".join(
         f".{name}{level} {{ background: rgb(var(--{color}) / {level / LEVELS:g}) }}"
-        for name, color in (("a", "saliency"), ("b", "score"))
+        for name, color in (("a", "saliency"), ("b", "score"), ("c", "kl"))
         for level in range(LEVELS + 1)
     )

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from leaf_distill.evaluation.faithfulness import ScoreCurves, curve_charts, than_random
 from leaf_distill.io import read_json, reading
+from leaf_distill.report.token_kl import read_token_kl
 
 PLACES = ("*", "*/*", "*/*/*")
 """The directories, from the run directory, in which a metrics.json is looked for: also that of an
@@ -39,7 +40,10 @@ def read_results(directory: Path) -> dict[str, Any]:
         metrics = read_json(path)
         with reading(path):
             if "log" in metrics:
-                trainings += _training(path.parent.name, metrics)
+                layer = read_token_kl(path.parent)
+                trainings += (
+                    one | {"token_kl": layer} for one in _training(path.parent.name, metrics)
+                )
             elif metrics.get("command") == "evaluate":
                 counts = {name: int(count) for name, count in metrics["counts"].items()}
                 counts.pop("right", None)

@@ -44,6 +44,7 @@ from leaf_distill.training.model_card import model_card
 from leaf_distill.training.pair import import_peft
 from leaf_distill.training.show import show_rows
 from leaf_distill.training.teacher_cache import TeacherCache
+from leaf_distill.training.token_kl import TokenKL
 from leaf_distill.training.trainer import LeafTrainer
 
 logger = logging.getLogger(__name__)
@@ -114,8 +115,10 @@ def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
         # A run that is to start at an earlier step must never go on from what came after it.
         trainer.add_callback(_Claim(output_dir, identity, discard=start is not True))
         trainer.add_callback(seen := _LastEvaluation())
+        trainer.add_callback(token_kl := TokenKL(trainer, output_dir))
         with stopped(output_dir):
             trained = _train(trainer, start)
+            token_kl.finish()
             trainer.save_model()  # before an evaluation, which may round the weights
             evaluated = _evaluate(trainer, seen) if eval_examples is not None else {}
         metrics = _metrics(trainer, examples, detected) | {"train": trained, "eval": evaluated}

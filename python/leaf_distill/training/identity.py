@@ -43,7 +43,7 @@ _DECIDING_ARGUMENTS = (
 _WRITTEN = (
     *("README.md", "metrics.json", "run.json", "*config.json", "*.safetensors", "*.bin"),
     *("*.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*"),
-    *("merges.txt", "checkpoint-*", "broken_batch*.json"),
+    *("merges.txt", "checkpoint-*", "broken_batch*.json", "token_kl.jsonl"),
 )
 """Patterns of the files that a run writes; it must not overwrite those of others."""
 

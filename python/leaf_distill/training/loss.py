@@ -260,6 +260,26 @@ class Objective:
             )
         return loss, sums
 
+    @torch.no_grad()
+    def token_kl(self, module: nn.Module, batch: Batch) -> Tensor:
+        """Return KL(teacher, student) of each label token in nats, row by row, [N].
+
+        It depends neither on weights nor on the divergence that is trained with.
+        """
+        signal, measured = self.teacher(batch), []
+
+        def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            head = Head(weight, bias, self.student.scale, self.student.softcap)
+            each = torch.ones(len(hidden), device=hidden.device)
+            models, temperature = (Hidden(hidden, head), signal), self.temperature
+            loss, rows = signal_kl(*models, each, temperature=temperature, backend=self.backend)
+            measured.append(rows.kl)
+            return loss
+
+        labels = batch["loss_mask"]
+        self.student.run(module, batch["input_ids"], batch["attention_mask"], labels, at_head)
+        return measured[0]
+
     def check(self, batch: Batch, *, weighted: bool = False) -> None:
         """Compare both models' heads with their own logits on a batch; these are formed in full.
 

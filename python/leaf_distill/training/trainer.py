@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from leaf_distill.data.collator import Batch, ExampleDataset, collate, split_batch
 from leaf_distill.data.example import Example
+from leaf_distill.data.prompt import Renderer
 from leaf_distill.models.checks import eval_mode, pads_in_front
 from leaf_distill.models.lm_head import LMHeadHook
 from leaf_distill.models.loading import without_progress_bars
@@ -557,6 +558,31 @@ class LeafTrainer(Trainer):
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in measured.items()})
         return output
+
+    @property
+    def student_renderer(self) -> Renderer:
+        """What renders rows for the student."""
+        return self._pair.renderers["student"]
+
+    @property
+    def is_sharded_over_ranks(self) -> bool:
+        """Whether no rank has the student whole."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def token_kl(self, rows: Sequence[Example]) -> list[list[float]]:
+        """Return KL(teacher, student) of each label token of rows, in nats.
+
+        Each row is a pass of its own on every rank, so all ranks must be given the same rows.
+        """
+        model: Any = self.model
+        if rows and not self.accelerator._models:  # nothing was trained: as an evaluation does
+            self.accelerator.prepare_model(model, evaluation_mode=True)
+        measured = []
+        with torch.no_grad(), eval_mode(model), self.compute_loss_context_manager():
+            for row in rows:
+                batch = self._prepare_inputs(collate([row]))
+                measured.append(self._objective.token_kl(model, batch).tolist())
+        return measured
 
     def _accuracy(self, dataset: ExampleDataset) -> dict[str, float]:
         """Return the share of right answers among the graded ones of all ranks, and their number.

@@ -6,6 +6,7 @@ import html
 import json
 import re
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -86,6 +87,13 @@ def test_pandas(result, monkeypatch):
 
 
 def test_save(result, tmp_path):
+    result.save(tmp_path / "one.svg", columns=1)
+    figure = ElementTree.parse(tmp_path / "one.svg").getroot()
+    assert figure.attrib["width"] == "240pt"
+    shown = "".join(one.text or "" for one in figure.iter("{http://www.w3.org/2000/svg}text"))
+    assert "".join(TEXT.replace("\x1b", "\u241b").replace("\n", "\u21b5").split()) in shown.replace(
+        "saliency", ""
+    )
     result.save(tmp_path / "one.html")
     assert result._repr_html_() in (tmp_path / "one.html").read_text("utf-8")
     result.save(str(tmp_path / "one.JSON"))
@@ -93,7 +101,7 @@ def test_save(result, tmp_path):
     assert (saved["text"], saved["nll"]) == (TEXT, result.nll)
     assert [row["token"] for row in saved["tokens"]] == result.tokens
     for name in ("one.txt", "one"):
-        with pytest.raises(ValueError, match=r"^path: must end in \.html or \.json, got"):
+        with pytest.raises(ValueError, match=r"^path: must end in \.html, \.json or \.svg, got"):
             result.save(tmp_path / name)
 
 

@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from text_friends import cut
 
 from leaf_distill.data.example import ROLES, Answer, Example, Range, Role
+from leaf_distill.data.prompt import Renderer
 from leaf_distill.detection.arms import arm_name
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import propose
@@ -97,6 +99,7 @@ def write_run(
     *,
     config: DetectConfig = CONFIG,
     gone: Sequence[Example] = (),
+    renderers: Mapping[Role, Renderer] = MappingProxyType({}),
     **changes: Any,
 ) -> Path:
     """Write a run directory with one arm, and return the arm; `gone` are rows without scores."""
@@ -105,7 +108,7 @@ def write_run(
     names = {role: {"name": getattr(config, role), "sha256": "0" * 64} for role in ROLES}
     write_json(root / "run.json", names)
     dataset = write_dataset(arm, examples, "{}")
-    write_samples(arm, examples)
+    write_samples(arm, examples, renderers)
     summary = {
         **funnel([*examples, *gone], config),
         "arm": arm.name,

@@ -328,7 +328,9 @@ def test_choice_of_rows(tmp_path: Path) -> None:
     assert list(Page(write_report(arm, row_ids=[11, 10, 11])).samples()) == [11, 10]
     assert Page(write_report(arm, samples=0)).samples() == {}
     assert choose(["kept"] * 30 + ["rejected"] * 30, 20) == [*range(15), *range(30, 35)]
-    with pytest.raises(ValueError, match=r"^row_ids: must be of the 4 scored rows .*, got 99;"):
+    with pytest.raises(
+        ValueError, match=r"^row_ids \(--row\): must be of the 4 scored rows .*, got 99;"
+    ):
         write_report(arm, row_ids=[99])
     with pytest.raises(ValueError, match=r"^samples: must be 0 or more, got -1;"):
         write_report(arm, samples=-1)

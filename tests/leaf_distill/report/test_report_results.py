@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from report_run import scored, write_run
 
 from leaf_distill.io import write_json
 from leaf_distill.report import write_report
+from leaf_distill.report.heat import LEVELS
 
 LOG: list[dict[str, Any]] = [
     {"step": 5, "kd_loss": 0.8, "cd_loss": 0.4},
@@ -219,3 +222,97 @@ def test_names_in_results_become_no_markup(run: Path) -> None:
     )
     # A curve's names are in the remark, the heading, the table, and twice and once in the plot.
     assert page.root.text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").count(evil) == 3 + 6
+
+
+def token_line(row_id: int, candidate_id: int = -1, **changes: Any) -> dict[str, Any]:
+    return {
+        "row_id": row_id,
+        "candidate_id": candidate_id,
+        "branch": "original" if candidate_id < 0 else "counterfactual",
+        "completion": "a <b>é\n<end>",
+        "tokens": [[0, 1], [1, 5], [5, 6], [5, 6], [6, 7], [7, 12]],
+        "kl_before": [0.0, 4.0, 0.25, 1.0, None, 0.75],
+        "kl_after": [0.0, 1.0, 0.0, 0.25, 0.0, 0.25],
+        "temperature": 1.0,
+        **changes,
+    }
+
+
+def put_lines(place: Path, *lines: dict[str, Any]) -> None:
+    put(place / "metrics.json", TRAINING)
+    (place / "token_kl.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def layer(page: Page) -> Element:
+    (one,) = page.root.find("details", cls="layer")
+    return one
+
+
+def test_the_kl_of_tokens_is_two_texts_on_one_scale(run: Path) -> None:
+    put(run / "leaf" / "metrics.json", TRAINING)
+    assert not Page(write_report(run)).root.find("details", cls="layer")
+    put_lines(run / "leaf", token_line(3), token_line(3, 0, kl_before=[0.5] * 6))
+    shown = layer(Page(write_report(run)))
+    assert "2 rows, 0.82 to 0.25 nats on average" in shown.find("summary")[0].text
+    assert "Originals: 1.20 to 0.25 nats. Counterfactuals: 0.50 to 0.25 nats." in shown.text
+    assert "Row 3, original 1.20 to 0.25" in " ".join(shown.text.split())
+    assert "Row 3, counterfactual 0 0.50 to 0.25" in " ".join(shown.text.split())
+    before, after = shown.find("figure")[0].find("div", cls="map")
+    assert before.text == after.text == "a <b>é\n<end>"
+    colors = [one.attributes["class"] for one in before.find("span")]
+    # The root of each of the scale's end, 4; of the two bytes of é the stronger one.
+    assert colors == ["c0", f"c{LEVELS}", "c10", " nl", "c9"]
+    assert [one.attributes["class"] for one in after.find("span")][1:3] == ["c10", "c5"]
+    titles = [one.attributes["title"] for one in before.find("span")]
+    assert titles[1] == "before 4.0000 nats · after 1.0000 nats"
+    assert titles[2] == (
+        "before 0.2500 nats · after 0.0000 nats\nbefore 1.0000 nats · after 0.2500 nats"
+    )
+    assert titles[3] == "before not measured · after 0.0000 nats"
+    assert "4.00 nats" in shown.find("div", cls="ticks")[0].text
+
+
+def test_the_layer_of_the_pages_own_arm_is_open(run: Path) -> None:
+    for name in ("another", "span"):
+        put_lines(run / "students" / name, token_line(3))
+    layers = Page(write_report(run)).root.find("details", cls="layer")
+    assert ["open" in one.attributes for one in layers] == [False, True]
+    shutil.rmtree(run / "students" / "span")
+    assert "open" in layer(Page(write_report(run))).attributes
+
+
+def test_a_training_whose_end_was_not_measured_shows_its_start(run: Path) -> None:
+    put_lines(run / "leaf", token_line(3, kl_after=None))
+    shown = layer(Page(write_report(run)))
+    assert "1.20 before nats on average" in shown.find("summary")[0].text
+    assert "The student after the training was not measured." in shown.text
+    assert len(shown.find("div", cls="map")) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [],
+        {"row_id": 3},
+        token_line(3, kl_before=[1.0]),
+        token_line(3, kl_before=["a"] * 6),
+        token_line(3, tokens=[[0]] * 6),
+        {**token_line(3), "row_id": "<b>"},
+    ],
+)
+def test_token_kl_of_another_shape_is_one_sentence(run: Path, line: Any) -> None:
+    put_lines(run / "leaf", line)
+    with pytest.raises(ValueError, match=r"token_kl\.jsonl: must be as LeaF writes it"):
+        write_report(run)
+
+
+def test_names_and_texts_of_tokens_become_no_markup(run: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    put_lines(
+        run / "leaf",
+        token_line(3, completion=evil * 2, branch=evil),
+        token_line(4, completion="", tokens=[], kl_before=[], kl_after=[]),
+    )
+    page = Page(write_report(run))
+    assert not page.root.find("img") and "<img" not in page.source
+    assert layer(page).text.count(evil) >= 4

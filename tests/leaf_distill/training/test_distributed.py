@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,36 @@ def test_a_killed_run_goes_on_and_ends_as_one_process_does(
     assert_same(saved_weights(directory), saved_weights(tmp_path / "one"), TOLERANCE)
 
 
+def token_kl(directory: Path) -> list[dict[str, Any]]:
+    lines = (directory / "token_kl.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same_token_kl(ours: Path, theirs: Path, tolerance: float) -> None:
+    one, two = token_kl(ours), token_kl(theirs)
+    assert len(one) == 16
+    for mine, yours in zip(one, two, strict=True):
+        for name in ("kl_before", "kl_after"):
+            assert yours.pop(name) == pytest.approx(mine.pop(name), rel=tolerance, abs=tolerance)
+        assert mine == yours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_the_kl_of_tokens_is_that_of_one_process_and_changes_nothing(
+    tmp_path: Path, config: str
+) -> None:
+    settings = {**SETTINGS, "max_steps": 3}
+    launch(tmp_path / "two", config, token_kl=True, **settings)
+    single = alone(tmp_path / "one", **settings)
+    assert_equal_runs(
+        tmp_path / "one", tmp_path / "two", single["log"], measured(tmp_path / "two")["log"]
+    )
+    alone(tmp_path / "measured", token_kl=True, **settings)
+    assert_same(saved_weights(tmp_path / "measured"), saved_weights(tmp_path / "one"))
+    assert_same_token_kl(tmp_path / "measured", tmp_path / "two", 1e-5)
+
+
 @pytest.mark.slow
 def test_an_evaluation_before_the_training_changes_nothing(tmp_path: Path) -> None:
     settings = {**SETTINGS, "max_steps": 2, "evaluate_first": True}
@@ -130,8 +161,9 @@ def test_zero3_trains_as_one_process_does(tmp_path: Path, tied: bool) -> None:
     settings = {**SETTINGS, "max_steps": 2, "double": False, "tied": tied, "warmup_steps": 0}
     on_gloo = {"use_cpu": False, "ddp_backend": "gloo"}  # else accelerate takes no DeepSpeed
     python = DEEPSPEED / "bin" / "python"
-    launch(tmp_path / "two", "deepspeed_zero3", python=python, **settings, **on_gloo)
-    result, single = measured(tmp_path / "two"), alone(tmp_path / "one", **settings)
+    launch(tmp_path / "two", "deepspeed_zero3", python=python, token_kl=True, **settings, **on_gloo)
+    result, single = measured(tmp_path / "two"), alone(tmp_path / "one", token_kl=True, **settings)
+    assert_same_token_kl(tmp_path / "one", tmp_path / "two", 1e-2)
     # DeepSpeed keeps gradients in float32. Where one is as small as its rounding, the first steps
     # of Adam, which divide by its size, differ by a share of the learning rate of 1e-2.
     assert_same(saved_weights(tmp_path / "two"), saved_weights(tmp_path / "one"), 1e-4)
