@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from leaf_distill.detection.funnel import ROW_STAGES, VIEWS, views_that_left
 from leaf_distill.report.data import GROUPS, MODELS, Run
 from leaf_distill.report.heat import LEVELS, cut_excerpt, heat, last_lines, score_level
+from leaf_distill.report.overview import Overview
 from leaf_distill.report.settings import (
     CONTROLS,
     headline,
@@ -53,16 +54,20 @@ JUDGES = {"both": MODELS, "teacher": ("teacher",), "none": ()}
 WORDS = {"cut_inside_word": "cuts that begin or end inside a word or number"}
 DETAILS = ("settings", "models", "versions", "seconds")
 
+STYLES = ("page.css", "overview.css")
+
 # A parser drops or rewrites these characters, so that they are shown by their picture.
 _CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n\r"}
 _CONTROLS[0x7F] = "\N{SYMBOL FOR DELETE}"
 
 
-def render_page(run: Run, results: Mapping[str, Any]) -> str:
+def render_page(run: Run, overview: Overview, results: Mapping[str, Any]) -> str:
     """Return the page, which depends on nothing but its arguments."""
     package = files("leaf_distill.report")
     script = package.joinpath("page.js").read_text(encoding="utf-8")
+    styles = (package.joinpath(name).read_text(encoding="utf-8") for name in STYLES)
     settings = run.funnel["settings"]
+    gains = [line for line in run.funnel.get("sources", []) if line["marked"]]
     return _template().render(
         run=run,
         funnel=run.funnel,
@@ -77,7 +82,9 @@ def render_page(run: Run, results: Mapping[str, Any]) -> str:
         details=[(name.capitalize(), _flat(run.funnel[name])) for name in DETAILS],
         results=results,
         stages=_stages(run.funnel),
-        gains=[line for line in run.funnel.get("sources", []) if line["marked"]],
+        gains=gains,
+        overview=overview,
+        contents=_contents(overview, gains, results),
         models=MODELS,
         views_left=list(views_that_left(run.funnel["left"])),
         judges=(
@@ -91,7 +98,7 @@ def render_page(run: Run, results: Mapping[str, Any]) -> str:
         thresholds=thresholds(settings),
         ticks=_ticks([value for _, value in thresholds(settings)]),
         generator=Markup(GENERATOR),
-        css=Markup(package.joinpath("page.css").read_text(encoding="utf-8") + _colors()),
+        css=Markup("".join([*styles, _colors()])),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -114,6 +121,7 @@ def _template() -> Template:
         number=number,
         signed=signed,
         change=change,
+        percent=percent,
         last_lines=last_lines,
     )
     environment.globals.update(heat=heat, cut_excerpt=cut_excerpt)
@@ -143,6 +151,28 @@ def signed(share: float) -> str:
 def change(value: float) -> str:
     """Return a difference of losses."""
     return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def percent(shares: Iterable[float]) -> tuple[float, ...]:
+    """Return shares in percent."""
+    return tuple(100 * share for share in shares)
+
+
+def _contents(
+    overview: Overview, gains: Sequence[object], results: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Return place and name of the sections that the page has."""
+    sections = {
+        "overview": ("Overview", True),
+        "arms": ("Arms", len(overview.arms) > 1),
+        "stages": ("Stages", True),
+        "gain": ("Pruning gain", gains),
+        "results": ("Distillation", results["trainings"] or results["evaluations"]),
+        "curves": ("Deletion curves", results["curves"]),
+        "samples": ("Samples", True),
+        "run": ("Settings", True),
+    }
+    return [(place, name) for place, (name, there) in sections.items() if there]
 
 
 def _ticks(thresholds: Sequence[float]) -> list[float]:
