@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def _score_histogram(
 ) -> Histogram:
     counts, edges = np.histogram(scores, np.linspace(0, 1, BINS + 1))
     name, highest = limit or ("", -1.0)
-    tokens = f"{len(scores):,} prunable token{'s' if len(scores) > 1 else ''}"
+    tokens = _counted(len(scores), "prunable token")
     share = f"{flagged / len(scores):.1%}"
     return Histogram(
         title=f"Scores of the tokens in {level}",
@@ -192,16 +193,21 @@ def _length_histogram(lengths: Sequence[tuple[int, int]], level: str) -> Histogr
     names = [str(one) for one in range(1, last + 1)]
     if last > LONGEST:
         names[-1] = f"{last}+"
-    plural = "s" if len(lengths) > 1 else ""
     return Histogram(
         title=f"Lengths of the spans in {level}",
         unit="spans",
         axis="tokens of the student in a span",
-        bars=[Bar(f"{name} tokens", counts[at]) for at, name in enumerate(names, 1)],
+        bars=[Bar(name, counts[at]) for at, name in enumerate(names, 1)],
         ticks=[(100 * (at + 0.5) / last, name) for at, name in enumerate(names)],
-        note=f"{len(lengths):,} span{plural}; the median has {np.median(tokens):g} tokens, "
-        f"{np.median(characters):g} characters.",
+        note=f"{_counted(len(lengths), 'span')}; the median has "
+        f"{_counted(statistics.median(tokens), 'token')} and "
+        f"{_counted(statistics.median(characters), 'character')}.",
     )
+
+
+def _counted(count: float, name: str) -> str:
+    text = f"{count:,}".removesuffix(".0")
+    return f"{text} {name}{'' if count == 1 else 's'}"
 
 
 def _strings(table: pa.Table) -> dict[str, tuple[int, int]]:

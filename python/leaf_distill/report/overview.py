@@ -27,7 +27,7 @@ class Step:
         count: how many.
         width: percent of the widest bar of the chart.
         share: the share in words.
-        kind: "rows", "candidates", "kept" or "rejected".
+        kind: what the bar counts: "row", "tried", "made" or "lost".
     """
 
     name: str
@@ -47,8 +47,7 @@ class ArmLine:
     candidates: int
     kept: int
     kept_share: Estimate | None
-    repaired: int | None
-    repaired_share: Estimate | None
+    repaired: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -120,24 +119,26 @@ def _share(part: int, whole: int) -> Estimate | None:
 def _steps(counts: Mapping[str, int], spanned: int | None) -> Iterator[Step]:
     """Yield the bars of the funnel; a stage that the run does not have has none."""
     rows, candidates = counts.get(ROWS, 0), counts.get(CANDIDATES, 0)
-    marked = counts.get(MARKED)
+    marked, scored = counts.get(MARKED), counts.get(SCORED)
     found: list[tuple[str, str, int | None]] = [
-        ("rows", "rows", counts.get(ROWS)),
-        ("student wrong, teacher right", "rows", marked),
-        ("searched", "rows", counts.get(SCORED) if marked is None else None),
-        ("with suspect spans", "rows", spanned if counts else None),
-        ("candidates: changed texts", "candidates", counts.get(CANDIDATES)),
-        ("kept counterfactuals", "kept", counts.get(KEPT)),
+        ("rows", "row", counts.get(ROWS)),
+        ("student wrong, teacher right", "row", marked),
+        ("searched", "row", scored if marked is None else None),
+        ("with suspect spans", "row", spanned if counts else None),
+        ("candidates: changed texts", "tried", counts.get(CANDIDATES)),
+        ("kept counterfactuals", "made", counts.get(KEPT)),
     ]
     top = max((count for *_, count in found if count), default=1)
     for name, kind, count in found:
         if count is None:
             continue
         share = ""
-        if kind == "rows" and rows and name != "rows":
+        if kind == "row" and rows and name != "rows":
             share = f"{count / rows:.1%} of rows"
-        elif kind == "kept" and candidates:
+        elif kind == "made" and candidates:
             share = f"{count / candidates:.1%} of candidates"
+        elif kind == "tried" and scored:
+            share = f"{count / scored:.1f} a searched row"
         yield Step(name, count, 100 * count / top, share, kind)
 
 
@@ -154,7 +155,7 @@ def _fates(counts: Mapping[str, int], left: Sequence[Mapping[str, Any]]) -> Iter
     top = max([kept, *reasons.values()])
     listed = sorted(reasons.items(), key=lambda one: -one[1])
     for name, count in (("kept", kept), *((reason, count) for (_, reason), count in listed)):
-        kind = "kept" if name == "kept" else "rejected"
+        kind = "made" if name == "kept" else "lost"
         yield Step(name, count, 100 * count / max(top, 1), f"{count / candidates:.1%}", kind)
 
 
@@ -183,8 +184,8 @@ def _arms(arm: Path) -> Iterator[ArmLine]:
         with reading(path):
             counts = _counts(funnel)
             candidates, kept = counts.get(CANDIDATES, 0), counts.get(KEPT, 0)
-            gain = next(iter(funnel.get("sources") or ()), None)
-            repaired = gain["repaired"] if gain and gain["cuts"] else None
+            gain: Mapping[str, Any] = next(iter(funnel.get("sources") or ()), {})
+            repaired = int(gain["repaired"]) if gain and gain["cuts"] else None
             yield ArmLine(
                 name=path.parent.name,
                 own=path.parent == arm,
@@ -192,6 +193,5 @@ def _arms(arm: Path) -> Iterator[ArmLine]:
                 candidates=candidates,
                 kept=kept,
                 kept_share=_share(kept, candidates),
-                repaired=repaired,
-                repaired_share=None if repaired is None else _share(repaired, gain["marked"]),
+                repaired=None if repaired is None else _share(repaired, int(gain["marked"])),
             )
