@@ -158,7 +158,7 @@ def _score_histogram(
 ) -> Histogram:
     counts, edges = np.histogram(scores, np.linspace(0, 1, BINS + 1))
     name, highest = limit or ("", -1.0)
-    tokens = _counted(len(scores), "prunable token")
+    tokens = counted(len(scores), "prunable token")
     share = f"{flagged / len(scores):.1%}"
     return Histogram(
         title=f"Scores of the tokens in {level}",
@@ -199,13 +199,14 @@ def _length_histogram(lengths: Sequence[tuple[int, int]], level: str) -> Histogr
         axis="tokens of the student in a span",
         bars=[Bar(name, counts[at]) for at, name in enumerate(names, 1)],
         ticks=[(100 * (at + 0.5) / last, name) for at, name in enumerate(names)],
-        note=f"{_counted(len(lengths), 'span')}; the median has "
-        f"{_counted(statistics.median(tokens), 'token')} and "
-        f"{_counted(statistics.median(characters), 'character')}.",
+        note=f"{counted(len(lengths), 'span')}; the median has "
+        f"{counted(statistics.median(tokens), 'token')} and "
+        f"{counted(statistics.median(characters), 'character')}.",
     )
 
 
-def _counted(count: float, name: str) -> str:
+def counted(count: float, name: str) -> str:
+    """Return a number with its noun, which takes an s where it is not one."""
     text = f"{count:,}".removesuffix(".0")
     return f"{text} {name}{'' if count == 1 else 's'}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from leaf_distill.detection.counterfactual import WITHOUT_SPANS
 from leaf_distill.detection.funnel import KEPT, ROW_STAGES
 from leaf_distill.evaluation.sheets import Estimate
 from leaf_distill.io import read_json, reading
-from leaf_distill.report.measured import LEVELS, Limits, Measured, read_measured
+from leaf_distill.report.measured import LEVELS, Limits, Measured, counted, read_measured
 from leaf_distill.statistics import wilson_interval
 
 ROWS, CANDIDATES = "rows in", "candidates"
@@ -146,17 +147,15 @@ def _fates(counts: Mapping[str, int], left: Sequence[Mapping[str, Any]]) -> Iter
     candidates = counts.get(CANDIDATES, 0)
     if not candidates:
         return
-    reasons = {
-        (str(one["stage"]), str(one["reason"])): int(one["count"])
-        for one in left
-        if one["unit"] == "candidates"
-    }
+    reasons = Counter[str]()
+    for one in left:
+        if one["unit"] == "candidates":
+            reasons[str(one["reason"])] += int(one["count"])
     kept = counts.get(KEPT, 0)
-    top = max([kept, *reasons.values()])
-    listed = sorted(reasons.items(), key=lambda one: -one[1])
-    for name, count in (("kept", kept), *((reason, count) for (_, reason), count in listed)):
+    top = max(kept, *reasons.values(), 1)
+    for name, count in (("kept", kept), *reasons.most_common()):
         kind = "made" if name == "kept" else "lost"
-        yield Step(name, count, 100 * count / max(top, 1), f"{count / candidates:.1%}", kind)
+        yield Step(name, count, 100 * count / top, f"{count / candidates:.1%}", kind)
 
 
 def _sentence(counts: Mapping[str, int], settings: Mapping[str, Any]) -> str:
@@ -165,16 +164,14 @@ def _sentence(counts: Mapping[str, int], settings: Mapping[str, Any]) -> str:
     candidates, kept = counts.get(CANDIDATES, 0), counts.get(KEPT, 0)
     if not rows:
         return ""
-    first = f"{rows:,} rows came in, and {counts.get(SCORED, 0):,} of them were searched."
+    first = f"Of {counted(rows, 'row')}, {counts.get(SCORED, 0):,} could be searched."
     if marked is not None:
-        first = f"Of {rows:,} rows, the student fails {marked:,} that the teacher solves."
+        first = f"Of {counted(rows, 'row')}, the student fails {marked:,} that the teacher solves."
     if not candidates:
         return f"{first} No changed text was made of them, so there is no counterfactual."
-    test = "could be used" if settings["validate"] == "none" else "passed validation"
-    return (
-        f"{first} {candidates:,} changed texts were made of them, and {kept:,} "
-        f"({kept / candidates:.1%}) {test}."
-    )
+    made = f"The run made {counted(candidates, 'changed text')} of them"
+    test = "can be used" if settings["validate"] == "none" else "passed validation"
+    return f"{first} {made}, and {kept:,} ({kept / candidates:.1%}) {test}."
 
 
 def _arms(arm: Path) -> Iterator[ArmLine]:

@@ -101,8 +101,9 @@ def test_the_funnel_has_the_counts_of_the_files_on_one_scale(
     assert widths(page) == pytest.approx(shares, abs=0.01)
     (lead,) = page.root.find("p", cls="lead")
     assert lead.text == (
-        f"Of {ROWS} rows, the student fails {marked} that the teacher solves. {len(tried)} changed "
-        f"texts were made of them, and {kept} ({kept / len(tried):.1%}) passed validation."
+        f"Of {ROWS} rows, the student fails {marked} that the teacher solves. The run made "
+        f"{len(tried)} changed texts of them, and {kept} ({kept / len(tried):.1%}) passed "
+        "validation."
     )
     assert stages["kept counterfactuals"] == kept
 
