@@ -118,8 +118,9 @@ def read_measured(arm: Path, limits: Limits, *, spans: bool) -> Measured:
         histograms: list[Histogram] = []
         segments = table["segment"].to_numpy()
         for name, level in zip(LEVELS, (segments == 0, segments > 0), strict=True):
-            part = table.filter(pa.array(level))
-            histograms += _histograms(part, name, limits.get(name), spans=spans)
+            if level.any():
+                part = table.filter(pa.array(level))
+                histograms += _histograms(part, name, limits.get(name), spans=spans)
         counts = _strings(table)
         found = {row for row, own in zip(*_lists(table, "row_id", "spans"), strict=True) if own}
     order = sorted(counts.items(), key=lambda one: (-one[1][0], -one[1][1], one[0]))
@@ -178,12 +179,13 @@ def _score_histogram(
 
 def _span_lengths(table: pa.Table) -> Iterator[tuple[int, int]]:
     """Yield the tokens and the characters of each span."""
-    for spans, offsets in zip(*_lists(table, "spans", "offsets"), strict=True):
-        if spans:
-            starts, stops = np.asarray(offsets).T
-            for start, stop in spans:
-                inside = (starts < stop) & (start < stops) & (starts < stops)
-                yield int(inside.sum()), stop - start
+    offsets = pc.list_flatten(pc.list_flatten(table["offsets"])).to_numpy().reshape(-1, 2)
+    ends = np.cumsum(pc.list_value_length(table["offsets"]).to_numpy())
+    for spans, own in zip(table["spans"].to_pylist(), np.split(offsets, ends[:-1]), strict=True):
+        starts, stops = own.T
+        for start, stop in spans:
+            inside = (starts < stop) & (start < stops) & (starts < stops)
+            yield int(inside.sum()), stop - start
 
 
 def _length_histogram(lengths: Sequence[tuple[int, int]], level: str) -> Histogram:

@@ -55,6 +55,7 @@ WORDS = {"cut_inside_word": "cuts that begin or end inside a word or number"}
 DETAILS = ("settings", "models", "versions", "seconds")
 
 STYLES = ("page.css", "overview.css")
+"""The files of the page's style, in their order."""
 
 # A parser drops or rewrites these characters, so that they are shown by their picture.
 _CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n\r"}
@@ -63,9 +64,7 @@ _CONTROLS[0x7F] = "\N{SYMBOL FOR DELETE}"
 
 def render_page(run: Run, overview: Overview, results: Mapping[str, Any]) -> str:
     """Return the page, which depends on nothing but its arguments."""
-    package = files("leaf_distill.report")
-    script = package.joinpath("page.js").read_text(encoding="utf-8")
-    styles = (package.joinpath(name).read_text(encoding="utf-8") for name in STYLES)
+    script = _read("page.js")
     settings = run.funnel["settings"]
     gains = [line for line in run.funnel.get("sources", []) if line["marked"]]
     return _template().render(
@@ -98,10 +97,14 @@ def render_page(run: Run, overview: Overview, results: Mapping[str, Any]) -> str
         thresholds=thresholds(settings),
         ticks=_ticks([value for _, value in thresholds(settings)]),
         generator=Markup(GENERATOR),
-        css=Markup("".join([*styles, _colors()])),
+        css=Markup("".join(map(_read, STYLES)) + _colors()),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _read(name: str) -> str:
+    return files("leaf_distill.report").joinpath(name).read_text(encoding="utf-8")
 
 
 @functools.cache
