@@ -11,6 +11,7 @@ from leaf_distill.data.source import find_arm
 from leaf_distill.io import make_directory, reading, user_directory, write_bytes
 from leaf_distill.report.data import read_run
 from leaf_distill.report.figure import write_figure
+from leaf_distill.report.overview import read_overview
 from leaf_distill.report.page import GENERATOR, render_page
 from leaf_distill.report.place import check_output, output_path
 from leaf_distill.report.results import read_results
@@ -51,9 +52,10 @@ def write_report(
     path = arm / "report.html" if output is None else output_path(output, "output")
     check_output(path, "output", GENERATOR, "report")
     run = read_run(arm, samples=samples, row_ids=row_ids)
+    overview = read_overview(arm, run.funnel, run.totals["kept"])
     results = read_results(arm.parent.parent)
     with reading(arm / "funnel.json", TemplateError):
-        page = render_page(run, results)
+        page = render_page(run, overview, results)
     make_directory(path.parent)
     write_bytes(path, page.encode(errors="replace"))
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from leaf_distill.detection.funnel import ROW_STAGES, VIEWS, views_that_left
 from leaf_distill.report.data import GROUPS, MODELS, Run
 from leaf_distill.report.heat import LEVELS, cut_excerpt, heat, last_lines, score_level
+from leaf_distill.report.overview import Overview
 from leaf_distill.report.settings import (
     CONTROLS,
     headline,
@@ -53,15 +54,19 @@ JUDGES = {"both": MODELS, "teacher": ("teacher",), "none": ()}
 WORDS = {"cut_inside_word": "cuts that begin or end inside a word or number"}
 DETAILS = ("settings", "models", "versions", "seconds")
 
+STYLES = ("page.css", "overview.css", "layers.css")
+"""The files of the page's style, in their order."""
+
 # A parser drops or rewrites these characters, so that they are shown by their picture.
 _CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n\r"}
 _CONTROLS[0x7F] = "\N{SYMBOL FOR DELETE}"
 
 
-def render_page(run: Run, results: Mapping[str, Any]) -> str:
+def render_page(run: Run, overview: Overview, results: Mapping[str, Any]) -> str:
     """Return the page, which depends on nothing but its arguments."""
     script = _read("page.js")
     settings = run.funnel["settings"]
+    gains = [line for line in run.funnel.get("sources", []) if line["marked"]]
     return _template().render(
         run=run,
         funnel=run.funnel,
@@ -76,7 +81,9 @@ def render_page(run: Run, results: Mapping[str, Any]) -> str:
         details=[(name.capitalize(), _flat(run.funnel[name])) for name in DETAILS],
         results=results,
         stages=_stages(run.funnel),
-        gains=[line for line in run.funnel.get("sources", []) if line["marked"]],
+        gains=gains,
+        overview=overview,
+        contents=_contents(overview, gains, results),
         models=MODELS,
         views_left=list(views_that_left(run.funnel["left"])),
         judges=(
@@ -90,7 +97,7 @@ def render_page(run: Run, results: Mapping[str, Any]) -> str:
         thresholds=thresholds(settings),
         ticks=_ticks([value for _, value in thresholds(settings)]),
         generator=Markup(GENERATOR),
-        css=Markup("".join(map(_read, ("page.css", "layers.css"))) + _colors()),
+        css=Markup("".join(map(_read, STYLES)) + _colors()),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -118,6 +125,7 @@ def _template() -> Template:
         signed=signed,
         change=change,
         nats=nats,
+        percent=percent,
         last_lines=last_lines,
     )
     environment.globals.update(heat=heat, cut_excerpt=cut_excerpt)
@@ -152,6 +160,28 @@ def change(value: float) -> str:
 def nats(value: float) -> str:
     """Return a KL with two significant digits, and no more than three behind the point."""
     return f"{value:.3f}" if value < 0.01 else f"{value:.2f}"
+
+
+def percent(shares: Iterable[float]) -> tuple[float, ...]:
+    """Return shares in percent."""
+    return tuple(100 * share for share in shares)
+
+
+def _contents(
+    overview: Overview, gains: Sequence[object], results: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Return place and name of the sections that the page has."""
+    sections = {
+        "overview": ("Overview", True),
+        "arms": ("Arms", len(overview.arms) > 1),
+        "stages": ("Stages", True),
+        "gain": ("Pruning gain", gains),
+        "results": ("Distillation", results["trainings"] or results["evaluations"]),
+        "curves": ("Deletion curves", results["curves"]),
+        "samples": ("Samples", True),
+        "run": ("Settings", True),
+    }
+    return [(place, name) for place, (name, there) in sections.items() if there]
 
 
 def _ticks(thresholds: Sequence[float]) -> list[float]:

@@ -24,7 +24,7 @@ def row(row_id: int, source: str | None, *reasons: str | None) -> Example:
     return example
 
 
-def test_each_source_has_a_bar_with_its_interval(tmp_path: Path) -> None:
+def test_each_source_has_a_point_with_its_interval(tmp_path: Path) -> None:
     examples = [
         row(0, "math <b>", None, "student_wrong"),
         row(1, "math <b>", "student_wrong"),
@@ -39,8 +39,9 @@ def test_each_source_has_a_bar_with_its_interval(tmp_path: Path) -> None:
     assert code[:4] == ["1", "0", "0.0%, 0.0 to 79.3%", "0.0%of 1"]
     assert math[:4] == ["2", "1", "50.0%, 9.5 to 90.5%", "33.3%of 3"]
     assert math[4].startswith("0.0% before") and "50.0% with the best cut, 25.0%" in math[4]
-    widths = [line.find("rect")[0].attributes["width"] for line in lines]
-    assert widths == ["33.33", "0.00", "50.00"]
+    assert not table.find("rect")  # a bar would be read as the value
+    points = [line.find("path", cls="point")[0].attributes["d"] for line in lines]
+    assert points == ["M33.33 5h0.001", "M0.00 5h0.001", "M50.00 5h0.001"]
     labels = [line.find("svg")[0].attributes["aria-label"] for line in lines]
     assert labels[2] == "50.0 percent, 9.5 to 90.5"
 

@@ -270,7 +270,7 @@ def test_levels_that_left_are_said_apart_from_the_rows(tmp_path: Path) -> None:
     ]
     arm = write_run(tmp_path, [scored(0, "one")], config=replace(CONFIG, level="both"), left=left)
     page = Page(write_report(arm))
-    items = [item.text for item in page.root.find("table", cls="funnel")[0].find("li")]
+    items = [item.text for item in page.root.find("table", cls="stages")[0].find("li")]
     assert items == ["3 student right"]
     assert "Prompts that left: 2 no valid cut." in page.root.text
     assert "Beginnings of responses that left: 8 student right." in page.root.text

@@ -97,7 +97,7 @@ def test_an_accuracy_is_a_point_with_an_interval(run: Path, place: str) -> None:
     for text in ("75.0%", "1,600 rows", "400 no answer", f"{low:.1f} to"):
         assert text in line.text
     svg = line.find("svg")[0]
-    assert svg.attributes["aria-label"] == f"{low:.1f} to {high:.1f} percent"
+    assert svg.attributes["aria-label"] == f"75.0 percent, {low:.1f} to {high:.1f}"
     assert not svg.find("rect")  # a bar would be read as the value
     assert svg.find("path", cls="point")[0].attributes["d"] == "M75.00 5h0.001"
     assert f"M{low:.2f} 5H{high:.2f}" in (svg.find("path")[1].attributes["d"] or "")
