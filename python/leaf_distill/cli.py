@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
-import shlex
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,22 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import leaf_distill
+from leaf_distill import next_steps
 from leaf_distill.config import nearest
 from leaf_distill.options import parse_options, shortened
 from leaf_distill.ranks import is_first, reports
+from leaf_distill.terminal import complain, readable_messages, width
+from leaf_distill.wording import wrapped
 
-PACKAGES = (
-    "leaf-distill",
-    "torch",
-    "triton",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "pyarrow",
-    "math-verify",
-    "peft",
-    "reasoning-gym",
-    "gguf",
+PURPOSE = (
+    "LeaF finds the tokens of a prompt that mislead a small language model, by comparing how "
+    "strongly a teacher's and a student's loss react to each; cuts them out; and distils the "
+    "teacher into the student on the original and the cut prompts together."
 )
 
 SAY_S = 5.0  # a launcher ends all processes with one: until then the first has said its sentence
@@ -82,11 +78,61 @@ def hidden_options(configs: Sequence[type]) -> frozenset[str]:
 
 
 def _run_detect(config: Any) -> None:
+    from leaf_distill.detection.funnel import KEPT
     from leaf_distill.detection.pipeline import detect
 
     result = detect(config)
     if not config.dry_run and is_first():
-        print(f"Next: leaf report --run_dir {shlex.quote(str(result.arm))}")
+        stages = {one["stage"]: one["rows"] for one in result.funnel["stages"]}
+        next_steps.after_detect(
+            result.arm,
+            vars(config),
+            kept=stages[KEPT],
+            trains=not (config.teacher_server_url or result.different_tokenizers),
+        )
+
+
+def _run_cache(config: Any) -> None:
+    from leaf_distill.training.cache import cache_teacher
+
+    cache_teacher(config)
+    next_steps.after_cache(config)
+
+
+def _run_distill(arguments: Any, config: Any) -> None:
+    from leaf_distill.training.distill import distill
+
+    distill(arguments, config)
+    if not arguments.show and is_first():
+        next_steps.after_distill(arguments, config)
+
+
+def _run_compare(config: Any, detection: Any, training: Any) -> None:
+    from leaf_distill.evaluation.compare import compare
+
+    next_steps.after_compare(compare(config, detection, training).table.parent)
+
+
+def _run_analyze(config: Any) -> None:
+    from leaf_distill.evaluation.analyze import analyze
+
+    result = analyze(config)
+    kept = {str(line["arm"]): int(str(line["kept"])) for line in result.sheets["arms"].lines}
+    next_steps.after_analyze(Path(config.run_dir), kept, curves=result.curves is not None)
+
+
+def _run_sweep(config: Any) -> None:
+    from leaf_distill.evaluation.sweep import sweep
+
+    result = sweep(config)
+    proposed: dict[str, Any] = {}
+    for one in result.proposals:
+        if one.cell is not None:
+            setting = one.cell.setting
+            name = "threshold" if one.level == "instruction" else "response_threshold"
+            proposed |= {name: setting.threshold, "strategy": setting.strategy}
+            proposed |= {name: getattr(setting, name) for name in ("score", "rule", "widen")}
+    next_steps.after_sweep(result.arm, proposed)
 
 
 def _run_report(config: Any) -> None:
@@ -99,7 +145,7 @@ def _run_report(config: Any) -> None:
         return
     rows = None if config.row is None else [config.row]
     page = write_report(config.run_dir, output=config.output, samples=config.samples, row_ids=rows)
-    print(f"The page is {page}")
+    print(f"The page is {page}\nNext, open it in a browser:\n  {page.absolute().as_uri()}")
 
 
 def _run_demo(config: Any) -> None:
@@ -107,34 +153,6 @@ def _run_demo(config: Any) -> None:
     from leaf_distill.io import user_directory
 
     run_demo(user_directory(config.output_dir))
-
-
-def _run_env() -> None:
-    """Print what a bug report needs: versions, devices, and which kernels would run."""
-    import platform
-
-    import torch
-
-    import leaf_ext
-    from leaf_distill.config import package_versions
-    from leaf_distill.detection.cache import FILE, default_cache_directory
-    from leaf_distill.grading.sandbox.process import unavailable
-
-    print(f"python          {platform.python_version()} on {platform.platform()}")
-    for package, number in package_versions(PACKAGES).items():
-        print(f"{package:<15} {number}")
-    print(f"cpu             {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
-    for index in range(torch.cuda.device_count()):
-        print(f"gpu {index}           {torch.cuda.get_device_name(index)}")
-    cache = default_cache_directory().expanduser() / FILE
-    size = cache.stat().st_size if cache.exists() else 0
-    print(f"cache           {cache}, {size / 1e6:.1f} MB")
-    print(f"programs        {unavailable() or 'can be confined (--grade code)'}")
-    try:
-        for key, value in leaf_ext.build_info().items():
-            print(f"leaf_ext        {key}: {value}")
-    except RuntimeError as error:  # a pure-Python installation is a sound one
-        print(f"leaf_ext        reference only: {error}")
 
 
 KEPT = "whole batches that were done are kept, and the same command goes on from them"
@@ -152,7 +170,7 @@ COMMANDS = {
         "store what the teacher says about a dataset, for trainings without the teacher",
         "leaf cache --teacher ./teacher --dataset runs/math --output_dir runs/math/teacher",
         ("training.config:CacheConfig",),
-        "training.cache:cache_teacher",
+        _run_cache,
         "batches that were done are kept, and the same command goes on from them",
     ),
     "distill": Command(
@@ -160,7 +178,7 @@ COMMANDS = {
         "leaf distill --student ./student --teacher ./teacher --dataset runs/math "
         "--output_dir student-leaf",
         ("training.config:DistillArguments", "training.config:LeafConfig"),
-        "training.distill:distill",
+        _run_distill,
         "the same command goes on from the newest checkpoint, where there is one",
     ),
     "evaluate": Command(
@@ -180,20 +198,20 @@ COMMANDS = {
             "detection.config:DetectConfig",
             "training.config:LeafConfig",
         ),
-        "evaluation.compare:compare",
+        _run_compare,
         KEPT,
     ),
     "analyze": Command(
         "make the paper's studies of a run of `leaf detect`, without a model, and score curves",
         "leaf analyze --run_dir runs/math",
         ("evaluation.config:AnalyzeConfig",),
-        "evaluation.analyze:analyze",
+        _run_analyze,
     ),
     "sweep": Command(
         "try thresholds, strategies and widenings on the rows of an arm, without a model",
         "leaf sweep --run_dir runs/math/arms/span --thresholds 0.05 0.1 0.2",
         ("evaluation.config:SweepConfig",),
-        "evaluation.sweep:sweep",
+        _run_sweep,
     ),
     "report": Command(
         "write one self-contained HTML page about a run of `leaf detect`",
@@ -207,7 +225,12 @@ COMMANDS = {
         ("config:DemoConfig",),
         _run_demo,
     ),
-    "env": Command("print versions and devices, for bug reports", "leaf env", (), _run_env),
+    "env": Command(
+        "print versions, devices and kernels, for bug reports",
+        "leaf env",
+        (),
+        "environment:show_environment",
+    ),
 }
 
 
@@ -255,33 +278,27 @@ def _report(name: str, error: Exception) -> None:
     """Print one line for an error; the traceback of one that is not ours goes to a file."""
     message = str(error).strip()
     if isinstance(error, (ValueError, RuntimeError, OSError)) and _raised_by_us(error):
-        print(f"leaf {name}: error: {shortened(message)}", file=sys.stderr)
+        complain(f"leaf {name}: error: {shortened(message)}")
         return
     first = message.splitlines()[0] if message else "no message"
     with tempfile.NamedTemporaryFile(
         "w", prefix=f"leaf-{name}-", suffix=".log", delete=False, encoding="utf-8"
     ) as file:
         traceback.print_exception(error, file=file)
-    print(
+    complain(
         f"leaf {name}: error: {type(error).__name__}: {first[:500]}\n"
-        f"This was not expected. If it looks like a fault of LeaF, please report it with the "
-        f"traceback in {file.name}",
-        file=sys.stderr,
+        "This was not expected. If it looks like a fault of LeaF, please report it with the lines "
+        f"of `leaf env` and the traceback in {file.name}"
     )
 
 
 def _overview() -> str:
+    columns = width() or 80
     lines = ["usage: leaf COMMAND [options]      (leaf COMMAND --help says more)", ""]
-    lines += [f"  {name:<9} {command.summary}" for name, command in COMMANDS.items()]
-    lines += [
-        "",
-        "LeaF finds the tokens of a prompt that mislead a small language model, by comparing",
-    ]
-    lines += [
-        "how strongly a teacher's and a student's loss react to each; cuts them out; and distils"
-    ]
-    lines += ["the teacher into the student on the original and the cut prompts together."]
-    return "\n".join(lines)
+    for name, command in COMMANDS.items():
+        line, indent = f"  {name:<9} {command.summary}", " " * 12
+        lines += textwrap.wrap(line, columns, subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join([*lines, "", wrapped(PURPOSE, columns)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -295,14 +312,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(leaf_distill.__version__)
         return 0
     if name not in COMMANDS:
-        print(f"leaf: {name!r} is not a command{nearest(name, COMMANDS)}", file=sys.stderr)
+        complain(f"leaf: {name!r} is not a command{nearest(name, COMMANDS)}")
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a file has its lines in order, and at once
     try:
         configs, run = _parse_once(name, words[1:]), COMMANDS[name].run
-        (_named(run) if isinstance(run, str) else run)(*configs)
+        with readable_messages():
+            (_named(run) if isinstance(run, str) else run)(*configs)
     except KeyboardInterrupt:
         if reports():
-            print(f"\nleaf {name}: interrupted; {COMMANDS[name].interrupted}", file=sys.stderr)
+            complain(f"\nleaf {name}: interrupted; {COMMANDS[name].interrupted}")
         return 130
     except Exception as error:
         if reports():

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, digests, locks, and progress."""
+"""Files that are written whole or not at all, digests, and locks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ import hashlib
 import json
 import os
 import secrets
-import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
-
-LOG_INTERVAL_S = 30.0
 
 
 class StoreError(RuntimeError):
@@ -210,37 +205,3 @@ def disk_error(error: OSError, path: Path, size: int | None = None) -> StoreErro
         f"{path}: must be a place to write to, got {error.strerror or error}; give another one, or "
         "change its permissions"
     )
-
-
-class Progress:
-    """A progress bar on a terminal; elsewhere a line at most every half minute; or neither."""
-
-    def __init__(
-        self, total: int, description: str, *, initial: int = 0, shown: bool = True
-    ) -> None:
-        self.total, self.description, self.done = total, description, initial
-        self._start = self._last = time.monotonic()
-        self._bar: Any = None
-        self._shown = shown
-        if shown and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=initial, desc=description, unit="row")
-
-    def update(self, count: int) -> None:
-        """Count rows as done."""
-        self.done += count
-        if self._bar is not None:
-            self._bar.update(count)
-        elif self._shown and (now := time.monotonic()) - self._last >= LOG_INTERVAL_S:
-            self._last = now
-            print(
-                f"{self.description}: {self.done} of {self.total} rows, {now - self._start:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

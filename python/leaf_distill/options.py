@@ -11,12 +11,18 @@ import dataclasses
 import difflib
 import json
 import re
+import shlex
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from leaf_distill.terminal import width
+from leaf_distill.wording import command_line, wrapped
+
 LONGEST_SENTENCE = 2000
+LONGEST_METAVAR = 40
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
         sentence = shortened(message.removeprefix("argument "))
         for nothing in ("expected one argument", "expected at least one argument"):
             sentence = sentence.replace(nothing, "must have a value, got none")
-        self.exit(2, f"{self.prog}: error: {sentence}\n")
+        self.exit(2, f"{wrapped(f'{self.prog}: error: {sentence}', width(sys.stderr))}\n")
 
 
 def shortened(message: str) -> str:
@@ -48,8 +54,9 @@ def make_parser(
     parser = _Parser(
         prog=prog,
         usage=f"{prog} [--config FILE.yaml] [--option value ...]" if configs else prog,
-        description=description,
-        epilog=f"example: {example}",
+        description=wrapped(description, width() or 80),
+        epilog=_example(example),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     if configs:
@@ -123,6 +130,19 @@ def parse_options(
         parser.error(" ".join(str(error).split()) or type(error).__name__)
 
 
+def _example(line: str) -> str:
+    """Return a command in lines that fit, as a shell takes it."""
+    words = shlex.split(line)
+    first = next((at for at, word in enumerate(words) if word.startswith("--")), len(words))
+    options: dict[str, list[str]] = {}
+    for word in words[first:]:
+        if word.startswith("--"):
+            options[word.removeprefix("--")] = []
+        else:
+            options[next(reversed(options))].append(word)
+    return f"example:\n  {command_line(words[:first], options, (width() or 80) - 2)}"
+
+
 def _add(
     parser: _Parser, item: dataclasses.Field[Any], hint: Any, *, hide: bool
 ) -> argparse.Action:
@@ -136,6 +156,8 @@ def _add(
     names = {get_origin(kind) or kind for kind in kinds}
     if choices and len(names) == 1:
         options |= {"type": _choice(choices), "metavar": "|".join(map(str, choices))}
+        if not hide and len(options["metavar"]) > LONGEST_METAVAR:
+            options |= {"metavar": "NAME", "help": f"{options['help']}; {_listed(choices)}"}
     elif bool in names:
         options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
     elif names & {list, Sequence} and str not in names:
@@ -147,6 +169,10 @@ def _add(
     else:
         options |= {"type": _text, "metavar": "VALUE"}
     return parser.add_argument(f"--{item.name}", **options)
+
+
+def _listed(choices: Sequence[Any]) -> str:
+    return f"one of {', '.join(map(str, choices))}"
 
 
 def _kinds(hint: Any) -> list[Any]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from leaf_distill.io import (
-    Progress,
     StoreError,
     digest,
     read_json,
@@ -96,20 +95,6 @@ def test_a_digest_tells_values_and_their_borders_apart() -> None:
     values = [["a", "b"], ["ab"], ["a", "b", ""], [b"a", b"b"], [1], ["1"], [None], [], [[]]]
     assert len({digest(value) for value in values}) == len(values)
     assert digest([{"a": 1, "b": 2}]) == digest([{"b": 2, "a": 1}])
-
-
-def test_progress_in_a_file_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("leaf_distill.io.LOG_INTERVAL_S", 0.0)
-    with Progress(10, "student answers") as progress:
-        progress.update(4)
-        progress.update(6)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" rows")[0] for line in lines] == [
-        "student answers: 4 of 10",
-        "student answers: 10 of 10",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from leaf_distill.models.loading import load_model
 from leaf_distill.models.saliency import token_nll
 from leaf_distill.models.tokenizer import load_tokenizer
 from leaf_distill.report import write_report
+from leaf_distill.terminal import say, say_next
 from leaf_distill.training.config import LeafConfig
 
 ASSETS = Path(__file__).parent / "assets"
@@ -56,6 +57,7 @@ HELD_OUT: Mapping[str, tuple[int, Mapping[Kind, float]]] = {
 CONTROLS: tuple[Strategy, ...] = ("student_saliency", "perplexity", "random_spans")
 ARMS = ["kd", "random_spans", "span"]
 MAX_NEW_TOKENS = 12  # an answer has 7 tokens and its end
+BY_HAND = ("student", "teacher", "dataset", "grade", "max_new_tokens")
 STEPS = 100
 ROWS_A_STEP = 64
 LEARNING_RATE = 5e-4
@@ -75,7 +77,7 @@ def run_demo(output_dir: Path) -> dict[str, Any]:
     problems = make_problems(ROWS, seed=SEED + 1, mix=MIX)
     rows = write_problems(output_dir / "rows.jsonl", problems)
     with one_thread():
-        print("stage 1 with LeaF's spans ...", flush=True)
+        say("Stage 1 with LeaF's spans ...")
         leaf = detect(detection_config(rows, output_dir))
         samples = read_samples(leaf.samples)
         detection = measure_detection(tokens_of(samples, problems))
@@ -102,7 +104,13 @@ def run_demo(output_dir: Path) -> dict[str, Any]:
     }
     write_results(output_dir, results)
     numbers = output_dir / RESULTS
-    print(f"\nThe numbers are in {numbers} ({results['seconds']:.0f} s).\nThe page is {page}")
+    say(f"\nThe numbers are in {numbers} ({results['seconds']:.0f} s).\nThe page is {page}")
+    by_hand = {name: getattr(detection_config(rows, output_dir), name) for name in BY_HAND}
+    say_next(
+        "Next, detection by hand; put your models and rows in place of these",
+        "detect",
+        by_hand | {"output_dir": f"{output_dir}-by-hand"},
+    )
     return results
 
 

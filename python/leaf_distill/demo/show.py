@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group
 
 from leaf_distill.demo.measure import Detection, Pruning
 from leaf_distill.evaluation.compare_table import CompareResult, training_table
@@ -67,7 +66,7 @@ def show_results(
     console.print("", text, sep="\n")
 
 
-def _detection(rows: Sequence[Detection], scored: int) -> Table:
+def _detection(rows: Sequence[Detection], scored: int) -> Group:
     lines: list[tuple[str, ...]] = [
         ("score", "precision", "clauses", "tokens", "top one", "AUC", "AUC numbers")
     ]
@@ -83,7 +82,7 @@ def _detection(rows: Sequence[Detection], scored: int) -> Table:
     return printed_table(title, lines, caption=caption)
 
 
-def _pruning(rows: Sequence[Pruning]) -> Table:
+def _pruning(rows: Sequence[Pruning]) -> Group:
     lines: list[tuple[str, ...]] = [
         ("what is cut", "cuts", "student right", "passed validation", "prompts helped")
     ]
@@ -97,7 +96,7 @@ def _pruning(rows: Sequence[Pruning]) -> Table:
     return printed_table("Pruning alone, on prompts that the student had failed", lines)
 
 
-def _accuracy(accuracy: Mapping[str, Mapping[str, float]], held_out: Mapping[str, int]) -> Table:
+def _accuracy(accuracy: Mapping[str, Mapping[str, float]], held_out: Mapping[str, int]) -> Group:
     lines = [("", *(f"{name}\n({count})" for name, count in held_out.items()))]
     for name, figures in accuracy.items():
         lines.append((name, *(_percent(figures[held]) for held in held_out)))

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from leaf_distill.io import Progress, StoreError, digest, make_directory
+from leaf_distill.io import StoreError, digest, make_directory
 from leaf_distill.ranks import Ranks, current
+from leaf_distill.terminal import Progress
 
 FILE = "rows.sqlite"
 WAIT_S = 60.0  # for another process that is writing

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from leaf_distill.data.example import ROLES, Example, Rendering, Role
 from leaf_distill.detection.answers import (
     PromptedModel,
@@ -34,6 +32,7 @@ from leaf_distill.models.estimate import (
     saliency_cost,
 )
 from leaf_distill.models.generation import room_for_answer
+from leaf_distill.terminal import say
 from leaf_distill.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -212,15 +211,10 @@ def show_estimate(
     found: Mapping[str, Any], examples: Sequence[Example], warnings: Sequence[str]
 ) -> None:
     """Print an estimate, the rows that will leave and why, and what else is known before."""
-    console = Console()
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     left = [one.outcome for one in examples if one.outcome and one.outcome.stage in UNUSED]
     usable = f"{len(examples) - len(left)} of {len(examples)} rows are usable"
     say(f"Estimate of the run, which is not started: {usable}")
-    show_left(console, examples)
+    show_left(examples)
     for role, one in found["models"].items():
         say(
             f"{role}: weights {one['weights'] / 1e9:.2f} GB, at its largest "
@@ -246,6 +240,4 @@ def show_estimate(
     for role, one in found["models"].items():
         if one["little_room"]:
             roles.setdefault(one["little_room"], []).append(role)
-    show_notes(
-        console, [*warnings, *(f"{' and '.join(who)}: {said}" for said, who in roles.items())]
-    )
+    show_notes([*warnings, *(f"{' and '.join(who)}: {said}" for said, who in roles.items())])

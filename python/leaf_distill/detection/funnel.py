@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from leaf_distill.data.example import ROLES, Example, candidates_of, views_of
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.gain import pruning_gain
+from leaf_distill.terminal import light_table, say, titled
+from leaf_distill.wording import TIED
 
 ROW_STAGES = {
     "rows": None,
@@ -33,7 +33,6 @@ UNUSED = ("rows", "render")
 
 KEPT = "kept counterfactuals"
 
-TIED = "\N{NO-BREAK SPACE}"
 """A blank at which no line ends; it is printed as a plain one."""
 
 REASONS_SHOWN = 3
@@ -143,7 +142,7 @@ def _with_parts(example: Example) -> Iterator[Example]:
 
 def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
     """Print the funnel as a table, and what the reader should know before using the result."""
-    table = Table(title="LeaF, stage 1", title_justify="left")
+    table = light_table()
     table.add_column("stage")
     table.add_column("number", justify="right")
     table.add_column("left, and why")
@@ -156,25 +155,24 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
     for entry in summary["stages"]:
         name = entry["stage"]
         table.add_row(name, str(entry["rows"]), "\n".join(lines.get(name, [])))
-    console = Console()
-    console.print(table)
-    _show_sources(console, summary["sources"])
+    Console().print(titled("LeaF, stage 1", table))
+    show_sources(summary["sources"])
     for name, reasons in views_that_left(summary["left"]):
-        _say(console, f"{name} that left: {', '.join(reasons)}")
+        say(f"{name} that left: {', '.join(reasons)}")
     for note, count in summary["notes"].items():
-        _say(console, f"note: {note.replace('_', ' ')}: {count}")
-    show_notes(console, warnings)
+        say(f"note: {note.replace('_', ' ')}: {count}")
+    show_notes(warnings)
     times = ", ".join(f"{name}{TIED}{value:.1f}" for name, value in summary["seconds"].items())
-    _say(console, f"seconds: {times}")
+    say(f"seconds: {times}")
 
 
-def show_notes(console: Console, warnings: Iterable[str]) -> None:
+def show_notes(warnings: Iterable[str]) -> None:
     """Print what the reader should know before using a result, or before starting a run."""
     for warning in warnings:
-        _say(console, f"note: {warning}", style="yellow")
+        say(f"note: {warning}", style="yellow")
 
 
-def show_left(console: Console, examples: Sequence[Example]) -> None:
+def show_left(examples: Sequence[Example]) -> None:
     """Print why rows left that no model was asked yet, most frequent first, with examples."""
     for name, stages in (("left", UNUSED), ("left at this level, if marked", ("detect",))):
         gone = [one for one in examples if one.outcome and one.outcome.stage in stages]
@@ -184,7 +182,7 @@ def show_left(console: Console, examples: Sequence[Example]) -> None:
         listed = ", ".join(
             f"{count} {reason.replace('_', ' ')}" for reason, count in counts.most_common()
         )
-        _say(console, f"{name}: {listed}; {first_of_each(gone)}")
+        say(f"{name}: {listed}; {first_of_each(gone)}")
 
 
 def first_of_each(gone: Sequence[Example]) -> str:
@@ -200,14 +198,6 @@ def first_of_each(gone: Sequence[Example]) -> str:
     return "; ".join(found) + " (rows are counted from 0, without blank lines)"
 
 
-def _say(console: Console, text: str, style: str = "") -> None:
-    """Print text in lines that end between words; a long path stays whole."""
-    lines = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
-    console.print(
-        lines.replace(TIED, " "), style=style, markup=False, highlight=False, soft_wrap=True
-    )
-
-
 def views_that_left(left: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of each level of rows, and how many of it left by themselves, and why."""
     counts = {name: Counter[str]() for name in VIEWS}
@@ -219,19 +209,19 @@ def views_that_left(left: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, li
             yield VIEWS[name], [f"{count} {reason}" for reason, count in reasons.items()]
 
 
-def _show_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> None:
+def show_sources(sources: Sequence[Mapping[str, Any]]) -> None:
     """Print how many marked rows a cut repairs: one line, or a table where rows have sources."""
     if not sources or not sources[0]["marked"]:
         return
     if not sources[0]["cuts"]:
-        _say(console, f"{NO_CUT} in any of {sources[0]['marked']} marked rows")
+        say(f"{NO_CUT} in any of {sources[0]['marked']} marked rows")
         return
     if len(sources) == 1:
         one = sources[0]
         text = f"cutting repairs {one['repaired']} of {one['marked']} marked rows, {_share(one)}"
-        _say(console, text)
+        say(text)
         return
-    table = Table(title="Marked rows that a cut repairs", title_justify="left")
+    table = light_table()
     table.add_column("source")
     for name in ("marked", "repaired", "share and 95 % interval", "accuracy before", "best cut"):
         table.add_column(name, justify="right")
@@ -241,7 +231,7 @@ def _show_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> Non
             accuracy = [f"{one[name]:.1%}" for name in ("before", "best_cut")]
             cells = [str(one["repaired"]), _share(one), *accuracy]
         table.add_row(escape(one["source"]), str(one["marked"]), *cells)
-    console.print(table)
+    Console().print(titled("Marked rows that a cut repairs", table))
 
 
 def _share(line: Mapping[str, Any]) -> str:

@@ -66,14 +66,21 @@ from leaf_distill.models.memory import count_halvings
 from leaf_distill.models.server import find_server
 from leaf_distill.models.tokenizer import have_same_tokenizer
 from leaf_distill.ranks import current, together
+from leaf_distill.terminal import say
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+UNCHANGED = ", as it was: nothing was left to do"
+
+
 @dataclass(frozen=True)
 class DetectResult:
-    """Paths of an arm's files, and its funnel (the content of funnel.json)."""
+    """Paths of an arm's files, its funnel (the content of funnel.json), and more.
+
+    different_tokenizers: whether the models have different ones, so that no training takes both.
+    """
 
     run_directory: Path
     arm: Path
@@ -81,6 +88,7 @@ class DetectResult:
     samples: Path
     outcomes: Path
     funnel: dict[str, Any]
+    different_tokenizers: bool = False
 
 
 @together
@@ -432,14 +440,15 @@ class Run:
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
         replaced = explain_replacement(arm, summary)
-        if not is_unchanged(arm, summary):  # else the seconds stay those of the passes
+        unchanged = is_unchanged(arm, summary)
+        if not unchanged:  # else the seconds stay those of the passes
             write_json(arm / "funnel.json", summary)
         show_funnel(summary, [*warnings, *replaced])
-        print(
-            f"The dataset is {dataset}\nBeside it: dataset.jsonl (the same rows), candidates, "
-            "samples, outcomes, funnel"
+        say(
+            f"The dataset is {dataset}{UNCHANGED if unchanged else ''}\n"
+            "Beside it: dataset.jsonl (the same rows), candidates, samples, outcomes, funnel"
         )
-        return DetectResult(self.root, arm, dataset, samples, outcomes, summary)
+        return DetectResult(self.root, arm, dataset, samples, outcomes, summary, self.different)
 
     def _warnings(self) -> list[str]:
         """Return what a user should know before using the result."""

@@ -44,6 +44,7 @@ from leaf_distill.evaluation.sheets import (
 from leaf_distill.evaluation.similarity import Shift, shifts, similarity
 from leaf_distill.evaluation.tables import check_table
 from leaf_distill.io import make_directory, user_directory, write_bytes, write_json
+from leaf_distill.terminal import say
 from leaf_distill.training.model_card import markdown_table
 
 STEM = "analysis"
@@ -206,18 +207,22 @@ def _page(result: AnalyzeResult, charts: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+SHORT = {"the teacher's answer": "teacher", "the label": "label"}
+"""Of references, in the terminal."""
+
+
 def _print(result: AnalyzeResult) -> None:
     console = Console()
     lines = (line for sheet in result.sheets.values() for line in sheet.lines if "arm" in line)
     short = short_names(list(dict.fromkeys(str(line["arm"]) for line in lines)))
     for name, letter in short.items():
-        console.print(f"{letter}  {name}", markup=False, highlight=False)
+        say(f"{letter}  {name}")
     for sheet in result.sheets.values():
         if sheet.lines:
-            console.print(printed(sheet, short, width=console.width))
-    console.print(FLATTERY, markup=False, highlight=False)
+            console.print(printed(sheet, SHORT | short, width=console.width), "")
+    say(FLATTERY)
     if result.curves:
-        console.print(result.curves.remark, markup=False, highlight=False)
+        say(result.curves.remark)
     for text in result.advice:
-        console.print(f"note: {text}", style="yellow", markup=False)
-    print(f"{result.directory / STEM}.md says more, also by source and difficulty")
+        say(f"note: {text}", style="yellow")
+    say(f"{result.directory / STEM}.md says more, also by source and difficulty")

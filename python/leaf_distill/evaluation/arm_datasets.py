@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,10 +15,13 @@ import pyarrow.parquet as pq
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.detection.arms import arm_name
 from leaf_distill.detection.config import DetectConfig
+from leaf_distill.detection.funnel import KEPT, show_notes, show_sources
 from leaf_distill.detection.pipeline import detect
 from leaf_distill.evaluation.compared import ARMS
 from leaf_distill.io import make_directory, write_table
+from leaf_distill.terminal import say
 from leaf_distill.training.sampler import check_failed
+from leaf_distill.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +63,7 @@ def make_datasets(plan: Mapping[str, DetectConfig], root: Path) -> dict[str, Pat
         path = next((path for known, path in made if known == config), None)
         if path is None:
             print(f"detection: {name} ...", file=sys.stderr, flush=True)
-            path = detect(config).dataset
+            path = _detect(config)
             made.append((config, path))
         datasets[name] = path
     plain = [name for name in plan if ARMS[name].detection is None]
@@ -78,6 +83,18 @@ def make_datasets(plan: Mapping[str, DetectConfig], root: Path) -> dict[str, Pat
         if any("failed_share" in ARMS[name].training for name in plain):
             check_failed([one for one in load_examples(path) if one.failed])
     return datasets
+
+
+def _detect(config: DetectConfig) -> Path:
+    """Run a detection, and print in a few lines what it found; funnel.json says all of it."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = detect(config)
+    found = {one["stage"]: one["rows"] for one in result.funnel["stages"]}
+    cuts = counted(found["candidates"], "cut")
+    say(f"{result.arm}: {cuts}, {counted(found[KEPT], 'counterfactual')} kept")
+    show_sources(result.funnel["sources"])
+    show_notes(result.funnel["templates"])
+    return result.dataset
 
 
 def dataset_of(name: str, plan: Mapping[str, DetectConfig], root: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import sys
 from collections import Counter
@@ -43,6 +45,7 @@ from leaf_distill.io import (
 )
 from leaf_distill.models.source import named
 from leaf_distill.statistics import paired_bootstrap, wilson_interval
+from leaf_distill.terminal import say
 from leaf_distill.training.checks import of_evaluation
 from leaf_distill.training.config import DistillArguments, LeafConfig
 from leaf_distill.training.distill import distill
@@ -119,8 +122,9 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
         settings = {name: ARMS[name].settings(one) for name, one in trainings.items()}
         result = _compare(config, detection, trained, settings, root)
         _write(result, config, detection, training)
-    Console().print(training_table(result), accuracy_table(result), *result.notes, sep="\n")
-    print(f"The table is in {result.table}, its numbers are in {root / 'compare.json'}")
+    tables = training_table(result), accuracy_table(result)
+    Console().print("", tables[0], "", tables[1], *result.notes, "", sep="\n")
+    say(f"The table is in {result.table}, its numbers are in {root / 'compare.json'}")
     return result
 
 
@@ -277,15 +281,17 @@ def _evaluate(
     shared = {item: getattr(detection, item) for item in AnswerOptions.__dataclass_fields__}
     if shared["dtype"] == "auto":  # trained students are saved in float32: one dtype for all
         shared["dtype"] = "float32"
-    result = evaluate(
-        EvaluateConfig(
-            **shared,
-            model=model,
-            dataset=config.eval_dataset,
-            dataset_split=config.eval_split,
-            columns=detection.columns,
-            output_dir=str(root / "evaluation" / name),
-        )
+    settings = EvaluateConfig(
+        **shared,
+        model=model,
+        dataset=config.eval_dataset,
+        dataset_split=config.eval_split,
+        columns=detection.columns,
+        output_dir=str(root / "evaluation" / name),
     )
+    with contextlib.redirect_stdout(io.StringIO()):  # the table of all arms follows
+        result = evaluate(settings)
+    low, high = result.interval
+    say(f"{name}: {result.accuracy:.1%} right ({low:.1%} to {high:.1%})")
     verdicts = pq.read_table(result.answers, columns=["verdict"])["verdict"].to_pylist()
     return np.array([verdict == "right" for verdict in verdicts])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.console import Group
 
 from leaf_distill.evaluation.tables import printed_table
 from leaf_distill.training.model_card import markdown_table
@@ -108,13 +108,13 @@ def _accuracy_lines(result: CompareResult) -> Lines:
     return lines
 
 
-def training_table(result: CompareResult) -> Table:
+def training_table(result: CompareResult) -> Group:
     """Return the printed table of the arms' distillations."""
     title = "Distillation at equal compute"
     return printed_table(title, _training_lines(result), caption=COMPUTE)
 
 
-def accuracy_table(result: CompareResult) -> Table:
+def accuracy_table(result: CompareResult) -> Group:
     """Return the printed table of the arms' accuracies."""
     title = f"Accuracy on {result.problems} problems"
     return printed_table(title, _accuracy_lines(result), caption=CHANCE)

@@ -27,6 +27,7 @@ from leaf_distill.evaluation.results import BenchmarkResult, write_results
 from leaf_distill.evaluation.tables import check_table, printed_table
 from leaf_distill.io import locked, user_directory
 from leaf_distill.models.loading import LazyModel
+from leaf_distill.terminal import say
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,8 +123,8 @@ def evaluate_benchmarks(config: EvaluateConfig) -> BenchmarkResult:
         result = write_results(root, groups, names, done, config)
     console = Console()
     for table in result.printed():
-        console.print(table)
-    print(f"The table is in {result.table}, its numbers are in {root / 'results.json'}")
+        console.print(table, "")
+    say(f"The table is in {result.table}, its numbers are in {root / 'results.json'}")
     return result
 
 
@@ -197,15 +198,12 @@ def _show(title: str, done: Measured) -> None:
     total = sum(result.counts.values())
     counts = [(name, str(n), f"{n / total:.1%}") for name, n in result.counts.items()]
     unit = "rows" if total == rows else "answers"
-    console = Console()
-    console.print(printed_table(title, [("verdict", unit, "share"), *counts]))
+    Console().print(printed_table(title, [("verdict", unit, "share"), *counts]))
     if done.metrics["unreadable_rows"]:
-        console.print(
-            f"{done.metrics['unreadable_rows']} rows could not be used and are not counted"
-        )
+        say(f"{done.metrics['unreadable_rows']} rows could not be used and are not counted")
     low, high = result.interval
     what = "Accuracy" if total == rows else result.metric
-    print(
+    say(
         f"{what} {result.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}, {rows} rows); "
         f"the answers are in {result.answers}"
     )

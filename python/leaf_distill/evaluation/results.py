@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from leaf_distill.config import package_versions
 from leaf_distill.evaluation.benchmarks import Benchmark, Group
@@ -79,17 +79,17 @@ class BenchmarkResult:
     tables: tuple[ResultTable, ...]
     table: Path
 
-    def printed(self) -> list[Table]:
-        """Return the tables for a terminal, a number above its interval."""
-        printed, form = [], "{}\n{} to {}"
+    def printed(self) -> list[RenderableType]:
+        """Return the tables for a terminal, a number above its interval; the last has the note."""
+        tables, form = [], "{}\n{} to {}"
         for one in self.tables:
             of = f" on {one.suite}" if one.suite else ""
-            printed.append(printed_table(f"Accuracy{of}, %", one.lines(form)))
+            tables.append((f"Accuracy{of}, %", one.lines(form)))
             if differences := one.differences(form):
                 title = f"Differences to {next(iter(one.scores))}{of}, points"
-                printed.append(printed_table(title, differences))
-        printed[-1].caption = NOTE
-        return printed
+                tables.append((title, differences))
+        *others, last = tables
+        return [*(printed_table(*one) for one in others), printed_table(*last, caption=NOTE)]
 
 
 def write_results(

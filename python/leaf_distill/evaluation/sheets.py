@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from leaf_distill.statistics import bootstrap, paired_bootstrap, wilson_interval
+from leaf_distill.terminal import light_table, titled
 
 LONGEST = 12
 """Characters of a name that a table of the terminal has room for."""
@@ -91,7 +92,7 @@ def _text(head: str, value: Value, sheet: Sheet, *, short: bool = False) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def printed(sheet: Sheet, names: Mapping[str, str] | None = None, *, width: int = 80) -> Table:
+def printed(sheet: Sheet, names: Mapping[str, str] | None = None, *, width: int = 80) -> Group:
     """Return a sheet as a table for the terminal: short numbers, without details and groups.
 
     Args:
@@ -106,16 +107,21 @@ def printed(sheet: Sheet, names: Mapping[str, str] | None = None, *, width: int 
     cells = [[_text(head, line[head], sheet, short=True) for line in lines] for head in heads]
     cells = [[short.get(text, text) for text in column] for column in cells]
     texts = [isinstance(lines[0][head], str) for head in heads]
+    if sum(max(map(len, (head, *one))) + 2 for head, one in zip(heads, cells, strict=True)) > width:
+        cells = [[text.replace(" (", "\n(") for text in column] for column in cells]
     # No line ends in a text by itself.
     titles = [
         head.replace(" ", "\n") if text else head for head, text in zip(heads, texts, strict=True)
     ]
     widths = _widths(
-        [[*title.split("\n"), *column] for title, column in zip(titles, cells, strict=True)],
+        [
+            [line for text in (title, *column) for line in text.split("\n")]
+            for title, column in zip(titles, cells, strict=True)
+        ],
         texts,
         width,
     )
-    table = Table(title=sheet.title, title_justify="left")
+    table = light_table()
     for at, title in enumerate(titles):
         justify: Literal["left", "right"] = "right" if at and not texts[at] else "left"
         table.add_column(
@@ -123,7 +129,7 @@ def printed(sheet: Sheet, names: Mapping[str, str] | None = None, *, width: int 
         )
     for row in zip(*cells, strict=True):
         table.add_row(*map(Text, row))
-    return table
+    return titled(sheet.title, table)
 
 
 def _widths(
@@ -135,7 +141,7 @@ def _widths(
         most if fixed else max(len(word) for text in column for word in [*text.split(), ""])
         for column, most, fixed in zip(columns, longest, whole, strict=True)
     ]
-    left = width - sum(widths) - 3 * len(widths) - 1  # a border and two blanks beside each column
+    left = width - sum(widths) - 2 * (len(widths) - 1)  # two blanks between columns
     if left < 0:
         return [None] * len(widths)
     for at, most in enumerate(longest):

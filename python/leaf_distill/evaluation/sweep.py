@@ -29,6 +29,7 @@ from leaf_distill.evaluation.sheets import (
 )
 from leaf_distill.evaluation.tables import check_table
 from leaf_distill.io import user_directory, write_bytes, write_json
+from leaf_distill.terminal import say
 from leaf_distill.training.model_card import markdown_table
 
 STEM = "sweep"
@@ -210,10 +211,10 @@ def _write(result: SweepResult, missing: Sequence[str]) -> None:
         detail = (*sheet.detail, "level")
         title = f"{sheet.title}: {level} level"
         one = replace(sheet, title=title, lines=lines, detail=detail)
-        console.print(printed(one, width=console.width))
+        console.print(printed(one, width=console.width), "")
     for sentence in (*LEGEND, *proposed, *missing):
-        console.print(sentence, markup=False, highlight=False)
-    print(f"{result.arm / STEM}.md says what the columns mean, and has the plots")
+        say(sentence)
+    say(f"{result.arm / STEM}.md says what the columns mean, and has the plots")
 
 
 def _json(result: SweepResult, sheet: Sheet, missing: Sequence[str]) -> dict[str, Any]:

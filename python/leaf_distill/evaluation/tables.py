@@ -6,26 +6,21 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
 from leaf_distill.io import is_of
+from leaf_distill.terminal import light_table, titled
 
 
-def printed_table(title: str, lines: Iterable[Sequence[str]], *, caption: str = "") -> Table:
+def printed_table(title: str, lines: Iterable[Sequence[str]], *, caption: str = "") -> Group:
     """Return a table whose first line is the head; columns after the first are numbers."""
     head, *rows = lines
-    table = Table(
-        title=Text(title),
-        title_justify="left",
-        caption=Text(caption) if caption else None,
-        caption_justify="left",
-    )
+    table = light_table()
     for index, column in enumerate(head):
         table.add_column(column, justify="right" if index else "left")
     for row in rows:
         table.add_row(*row)
-    return table
+    return titled(title, table, caption)
 
 
 def check_table(root: Path, stem: str, command: str, *, argument: str = "output_dir") -> None:

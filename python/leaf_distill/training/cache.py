@@ -19,7 +19,7 @@ from leaf_distill.data.collator import ExampleDataset, collate, pad, plan_batche
 from leaf_distill.data.dataset import load_examples
 from leaf_distill.data.example import Example, Rendering
 from leaf_distill.data.prompt import Renderer
-from leaf_distill.io import Progress, locked, read_json, user_directory, write_json
+from leaf_distill.io import locked, read_json, user_directory, write_json
 from leaf_distill.models.checks import input_device
 from leaf_distill.models.label_logits import widened
 from leaf_distill.models.lm_head import finish_logits
@@ -29,6 +29,7 @@ from leaf_distill.models.server import Server, find_server
 from leaf_distill.models.source import model_fingerprint, named
 from leaf_distill.models.tokenizer import check_same_tokenizer, load_tokenizer
 from leaf_distill.ranks import processes
+from leaf_distill.terminal import Progress, say
 from leaf_distill.training.cache_columns import (
     Columns,
     hidden_columns,
@@ -116,7 +117,7 @@ def cache_teacher(config: CacheConfig) -> CacheResult:
                 measured = difference(stored, live, student, rows.examples)
         summary = {**TeacherCache(directory).totals(), "difference": measured}
         write_json(directory / SUMMARY, summary)
-    print(_said(directory, summary, len(lacking)))
+    say(_said(directory, summary, len(lacking)))
     return CacheResult(directory, summary)
 
 
@@ -124,6 +125,7 @@ def _said(directory: Path, summary: Mapping[str, Any], new: int) -> str:
     lines = [
         f"The cache {directory}: rows {summary['rows']} (new {new}), label tokens "
         f"{summary['label_tokens']}, bytes a label token {summary['bytes_a_token']:.1f}"
+        f"{'' if new else '; it was complete'}"
     ]
     if (outside := summary["outside"]) is not None:
         lines.append(

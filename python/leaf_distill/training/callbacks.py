@@ -3,88 +3,17 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
-from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from leaf_distill.training.checkpoint import write_manifest
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = {
-    "loss": "loss {:.4g}",
-    "kd_loss": "originals {:.4g}",
-    "cd_loss": "counterfactuals {:.4g}",
-    "agreement": "agreement {:.0%}",
-    "accuracy": "accuracy {:.1%}",
-    "train_loss": "mean loss {:.4g}",
-}
-
-
-class LogLines(TrainerCallback):
-    """Prints a log as one line: step, losses, agreement, the time and how much of it is left."""
-
-    def __init__(self) -> None:
-        self._started, self._first, self._trains = time.monotonic(), 0, False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._started, self._first, self._trains = time.monotonic(), state.global_step, True
-        state.compute_steps(args, state.max_steps)  # a checkpoint has those of its own settings
-        never_ends = state.max_steps <= args.get_warmup_steps(state.max_steps)
-        if never_ends and state.is_world_process_zero:
-            logger.warning(
-                "the run has %d steps in all, and the warm-up never ends: %s",
-                state.max_steps,
-                "lower warmup_steps or raise max_steps"
-                if args.max_steps > 0
-                else "lower originals_per_step or warmup_steps, or raise num_train_epochs",
-            )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trains = False
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs: Mapping[str, float] = kwargs["logs"]
-        # The names in a log of an evaluation begin with the evaluation's own, as in eval_loss.
-        counted = next((name for name in logs if name.endswith("_cf_rows")), "")
-        prefix = counted.removesuffix("cf_rows")
-        words = [
-            form.format(logs[prefix + name])
-            for name, form in _SHOWN.items()
-            if prefix + name in logs
-        ]
-        if state.is_world_process_zero and words:
-            step = f"step {state.global_step}/{state.max_steps}"
-            evaluated = [prefix.rstrip("_")] if prefix else []
-            best = state.best_global_step if args.load_best_model_at_end else None
-            if evaluated and not self._trains and best is not None:
-                evaluated += [f"of the best weights, step {best}"]
-            passed = time.monotonic() - self._started
-            done, left = state.global_step - self._first, state.max_steps - state.global_step
-            known = done > 0 and left > 0 and not evaluated
-            rest = f", {duration(passed / done * left)} left" if known else ""
-            tqdm.write("  ".join([step, *evaluated, *words, f"{duration(passed)}{rest}"]))
-
-
-def duration(seconds: float) -> str:
-    """Return a time in seconds, minutes or hours, whichever can be read."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-class ProgressBar(ProgressCallback):
-    """Shows the bar of transformers, and prints no logs."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        pass
 
 
 class CompleteLogs(TrainerCallback):

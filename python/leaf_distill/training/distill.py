@@ -19,6 +19,7 @@ from leaf_distill.data.example import Example
 from leaf_distill.data.source import find_arm
 from leaf_distill.io import locked, read_json, user_directory, write_bytes, write_json
 from leaf_distill.models.source import named
+from leaf_distill.terminal import say
 from leaf_distill.training.answers import gradable
 from leaf_distill.training.checkpoint import (
     NoCheckpoint,
@@ -132,7 +133,7 @@ def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
             card = model_card(arguments, config, metrics)
             write_bytes(output_dir / "README.md", card.encode())
             write_json(output_dir / "metrics.json", metrics)  # last: the run is finished
-            print(f"The student is in {output_dir}; its card README.md and metrics.json are there")
+            say(f"The student is in {output_dir}; its card README.md and metrics.json are there")
     return DistillResult(output_dir, metrics)
 
 

@@ -30,8 +30,6 @@ from leaf_distill.training.answers import count_right, gradable
 from leaf_distill.training.broken import save_broken_batch
 from leaf_distill.training.callbacks import (
     CompleteLogs,
-    LogLines,
-    ProgressBar,
     SetLearningRate,
     StopEarly,
     WriteManifest,
@@ -39,6 +37,7 @@ from leaf_distill.training.callbacks import (
 from leaf_distill.training.checkpoint import all_finite, find_checkpoint
 from leaf_distill.training.checks import check_beside_cache
 from leaf_distill.training.config import LeafConfig
+from leaf_distill.training.log_lines import LogLines, ProgressBar
 from leaf_distill.training.loss import (
     CURE,
     SUMS,

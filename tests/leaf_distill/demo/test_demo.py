@@ -302,7 +302,7 @@ def test_demo_leaves_its_results(small_demo):
     assert stored["accuracy"] == results["accuracy"]
     assert stored["page"] == str(results["page"])
     assert results["page"].read_text(encoding="utf-8").startswith("<!")
-    assert "step 4/4  loss " in (output / "demo.log").read_text(encoding="utf-8")
+    assert "trained 4 steps in " in (output / "demo.log").read_text(encoding="utf-8")
     assert {path.name for path in output.iterdir()} == set(run.WRITTEN)
     start_afresh(output)
     assert [path.name for path in output.iterdir()] == ["demo.json"]

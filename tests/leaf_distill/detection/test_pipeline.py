@@ -222,8 +222,12 @@ def test_the_command_names_the_report_as_the_next_step(
 ) -> None:
     words = [f"--{name}={value}" for name, value in settings(pair, copied).items()]
     assert main(["detect", *words]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"Next: leaf report --run_dir {copied / 'run/arms/span-threshold-0.15'}"
+    arm, lines = copied / "run/arms/span-threshold-0.15", capsys.readouterr().out.splitlines()
+    assert f"  leaf report --run_dir {arm}" in lines
+    train = (
+        f"  leaf distill --student {pair['student']} --teacher {pair['teacher']} --dataset {arm}"
+    )
+    assert lines[-1].startswith(f"{train} --output_dir {copied / 'run/student'}")
     assert main(["detect", *words, "--dry_run"]) == 0
     assert "leaf report" not in capsys.readouterr().out
 

@@ -205,8 +205,10 @@ def test_the_printed_table_says_what_is_partial_and_counts_its_own_lines(
     result = sweep(SweepConfig(run_dir=str(run.arms[0].arm), **grid))
     text = capsys.readouterr().out
     page = (result.arm / "sweep.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("│ ") and line[2] != " "]
-    kept = [line.split("│")[-3].strip() for line in lines]
+    head, _, table = text.partition("\u2500\n")
+    lines = table.partition("\n\n")[0].splitlines()
+    end = head.splitlines()[-2].index("kept") + len("kept")
+    kept = [line[:end].split()[-1] for line in lines]
     assert len(lines) == len(result.cells)
     assert kept == [f"{one.kept}{'' if one.complete else '+'}" for one in result.cells]
     whole = sum(one.complete for one in result.cells)

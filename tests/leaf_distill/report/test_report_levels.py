@@ -226,7 +226,10 @@ def test_a_text_that_is_not_of_its_messages_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_real_run_at_both_levels_with_substitutes(
-    tmp_path: Path, pair: dict[str, str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    pair: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = []
     for row in detect_pair.make_rows(16):
@@ -243,6 +246,7 @@ def test_a_real_run_at_both_levels_with_substitutes(
         edit="substitute",
         threshold=0.2,
     )
+    monkeypatch.setenv("COLUMNS", "80")
     result = detect(config)
     printed = capsys.readouterr().out.splitlines()
     assert any(line.startswith("beginnings of responses that left: ") for line in printed)

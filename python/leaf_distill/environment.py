@@ -1,0 +1,158 @@
+"""`leaf env`: versions, devices, and which kernels run where; made to be pasted into a report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import leaf_ext
+from leaf_distill.config import package_versions
+from leaf_distill.terminal import width
+from leaf_ext.dispatch import missing, resolve
+from leaf_ext.native import ERROR
+from leaf_ext.schema import OPS, REFERENCE, TRITON
+
+NEEDED = (
+    "leaf-distill",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "pyarrow",
+    "math-verify",
+)
+OPTIONAL = (
+    "peft",
+    "trl",
+    "torchao",
+    "bitsandbytes",
+    "gguf",
+    "reasoning-gym",
+    "deepspeed",
+    "trackio",
+    "tensorboard",
+    "wandb",
+)
+
+Line = tuple[str, str]
+
+_COLUMN = 18
+_GB = 1e9
+
+
+def show_environment() -> None:
+    """Print the lines, at most 80 characters wide where nothing says how wide they may be."""
+    for name, text in (*_versions(), *_machine(), *_build(), *_kernels()):
+        print(
+            textwrap.fill(
+                f"{name:<{_COLUMN}}{text}",
+                width() or 80,
+                subsequent_indent=" " * _COLUMN,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
+
+
+def _versions() -> Iterator[Line]:
+    yield from package_versions(NEEDED).items()
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    optional = package_versions(OPTIONAL)
+    there = [f"{name} {number}" for name, number in optional.items() if number[0].isdigit()]
+    yield "optional", ", ".join(there) or "none"
+    lacking = [name for name, number in optional.items() if not number[0].isdigit()]
+    if lacking:
+        yield "not installed", ", ".join(lacking)
+
+
+def _machine() -> Iterator[Line]:
+    from leaf_distill.detection.cache import FILE, default_cache_directory
+    from leaf_distill.grading.sandbox.process import unavailable
+    from leaf_distill.models.memory import free_memory, machine_memory
+
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    yield "cpu", f"{_cpu_name()}, {cores} cores, of which torch uses {threads}"
+    yield "memory", f"{machine_memory() / _GB:.1f} GB, {free_memory() / _GB:.1f} GB free"
+    for index in range(torch.cuda.device_count()):
+        one = torch.cuda.get_device_properties(index)
+        of_torch = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        yield (
+            f"cuda:{index}",
+            f"{one.name}, {one.total_memory / _GB:.1f} GB, compute capability {one.major}."
+            f"{one.minor}, torch built with {of_torch}",
+        )
+    if not torch.cuda.device_count():
+        yield "gpu", f"torch sees none{_why_none()}"
+    cache = default_cache_directory().expanduser() / FILE
+    size = cache.stat().st_size if cache.exists() else 0
+    yield "cache", f"{cache}, {size / 1e6:.1f} MB"
+    yield "programs", unavailable() or "can be confined (--grade code)"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _why_none() -> str:
+    cpu_only = torch.version.cuda is None and torch.version.hip is None
+    return ": this torch is built for CPUs alone" if cpu_only else ""
+
+
+def _build() -> Iterator[Line]:
+    if ERROR is not None:  # a pure-Python installation is a sound one
+        yield "leaf_ext", f"nothing is compiled, the reference runs: {ERROR}"
+        return
+    info = leaf_ext.build_info()
+    other = "" if info["torch"] == torch.__version__ else f" (not {torch.__version__})"
+    yield (
+        "leaf_ext",
+        f"{info['version']}, built by {info['compiler']} for torch {info['torch']}{other}",
+    )
+    amx = ", with AMX" if info["amx"] else ""
+    built = ", ".join(info["architectures"])
+    yield "built for CPUs", f"{built}; this one runs {info['instruction_set']}{amx}"
+    yield "built for GPUs", ", ".join(info["cuda_architectures"]) or "no"
+
+
+def _kernels() -> Iterator[Line]:
+    """Yield for each device which backend runs which ops, and why no other one does."""
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        yield from _on(device)
+        for backend in ("cuda", "triton"):
+            if reason := missing(backend, device, torch.float32):
+                yield f"  not {backend}", reason
+    yield from _on(torch.device("cpu"))
+    if reason := missing("cpu", torch.device("cpu"), torch.float32):
+        yield "  not cpu", reason
+    if not torch.cuda.device_count():
+        for backend in ("cuda", "triton"):
+            reason = missing(backend, torch.device("cuda"), torch.float32)
+            yield f"  not {backend}", reason or "it is installed, and torch sees no GPU"
+
+
+def _on(device: torch.device) -> Iterator[Line]:
+    names = {REFERENCE: "reference", TRITON: "triton", "leaf_ext": device.type}
+    ops: dict[str, list[str]] = {}
+    log = logging.getLogger("leaf_ext")
+    log.disabled, before = True, log.disabled  # the lines below say what it would
+    try:
+        for op in filter(leaf_ext.__all__.__contains__, OPS):
+            run = names[resolve(op, device, "auto", torch.float32)]
+            ops.setdefault(run, []).append(op)
+    finally:
+        log.disabled = before
+    said = (f"{backend} runs {', '.join(listed)}" for backend, listed in ops.items())
+    yield f"kernels on {device}", "; ".join(said)
