@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from leaf_ext.dispatch import backends
 from leaf_ext.loop import CapturedGrad, capture_embedding_grad, cut_spans
 from leaf_ext.memory import use_cpu_memory_pool
 from leaf_ext.native import build_info
@@ -22,6 +23,7 @@ __all__ = [
     "CapturedGrad",
     "DualKLRows",
     "Spans",
+    "backends",
     "build_info",
     "capture_embedding_grad",
     "cut_spans",

@@ -63,6 +63,22 @@ def resolve(op: str, device: torch.device, backend: str, dtype: torch.dtype) -> 
     return REFERENCE
 
 
+def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
+    """Return the backends of a kind of device, and why those that cannot run there cannot.
+
+        leaf_ext.backends("cuda")   # {'cuda': None, 'triton': None, 'reference': None}
+
+    Args:
+        device: "cpu", "cuda" or another device of torch; it need not be there.
+    Returns:
+        For each backend None, or the sentence that says what is missing. The first that can run is
+        the one of `backend="auto"`. float64 runs in the reference alone.
+    """
+    place = torch.device(device)
+    names = (*_PREFERENCE.get(place.type, ()), "reference")
+    return {name: missing(name, place, torch.float32) for name in names}
+
+
 def implementation(
     op: str, device: torch.device, backend: str, dtype: torch.dtype
 ) -> Callable[..., Any]:

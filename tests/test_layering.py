@@ -21,29 +21,43 @@ ALLOWED = {
     "dispatch": {"schema", "native", "reference", "triton"},
     "ops": {"schema", "native", "reference", "triton", "dispatch", "ops"},
     "loop": {"ops"},
-    "__init__": {"ops", "native", "loop", "memory"},
+    "__init__": {"ops", "native", "loop", "memory", "dispatch"},
     "testing": {"schema", "native", "dispatch", "reference", "ops", "testing", "__init__"},
 }
 
 # The same for the rooms of the loop.
 _BASE = {"io", "config", "ranks", "data"}
-_STAGES = _BASE | {"models", "grading", "statistics", "wording"}
+_SAYS = {"wording", "terminal"}
+_STAGES = _BASE | _SAYS | {"models", "grading", "statistics"}
 ROOMS = {
     "io": set(),
     "ranks": set(),
     "config": set(),
-    "options": {"config"},
+    "options": _SAYS | {"config"},
     "statistics": set(),
     "wording": set(),
+    "terminal": {"wording"},
     "data": {"io", "config", "data"},
     "models": _BASE | {"models"},
     "grading": _BASE | {"grading"},
     "detection": _STAGES | {"detection"},
-    "training": _BASE | {"models", "grading", "training"},
+    "training": _BASE | _SAYS | {"models", "grading", "training"},
     "evaluation": _STAGES | {"detection", "training", "evaluation"},
     "report": _STAGES | {"detection", "training", "evaluation", "report"},
     "demo": _STAGES | {"detection", "training", "evaluation", "report", "demo"},
-    "cli": _STAGES | {"detection", "training", "evaluation", "report", "demo", "options"},
+    "environment": _STAGES | {"detection"},
+    "next_steps": _STAGES | {"detection", "training", "evaluation"},
+    "cli": _STAGES
+    | {
+        "detection",
+        "training",
+        "evaluation",
+        "report",
+        "demo",
+        "options",
+        "environment",
+        "next_steps",
+    },
     "__main__": {"cli"},
     "__init__": _STAGES - {"io"} | {"detection", "training", "evaluation", "report"},
 }

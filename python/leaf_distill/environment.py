@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import textwrap
@@ -14,9 +13,6 @@ import torch
 import leaf_ext
 from leaf_distill.config import package_versions
 from leaf_distill.terminal import width
-from leaf_ext.dispatch import missing, resolve
-from leaf_ext.native import ERROR
-from leaf_ext.schema import OPS, REFERENCE, TRITON
 
 NEEDED = (
     "leaf-distill",
@@ -111,10 +107,11 @@ def _why_none() -> str:
 
 
 def _build() -> Iterator[Line]:
-    if ERROR is not None:  # a pure-Python installation is a sound one
-        yield "leaf_ext", f"nothing is compiled, the reference runs: {ERROR}"
+    try:
+        info = leaf_ext.build_info()
+    except RuntimeError as error:  # a pure-Python installation is a sound one
+        yield "leaf_ext", f"nothing is compiled, the reference runs: {error}"
         return
-    info = leaf_ext.build_info()
     other = "" if info["torch"] == torch.__version__ else f" (not {torch.__version__})"
     yield (
         "leaf_ext",
@@ -127,32 +124,17 @@ def _build() -> Iterator[Line]:
 
 
 def _kernels() -> Iterator[Line]:
-    """Yield for each device which backend runs which ops, and why no other one does."""
+    """Yield for each device which backend runs, and why no other one does."""
     for index in range(torch.cuda.device_count()):
-        device = torch.device("cuda", index)
-        yield from _on(device)
-        for backend in ("cuda", "triton"):
-            if reason := missing(backend, device, torch.float32):
-                yield f"  not {backend}", reason
-    yield from _on(torch.device("cpu"))
-    if reason := missing("cpu", torch.device("cpu"), torch.float32):
-        yield "  not cpu", reason
+        yield from _on(f"cuda:{index}")
+    yield from _on("cpu")
     if not torch.cuda.device_count():
-        for backend in ("cuda", "triton"):
-            reason = missing(backend, torch.device("cuda"), torch.float32)
-            yield f"  not {backend}", reason or "it is installed, and torch sees no GPU"
+        for backend, reason in leaf_ext.backends("cuda").items():
+            if backend != "reference":
+                yield f"  not {backend}", reason or "it is installed, and torch sees no GPU"
 
 
-def _on(device: torch.device) -> Iterator[Line]:
-    names = {REFERENCE: "reference", TRITON: "triton", "leaf_ext": device.type}
-    ops: dict[str, list[str]] = {}
-    log = logging.getLogger("leaf_ext")
-    log.disabled, before = True, log.disabled  # the lines below say what it would
-    try:
-        for op in filter(leaf_ext.__all__.__contains__, OPS):
-            run = names[resolve(op, device, "auto", torch.float32)]
-            ops.setdefault(run, []).append(op)
-    finally:
-        log.disabled = before
-    said = (f"{backend} runs {', '.join(listed)}" for backend, listed in ops.items())
-    yield f"kernels on {device}", "; ".join(said)
+def _on(device: str) -> Iterator[Line]:
+    reasons = leaf_ext.backends(device)
+    yield f"kernels on {device}", next(name for name in reasons if reasons[name] is None)
+    yield from ((f"  not {name}", reason) for name, reason in reasons.items() if reason)
