@@ -107,11 +107,10 @@ def _why_none() -> str:
 
 
 def _build() -> Iterator[Line]:
-    try:
-        info = leaf_ext.build_info()
-    except RuntimeError as error:  # a pure-Python installation is a sound one
-        yield "leaf_ext", f"nothing is compiled, the reference runs: {error}"
+    if reason := leaf_ext.backends("cpu")["cpu"]:  # a pure-Python installation is a sound one
+        yield "leaf_ext", f"nothing is compiled, the reference runs: {reason}"
         return
+    info = leaf_ext.build_info()
     other = "" if info["torch"] == torch.__version__ else f" (not {torch.__version__})"
     yield (
         "leaf_ext",
