@@ -10,7 +10,7 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS / "_ext"), str(DOCS.parent), str(DOCS.parent / "python")]
 
 project = "LeaF"
-author = "the authors of LeaF"
+author = "The LeaF developers"
 version = release = version_of("leaf-distill")
 
 extensions = [

@@ -65,12 +65,13 @@ def test_the_training_loop_of_the_readme_runs() -> None:
         "student": student,
         "teacher": teacher,
         "input_ids": input_ids,
-        "labels": labels,
         "hidden": student.model(input_ids).last_hidden_state[:, :-1].flatten(0, 1),
         "teacher_hidden": teacher_hidden,
         "counts": counts.flatten(),
         "is_counterfactual": torch.tensor([0, 1, 0, 1]).bool().repeat_interleave(8),
         "is_user_text": torch.ones(4, 9, dtype=torch.bool),
+        "student_grad": torch.randn(4, 9, 8),
+        "teacher_grad": torch.randn(4, 9, 16),
     }
     exec(code_with("leaf_ext"), names)
     found, cuts = names["spans"].tolist(), names["cuts"]
