@@ -31,7 +31,8 @@ export OMP_WAIT_POLICY ?= passive
 BUILT := $(VENV)/.built
 DEV   := $(VENV)/.dev
 
-.PHONY: demo test test-slow bench study gpu vectorized aarch64 registers isa sanitize emulate wheel lint format clean
+.PHONY: demo test test-slow bench study gpu vectorized aarch64 registers isa sanitize emulate wheel lint format docs \
+  clean
 
 demo: $(BUILT)
 	leaf demo --output_dir outputs/demo
@@ -40,7 +41,7 @@ test: $(DEV)
 	pytest
 
 test-slow: $(VENV)/.smollm2 $(VENV)/.oracles $(VENV)/.harness $(VENV)/.trl $(VENV)/.servers $(VENV)/.quantize \
-  $(VENV)/.deepspeed $(VENV)/.wheel
+  $(VENV)/.deepspeed $(VENV)/.wheel $(VENV)/.docs
 	pytest -m slow
 
 bench: $(DEV)
@@ -119,15 +120,11 @@ format: $(DEV)
 	ruff check --fix .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i
 
-.PHONY: docs
-
 # The whole site each time: else pages keep the menu of before, and pages that are gone stay.
 docs: $(VENV)/.docs
 	rm -rf build/docs build/doctrees
 	python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
 	@echo 'The site is build/docs/index.html: a browser opens it as a file.'
-
-test-slow: $(VENV)/.docs  # a test builds the site
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info leaf_ext/*.so docs/repository docs/reference/commands.md

@@ -18,11 +18,8 @@ from leaf_distill import DetectConfig, detect, load_examples, write_report
 pair = files("leaf_distill") / "demo" / "assets"
 STUDENT, TEACHER = str(pair / "student"), str(pair / "teacher")
 ROWS = Path(__file__).with_name("rows.jsonl")
-COLUMNS = {
-    "prompt": "prompt",
-    "completion": "completion",
-    "answer": "answer",
-}  # LeaF's names: yours
+# LeaF's names, and those of your file.
+COLUMNS = {"prompt": "prompt", "completion": "completion", "answer": "answer"}
 GRADE = "number"  # the last number of an answer; "math" for LaTeX, "exact" for labels
 MAX_NEW_TOKENS = 12  # the toy's answers have 8; leave room for a whole worked solution
 OUTPUT = "outputs/detect"  # of this pair: another pair needs another directory

@@ -10,10 +10,8 @@ def mark_up(
 ) -> None:
     """Make literal blocks of indented text behind an empty line, and escape stars elsewhere."""
     marked: list[str] = []
-    above, literal = (
-        "",
-        False,
-    )  # the last line that is not empty; whether it is of a formula or code
+    # The last line that is not empty; whether it is of a formula or code.
+    above, literal = "", False
     for line, before in zip(lines, ["", *lines], strict=False):
         if line and not line.startswith(" "):
             literal = False

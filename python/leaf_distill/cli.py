@@ -125,14 +125,8 @@ def _run_sweep(config: Any) -> None:
     from leaf_distill.evaluation.sweep import sweep
 
     result = sweep(config)
-    proposed: dict[str, Any] = {}
-    for one in result.proposals:
-        if one.cell is not None:
-            setting = one.cell.setting
-            name = "threshold" if one.level == "instruction" else "response_threshold"
-            proposed |= {name: setting.threshold, "strategy": setting.strategy}
-            proposed |= {name: getattr(setting, name) for name in ("score", "rule", "widen")}
-    next_steps.after_sweep(result.arm, proposed)
+    settings = [one.cell.setting for one in result.proposals if one.cell is not None]
+    next_steps.after_sweep(result.arm, settings)
 
 
 def _run_report(config: Any) -> None:

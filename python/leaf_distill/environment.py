@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,17 +44,29 @@ _GB = 1e9
 
 
 def show_environment() -> None:
-    """Print the lines, at most 80 characters wide where nothing says how wide they may be."""
-    for name, text in (*_versions(), *_machine(), *_build(), *_kernels()):
-        print(
-            textwrap.fill(
-                f"{name:<{_COLUMN}}{text}",
-                width() or 80,
-                subsequent_indent=" " * _COLUMN,
-                break_long_words=False,
-                break_on_hyphens=False,
+    """Print the lines, at most 80 characters wide where nothing says how wide they may be.
+
+    Each is printed when it is known, and one that cannot be read says why.
+    """
+    for part in (_versions, _processor, _gpus, _cache, _programs, _build, _kernels):
+        for name, text in _guarded(part.__name__.strip("_"), part):
+            print(
+                textwrap.fill(
+                    f"{name:<{_COLUMN}}{text}",
+                    width() or 80,
+                    subsequent_indent=" " * _COLUMN,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
             )
-        )
+
+
+def _guarded(name: str, part: Callable[..., Iterator[Line]], *arguments: object) -> Iterator[Line]:
+    """Yield the lines of a part, and the reason in place of those that cannot be read."""
+    try:
+        yield from part(*arguments)
+    except Exception as error:
+        yield name, f"could not be read: {type(error).__name__}: {error}"
 
 
 def _versions() -> Iterator[Line]:
@@ -68,27 +80,42 @@ def _versions() -> Iterator[Line]:
         yield "not installed", ", ".join(lacking)
 
 
-def _machine() -> Iterator[Line]:
-    from leaf_distill.detection.cache import FILE, default_cache_directory
-    from leaf_distill.grading.sandbox.process import unavailable
+def _processor() -> Iterator[Line]:
     from leaf_distill.models.memory import free_memory, machine_memory
 
     cores, threads = os.cpu_count(), torch.get_num_threads()
     yield "cpu", f"{_cpu_name()}, {cores} cores, of which torch uses {threads}"
     yield "memory", f"{machine_memory() / _GB:.1f} GB, {free_memory() / _GB:.1f} GB free"
+
+
+def _gpus() -> Iterator[Line]:
     for index in range(torch.cuda.device_count()):
-        one = torch.cuda.get_device_properties(index)
-        of_torch = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        yield (
-            f"cuda:{index}",
-            f"{one.name}, {one.total_memory / _GB:.1f} GB, compute capability {one.major}."
-            f"{one.minor}, torch built with {of_torch}",
-        )
+        yield from _guarded(f"cuda:{index}", _gpu, index)
     if not torch.cuda.device_count():
         yield "gpu", f"torch sees none{_why_none()}"
+
+
+def _gpu(index: int) -> Iterator[Line]:
+    one = torch.cuda.get_device_properties(index)
+    of_torch = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    yield (
+        f"cuda:{index}",
+        f"{one.name}, {one.total_memory / _GB:.1f} GB, compute capability {one.major}."
+        f"{one.minor}, torch built with {of_torch}",
+    )
+
+
+def _cache() -> Iterator[Line]:
+    from leaf_distill.detection.cache import FILE, default_cache_directory
+
     cache = default_cache_directory().expanduser() / FILE
     size = cache.stat().st_size if cache.exists() else 0
     yield "cache", f"{cache}, {size / 1e6:.1f} MB"
+
+
+def _programs() -> Iterator[Line]:
+    from leaf_distill.grading.sandbox.process import unavailable
+
     yield "programs", unavailable() or "can be confined (--grade code)"
 
 
@@ -125,8 +152,8 @@ def _build() -> Iterator[Line]:
 def _kernels() -> Iterator[Line]:
     """Yield for each device which backend runs, and why no other one does."""
     for index in range(torch.cuda.device_count()):
-        yield from _on(f"cuda:{index}")
-    yield from _on("cpu")
+        yield from _guarded(f"kernels on cuda:{index}", _on, f"cuda:{index}")
+    yield from _guarded("kernels on cpu", _on, "cpu")
     if not torch.cuda.device_count():
         for backend, reason in leaf_ext.backends("cuda").items():
             if backend != "reference":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leaf_distill.terminal import say_next
+
+if TYPE_CHECKING:  # seconds to import
+    from leaf_distill.detection.cells import Setting
 
 RENDERING = ("chat_template", "chat_template_kwargs", "system_prompt", "trust_remote_code")
 """Settings with which a training has to read prompts as the detection did."""
@@ -52,8 +55,8 @@ def to_distill(arm: Path, settings: Mapping[str, Any], purpose: str = "Train on 
     names = (*RENDERING, "max_length", "teacher_quantization")
     shared = {name: settings[name] for name in names if name in settings}
     options = {
-        "student": settings["student"],
-        "teacher": settings["teacher"],
+        "student": settings["student"] or "STUDENT",
+        "teacher": settings["teacher"] or "TEACHER",
         "dataset": arm,
         "output_dir": Path(settings["output_dir"]) / "student",
         **changed(shared, DetectConfig),
@@ -134,15 +137,34 @@ def after_analyze(root: Path, arms: Mapping[str, int], *, curves: bool) -> None:
         say_next("See what was cut", "report", {"run_dir": root / "arms" / best})
 
 
-def after_sweep(arm: Path, proposals: Mapping[str, Any]) -> None:
-    """Name the detection with the proposed settings, or the training if they are the arm's."""
+def after_sweep(arm: Path, proposals: Sequence[Setting]) -> None:
+    """Name the detection with the proposed settings, or the training if they are the arm's.
+
+    Levels with different proposals have a detection each: no one measured a mixture of them.
+
+    Args:
+        arm: the directory of the arm.
+        proposals: the setting of each level that has one.
+    """
+    from leaf_distill.detection.cells import AXES
     from leaf_distill.detection.config import DetectConfig
 
     settings = detected_settings(str(arm))
-    if not settings:
+    if not settings or not proposals:
         return
-    if any(settings.get(name) != value for name, value in proposals.items()):
-        options = changed({**settings, **proposals}, DetectConfig)
-        say_next("Next, cut with the proposed setting", "detect", options)
-    elif proposals:
-        to_distill(arm, settings, "Next, train on the arm")
+    names = {"instruction": "threshold", "response": "response_threshold"}
+    each = [
+        {name: getattr(one, name) for name in (*AXES, "level")} | {names[one.level]: one.threshold}
+        for one in proposals
+    ]
+    axes = {tuple(one[name] for name in AXES) for one in each}
+    if settings["level"] == "both" and len(each) == 2 and len(axes) == 1:
+        each = [{**each[0], **each[1], "level": "both"}]
+    for options in each:
+        if all(settings.get(name) == value for name, value in options.items()):
+            to_distill(arm, settings, "Next, train on the arm")
+            continue
+        level = f" at the {options['level']} level" if each[1:] else ""
+        purpose = f"Next, cut with the proposed setting{level}"
+        # A preset's values are among the settings, and would come back over the proposed ones.
+        say_next(purpose, "detect", changed({**settings, **options, "preset": None}, DetectConfig))

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
@@ -18,7 +20,7 @@ from tqdm import tqdm
 from leaf_distill.wording import command_line, duration, wrapped
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, Group
     from rich.table import Table
 
 LOG_INTERVAL_S = 30.0
@@ -42,11 +44,14 @@ def width(stream: TextIO | None = None) -> int | None:
 
 def say(text: str, style: str = "") -> None:
     """Print text on stdout, in lines that end between words; a long path stays whole."""
+    plain_console().print(wrapped(text, width()), style=style, soft_wrap=True)
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """Return a console that prints text as it is, also a path with [red] or :100: in it."""
     from rich.console import Console
 
-    Console().print(
-        wrapped(text, width()), style=style, markup=False, highlight=False, soft_wrap=True
-    )
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def light_table() -> Table:
@@ -67,7 +72,10 @@ def titled(title: str, table: Table, caption: str = "") -> Group:
 
 
 def say_next(purpose: str, command: str, options: Mapping[str, object]) -> None:
-    """Print a command of `leaf` to type next, after what it is for; it can be pasted as it is."""
+    """Print a command of `leaf` to type next, after what it is for.
+
+    It can be pasted, once its words in capitals (STUDENT, TEST.jsonl) are replaced.
+    """
     say(f"{purpose}:")
     columns = width()
     room = None if columns is None else columns - len("  ")
@@ -136,43 +144,54 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            from rich.console import Console
-
             source = record.name.split(".")[0]
-            text = record.getMessage().strip()
-            if record.name == "py.warnings":  # "file.py:7: UserWarning: text", and the line's code
-                source, text = "warning", text.splitlines()[0].partition(": ")[2]
             kind = "note" if source in OURS else source
-            text = wrapped(f"{kind}: {text}", width(sys.stderr))
+            text = wrapped(f"{kind}: {record.getMessage().strip()}", width(sys.stderr))
+            if record.exc_info:
+                text += f"\n{logging.Formatter().formatException(record.exc_info)}"
             with tqdm.external_write_mode(file=sys.stderr):
-                Console(stderr=True).print(
-                    text, style="yellow", markup=False, highlight=False, soft_wrap=True
-                )
+                plain_console(stderr=True).print(text, style="yellow", soft_wrap=True)
         except Exception:
             self.handleError(record)
 
 
 class _First(logging.Filter):
-    """Lets the first message alone pass: the client of the hub tells each of its many attempts."""
+    """Stops repeats: the client of the hub tells each of its many attempts, with its number."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._said = False
+        self._said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         _adopt("huggingface_hub")
-        said, self._said = self._said, True
-        return not said
+        text = re.sub("[0-9.]+", "", record.getMessage())
+        new = text not in self._said
+        self._said.add(text)
+        return new
 
 
 _HUB = "huggingface_hub.utils._http"
 
 
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Log a warning in one line, without the code that it comes from."""
+    text = " ".join(str(message).split())
+    logging.getLogger("warning").warning("%s: %s", category.__name__, text)
+
+
 @contextmanager
 def readable_messages() -> Iterator[None]:
-    """Print the warnings of all libraries as one line each, and none of those for developers."""
-    import warnings
+    """Print the warnings of all libraries as one line each, and none of those for developers.
 
+    Python's -W and PYTHONWARNINGS choose others.
+    """
     lines, once, root = _Lines(logging.WARNING), _First(), logging.getLogger()
     if root.handlers:  # of an application, or of a test
         yield
@@ -180,13 +199,13 @@ def readable_messages() -> Iterator[None]:
     root.addHandler(lines)
     logging.getLogger(_HUB).addFilter(once)
     with warnings.catch_warnings():
-        logging.captureWarnings(True)
-        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
-            warnings.simplefilter("ignore", category)
+        warnings.showwarning = _log_warning
+        if not sys.warnoptions:
+            for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", category)
         try:
             yield
         finally:
-            logging.captureWarnings(False)
             logging.getLogger(_HUB).removeFilter(once)
             root.removeHandler(lines)
 

@@ -56,13 +56,15 @@ def command_line(
     Args:
         words: the command.
         options: its options without dashes, each with its value or a list of values; an option
-            whose value is None or empty is left out.
+            whose value is None or an empty list is left out.
         width: the most characters of a line; None: the command is one line.
     """
     parts = [shlex.join(map(str, words))]
     for name, value in options.items():
         values = list(value) if isinstance(value, (list, tuple)) else [value]
-        if values and values != [None] and values != [""]:
+        if len(values) == 1 and str(values[0]).startswith("-"):  # else it would be an option
+            parts.append(shlex.join([f"--{name}={values[0]}"]))
+        elif values and values != [None]:
             parts.append(shlex.join([f"--{name}", *map(str, values)]))
     if width is None:
         return " ".join(parts)

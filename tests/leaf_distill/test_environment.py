@@ -55,6 +55,26 @@ def test_it_says_which_kernels_run_and_why_not_others(capsys: pytest.CaptureFixt
         assert found["not cuda"] == missing("cuda", torch.device("cuda"), torch.float32)
 
 
+def test_what_cannot_be_read_is_said_and_the_rest_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the driver is too old")
+
+    monkeypatch.setattr("leaf_distill.models.memory.machine_memory", broken)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    monkeypatch.setattr(leaf_ext, "build_info", broken)
+    found = printed(capsys)
+    reason = "could not be read: RuntimeError: the driver is too old"
+    assert found["processor"] == found["cuda:0"] == reason
+    assert found["torch"] == torch.__version__ and "rows.sqlite" in found["cache"]
+    lacking = missing("cpu", torch.device("cpu"), torch.float32)
+    assert found["kernels on cpu"] == ("reference" if lacking else "cpu")
+    if lacking is None:
+        assert found["build"] == reason
+
+
 def test_without_a_build_it_says_why(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

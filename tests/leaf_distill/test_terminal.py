@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import pty
@@ -18,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from leaf_distill.cli import COMMANDS, main
-from leaf_distill.config import DemoConfig
 from leaf_distill.demo.run import STUDENT, TEACHER, write_problems
 from leaf_distill.demo.task import make_problems
-from leaf_distill.terminal import Progress, readable_messages, width
+from leaf_distill.evaluation.tables import printed_table
+from leaf_distill.terminal import Progress, plain_console, readable_messages, say, width
 
 MIX = {"clean": 0.3, "aligned": 0.3, "misaligned": 0.4}
 MODELS = ["--student", "student", "--teacher", "teacher"]
@@ -201,10 +202,11 @@ def test_progress_in_a_file_is_a_line_now_and_then(
     with Progress(10, "student answers") as progress:
         progress.update(4)
         progress.update(6)
-    assert capsys.readouterr().err.splitlines() == [
-        "student answers: 4 of 10 rows, 0 s",
-        "student answers: 10 of 10 rows, 0 s",
-        "student answers: all 10 rows, 0 s",
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(", [0-9]+ s$", "", line) for line in lines] == [
+        "student answers: 4 of 10 rows",
+        "student answers: 10 of 10 rows",
+        "student answers: all 10 rows",
     ]
 
 
@@ -218,28 +220,61 @@ def test_messages_are_notes_of_one_line_and_those_for_developers_are_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest has some of its own
+    monkeypatch.setattr(sys, "warnoptions", [])
     before = warnings.showwarning
     with readable_messages():
         logging.getLogger("leaf_distill.models").warning("a row is %s", "long")
         logging.getLogger("another.library").warning("something")
-        warnings.warn("look out", UserWarning, stacklevel=1)
+        warnings.warn("look out:\n  a step", UserWarning, stacklevel=1)
         warnings.warn("will change", FutureWarning, stacklevel=1)
         hub = logging.getLogger("huggingface_hub.utils._http")
         for attempt in range(5):
-            hub.warning("no answer, attempt %d", attempt)
+            hub.warning("no answer in %.1f s", 2**attempt / 2)
+        hub.warning("too many requests")
     assert capsys.readouterr().err.splitlines() == [
         "note: a row is long",
         "another: something",
-        "warning: UserWarning: look out",
-        "huggingface_hub: no answer, attempt 0",
+        "warning: UserWarning: look out: a step",
+        "huggingface_hub: no answer in 0.5 s",
+        "huggingface_hub: too many requests",
     ]
     assert warnings.showwarning is before and not logging.getLogger().handlers
 
 
-def test_the_demo_names_its_pair_as_the_next_command(tmp_path: Path) -> None:
-    """Its words are fields of `leaf detect`, so that they stay options of it."""
-    from leaf_distill.demo.run import BY_HAND
-    from leaf_distill.detection.config import DetectConfig
+def test_a_message_has_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with readable_messages():
+        try:
+            json.loads("{")
+        except ValueError:
+            logging.getLogger("another.library").exception("it failed")
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "another: it failed"
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("json.decoder.JSONDecodeError")
 
-    assert set(BY_HAND) <= set(DetectConfig.__dataclass_fields__)
-    assert DemoConfig.__dataclass_fields__.keys() == {"output_dir"}
+
+def test_warnings_that_were_asked_for_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(sys, "warnoptions", ["default"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        with readable_messages():
+            warnings.warn("will change", FutureWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: FutureWarning: will change\n"
+
+
+def test_a_path_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = "/tmp/run:100:/[red]/x"
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    say(path)
+    plain_console().print(printed_table("runs", [("run", "rows"), (path, "3")], caption=path))
+    with readable_messages():
+        logging.getLogger("leaf_distill.io").warning("%s is full", path)
+    said, shown = capsys.readouterr()
+    assert said.count(path) == 3 and shown == f"note: {path} is full\n"

@@ -42,9 +42,11 @@ def test_lines_end_between_words_and_paths_stay_whole() -> None:
 @pytest.mark.parametrize("width", [None, 20, 40, 80])
 def test_a_shell_reads_a_command_as_it_was_whatever_the_width(width: int | None) -> None:
     options = {"model": ["a b", "c"], "dataset": "x.jsonl", "grade": None, "columns": '{"p": "q"}'}
+    options |= {"system_prompt": "", "answer_prefix": "-- so"}
     line = command_line(("leaf", "evaluate"), options, width)
     words = ["leaf", "evaluate", "--model", "a b", "c", "--dataset", "x.jsonl"]
-    assert shlex.split(line.replace("\\\n", "")) == [*words, "--columns", '{"p": "q"}']
+    words += ["--columns", '{"p": "q"}', "--system_prompt", "", "--answer_prefix=-- so"]
+    assert shlex.split(line.replace("\\\n", "")) == words
     if width is None:
         assert "\n" not in line
     elif width >= 40:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console, Group
+from rich.console import Group
 
 from leaf_distill.demo.measure import Detection, Pruning
 from leaf_distill.evaluation.compare_table import CompareResult, training_table
 from leaf_distill.evaluation.tables import printed_table
+from leaf_distill.terminal import plain_console
 
 EVIDENCE = (
     "In short: without any training, {right:.0%} of LeaF's cuts make the student right, and "
@@ -45,7 +46,7 @@ def show_results(
         held_out: the number of problems in each set.
         scored: the number of prompts that were scored.
     """
-    console = Console()
+    console = plain_console()
     for table in (
         _detection(detection, scored),
         _pruning(pruning),

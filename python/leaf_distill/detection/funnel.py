@@ -8,13 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-from rich.console import Console
-from rich.markup import escape
 
 from leaf_distill.data.example import ROLES, Example, candidates_of, views_of
 from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.gain import pruning_gain
-from leaf_distill.terminal import light_table, say, titled
+from leaf_distill.terminal import light_table, plain_console, say, titled
 from leaf_distill.wording import TIED
 
 ROW_STAGES = {
@@ -155,7 +153,7 @@ def show_funnel(summary: Mapping[str, Any], warnings: Sequence[str]) -> None:
     for entry in summary["stages"]:
         name = entry["stage"]
         table.add_row(name, str(entry["rows"]), "\n".join(lines.get(name, [])))
-    Console().print(titled("LeaF, stage 1", table))
+    plain_console().print(titled("LeaF, stage 1", table))
     show_sources(summary["sources"])
     for name, reasons in views_that_left(summary["left"]):
         say(f"{name} that left: {', '.join(reasons)}")
@@ -230,8 +228,8 @@ def show_sources(sources: Sequence[Mapping[str, Any]]) -> None:
         if one["cuts"]:
             accuracy = [f"{one[name]:.1%}" for name in ("before", "best_cut")]
             cells = [str(one["repaired"]), _share(one), *accuracy]
-        table.add_row(escape(one["source"]), str(one["marked"]), *cells)
-    Console().print(titled("Marked rows that a cut repairs", table))
+        table.add_row(one["source"], str(one["marked"]), *cells)
+    plain_console().print(titled("Marked rows that a cut repairs", table))
 
 
 def _share(line: Mapping[str, Any]) -> str:

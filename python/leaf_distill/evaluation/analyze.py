@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from leaf_distill.evaluation.arms import Arm, read_arms
 from leaf_distill.evaluation.charts import curve_chart, histogram_chart, interval_chart
 from leaf_distill.evaluation.config import AnalyzeConfig
@@ -44,7 +42,7 @@ from leaf_distill.evaluation.sheets import (
 from leaf_distill.evaluation.similarity import Shift, shifts, similarity
 from leaf_distill.evaluation.tables import check_table
 from leaf_distill.io import make_directory, user_directory, write_bytes, write_json
-from leaf_distill.terminal import say
+from leaf_distill.terminal import plain_console, say
 from leaf_distill.training.model_card import markdown_table
 
 STEM = "analysis"
@@ -212,7 +210,7 @@ SHORT = {"the teacher's answer": "teacher", "the label": "label"}
 
 
 def _print(result: AnalyzeResult) -> None:
-    console = Console()
+    console = plain_console()
     lines = (line for sheet in result.sheets.values() for line in sheet.lines if "arm" in line)
     short = short_names(list(dict.fromkeys(str(line["arm"]) for line in lines)))
     for name, letter in short.items():

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from rich.console import Console
 
 from leaf_distill.config import AnswerOptions, json_object, need, package_versions
 from leaf_distill.data.dataset import load_examples
@@ -45,7 +44,7 @@ from leaf_distill.io import (
 )
 from leaf_distill.models.source import named
 from leaf_distill.statistics import paired_bootstrap, wilson_interval
-from leaf_distill.terminal import say
+from leaf_distill.terminal import plain_console, say
 from leaf_distill.training.checks import of_evaluation
 from leaf_distill.training.config import DistillArguments, LeafConfig
 from leaf_distill.training.distill import distill
@@ -123,7 +122,7 @@ def compare(config: CompareConfig, detection: DetectConfig, training: LeafConfig
         result = _compare(config, detection, trained, settings, root)
         _write(result, config, detection, training)
     tables = training_table(result), accuracy_table(result)
-    Console().print("", tables[0], "", tables[1], *result.notes, "", sep="\n")
+    plain_console().print("", tables[0], "", tables[1], *result.notes, "", sep="\n")
     say(f"The table is in {result.table}, its numbers are in {root / 'compare.json'}")
     return result
 
@@ -177,7 +176,9 @@ def _compare(
         )
         for name, mine in right.items()
     ]
-    return CompareResult(tuple(arms), reference, len(right[UNTRAINED]), root / "compare.md")
+    unreadable = read_json(root / "evaluation" / UNTRAINED / "metrics.json")["unreadable_rows"]
+    problems = len(right[UNTRAINED])
+    return CompareResult(tuple(arms), reference, problems, root / "compare.md", unreadable)
 
 
 def _write(
@@ -189,6 +190,7 @@ def _write(
             "command": "compare",
             "reference": result.reference,
             "problems": result.problems,
+            "unreadable_rows": result.unreadable,
             "arms": [asdict(arm) for arm in result.arms],
             "settings": {
                 "compare": asdict(config),

@@ -10,6 +10,7 @@ from rich.console import Group
 
 from leaf_distill.evaluation.tables import printed_table
 from leaf_distill.training.model_card import markdown_table
+from leaf_distill.wording import counted
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,22 @@ class Arm:
 
 @dataclass(frozen=True)
 class CompareResult:
-    """The arms, the reference of their differences, and the written table."""
+    """The arms, the reference of their differences, and the written table.
+
+    unreadable: rows of the evaluation that could not be used, and are not among the problems.
+    """
 
     arms: tuple[Arm, ...]
     reference: str
     problems: int
     table: Path
+    unreadable: int = 0
 
     @property
     def notes(self) -> list[str]:
-        """A sentence about each arm whose detection kept nothing."""
-        return [
+        """A sentence about rows that could not be used, and each arm that kept nothing."""
+        left_out = f"{counted(self.unreadable, 'row')} of the evaluation could not be used."
+        return [left_out] * bool(self.unreadable) + [
             f"{arm.name} has no counterfactuals: it was trained on the originals alone, as kd is."
             for arm in self.arms
             if arm.training and arm.settings["detection"] is not None

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from leaf_distill.config import need
 from leaf_distill.detection.answers import open_cache, prompted_model
 from leaf_distill.evaluation.benchmarks import Benchmark, Group, find_benchmarks
@@ -27,7 +25,7 @@ from leaf_distill.evaluation.results import BenchmarkResult, write_results
 from leaf_distill.evaluation.tables import check_table, printed_table
 from leaf_distill.io import locked, user_directory
 from leaf_distill.models.loading import LazyModel
-from leaf_distill.terminal import say
+from leaf_distill.terminal import plain_console, say
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,7 +119,7 @@ def evaluate_benchmarks(config: EvaluateConfig) -> BenchmarkResult:
                 done[pair] = measure(asked, one, config, cache, places[pair])
             asked.model.release()
         result = write_results(root, groups, names, done, config)
-    console = Console()
+    console = plain_console()
     for table in result.printed():
         console.print(table, "")
     say(f"The table is in {result.table}, its numbers are in {root / 'results.json'}")
@@ -198,7 +196,7 @@ def _show(title: str, done: Measured) -> None:
     total = sum(result.counts.values())
     counts = [(name, str(n), f"{n / total:.1%}") for name, n in result.counts.items()]
     unit = "rows" if total == rows else "answers"
-    Console().print(printed_table(title, [("verdict", unit, "share"), *counts]))
+    plain_console().print(printed_table(title, [("verdict", unit, "share"), *counts]))
     if done.metrics["unreadable_rows"]:
         say(f"{done.metrics['unreadable_rows']} rows could not be used and are not counted")
     low, high = result.interval

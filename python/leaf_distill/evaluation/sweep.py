@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from leaf_distill.data.source import find_arm
 from leaf_distill.detection.cells import Cell, Setting
 from leaf_distill.detection.sweep import sweep_arm
@@ -29,7 +27,7 @@ from leaf_distill.evaluation.sheets import (
 )
 from leaf_distill.evaluation.tables import check_table
 from leaf_distill.io import user_directory, write_bytes, write_json
-from leaf_distill.terminal import say
+from leaf_distill.terminal import plain_console, say
 from leaf_distill.training.model_card import markdown_table
 
 STEM = "sweep"
@@ -205,7 +203,7 @@ def _write(result: SweepResult, missing: Sequence[str]) -> None:
     text = "\n\n".join([*parts, *images]) + "\n"
     write_bytes(result.arm / f"{STEM}.md", text.encode())
     write_json(result.arm / f"{STEM}.json", _json(result, sheet, missing))
-    console = Console()
+    console = plain_console()
     for level in dict.fromkeys(line["level"] for line in marked.lines):
         lines = [line for line in marked.lines if line["level"] == level]
         detail = (*sheet.detail, "level")

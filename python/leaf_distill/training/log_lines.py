@@ -45,6 +45,10 @@ class LogLines(TrainerCallback):
                 else "lower originals_per_step or warmup_steps, or raise num_train_epochs",
             )
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._first:  # other callbacks may have measured something before
+            self._started = time.monotonic()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trains = False
 

@@ -3,7 +3,10 @@
 Nothing here says that LeaF beats plain distillation: that is for the demo to show, or not.
 """
 
+import io
 import json
+import shlex
+from contextlib import redirect_stdout
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +17,7 @@ import train_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leaf_distill.cli import parse
 from leaf_distill.demo import run
 from leaf_distill.demo.measure import Tokens, auc, measure_detection, measure_pruning, read_tokens
 from leaf_distill.demo.run import ASSETS, run_demo, start_afresh
@@ -247,7 +251,10 @@ def small_demo(tmp_path_factory):
         patch.setattr(run, "STEPS", 4)
         patch.setattr(run, "HELD_OUT", {name: (20, mix) for name, (_, mix) in run.HELD_OUT.items()})
         output = tmp_path_factory.mktemp("demo") / "outputs"
-        return output, run_demo(output)
+        with redirect_stdout(io.StringIO()) as printed:
+            results = run_demo(output)
+    output.with_name("printed").write_text(printed.getvalue())
+    return output, results
 
 
 def test_demo_finds_what_was_planted(small_demo):
@@ -293,6 +300,20 @@ def test_demo_evaluates_before_and_after(small_demo):
     # The student that was not distilled: its accuracy is that of the gates, within chance.
     before = results["accuracy"]["untrained"]
     assert before["misaligned hint"] < 0.5 < before["clean"]
+
+
+def test_demo_ends_with_a_command_on_its_own_pair_and_rows(small_demo):
+    output, _ = small_demo
+    printed = output.with_name("printed").read_text()
+    line = printed.replace("\\\n", "").splitlines()[-1]
+    leaf, name, *words = shlex.split(line)
+    assert (leaf, name) == ("leaf", "detect")
+    (config,) = parse("detect", words)
+    own = run.detection_config(output / "rows.jsonl", output)
+    assert [getattr(config, name) for name in run.BY_HAND] == [
+        getattr(own, name) for name in run.BY_HAND
+    ]
+    assert config.output_dir == f"{output}-by-hand"
 
 
 def test_demo_leaves_its_results(small_demo):

@@ -166,6 +166,16 @@ def test_an_arm_that_found_nothing_is_named(
     assert note.startswith("span has no counterfactuals") and note in result.table.read_text()
 
 
+def test_rows_that_could_not_be_used_are_counted(pair: dict[str, str], tmp_path: Path) -> None:
+    config, detection, training = settings(pair, tmp_path)
+    detect_pair.write_rows(tmp_path / "test.jsonl", [*ROWS[24:], {**ROWS[0], "prompt": ""}])
+    result = compare(replace(config, arms=["kd"]), detection, training.with_changes(max_steps=1))
+    (note,) = result.notes
+    assert note == "1 row of the evaluation could not be used." and result.problems == 16
+    assert note in result.table.read_text()
+    assert json.loads((tmp_path / "out/compare.json").read_text())["unreadable_rows"] == 1
+
+
 def test_failed_rows_need_a_detection_that_asks(pair: dict[str, str], tmp_path: Path) -> None:
     config, detection, training = settings(pair, tmp_path)
     every = replace(detection, select="all")

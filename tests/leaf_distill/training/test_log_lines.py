@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 
 import pytest
 from distill_pair import make_rows, make_trainer
+from transformers import TrainerCallback
 
 HEAD = ["step", "loss", "kl", "cut", "kl", "agree", "lr", "tok/s", "time", "left"]
 
@@ -36,6 +39,25 @@ def test_a_line_has_the_numbers_of_its_log(
     assert lines[4].startswith("trained 3 steps in ") and len(lines) == 5
     assert max(map(len, lines)) <= 80
     assert "loss" in logs[0] and "tokens_per_second" in logs[0]  # what reporters get is whole
+
+
+def test_the_time_begins_with_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What other callbacks measure before it is not in the time of the training."""
+    hours, monotonic = [0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 3600 * hours[0])
+
+    class Slow(TrainerCallback):
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            hours[0] += 100
+
+    trainer = make_trainer(tmp_path, make_rows(8, 0), max_steps=2, logging_steps=1)
+    trainer.add_callback(Slow())
+    capsys.readouterr()
+    trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and not any(re.search(r"\d h\b", line) for line in lines)
 
 
 def test_an_evaluation_has_a_line_with_its_name_and_accuracy(
