@@ -56,7 +56,7 @@ print("\nThe first cuts, in [brackets]:")
 for row in [one for one in load_examples(str(run.dataset)) if one.cut][:3]:
     text, ((start, stop),) = rows[row.row_id]["prompt"], row.cut
     print(f"- {text[:start]}[{text[start:stop]}]{text[stop:]}")
-print(f"Every row in colour: {write_report(run.arm)}")
+print(f"Every row in color: {write_report(run.arm)}")
 
 # 4. Ten steps of distillation on originals and counterfactuals.
 config = LeafConfig(

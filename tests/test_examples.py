@@ -81,7 +81,7 @@ def test_detect_jsonl(tmp_path: Path) -> None:
     page = (EXAMPLES / "README.md").read_text()
     quoted = re.findall(r"^    (.*\[.*)$", page, re.MULTILINE)
     assert quoted and all(line in printed for line in quoted)
-    for start in ("The dataset, originals and cuts: ", "Every row in colour: "):
+    for start in ("The dataset, originals and cuts: ", "Every row in color: "):
         (path,) = re.findall(f"^{start}(.*)$", printed, re.MULTILINE)
         assert (tmp_path / path).stat().st_size > 1000
 

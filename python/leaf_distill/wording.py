@@ -13,15 +13,16 @@ CONTINUED = " \\\n    "
 """Between two lines of one command."""
 
 
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """Return a number with its noun: "1 pass", "2 passes".
+def counted(number: float, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: "1 pass", "2,000 passes".
 
     Args:
         number: how many.
         noun: of one.
         plural: of another number; the noun with an s if not given.
     """
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+    shown = f"{number:,}".removesuffix(".0")
+    return f"{shown} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def duration(seconds: float) -> str:

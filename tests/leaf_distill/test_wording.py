@@ -10,7 +10,8 @@ from leaf_distill.wording import command_line, counted, duration, wrapped
 
 
 def test_one_has_the_singular_and_every_other_number_the_plural() -> None:
-    assert counted(1, "row") == "1 row"
+    assert counted(1, "row") == "1 row" and counted(2.0, "row") == "2 rows"
+    assert counted(12345, "row") == "12,345 rows" and counted(2.5, "row") == "2.5 rows"
     assert [counted(number, "pass", "passes") for number in (0, 1, 2)] == [
         "0 passes",
         "1 pass",

@@ -19,13 +19,13 @@ from leaf_distill.data.prompt import Renderer
 from leaf_distill.io import write_bytes
 from leaf_distill.models import saliency as passes
 from leaf_distill.models.loading import LazyModel
-from leaf_distill.models.svg import BLUE, Cell, Row, Scale, heat_map
+from leaf_distill.models.svg import BLUE, Cell, Note, Row, Scale, heat_map
 
 if TYPE_CHECKING:
     import pandas
     from rich.text import Text
 
-_BOLD: Final = 0.5  # seen also where colours are not, as in a notebook on GitHub
+_BOLD: Final = 0.5  # seen also where colors are not, as in a notebook on GitHub
 _NAMED: Final = 3  # tokens that `repr` names
 RAMP: Final = tuple(step / 20 for step in range(21))
 """The tints of a scale from 0 to 1 in a figure."""
@@ -125,13 +125,13 @@ class SaliencyResult:
             [Row("saliency", BLUE)],
             [Cell(text, (level or 0.0,)) for text, level, _ in self._cells()],
             [Scale("saliency", ("0", "1"), BLUE, RAMP)],
-            title=self._caption(),
-            notes=[f"{self.model}, loss {self.nll:.3f} nats per token"],
+            title=self._caption("blue"),
+            notes=[Note(self._short_name(), after=f", loss {self.nll:.3f} nats per token")],
             columns=columns,
         )
 
     def _repr_html_(self) -> str:
-        """Return the coloured text as HTML for a notebook."""
+        """Return the colored text as HTML for a notebook."""
         pieces = []
         for text, level, title in self._cells():
             shown = html.escape(_printable(text))
@@ -162,10 +162,10 @@ class SaliencyResult:
             shown.append(_printable(text), style=style)
         return shown
 
-    def _caption(self) -> str:
+    def _caption(self, strongest: str = f"blue, bold from {_BOLD}") -> str:
         return (
-            f"{self._short_name()}: saliency of {len(self.tokens)} tokens, from 0 (no colour) to 1 "
-            f"(blue, bold from {_BOLD}); loss of the completion {self.nll:.3f} nats per token"
+            f"{self._short_name()}: saliency of {len(self.tokens)} tokens, from 0 (no color) to 1 "
+            f"({strongest}); loss of the completion {self.nll:.3f} nats per token"
         )
 
     def _short_name(self) -> str:
@@ -217,7 +217,7 @@ def saliency(
 
     Returns:
         The norms of the user's text (Eq. 2), with `show()`, `to_pandas()` and `save(path)`. A
-        notebook displays the text coloured.
+        notebook displays the text colored.
 
     Raises:
         ValueError: the messages cannot be rendered, or the loss or a norm is not finite.

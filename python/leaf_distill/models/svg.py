@@ -69,6 +69,15 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Note:
+    """A line below the text, of three parts; of a text that is too long the end is shown."""
+
+    text: str
+    before: str = ""
+    after: str = ""
+
+
+@dataclass(frozen=True)
 class _Glyph:
     character: str
     cell: int
@@ -103,7 +112,7 @@ def heat_map(
     scales: Sequence[Scale],
     *,
     title: str,
-    notes: Sequence[str] = (),
+    notes: Sequence[Note] = (),
     columns: int = 2,
 ) -> str:
     """Return a figure: for each line of the text its rows below each other, then a legend.
@@ -113,7 +122,7 @@ def heat_map(
         cells: the text in order.
         scales: the ramps of the legend.
         title: the name of the figure for screen readers.
-        notes: lines of text below it; what is too long for the width is left out at the end.
+        notes: lines below it, each as wide as the figure at most.
         columns: the width, in columns of a paper with two: 1 (240 points) or 2 (504).
 
     Raises:
@@ -137,7 +146,7 @@ def heat_map(
     for note in notes:
         y += small.row
         room = int((width - 2 * _MARGIN) / small.advance)
-        drawn.append(_text(small, _MARGIN, y, _cropped(note, room), _INK))
+        drawn.append(_text(small, _MARGIN, y, _fitted(note, room), _INK))
     legend, y = _legend(small, scales, cells, y + small.row * (1.4 if notes else 0.9))
     height = y + _MARGIN
     head = (
@@ -159,8 +168,15 @@ def _clean(text: str) -> str:
     return text.replace("\t", "    ").translate(_PICTURES)
 
 
-def _cropped(text: str, room: int) -> str:
-    return text if len(text) <= room else f"{text[: room - 1]}\u2026"
+def _fitted(note: Note, room: int) -> str:
+    """Return a note that takes so many columns at most, with the end of its text."""
+    before, text, after = (_clean(part) for part in (note.before, note.text, note.after))
+    room -= _width(before + after)
+    if _width(text) > room:
+        while text and _width(text) >= room:
+            text = text[1:]
+        text = f"\u2026{text}"
+    return before + text + after
 
 
 def _columns(character: str) -> int:
@@ -168,6 +184,10 @@ def _columns(character: str) -> int:
     if unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _width(text: str) -> int:
+    return sum(map(_columns, text))
 
 
 def _lines(cells: Sequence[Cell], columns: int) -> list[list[_Glyph]]:

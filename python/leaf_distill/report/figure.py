@@ -8,7 +8,7 @@ from typing import Any
 
 from leaf_distill.data.source import find_arm
 from leaf_distill.io import make_directory, reading, user_directory, write_bytes
-from leaf_distill.models.svg import BLUE, GENERATOR, ORANGE, Cell, Row, Scale, heat_map
+from leaf_distill.models.svg import BLUE, GENERATOR, ORANGE, Cell, Note, Row, Scale, heat_map
 from leaf_distill.report.data import read_run
 from leaf_distill.report.heat import LEVELS, heat, score_level
 from leaf_distill.report.place import check_output, output_path
@@ -97,13 +97,11 @@ def _tints(cell: Any) -> tuple[float, ...]:
     return tuple((getattr(cell, name) or 0) / LEVELS for name in ("teacher", "student", "score"))
 
 
-def _answer(prompt: Mapping[str, Any], name: str) -> list[str]:
+def _answer(prompt: Mapping[str, Any], name: str) -> list[Note]:
     """Return the line about the student's answer, if it was asked."""
     text, verdict = prompt["student_answer"], prompt["student_verdict"]
     if text is None:
         return []
-    end = " ".join(text.split())
-    end = end if len(end) <= 60 else f"\u2026{end[-59:]}"
     sign = {"right": "\u2713 ", "wrong": "\u2717 "}.get(verdict, "")
     word = "" if verdict is None else f"  {sign}{WORDS.get(verdict, verdict.replace('_', ' '))}"
-    return [f"student, {name + ' text:':<12} {end}{word}"]
+    return [Note(" ".join(text.split()), f"student, {name + ' text:':<12} ", word)]

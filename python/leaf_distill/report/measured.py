@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from leaf_distill.io import reading
+from leaf_distill.wording import counted
 
 BINS = 40
 """Bars of the histogram of scores, from 0 to 1."""
@@ -37,11 +38,11 @@ COLUMNS = ("row_id", "segment", "text", "offsets", "prunable", "score", "confoun
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of a histogram: the range that it counts, and whether it lies in the marked part."""
+    """A bar of a histogram: the range that it counts, and how many of these are marked."""
 
     name: str
     count: int
-    marked: bool = False
+    marked: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Histogram:
     Attributes:
         title: above it.
         unit: what the bars count, in the plural.
+        marked: what the marked part of a bar counts; empty: nothing is marked.
         axis: the name of the horizontal axis, with its unit.
         bars: from the left.
         ticks: place and number on the axis.
@@ -65,6 +67,7 @@ class Histogram:
     ticks: Sequence[tuple[float, str]]
     lines: Sequence[tuple[float, str]] = ()
     note: str = ""
+    marked: str = ""
 
     @property
     def top(self) -> int:
@@ -141,10 +144,11 @@ def _histograms(
     table: pa.Table, level: str, limit: tuple[str, float] | None, *, spans: bool
 ) -> Iterator[Histogram]:
     prunable = _flat(table["prunable"]).astype(bool)
-    scores = _flat(table["score"])[prunable].astype(float)
-    if np.isfinite(scores).any():
-        flagged = int(_flat(table["confounder"]).astype(bool).sum())
-        yield _score_histogram(scores[np.isfinite(scores)], flagged, level, limit)
+    scores = _flat(table["score"]).astype(float)
+    shown = prunable & np.isfinite(scores)
+    if shown.any():
+        flagged = _flat(table["confounder"]).astype(bool)[shown]
+        yield _score_histogram(scores[shown], flagged, level, limit)
     if lengths := list(_span_lengths(table)) if spans else []:
         yield _length_histogram(lengths, level)
 
@@ -155,25 +159,31 @@ def _flat(column: pa.ChunkedArray) -> npt.NDArray[Any]:
 
 
 def _score_histogram(
-    scores: npt.NDArray[Any], flagged: int, level: str, limit: tuple[str, float] | None
+    scores: npt.NDArray[Any],
+    flagged: npt.NDArray[np.bool_],
+    level: str,
+    limit: tuple[str, float] | None,
 ) -> Histogram:
-    counts, edges = np.histogram(scores, np.linspace(0, 1, BINS + 1))
-    name, highest = limit or ("", -1.0)
-    tokens = counted(len(scores), "prunable token")
-    share = f"{flagged / len(scores):.1%}"
+    if not limit:
+        flagged = np.zeros_like(flagged)
+    edges = np.linspace(0, 1, BINS + 1)
+    counts, marked = (np.histogram(some, edges)[0] for some in (scores, scores[flagged]))
+    number, tokens = int(flagged.sum()), counted(len(scores), "prunable token")
     return Histogram(
         title=f"Scores of the tokens in {level}",
         unit="tokens",
         axis="score (Eq. 5): low is suspect",
         bars=[
-            Bar(f"{low:.3f} to {high:.3f}", int(count), bool(high <= highest + 1e-9))
-            for count, (low, high) in zip(counts, pairwise(edges), strict=True)
+            Bar(f"{low:.3f} to {high:.3f}", int(count), int(part))
+            for count, part, (low, high) in zip(counts, marked, pairwise(edges), strict=True)
         ],
         ticks=[(25.0 * at, f"{at / 4:g}") for at in range(5)],
-        lines=[(100 * highest, f"{name} {highest:g}")] if limit else [],
-        note=f"{flagged:,} of {tokens} ({share}) were flagged as confounders."
+        lines=[(100 * limit[1], f"{limit[0]} {limit[1]:g}")] if limit else [],
+        note=f"{number:,} of {tokens} ({number / len(scores):.1%}) were flagged as confounders "
+        "(orange)."
         if limit
         else f"{tokens}. The strategy has no threshold.",
+        marked="flagged" if limit else "",
     )
 
 
@@ -205,12 +215,6 @@ def _length_histogram(lengths: Sequence[tuple[int, int]], level: str) -> Histogr
         f"{counted(statistics.median(tokens), 'token')} and "
         f"{counted(statistics.median(characters), 'character')}.",
     )
-
-
-def counted(count: float, name: str) -> str:
-    """Return a number with its noun, which takes an s where it is not one."""
-    text = f"{count:,}".removesuffix(".0")
-    return f"{text} {name}{'' if count == 1 else 's'}"
 
 
 def _strings(table: pa.Table) -> dict[str, tuple[int, int]]:

@@ -12,8 +12,9 @@ from leaf_distill.detection.counterfactual import WITHOUT_SPANS
 from leaf_distill.detection.funnel import KEPT, ROW_STAGES
 from leaf_distill.evaluation.sheets import Estimate
 from leaf_distill.io import read_json, reading
-from leaf_distill.report.measured import LEVELS, Limits, Measured, counted, read_measured
+from leaf_distill.report.measured import LEVELS, Limits, Measured, read_measured
 from leaf_distill.statistics import wilson_interval
+from leaf_distill.wording import counted
 
 ROWS, CANDIDATES = "rows in", "candidates"
 MARKED, SCORED = (str(ROW_STAGES[stage]) for stage in ("mark", "detect"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from leaf_distill.io import reading
 from leaf_distill.report.heat import LEVELS
-from leaf_distill.training.token_kl import FILE
+from leaf_distill.training.token_kl import FILE, read_lines
 
 TIMES = ("before", "after")
 
@@ -19,9 +18,10 @@ def read_token_kl(directory: Path) -> dict[str, Any] | None:
     """Read what `leaf distill` measured of single tokens, if it did.
 
     Returns:
-        `top`, the strongest KL in nats, at the end of the scale; `means` of all labels and of each
-        branch, before and after; and `rows`, each with its name, `means` and `cells`, which have a
-        text, a title, and the color steps before and after.
+        `top`, the strongest finite KL in nats, at the end of the scale; `means` of all labels and
+        of each branch, before and after; `rows`, each with its name, `means` and `cells`, which
+        have a text, a title, and the color steps before and after; `temperature`, of both models'
+        distributions; and `stored`, the signal of a teacher cache or None.
 
     Raises:
         ValueError: the file cannot be read or has another shape.
@@ -30,19 +30,25 @@ def read_token_kl(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with reading(path):
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = read_lines(path)
         for line in lines:
             for time in TIMES:
                 line[time] = _values(line, time)
-        values = [abs(one) for line in lines for time in TIMES for one in _known(line[time])]
+        values = [one for line in lines for time in TIMES for one in line[time] if one is not None]
         if not values:
             return None
-        top = max(values) or 1.0
+        top = max((abs(one) for one in values if math.isfinite(one)), default=0.0) or 1.0
         branches = dict.fromkeys(str(line["branch"]) for line in lines)
         means = {"all": _means(lines)}
         if len(branches) > 1:
             means |= {name: _means([x for x in lines if x["branch"] == name]) for name in branches}
-        return {"top": top, "means": means, "rows": [_row(line, top) for line in lines]}
+        return {
+            "top": top,
+            "means": means,
+            "rows": [_row(line, top) for line in lines],
+            "temperature": float(lines[0]["temperature"]),
+            "stored": lines[0].get("stored"),
+        }
 
 
 def kl_level(value: float | None, top: float) -> int | None:
@@ -51,22 +57,25 @@ def kl_level(value: float | None, top: float) -> int | None:
 
 
 def _values(line: dict[str, Any], time: str) -> list[float | None]:
-    """Return the KL of each label; none is known after a training that was not measured."""
+    """Return the KL of each label, infinity where JSON has null; all None if not measured."""
     tokens, given = line["tokens"], line[f"kl_{time}"]
     if given is None:
-        given = [None] * len(tokens)
+        return [None] * len(tokens)
     if len(given) != len(tokens):
         raise ValueError(f"{len(given)} values of {len(tokens)} tokens")
-    return [None if value is None else float(value) for value in given]
+    return [math.inf if value is None else float(value) for value in given]
 
 
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
+def _means(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
+    return {time: _mean(one for line in lines for one in line[time]) for time in TIMES}
 
 
-def _means(lines: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    found = {time: _known(one for line in lines for one in line[time]) for time in TIMES}
-    return {time: sum(one) / len(one) if one else None for time, one in found.items()}
+def _mean(values: Iterable[float | None]) -> dict[str, Any] | None:
+    """Return the mean of the finite values and how many are not finite; None: not measured."""
+    known = [value for value in values if value is not None]
+    finite = [value for value in known if math.isfinite(value)]
+    mean = sum(finite) / len(finite) if finite else None
+    return {"finite": mean, "others": len(known) - len(finite)} if known else None
 
 
 def _row(line: dict[str, Any], top: float) -> dict[str, Any]:
@@ -108,4 +117,6 @@ def _uncolored(text: str) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f} nats"
+    if value is None:
+        return "not measured"
+    return f"{value:.4f} nats" if math.isfinite(value) else "not finite"

@@ -35,9 +35,10 @@ class TokenKL(TrainerCallback):
 
     A line has row_id, candidate_id and branch of the row; `completion`, its text with the name of
     the end token; `tokens`, the characters [start, stop) of each label in it; `kl_before` and
-    `kl_after`, KL(teacher, student) of each label in nats, null where it is not finite; and
-    `temperature`, at which both distributions are taken. What is known before the training is
-    written before the first step, so that a run that goes on from a checkpoint has it.
+    `kl_after`, KL(teacher, student) of each label in nats, null where it is not finite;
+    `temperature`, at which both distributions are taken; and `stored`, the signal of the teacher
+    cache, hidden or topk, null of a teacher in memory. What is known before the training is written
+    before the first step, so that a run that goes on from a checkpoint has it.
 
     Args:
         trainer: it must be the one that calls.
@@ -89,6 +90,7 @@ class TokenKL(TrainerCallback):
 
     def _line(self, row: Example) -> dict[str, Any]:
         text, tokens = label_texts(self.trainer.student_renderer, row.as_read_by("student"))
+        cache = self.trainer.teacher_cache
         return {
             **_name(row),
             "branch": row.branch,
@@ -97,13 +99,13 @@ class TokenKL(TrainerCallback):
             "kl_before": None,
             "kl_after": None,
             "temperature": self.trainer.args.temperature,
+            "stored": None if cache is None else cache.manifest["signal"],
         }
 
     def _begun(self) -> list[dict[str, Any]] | None:
         """Return the lines that were written before the first step, if they are of these rows."""
         try:
-            text = self.path.read_text(encoding="utf-8")
-            lines = [json.loads(line) for line in text.splitlines()]
+            lines = read_lines(self.path)
             fits = [
                 {name: line[name] for name in _name(row)} == _name(row) and line["kl_before"]
                 for line, row in zip(lines, self.rows, strict=True)
@@ -116,6 +118,12 @@ class TokenKL(TrainerCallback):
         if self.trainer.is_world_process_zero():
             self.path.unlink(missing_ok=True)
             logger.warning("no %s, with the KL of single tokens: %s", FILE, reason)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of `FILE`, which may hold line separators of Unicode within strings."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def choose(examples: Sequence[Example], count: int = ROWS) -> list[Example]:

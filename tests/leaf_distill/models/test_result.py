@@ -67,6 +67,15 @@ def test_strong_tokens_are_bold_and_named():
     assert ">mine: saliency of 3 tokens" in one._repr_html_() and one.model == "/models/mine"
 
 
+def test_a_figure_names_no_directory_and_promises_nothing_bold(tmp_path):
+    offsets, norms = np.array([[0, 1]], np.int32), np.ones(1, np.float32)
+    for name in ("/models/mine", "/models/" + "long" * 60):
+        SaliencyResult("a", ["a"], offsets, norms, 0.25, name).save(tmp_path / "one.svg")
+        figure = (tmp_path / "one.svg").read_text("utf-8")
+        assert "/models" not in figure and "bold" not in figure
+        assert ", loss 0.250 nats per token</text>" in figure
+
+
 def test_show_prints_the_text_as_it_is(result, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     result.show()

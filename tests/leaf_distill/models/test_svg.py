@@ -15,6 +15,7 @@ from leaf_distill.models.svg import (
     ORANGE,
     WIDTHS,
     Cell,
+    Note,
     Row,
     Scale,
     heat_map,
@@ -139,8 +140,10 @@ def test_of_a_long_text_the_lines_with_spans_are_shown() -> None:
 
 
 def test_notes_fit_and_another_width_is_refused() -> None:
-    figure = draw(cells_of("one"), notes=["n" * 400])  # type: ignore[arg-type]
-    (note,) = [one.text for one in figure.iter(f"{SVG}text") if (one.text or "").startswith("nn")]
-    assert note is not None and len(note) < 150 and note.endswith("\u2026")
+    long = [Note("n" * 400, "first ", " last"), Note("short", "(", ")"), Note("", "b" * 400)]
+    figure = draw(cells_of("one"), notes=long)  # type: ignore[arg-type]
+    found = [one.text or "" for one in figure.iter(f"{SVG}text")]
+    (note,) = [one for one in found if one.startswith("first \u2026nnn")]
+    assert note.endswith("n last") and len(note) == 106 and "(short)" in found
     with pytest.raises(ValueError, match=r"columns: must be 1 or 2, got 3"):
         draw(cells_of("one"), 3)

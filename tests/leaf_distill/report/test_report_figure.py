@@ -12,6 +12,7 @@ import pytest
 from report_run import add_cut, scored, write_run
 
 from leaf_distill.cli import main
+from leaf_distill.data.example import Answer, Role
 from leaf_distill.demo.run import MIX, detection_config, one_thread, write_problems
 from leaf_distill.demo.task import make_problems
 from leaf_distill.detection.pipeline import detect
@@ -110,6 +111,22 @@ def test_hard_texts_and_rows_without_a_cut(tmp_path: Path) -> None:
     empty = write_run(tmp_path / "empty", [])
     with pytest.raises(ValueError, match="run_dir: must have a scored row to draw"):
         write_figure(empty, tmp_path / "none.svg")
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_long_answer_leaves_room_for_its_verdict(tmp_path: Path, columns: int) -> None:
+    answers: dict[Role, Answer] = {"student": Answer("漢字" * 200 + " 41", 2, "no_answer")}
+    row = add_cut(scored(3, "one two", answers=answers), [(0, 3)], "student_wrong")
+    row.candidates[0].answers = {"student": Answer("word " * 100 + "42", 2, "wrong")}
+    arm = write_run(tmp_path / "run", [row])
+    shown = texts(write_figure(arm, tmp_path / "one.svg", columns=columns))
+    whole, cut = (one for one in shown if one.startswith("student, "))
+    assert whole.startswith(("student, whole text:  \u2026漢", "student, whole text:  \u2026字"))
+    assert whole.endswith("漢字 41  no answer") and cut.endswith("word 42  \u2717 wrong")
+    width, letter = WIDTHS[columns]
+    for one in (whole, cut):
+        wide = sum(2 if character in "漢字" else 1 for character in one)
+        assert width - 30 < 16 + wide * letter * 0.85 * 0.6 <= width
 
 
 def sequences(page: Path, row_id: int) -> str:

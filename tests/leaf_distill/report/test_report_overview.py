@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from html_page import Element, Page
@@ -70,6 +71,13 @@ def bars(figure: Element) -> list[tuple[str, int]]:
     (table,) = figure.find("table", cls="plain")
     lines = table.find("tbody")[0].find("tr")
     return [(one.find("th")[0].text, int(one.find("td")[0].text.replace(",", ""))) for one in lines]
+
+
+def marked(figure: Element) -> list[int]:
+    """The marked part of each bar, from the same table."""
+    (table,) = figure.find("table", cls="plain")
+    lines = table.find("tbody")[0].find("tr")
+    return [int(one.find("td")[1].text.replace(",", "")) for one in lines]
 
 
 def widths(page: Page, at: int = 0) -> list[float]:
@@ -147,6 +155,15 @@ def test_scores_are_those_of_prunable_tokens_with_the_threshold(
     for at, (_, count) in enumerate(shown):
         last = at == 39
         assert count == sum(at / 40 <= s < (at + 1) / 40 or (last and s == 1) for s in scores)
+    assert marked(figure) == [
+        sum(
+            at / 40 <= score < (at + 1) / 40
+            for sample in samples
+            for score, flag in zip(sample["score"], sample["confounder"], strict=True)
+            if flag
+        )
+        for at in range(40)
+    ]
     assert len(figure.find("rect", cls="marked")) == 4  # 0.1 is the end of the fourth bar
     (line,) = figure.find("span", cls="limit")
     assert line.text == "threshold 0.1" and line.attributes["style"] == "left:10.00%"
@@ -156,6 +173,21 @@ def test_scores_are_those_of_prunable_tokens_with_the_threshold(
     assert note in figure.find("figcaption")[0].text
     label = figure.find("svg")[0].attributes["aria-label"]
     assert label is not None and note in label
+
+
+@pytest.mark.parametrize("changes", [{"rule": "quantile"}, {"threshold": 0.5, "teacher_max": 0.0}])
+def test_only_flagged_tokens_are_marked(tmp_path: Path, changes: dict[str, Any]) -> None:
+    # Of the scores 0, 1/3, 1/3, 2/3 and 1 three stand left of the line, and one is flagged.
+    example = scored(0, "one two three four five")
+    example.score = np.array([0, 1 / 3, 1 / 3, 2 / 3, 1], dtype=np.float32)
+    example.confounder = np.array([False, True, False, False, False])
+    page = page_of(tmp_path, example, config=replace(CONFIG, **changes))
+    figure = page.root.find("figure", cls="histogram")[0]
+    assert {at: count for at, count in enumerate(marked(figure)) if count} == {13: 1}
+    (part,) = figure.find("rect", cls="marked")
+    assert (part.attributes["y"], part.attributes["height"]) == ("50.000", "50.000")
+    assert part.find("title")[0].text == "0.325 to 0.350: 2 tokens, 1 flagged"
+    assert len(figure.find("rect")) == 40 + 1
 
 
 def test_span_lengths_are_tokens(page: Page, arms: dict[float, Path]) -> None:

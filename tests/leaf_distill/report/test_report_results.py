@@ -253,22 +253,25 @@ def test_the_kl_of_tokens_is_two_texts_on_one_scale(run: Path) -> None:
     assert not Page(write_report(run)).root.find("details", cls="layer")
     put_lines(run / "leaf", token_line(3), token_line(3, 0, kl_before=[0.5] * 6))
     shown = layer(Page(write_report(run)))
-    assert "2 rows, 0.82 to 0.25 nats on average" in shown.find("summary")[0].text
-    assert "Originals: 1.20 to 0.25 nats. Counterfactuals: 0.50 to 0.25 nats." in shown.text
-    assert "Row 3, original 1.20 to 0.25" in " ".join(shown.text.split())
+    first = "2 rows, 0.82 (1 not finite) to 0.25 nats on average"
+    assert first in shown.find("summary")[0].text
+    each = "Originals: 1.20 (1 not finite) to 0.25 nats. Counterfactuals: 0.50 to 0.25 nats."
+    assert each in shown.text
+    assert "A KL that is not finite has the strongest color and is in no mean." in shown.text
+    assert "Row 3, original 1.20 (1 not finite) to 0.25" in " ".join(shown.text.split())
     assert "Row 3, counterfactual 0 0.50 to 0.25" in " ".join(shown.text.split())
     before, after = shown.find("figure")[0].find("div", cls="map")
     assert before.text == after.text == "a <b>é\n<end>"
     colors = [one.attributes["class"] for one in before.find("span")]
     # The root of each of the scale's end, 4; of the two bytes of é the stronger one.
-    assert colors == ["c0", f"c{LEVELS}", "c10", " nl", "c9"]
+    assert colors == ["c0", f"c{LEVELS}", "c10", f"c{LEVELS} nl", "c9"]
     assert [one.attributes["class"] for one in after.find("span")][1:3] == ["c10", "c5"]
     titles = [one.attributes["title"] for one in before.find("span")]
     assert titles[1] == "before 4.0000 nats · after 1.0000 nats"
     assert titles[2] == (
         "before 0.2500 nats · after 0.0000 nats\nbefore 1.0000 nats · after 0.2500 nats"
     )
-    assert titles[3] == "before not measured · after 0.0000 nats"
+    assert titles[3] == "before not finite · after 0.0000 nats"
     assert "4.00 nats" in shown.find("div", cls="ticks")[0].text
 
 
@@ -284,9 +287,56 @@ def test_the_layer_of_the_pages_own_arm_is_open(run: Path) -> None:
 def test_a_training_whose_end_was_not_measured_shows_its_start(run: Path) -> None:
     put_lines(run / "leaf", token_line(3, kl_after=None))
     shown = layer(Page(write_report(run)))
-    assert "1.20 before nats on average" in shown.find("summary")[0].text
+    assert "1.20 (1 not finite) before nats on average" in shown.find("summary")[0].text
     assert "The student after the training was not measured." in shown.text
     assert len(shown.find("div", cls="map")) == 1
+
+
+def test_kls_that_are_all_infinite_are_shown(run: Path) -> None:
+    put_lines(run / "leaf", token_line(3, kl_before=[None] * 6, kl_after=[0.0] * 6))
+    shown = layer(Page(write_report(run)))
+    assert "1 rows, not finite to 0.000 nats" in shown.find("summary")[0].text
+    before, after = shown.find("div", cls="map")
+    assert f"c{LEVELS}" in str(before.find("span")[0].attributes["class"])
+    assert after.find("span")[0].attributes["class"] == "c0"
+    put_lines(run / "leaf", token_line(3, kl_before=None, kl_after=None))
+    assert not Page(write_report(run)).root.find("details", cls="layer")
+
+
+@pytest.mark.parametrize(
+    ("changes", "there", "missing"),
+    [
+        ({"temperature": 2.0}, ["of each token at temperature 2, on"], ["stored", "finite has"]),
+        ({"stored": "topk"}, ["at least the number shown"], ["at temperature"]),
+        ({"stored": "hidden"}, ["The teacher is a stored one."], ["at least"]),
+        ({"stored": None}, ["of each token, on"], ["stored", "at least"]),
+    ],
+)
+def test_the_layer_says_temperature_and_teacher(
+    run: Path, changes: dict[str, Any], there: list[str], missing: list[str]
+) -> None:
+    put_lines(run / "leaf", token_line(3, kl_before=[1.0] * 6, **changes))
+    (words,) = (one.text for one in layer(Page(write_report(run))).find("p", cls="quiet"))
+    assert all(one in words for one in there) and not any(one in words for one in missing)
+
+
+def test_of_other_arms_few_rows_are_shown(run: Path) -> None:
+    for name in ("another", "span"):
+        put_lines(run / "students" / name, *(token_line(row) for row in range(16)))
+    other, own = Page(write_report(run)).root.find("details", cls="layer")
+    assert (len(other.find("figure")), len(own.find("figure"))) == (3, 16)
+    assert "The first 3 rows are shown." in other.text and "rows are shown" not in own.text
+    assert "16 rows, " in other.find("summary")[0].text
+
+
+def test_line_separators_of_unicode_split_no_line(run: Path) -> None:
+    text = "a\u2028b\u2029c\x85\n"
+    line = token_line(3, completion=text, tokens=[[at, at + 1] for at in range(6)])
+    put(run / "leaf" / "metrics.json", TRAINING)
+    content = json.dumps(line, ensure_ascii=False) + "\n"
+    (run / "leaf" / "token_kl.jsonl").write_text(content, encoding="utf-8")
+    maps = layer(Page(write_report(run))).find("div", cls="map")
+    assert [one.text for one in maps] == [text, text]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def run(dataset: str, output: Path, **changes: Any) -> list[dict[str, Any]]:
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (output / FILE).read_text().split("\n") if line]
 
 
 def own_kl(student: str, prompt: str, completion: str, temperature: float) -> list[float]:
@@ -164,11 +164,24 @@ def test_a_stored_teacher_gives_it_and_labels_alone_give_none(dataset: str, tmp_
         found = run(dataset, tmp_path / signal / "out", teacher_cache=stored)
         for ours, theirs in zip(found, live, strict=True):
             pairs = list(zip(ours["kl_before"], theirs["kl_before"], strict=True))
+            assert (ours["stored"], theirs["stored"]) == (signal, None)
             # A coarser partition has a KL that is at most as large.
             assert all(one <= two + 1e-5 for one, two in pairs)
             assert signal == "topk" or all(one == pytest.approx(two) for one, two in pairs)
     with pytest.raises(FileNotFoundError):
         run(dataset, tmp_path / "labels", ce_weight=1.0)
+
+
+def test_line_separators_of_unicode_split_no_line(dataset: str, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(dataset).read_text().splitlines()]
+    for row, mark in zip(rows, "\u2028\u2029\x85", strict=False):
+        row["completion"][0]["content"] = f"a{mark}b"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = run(str(path), tmp_path / "out")
+    shown = "".join(line["completion"] for line in found)
+    assert all(line["kl_before"] and line["kl_after"] for line in found)
+    assert sum(shown.count(f"a{mark}b") for mark in "\u2028\u2029\x85") > 0
 
 
 def test_rows_with_counterfactuals_come_first_and_with_them() -> None:
