@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from leaf_distill.data.source import find_arm
 from leaf_distill.io import make_directory, reading, user_directory, write_bytes
 from leaf_distill.report.data import read_run
-from leaf_distill.report.figure import write_figure
+from leaf_distill.report.figure import draw_example, write_figure
 from leaf_distill.report.overview import read_overview
 from leaf_distill.report.page import GENERATOR, render_page
 from leaf_distill.report.place import check_output, output_path
@@ -54,8 +54,10 @@ def write_report(
     run = read_run(arm, samples=samples, row_ids=row_ids)
     overview = read_overview(arm, run.funnel, run.totals["kept"])
     results = read_results(arm.parent.parent)
+    with reading(arm / "samples.parquet"):
+        example = draw_example(run.rows)
     with reading(arm / "funnel.json", TemplateError):
-        page = render_page(run, overview, results)
+        page = render_page(run, overview, results, example)
     make_directory(path.parent)
     write_bytes(path, page.encode(errors="replace"))
     return path

@@ -66,14 +66,23 @@ def write_figure(
         )
     row = run.rows[0]
     with reading(arm / "samples.parquet"):
-        content = _draw(row, columns)
+        content = draw_row(row, columns)
     make_directory(path.parent)
     # Half of a surrogate pair, which Python text may hold, has no bytes in UTF-8.
     write_bytes(path, content.encode(errors="replace"))
     return path
 
 
-def _draw(row: Mapping[str, Any], columns: int) -> str:
+def draw_example(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the figure of the first row that has a kept cut; nothing where none has."""
+    for row in rows:
+        if any(one["kept"] for view in row["views"] for one in view["candidates"]):
+            return draw_row(row, columns=2)
+    return ""
+
+
+def draw_row(row: Mapping[str, Any], columns: int) -> str:
+    """Return the figure of a row, as `read_run` has it."""
     views: Sequence[Mapping[str, Any]] = row["views"]
     view = next((one for one in views if any(c["kept"] for c in one["candidates"])), views[0])
     shown = sorted(view["candidates"], key=lambda one: not one["kept"])[:1]

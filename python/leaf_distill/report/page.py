@@ -62,8 +62,8 @@ _CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in 
 _CONTROLS[0x7F] = "\N{SYMBOL FOR DELETE}"
 
 
-def render_page(run: Run, overview: Overview, results: Mapping[str, Any]) -> str:
-    """Return the page, which depends on nothing but its arguments."""
+def render_page(run: Run, overview: Overview, results: Mapping[str, Any], example: str) -> str:
+    """Return the page, which depends on nothing but its arguments; the example is SVG."""
     script = _read("page.js")
     settings = run.funnel["settings"]
     gains = [line for line in run.funnel.get("sources", []) if line["marked"]]
@@ -80,6 +80,7 @@ def render_page(run: Run, overview: Overview, results: Mapping[str, Any]) -> str
         student=short_name(run.models["student"]),
         details=[(name.capitalize(), _flat(run.funnel[name])) for name in DETAILS],
         results=results,
+        example=Markup(example),
         stages=_stages(run.funnel),
         gains=gains,
         overview=overview,

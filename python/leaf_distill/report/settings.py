@@ -17,20 +17,20 @@ _GAP = (
 SCORES = {
     "gap": (
         "gap of the gradients, teacher less student",
-        "Tokens to which the student's loss reacts strongly and the teacher's does not",
+        "Tokens that sway the student's loss and not the teacher's",
         f"The <b>score</b> is teacher minus student, scaled to [0, 1] again. {_GAP}",
         ("student only: confounder", "teacher more than student"),
     ),
     "log_gap": (
         "gap of the gradients' logarithms, half the student's less the teacher's",
-        "Tokens to which the student's loss reacts strongly and the teacher's does not",
+        "Tokens that sway the student's loss and not the teacher's",
         "The <b>score</b> is the logarithm of the teacher's less half that of the student's, "
         f"scaled to [0, 1]. {_GAP}",
         ("student only: confounder", "teacher more than student"),
     ),
     "log_ratio": (
         "ratio of the gradients, student by teacher",
-        "Tokens to which the student's loss reacts strongly and the teacher's does not",
+        "Tokens that sway the student's loss and not the teacher's",
         "The <b>score</b> is the logarithm of the teacher's less that of the student's, scaled to "
         f"[0, 1]. {_GAP}",
         ("student only: confounder", "teacher more than student"),
@@ -61,7 +61,7 @@ SCORES = {
     ),
     "student": (
         "the student's gradient alone (a control)",
-        "Tokens to which the student's loss reacts strongly",
+        "Tokens that sway the student's loss",
         "The <b>score</b> is the student's alone, turned around. A token with <b>a low score is a "
         "suspect</b>: the student's loss reacts to it.",
         ("student reacts most: suspect", "student reacts least"),

@@ -164,7 +164,7 @@ def test_a_control_says_what_it_cuts_and_that_this_is_not_what_the_score_found(
     page = page_of(tmp_path, row, strategy=strategy)
     head = page.root.find("header", cls="title")[0].text
     assert "To compare with, " in head and chosen in head and "A control: " in head
-    assert "mislead" not in head and "reacts strongly" not in head
+    assert "mislead" not in head and "sway" not in head
     caption = page.samples()[0].find("figcaption", cls="readout")[0].text
     assert "The control cuts tokens of its own choice (struck through)" in caption
     assert "takes only the number of tokens from it" in page.root.text

@@ -366,3 +366,20 @@ def test_the_colors_of_charts_follow_the_page(page: Page) -> None:
         assert f'"{color}"]' in style
     for color in COLORS:  # each line has a color of its own in the dark, and all but one a pattern
         assert style.count(f'.scores [stroke="{color}"]') == 1 + (color != COLORS[0])
+
+
+def test_a_kept_cut_stands_on_top(page: Page, arms: dict[float, Path]) -> None:
+    (example,) = page.root.find("figure", cls="example")
+    drawn = " ".join(one.text for one in example.find("text"))
+    kept = {
+        row["row_id"]
+        for row in samples_of(arms[0.1])
+        if any(one["kept"] for one in row["candidates"])
+    }
+    (title,) = example.find("title")
+    assert int(title.text.removeprefix("Row ").partition(":")[0]) in kept
+    assert "wrong" in drawn and "right" in drawn
+
+
+def test_without_a_kept_cut_there_is_no_example(tmp_path: Path) -> None:
+    assert not page_of(tmp_path, scored(0, "one two three")).root.find("figure", cls="example")
