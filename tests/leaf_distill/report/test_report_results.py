@@ -134,7 +134,7 @@ def test_a_comparison_is_one_table_with_its_evaluations(run: Path) -> None:
     assert "640 no answer" in kd and "12 cut prompts, 100 steps, 51,200 tokens" in kd
     assert "65.0%" in span and "+5.0+2.0 to +8.0" in span and "no answer" not in span
     assert "65.1%" in later and "559 no answer" in later
-    assert "Less kd, points" in page.root.text
+    assert "Difference from kd, points" in page.root.text
 
 
 def curve(score: str, role: str, kind: str, *difference: float) -> dict[str, Any]:
