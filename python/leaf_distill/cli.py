@@ -78,7 +78,7 @@ def hidden_options(configs: Sequence[type]) -> frozenset[str]:
 
 
 def _run_detect(config: Any) -> None:
-    from leaf_distill.detection.funnel import KEPT
+    from leaf_distill.detection.funnel import KEPT, ROW_STAGES
     from leaf_distill.detection.pipeline import detect
 
     result = detect(config)
@@ -87,6 +87,7 @@ def _run_detect(config: Any) -> None:
         next_steps.after_detect(
             result.arm,
             vars(config),
+            scored=stages[str(ROW_STAGES["detect"])],
             kept=stages[KEPT],
             trains=not (config.teacher_server_url or result.different_tokenizers),
         )
@@ -297,6 +298,8 @@ def _overview() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status (0, 1 error, 2 usage, 130 interrupted)."""
+    # Waiting threads of torch else take the cores from others; it is read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())

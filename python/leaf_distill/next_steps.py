@@ -32,15 +32,22 @@ def changed(settings: Mapping[str, Any], config: type) -> dict[str, Any]:
     }
 
 
-def after_detect(arm: Path, settings: Mapping[str, Any], *, kept: int, trains: bool = True) -> None:
+def after_detect(
+    arm: Path, settings: Mapping[str, Any], *, scored: int, kept: int, trains: bool = True
+) -> None:
     """Name the report, and the training where it has something new to learn from.
+
+    Where nothing was scored there is nothing to see, and the detection has said what to change.
 
     Args:
         arm: the directory of the arm.
         settings: those of DetectConfig.
+        scored: the rows that a report shows and a sweep reads.
         kept: the counterfactuals.
         trains: whether a training can read both models.
     """
+    if not scored:
+        return
     say_next("Next, see what was cut", "report", {"run_dir": arm})
     if not kept:
         say_next("Nothing was kept; other thresholds", "sweep", {"run_dir": arm})

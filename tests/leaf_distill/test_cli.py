@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -289,3 +293,27 @@ def test_lists_come_from_words_and_from_a_file(tmp_path: Path) -> None:
     assert parse("evaluate", words) == (config,)
     (other,) = parse("evaluate", ["--config", str(file), "--model", "c"])
     assert other == replace(config, model=("c",))
+
+
+@pytest.mark.parametrize(("given", "spins"), [(None, False), ("active", True)])
+def test_waiting_threads_leave_their_cores_unless_the_user_says_otherwise(
+    given: str | None, spins: bool
+) -> None:
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose"}  # the library of threads tells
+    environment.pop("OMP_WAIT_POLICY", None)
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    command = [sys.executable, "-m", "leaf_distill", "env"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+    (rounds,) = re.findall(r"GOMP_SPINCOUNT = '(\w+)'", told)
+    assert (rounds != "0") == spins
+
+
+def test_an_import_sets_no_variable() -> None:
+    environment = {name: text for name, text in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = (
+        "import os, leaf_distill.cli, leaf_distill.training.trainer; print(*os.environ, sep='\\n')"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "OMP_WAIT_POLICY" not in done.stdout.split()

@@ -141,13 +141,26 @@ def test_a_comparison_fits_80_columns_and_prints_no_table_for_each_arm(directory
         at for at, line in enumerate(lines) if "counterfactuals kept" in line
     )
     assert not any(line.startswith(("verdict", "rows in")) for line in lines)
+    assert not any("no counterfactuals" in line for line in lines)  # kd has none on purpose
     assert next_commands(lines) == [["leaf", "analyze", "--run_dir", "compared"]]
 
 
+def test_a_run_that_scores_nothing_ends_with_the_reason(directory: Path) -> None:
+    words = ["--dataset", "rows.jsonl", "--max_new_tokens", "1", "--output_dir", "empty"]
+    lines = leaf(directory, "detect", *MODELS, *words)
+    assert next_commands(lines) == []
+    text = " ".join(lines)
+    reason = text.index("note: No row is left to search: ")
+    assert text.index("The dataset is ") < reason == text.rindex("note: ")
+    assert text.endswith("--max_new_tokens and --chat_template.")
+
+
 def test_on_a_terminal_bars_are_gone_in_the_end(directory: Path) -> None:
-    words = ["--dataset", "rows.jsonl", "--max_steps", "3", "--output_dir", "on-terminal"]
+    rows = ["--dataset", "rows.jsonl", "--eval_dataset", "held-out.jsonl"]
+    words = [*rows, "--max_steps", "3", "--output_dir", "on-terminal"]
     text = on_terminal(directory, "distill", *MODELS, *words)
-    assert "\u2588" in text and "steps" in text  # there was one
+    assert "\u2588" in text and "steps" in text and "batches" in text  # there were bars
+    assert "%|" not in text and "it/s" not in text  # and none of transformers' own
     lines = screen(text)
     assert not any("\u2588" in line or ("steps " in line and "left" in line) for line in lines)
     assert max(map(len, lines)) <= 80

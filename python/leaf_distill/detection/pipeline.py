@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,13 @@ from leaf_distill.detection.config import DetectConfig
 from leaf_distill.detection.counterfactual import propose
 from leaf_distill.detection.distractors import Distractors
 from leaf_distill.detection.estimate import estimate, show_estimate
-from leaf_distill.detection.funnel import UNUSED, funnel, outcomes_table, show_funnel
+from leaf_distill.detection.funnel import (
+    UNUSED,
+    funnel,
+    outcomes_table,
+    show_funnel,
+    show_notes,
+)
 from leaf_distill.detection.judge import Judge
 from leaf_distill.detection.levels import analyzed_turns, end_with_views, render_view, set_views
 from leaf_distill.detection.output import write_dataset, write_samples
@@ -59,7 +65,12 @@ from leaf_distill.detection.search import search
 from leaf_distill.detection.spans import align, find_spans
 from leaf_distill.detection.substitution import Vocabulary
 from leaf_distill.detection.suspicion import set_suspicion
-from leaf_distill.detection.warnings import nothing_usable, warnings_before, warnings_of
+from leaf_distill.detection.warnings import (
+    nothing_scored,
+    nothing_usable,
+    warnings_before,
+    warnings_of,
+)
 from leaf_distill.io import locked, make_directory, user_directory, write_json, write_table
 from leaf_distill.models.loading import LazyModel
 from leaf_distill.models.memory import count_halvings
@@ -87,7 +98,7 @@ class DetectResult:
     dataset: Path
     samples: Path
     outcomes: Path
-    funnel: dict[str, Any]
+    funnel: dict[str, Any] = field(repr=False)
     different_tokenizers: bool = False
 
 
@@ -443,11 +454,13 @@ class Run:
         unchanged = is_unchanged(arm, summary)
         if not unchanged:  # else the seconds stay those of the passes
             write_json(arm / "funnel.json", summary)
-        show_funnel(summary, [*warnings, *replaced])
+        last = nothing_scored(self.examples, self.config)  # what to change stands at the end
+        show_funnel(summary, [note for note in (*warnings, *replaced) if note not in last])
         say(
             f"The dataset is {dataset}{UNCHANGED if unchanged else ''}\n"
             "Beside it: dataset.jsonl (the same rows), candidates, samples, outcomes, funnel"
         )
+        show_notes(last)
         return DetectResult(self.root, arm, dataset, samples, outcomes, summary, self.different)
 
     def _warnings(self) -> list[str]:

@@ -54,6 +54,7 @@ from leaf_distill.training.identity import (
     digest_of,
     settings_of,
 )
+from leaf_distill.training.log_lines import plain_on_purpose
 
 UNTRAINED = "untrained"
 
@@ -221,7 +222,8 @@ def distill_equally(
     """
     branches = _count_branches(Path(arguments.dataset))
     equal = _equalized(training, branches, output_dir)
-    result = distill(arguments, equal)
+    with plain_on_purpose():  # or else the detections have said that they found nothing
+        result = distill(arguments, equal)
     log = [entry for entry in result.metrics["log"] if "loss" in entry]
     return Training(
         model=result.output_dir,

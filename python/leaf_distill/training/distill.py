@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class DistillResult:
     """The directory of the trained student, and the content of its metrics.json."""
 
     output_dir: Path
-    metrics: dict[str, Any]
+    metrics: dict[str, Any] = field(repr=False)
 
 
 def distill(arguments: DistillArguments, config: LeafConfig) -> DistillResult:
@@ -181,10 +181,7 @@ def _load(
     arguments: DistillArguments, source: str, split: str, max_rows: int | None
 ) -> list[Example]:
     columns = arguments.columns if isinstance(arguments.columns, dict) else None
-    examples = load_examples(source, split=split, columns=columns, max_rows=max_rows)
-    if all(one.branch == "original" for one in examples):
-        logger.info("%s has no counterfactuals: the loss is that of plain distillation", source)
-    return examples
+    return load_examples(source, split=split, columns=columns, max_rows=max_rows)
 
 
 def _detected(source: str, config: LeafConfig) -> dict[str, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import has_length
 
+from leaf_distill.data.collator import ExampleDataset
 from leaf_distill.terminal import LOOK
 from leaf_distill.wording import counted, duration
 
@@ -19,6 +22,7 @@ _HEAD_EVERY = 20
 _WIDTHS = (9, 9, 9, 7, 9, 8, 8, 8)
 _OF_EVALUATION = (9, 9, 9, 7, 17, 8)
 _MEASURES = ("loss", "kd_loss", "cd_loss")
+_PLAIN = "the dataset has no counterfactuals: this is plain %s; `leaf detect` finds them"
 
 
 class LogLines(TrainerCallback):
@@ -31,7 +35,9 @@ class LogLines(TrainerCallback):
         self._started, self._first, self._trains = time.monotonic(), 0, False
         self._lines, self._evaluated = 0, (-1, "", 0.0)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
+    ) -> None:
         self._started, self._first, self._trains = time.monotonic(), state.global_step, True
         self._lines, self._evaluated = 0, (-1, "", 0.0)
         state.compute_steps(args, state.max_steps)  # a checkpoint has those of its own settings
@@ -44,6 +50,10 @@ class LogLines(TrainerCallback):
                 if args.max_steps > 0
                 else "lower originals_per_step or warmup_steps, or raise num_train_epochs",
             )
+        rows = getattr(train_dataloader, "dataset", None)
+        plain = isinstance(rows, ExampleDataset) and not rows.counterfactuals
+        if plain and state.is_world_process_zero:
+            logger.warning(_PLAIN, "fine-tuning" if args.ce_weight == 1 else "distillation")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self._first:  # other callbacks may have measured something before
@@ -126,21 +136,35 @@ def _line(step: str, first: int, cells: Sequence[str], widths: Sequence[int]) ->
 class ProgressBar(ProgressCallback):
     """Shows the bars of transformers while they move, and prints no logs."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-        _dress(self.training_bar, "training", "steps")
+    # A bar is drawn as soon as it is made, so those of transformers would be seen as well.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, desc="training", unit="steps", **LOOK)
+        self.current_step = 0
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
     ) -> None:
+        shown = state.is_world_process_zero and has_length(eval_dataloader)
+        if shown and self.prediction_bar is None:
+            total = len(eval_dataloader)
+            self.prediction_bar = tqdm(total=total, desc="evaluation", unit="batches", **LOOK)
         super().on_prediction_step(args, state, control, eval_dataloader)  # type: ignore[no-untyped-call]
-        _dress(self.prediction_bar, "evaluation", "batches")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         pass
 
 
-def _dress(bar: Any, description: str, unit: str) -> None:
-    if bar is not None and bar.leave is not False:
-        bar.leave, bar.bar_format, bar.unit = False, LOOK["bar_format"], unit
-        bar.set_description_str(description)
+@contextmanager
+def plain_on_purpose() -> Iterator[None]:
+    """Let trainings say nothing about a dataset without counterfactuals."""
+
+    def others(record: logging.LogRecord) -> bool:
+        return record.msg != _PLAIN
+
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)

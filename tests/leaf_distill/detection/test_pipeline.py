@@ -126,6 +126,7 @@ def test_never_two_models_in_memory(
 def test_select_all_asks_nobody(pair: dict[str, str], tmp_path: Path) -> None:
     result = run(pair, tmp_path, select="all", validate="none")
     check_sums(result, len(ROWS))
+    assert str(result.arm) in repr(result) and "stages" not in repr(result)
     samples = table(result.samples)
     assert len(samples) == len(ROWS)
     assert all(sample["student_verdict"] is None for sample in samples)

@@ -97,11 +97,12 @@ def test_other_rows_are_all_originals(
         max_rows=5,
     )
     config = make_config(tmp_path / "out", per_device_train_batch_size=8, num_train_epochs=1)
-    with caplog.at_level(logging.INFO, logger="leaf_distill"):
-        metrics = distill(arguments, config).metrics
+    result = distill(arguments, config)
+    metrics = result.metrics
+    assert str(result.output_dir) in repr(result) and "weights" not in repr(result)
     assert metrics["rows"]["originals"] == 5 and metrics["rows"]["counterfactuals"] == 0
     assert metrics["log"][0]["steps_without_cf"] == 1
-    assert "has no counterfactuals: the loss is that of plain distillation" in caplog.text
+    assert "the dataset has no counterfactuals: this is plain distillation;" in caplog.text
     assert "by plain distillation" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -10,6 +10,8 @@ import pytest
 from distill_pair import make_rows, make_trainer
 from transformers import TrainerCallback
 
+from leaf_distill.training.log_lines import plain_on_purpose
+
 HEAD = ["step", "loss", "kl", "cut", "kl", "agree", "lr", "tok/s", "time", "left"]
 
 
@@ -83,6 +85,31 @@ def test_without_counterfactuals_that_column_is_empty(
     start = head.index("cut rkl")
     assert line[start : start + len("cut rkl")].strip() == ""
     assert line[start - 9 : start - 2].strip() != ""
+
+
+@pytest.mark.parametrize(
+    ("counterfactuals", "settings", "said"),
+    [
+        (0, {}, "this is plain distillation;"),
+        (0, {"ce_weight": 1.0}, "this is plain fine-tuning;"),
+        (3, {}, ""),
+    ],
+)
+def test_a_dataset_without_counterfactuals_is_said(
+    counterfactuals: int,
+    settings: dict[str, float],
+    said: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trainer = make_trainer(tmp_path, make_rows(8, counterfactuals), max_steps=1, **settings)
+    trainer.train()
+    found = [text for text in caplog.messages if "no counterfactuals" in text]
+    assert len(found) == bool(said) and said in "".join(found)
+    caplog.clear()
+    with plain_on_purpose():
+        trainer.train()
+    assert "no counterfactuals" not in caplog.text
 
 
 def test_the_head_comes_again_so_that_it_stays_on_the_screen(
