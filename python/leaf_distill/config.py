@@ -310,9 +310,11 @@ def json_object(value: dict[str, Any] | str | None, name: str) -> dict[str, Any]
 
 
 def _as_json(value: str, name: str) -> str:
-    """Return a hint how a Python dict, whose quotes are single ones, is written as JSON."""
+    """Return a hint how a Python dict, or a text such as `key=value`, is written as JSON."""
+    pairs = [one.partition("=") for one in value.split(",") if one.count("=") == 1]
+    mapping: object = {key.strip(): text.strip() for key, _, text in pairs}
     try:
-        mapping = ast.literal_eval(value)
+        mapping = mapping or ast.literal_eval(value)
         text = json.dumps(mapping, ensure_ascii=False) if isinstance(mapping, dict) else ""
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return ""

@@ -107,17 +107,19 @@ def after_distill(arguments: Any, config: Any) -> None:
     from leaf_distill.detection.config import DetectConfig
     from leaf_distill.evaluation.config import EvaluateConfig
 
+    detected = detected_settings(arguments.dataset)
     rows, purpose = arguments.eval_dataset, "Next, let both answer them"
-    split = arguments.eval_split
+    split, columns = arguments.eval_split, arguments.columns
     if rows is None or (Path(rows).expanduser() / "run.json").is_file():
         rows, split = "TEST.jsonl", "test"
+        columns = detected.get("columns") or columns  # the detection read rows like these
         purpose = "Next, let both answer rows that were not trained on, in place of TEST.jsonl"
-    detected = detected_settings(arguments.dataset)
     graded = {"grade": config.grade} | {
         name: detected[name] for name in ("grade", "max_new_tokens") if name in detected
     }
     shared = {name: getattr(config, name, None) for name in RENDERING if hasattr(config, name)}
     shared |= {"trust_remote_code": arguments.trust_remote_code, "dataset_split": split}
+    shared["columns"] = columns
     options = {
         "model": [arguments.student, config.output_dir],
         "dataset": rows,

@@ -32,7 +32,10 @@ from leaf_distill.training.config import DistillArguments, LeafConfig
         ({"max_batch_tokens": 0}, "max_batch_tokens: must be"),
         ({"max_new_tokens": 2**63}, "max_new_tokens: must be from 1 to 2147483647"),
         ({"grade_timeout": 0.0}, "grade_timeout: must be seconds above 0"),
-        ({"columns": "prompt=question"}, "columns: must be a JSON object"),
+        (
+            {"columns": "prompt=question, answer=result"},
+            """single ones: --columns '{"prompt": "question", "answer": "result"}'""",
+        ),
         (
             {"columns": "{'prompt': 'Frage'}"},
             """put double quotes inside single ones: --columns '{"prompt": "Frage"}'""",

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from leaf_distill.cli import parse
+from leaf_distill.config import json_object
 from leaf_distill.detection.cells import Setting
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.next_steps import after_sweep, changed
+from leaf_distill.next_steps import after_distill, after_sweep, changed
 from leaf_distill.wording import command_line
 
 MODELS = {"student": "s", "teacher": "t", "dataset": "d", "output_dir": "my runs"}
@@ -89,3 +90,19 @@ def test_the_own_setting_leads_to_the_training(
     line = capsys.readouterr().out.replace("\\\n", "").splitlines()[1]
     arguments, config = parse("distill", shlex.split(line)[2:])
     assert (arguments.student, config.system_prompt) == ("s", "")
+
+
+@pytest.mark.parametrize("rows", [None, "mine.csv"])
+def test_the_evaluation_after_a_training_reads_the_columns_of_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str | None
+) -> None:
+    mapping = '{"prompt": "exercise", "answer": "result"}'
+    arm = DetectConfig(**MODELS, columns=mapping, grade="number")
+    (tmp_path / "funnel.json").write_text(json.dumps({"settings": vars(arm)}))
+    given = [f"--dataset={tmp_path}", "--student=s", "--teacher=t", "--output_dir=out"]
+    given += [f"--eval_dataset={rows}", "--eval_strategy=epoch"] if rows else []
+    after_distill(*parse("distill", given))
+    line = capsys.readouterr().out.replace("\\\n", "").splitlines()[1]
+    (config,) = parse("evaluate", shlex.split(line)[2:])
+    assert (config.dataset, config.grade) == (rows or "TEST.jsonl", "number")
+    assert json_object(config.columns, "columns") == (None if rows else json.loads(mapping))

@@ -35,6 +35,10 @@ GIVEN: dict[Role, str] = {role: f"{role}_answer" for role in ROLES}
 """The columns of answers that the models gave elsewhere."""
 FIELDS = {name for layout in LAYOUTS for name in layout}
 FIELDS |= {*EXTRAS, *SOURCES, *DIFFICULTIES, *GIVEN.values(), *CODE_FIELDS, *TEST_FIELDS}
+ANSWERS = ("answer", "final_answer", "gold", "label", "result", "solution_number", "target")
+"""Names of columns, in lower case, that hold a short answer; a proposed mapping looks for them."""
+SHORT = 20
+"""Characters of a short one."""
 MADE = "; where there is an answer, `leaf detect --completion_source teacher` makes the completion"
 UNREAD = ("no_layout", "no_completion")
 """Reasons which mean, if every row has one of them, that the columns were not understood."""
@@ -143,12 +147,24 @@ def _proposed(record: Record, names: Sequence[str], need_completion: bool) -> st
     names = names or ["question", "answer"]
     texts = [name for name in names if isinstance(record.get(name), str)] or names
     begins = {layout[0] for layout in LAYOUTS}
-    sentences = (name for name in texts if " " in str(record.get(name)).strip())
-    prompt = next((name for name in names if name in begins), next(sentences, texts[0]))
+    sentences = [name for name in texts if " " in str(record.get(name)).strip()]
+    prompt = next((name for name in names if name in begins), (*sentences, texts[0])[0])
     at = names.index(prompt)
-    others = [name for name in (*names[at + 1 :], *names[:at]) if name in texts]
-    second = "completion" if need_completion else "answer"
-    return _json({"prompt": prompt} | ({second: others[0]} if others else {}))
+    rest = (*names[at + 1 :], *names[:at])
+    others = [name for name in rest if name in texts]
+    short = [name for name in rest if 0 < len(str(record.get(name)).strip()) <= SHORT]
+    answers = [name for name in short if name.lower() in ANSWERS]
+    if not need_completion:
+        answers += [*(name for name in others if name in short), *others]
+    answer = next(iter(answers), None)
+    completions = [name for name in others if name in sentences and name != answer]
+    if need_completion:  # a short answer is a completion too
+        completions += [name for name in others if name == answer] + others
+    completion = next(iter(completions), None)
+    fields = {"prompt": prompt, "completion": completion, "answer": answer}
+    if completion == answer:
+        del fields["answer"]
+    return _json({field: column for field, column in fields.items() if column is not None})
 
 
 def _json(mapping: Mapping[str, str]) -> str:

@@ -288,7 +288,7 @@ def _generate(
     little = little_room(lengths, asked.model.max_positions, config.max_new_tokens)
 
     def compute(batch: list[int]) -> list[bytes]:
-        warn_of_little_room(asked.model, little)
+        warn_of_little_room(asked.model.name, little, cache)
         answers = generate(
             asked.model.load(),
             asked.renderer.tokenizer,

@@ -223,6 +223,7 @@ class Run:
             usable = self._label()
             if not usable:
                 raise nothing_usable(self.examples)
+            self.told = current().from_first(self._tell_before)
             marked = usable if self.config.select == "all" else self.judge.mark(usable)
             views = self._views(marked)
             with self._clock("saliency"):
@@ -436,7 +437,7 @@ class Run:
             samples = write_samples(arm, scored, renderers)
             outcomes = arm / "outcomes.parquet"
             write_table(outcomes, outcomes_table(self.examples))
-        warnings = self._warnings()
+        warnings = self._warnings_after()
         summary: dict[str, Any] = {
             **funnel(self.examples, self.config),
             "arm": arm.name,
@@ -444,7 +445,7 @@ class Run:
             "models": {role: one.model.fingerprint for role, one in self.pair.items()},
             "served": {role: one.server.model for role, one in self.pair.items() if one.server},
             "dataset_sha256": hashlib.sha256(dataset.read_bytes()).hexdigest(),
-            "templates": warnings,
+            "templates": [*self.told, *warnings],
             "versions": package_versions(),
             **({"search": self.searched} if self.searched else {}),
             "halved_batches": self.halved,
@@ -463,9 +464,15 @@ class Run:
         show_notes(last)
         return DetectResult(self.root, arm, dataset, samples, outcomes, summary, self.different)
 
-    def _warnings(self) -> list[str]:
-        """Return what a user should know before using the result."""
-        found = self._warnings_before() + warnings_of(self.examples, self.config, self.pair)
+    def _tell_before(self) -> list[str]:
+        """Print and return what may be a reason to stop the run, before the models are asked."""
+        found = self._warnings_before()
+        show_notes(found)
+        return found
+
+    def _warnings_after(self) -> list[str]:
+        """Return what else a user should know before using the result."""
+        found = warnings_of(self.examples, self.config, self.pair)
         if self.halved:
             found.append(
                 f"{self.halved} batches were too large for the memory and ran in halves; "

@@ -7,12 +7,12 @@ import weakref
 from collections.abc import Sequence
 from typing import Final
 
-from leaf_distill.models.loading import LazyModel
+from leaf_distill.detection.cache import RowCache
 from leaf_distill.ranks import current
 
 logger = logging.getLogger(__name__)
 
-_warned: Final[weakref.WeakSet[LazyModel]] = weakref.WeakSet()
+_warned: Final[weakref.WeakSet[RowCache]] = weakref.WeakSet()
 
 
 def little_room(lengths: Sequence[int], limit: int | None, max_new_tokens: int) -> str | None:
@@ -29,16 +29,15 @@ def little_room(lengths: Sequence[int], limit: int | None, max_new_tokens: int) 
     if not short:
         return None
     return (
-        f"{short} of {len(lengths)} prompts have room for fewer than max_new_tokens "
-        f"({max_new_tokens}) in the model's {limit} positions, and are answered apart, which is "
-        f"slow. All have room for --max_new_tokens {limit - max(lengths)}; a lower --max_length "
-        "leaves long ones out"
+        f"{short} of {len(lengths)} prompts have room for fewer than {max_new_tokens} new tokens "
+        f"in {limit} positions, and are answered apart, slowly; --max_new_tokens "
+        f"{limit - max(lengths)} fits all"
     )
 
 
-def warn_of_little_room(model: LazyModel, sentence: str | None) -> None:
-    """Log that sentence, once for a model of a run."""
-    if sentence is None or model in _warned or current().rank:
+def warn_of_little_room(name: str, sentence: str | None, cache: RowCache) -> None:
+    """Log that sentence about a model, once for a run, which opens the row cache once."""
+    if sentence is None or cache in _warned or current().rank:
         return
-    _warned.add(model)
-    logger.warning("%s: %s", model.name, sentence)
+    _warned.add(cache)
+    logger.warning("%s: %s", name, sentence)

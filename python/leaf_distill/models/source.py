@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 TOKENIZER_FILES: Final = (
@@ -69,7 +72,8 @@ def locate_model(name: str, *, _above: tuple[str, ...] = ()) -> ModelSource:
         name: a directory, a hub name, a ``.gguf`` file or the directory of an adapter.
 
     Raises:
-        ValueError: the path does not exist, the file is no GGUF file, or an adapter names no base.
+        ValueError: the path does not exist, the hub is out of reach, the file is no GGUF file, the
+            package for one is missing, or an adapter names no base.
     """
     place = os.path.expanduser(name)
     if os.path.isfile(place):
@@ -77,6 +81,11 @@ def locate_model(name: str, *, _above: tuple[str, ...] = ()) -> ModelSource:
             raise ValueError(
                 f"model: must be a directory, a hub name or a .gguf file, got the file {name!r}; "
                 "name its directory"
+            )
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError(
+                f"model: must come with the package gguf, got none for {_short(name)}; run: pip "
+                "install gguf"
             )
         return ModelSource(name, os.path.dirname(place) or ".", os.path.basename(place))
     if not os.path.isdir(place):
@@ -202,13 +211,31 @@ def _adapter_config(place: str) -> Path | None:
     if os.path.isdir(place):
         path = Path(place, "adapter_config.json")
         return path if path.is_file() and not Path(place, "config.json").is_file() else None
+    unreached = None
     try:
-        if cached_file(place, "config.json", _raise_exceptions_for_missing_entries=False):
+        if cached_file(place, "config.json"):
             return None
-        found = cached_file(place, "adapter_config.json")
-    except (OSError, ValueError):
-        return None  # the loading of the model reports it
+    except (OSError, ValueError) as error:
+        if not isinstance(error.__cause__, LocalEntryNotFoundError):
+            return None  # the loading of the model reports it
+        unreached = error.__cause__
+    try:  # a hub that is out of reach keeps each question waiting
+        found = cached_file(place, "adapter_config.json", local_files_only=unreached is not None)
+    except (OSError, ValueError) as error:
+        if unreached is not None and not is_offline_mode():
+            raise ValueError(_no_hub(place, unreached)) from error
+        return None
     return None if found is None else Path(found)
+
+
+def _no_hub(name: str, error: Exception) -> str:
+    """Return the sentence for a name of the hub, which could not be asked for it."""
+    reason = error.__cause__ or error
+    return (
+        f"model: the hub cannot be reached ({type(reason).__name__}: {str(reason)[:200]}), and "
+        f"{_short(name)} is neither a directory here nor downloaded; check the network and the "
+        "name. HF_HUB_OFFLINE=1 reads what was downloaded, without a network"
+    )
 
 
 def _locate_base(name: str, place: str, adapter: Path, above: tuple[str, ...]) -> ModelSource:

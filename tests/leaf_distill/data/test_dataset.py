@@ -296,7 +296,15 @@ def test_an_answer_is_enough_where_no_completion_is_needed(tmp_path: Path, promp
         ({"id": "a-1", "question": "What?", "reply": "4"}, {"prompt": "question"}),
         ({"answer": "4", "task": "What is it?"}, {"prompt": "task", "completion": "answer"}),
         ({"problem": ["a"], "note": "n"}, {"prompt": "problem", "completion": "note"}),
-        ({"question": "What?", "answer": 7}, {"prompt": "question"}),
+        ({"question": "What?", "answer": 7}, {"prompt": "question", "answer": "answer"}),
+        (
+            {"nr": "1", "exercise": "What is it?", "working": "2 + 2 = 4", "result": "4"},
+            {"prompt": "exercise", "completion": "working", "answer": "result"},
+        ),
+        (
+            {"task": "What is it?", "result": 4, "reply": "It is 4."},
+            {"prompt": "task", "completion": "reply", "answer": "result"},
+        ),
     ],
 )
 def test_a_mapping_is_proposed_with_the_columns_that_are_there(
@@ -308,6 +316,30 @@ def test_a_mapping_is_proposed_with_the_columns_that_are_there(
     assert found.items() >= proposed.items() and set(found.values()) <= set(row)
     assert len(set(found.values())) == len(found)
     assert str(caught.value).index("map yours") < str(caught.value).index("instruction/output")
+
+
+@pytest.mark.parametrize(
+    ("row", "proposed"),
+    [
+        (
+            {"nr": "1", "exercise": "What is it?", "working": "2 + 2 = 4", "result": "4"},
+            {"prompt": "exercise", "completion": "working", "answer": "result"},
+        ),
+        (
+            {"nr": "1", "exercise": "What is it?", "said": "4"},
+            {"prompt": "exercise", "answer": "said"},
+        ),
+        ({"task": "What is it?", "worked": "It is 4."}, {"prompt": "task", "answer": "worked"}),
+    ],
+)
+def test_a_mapping_without_a_completion_has_the_short_column_as_its_answer(
+    row: dict[str, Any], proposed: dict[str, str]
+) -> None:
+    with pytest.raises(ValueError, match="map yours with --columns") as caught:
+        load_examples([row], need_completion=False)
+    found = json.loads(re.findall("'([{].*?})'", str(caught.value))[0])
+    assert found == proposed
+    assert load_examples([row], columns=found, need_completion=False)[0].outcome is None
 
 
 def test_what_makes_an_answer_a_completion_is_said() -> None:

@@ -151,6 +151,23 @@ def test_completions_that_are_wrong_by_their_own_answer_are_told(
     assert sentence in output if sentence else "own answer" not in output
 
 
+def test_wrong_completions_are_told_before_a_model_is_loaded(
+    pair: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sentence = "24 of 24 completions are wrong by their own answer"
+    done = run(pair, tmp_path, WORKED, grade="exact")
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.count(sentence) == 1 and output.index(sentence) < output.index("LeaF, stage 1")
+    assert any(sentence in one for one in done.funnel["templates"])
+    monkeypatch.setattr("leaf_distill.models.loading.load_model", None)
+    with pytest.raises(TypeError):  # at the first model
+        run(pair, tmp_path / "other", WORKED, grade="exact", cache_dir=str(tmp_path / "empty"))
+    assert sentence in " ".join(capsys.readouterr().out.split())
+
+
 def test_some_wrong_completions_are_no_wrong_column(
     pair: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,7 +205,7 @@ def test_prompts_with_little_room_are_costed_as_they_are_answered(
 ) -> None:
     room = {"max_new_tokens": 25, "max_batch_tokens": 400, **LABELS}
     output = dry(capsys, pair, tmp_path, **room)
-    told = re.search(r"teacher: (\d+) of 24 prompts have room for fewer than max_new_tok", output)
+    told = re.search(r"teacher: (\d+) of 24 prompts have room for fewer than 25 new tokens", output)
     assert told and 0 < int(told[1]) < 24
     models = run(pair, tmp_path, dry_run=True, **room).funnel["estimate"]["models"]
     batches, original = [], generation._batch
@@ -203,13 +220,13 @@ def test_prompts_with_little_room_are_costed_as_they_are_answered(
     assert models["student"]["answer_passes"] == 0
 
 
-def test_little_room_is_logged_once_for_a_model_with_a_number_that_avoids_it(
+def test_little_room_is_logged_once_with_a_number_that_avoids_it(
     pair: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(pair, tmp_path, max_new_tokens=30)  # asked on rows, and on changed prompts
     said = [record.getMessage() for record in caplog.records if "have room" in record.getMessage()]
-    assert [line.split(": ")[0] for line in said] == [pair["student"], pair["teacher"]]
-    numbers = re.findall(r"All have room for --max_new_tokens (\d+)", said[0])
+    assert [line.split(": ")[0] for line in said] == [pair["student"]]
+    numbers = re.findall(r"--max_new_tokens (\d+) fits all", said[0])
     assert len(numbers) == 1
     caplog.clear()
     run(pair, tmp_path, max_new_tokens=int(numbers[0]))

@@ -61,6 +61,32 @@ def test_unreachable_hub_name(monkeypatch):
             load("nobody/nothing")
 
 
+def test_a_hub_out_of_reach_is_said_after_one_question(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # refuses
+    waits = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    with pytest.raises(ValueError, match=r"^student: the hub cannot be reached \(Conn.*OFFLINE=1"):
+        LazyModel("nobody/nothing", argument="student")
+    assert waits == sorted(waits)  # a second question would begin with a short one again
+
+
+def test_a_damaged_gguf_file(tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF no more")
+    with pytest.raises(ValueError, match=r"^model: must be .*bad.gguf', from which no model"):
+        load_model(str(tmp_path / "bad.gguf"))
+
+
+def test_a_gguf_file_needs_its_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"^model: must come with .* run: pip install gguf$"):
+            load(str(tmp_path / "a.gguf"))
+
+
 HUB = """
 import sys, pathlib
 from leaf_distill.models.loading import LazyModel
@@ -98,7 +124,8 @@ def test_hub_names_stand_for_their_commits(tmp_path, saved, make_model):
     assert len({line[2] for line in lines}) == 4  # the base is part of the adapter's
 
 
-def test_messages_name_the_argument_and_the_whole_reason(tmp_path, saved):
+def test_messages_name_the_argument_and_the_whole_reason(saved, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"^student: must be .*such directory here: check"):
         LazyModel("nowhere/model", argument="student")
     (saved / "tokenizer.json").unlink()
@@ -116,9 +143,6 @@ def test_an_encoder_and_decoder_is_refused(saved):
 def test_other_files(tmp_path, saved):
     with pytest.raises(ValueError, match=r"^model: must be .* got the file .*; name its dir"):
         load_model(str(saved / "config.json"))
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF no more")
-    with pytest.raises(ValueError, match=r"^model: must be .*bad.gguf', from which no model"):
-        load_model(str(tmp_path / "bad.gguf"))
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"^model: must be .*student', from which no model"):
