@@ -311,14 +311,18 @@ def json_object(value: dict[str, Any] | str | None, name: str) -> dict[str, Any]
 
 def _as_json(value: str, name: str) -> str:
     """Return a hint how a Python dict, or a text such as `key=value`, is written as JSON."""
-    pairs = [one.partition("=") for one in value.split(",") if one.count("=") == 1]
-    mapping: object = {key.strip(): text.strip() for key, _, text in pairs}
+    words = {"true": True, "false": False}
     try:
-        mapping = mapping or ast.literal_eval(value)
-        text = json.dumps(mapping, ensure_ascii=False) if isinstance(mapping, dict) else ""
+        mapping: object = ast.literal_eval(value)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        pairs = [map(str.strip, one.split("=")) for one in value.split(",") if one.count("=") == 1]
+        mapping = {key: words.get(text.lower(), text) for key, text in pairs}
+    try:
+        text = json.dumps(mapping, ensure_ascii=False) if isinstance(mapping, dict) else ""
+    except (ValueError, TypeError, RecursionError):
         return ""
-    return f"; put double quotes inside single ones: --{name} {shlex.quote(text)}" if text else ""
+    hint = f"; put double quotes inside single ones: --{name} {shlex.quote(text)}"
+    return hint if mapping and text else ""
 
 
 def need(config: Any, *names: str) -> None:

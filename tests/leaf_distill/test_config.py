@@ -40,6 +40,8 @@ from leaf_distill.training.config import DistillArguments, LeafConfig
             {"columns": "{'prompt': 'Frage'}"},
             """put double quotes inside single ones: --columns '{"prompt": "Frage"}'""",
         ),
+        ({"chat_template_kwargs": "enable_thinking=false"}, """'{"enable_thinking": false}'"""),
+        ({"columns": "{'prompt': 'x=y'}"}, """--columns '{"prompt": "x=y"}'"""),
         ({"columns": "[" * 100_000}, "columns: must be a JSON object"),
         ({"columns": '{"prompt": 3}'}, "columns: must map text to text"),
         ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs: must be a JSON object, got"),
