@@ -155,7 +155,7 @@ class _Lines(logging.Handler):
             self.handleError(record)
 
 
-class _First(logging.Filter):
+class _NoRepeats(logging.Filter):
     """Stops repeats: the client of the hub tells each of its many attempts, with its number."""
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ def readable_messages() -> Iterator[None]:
 
     Python's -W and PYTHONWARNINGS choose others.
     """
-    lines, once, root = _Lines(logging.WARNING), _First(), logging.getLogger()
+    lines, once, root = _Lines(logging.WARNING), _NoRepeats(), logging.getLogger()
     if root.handlers:  # of an application, or of a test
         yield
         return

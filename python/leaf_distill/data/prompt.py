@@ -46,7 +46,7 @@ class Written(NamedTuple):
 
     Attributes:
         start: The names of the tokens before plain text; mostly none.
-        prompt: What the template writes, up to the start of the model's answer.
+        prompt: The text of the template, up to the start of the model's answer.
         prefix: The response's prefix, at the response level.
         completion: What the model must write.
         spans: The characters of each of its tokens, as the tokenizer gives them.
