@@ -22,21 +22,32 @@ texts = (
     "leo has 12 nuts . the sticker says 8 . leo drops 5 nuts . how many nuts does leo have now ?",
     "sam has 2 nuts . eva guesses 13 . sam gets 6 more nuts . how many nuts does sam have now ?",
 )
-prompts = [tokenizer.encode(f"<user> {text} <assistant>") for text in texts]
 answers = [tokenizer.encode(answer) for answer in ("12 - 5 = 7 # 7 <end>", "2 + 6 = 8 # 8 <end>")]
-special = torch.tensor(tokenizer.all_special_ids)
+
+
+def render(text):
+    """Ids of a prompt, and which of them are the user's text: the template is never searched."""
+    message = [{"role": "user", "content": text}]
+    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    first = prompt.index(text)
+    found = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    inside = [first <= a < b <= first + len(text) for a, b in found["offset_mapping"]]
+    return found["input_ids"], torch.tensor(inside)
 
 
 def batch(prompts, answers):
-    """Ids, labels (-100 on prompts and padding) and the mask of the user's text, [B, T] each."""
+    """Ids and labels (-100 on prompts and padding), [B, T] each."""
     pairs = [(torch.tensor(p), torch.tensor(a)) for p, a in zip(prompts, answers, strict=True)]
     ids = pad_sequence([torch.cat(pair) for pair in pairs], True, tokenizer.pad_token_id)
-    labels = pad_sequence([torch.cat((p * 0 - 100, a)) for p, a in pairs], True, -100)
-    return ids, labels, (labels == -100) & ~torch.isin(ids, special)
+    return ids, pad_sequence([torch.cat((p * 0 - 100, a)) for p, a in pairs], True, -100)
 
 
 # 1. Spans of confounders, from the gradients of both models' losses at their input embeddings.
-ids, labels, user_text = batch(prompts, answers)
+prompts, inside = map(list, zip(*map(render, texts), strict=True))
+ids, labels = batch(prompts, answers)
+user_text = torch.zeros(ids.shape, dtype=torch.bool)
+for row, mask in zip(user_text, inside, strict=True):
+    row[: len(mask)] = mask
 gradients = []
 for model in (teacher, student):
     with leaf_ext.capture_embedding_grad(model.get_input_embeddings()) as captured:
@@ -54,7 +65,7 @@ for prompt, answer, found in zip(prompts[:], answers[:], spans, strict=True):
         answers.append(answer)
 
 # 3. One optimisation step on originals and counterfactuals.
-ids, labels, _ = batch(prompts, answers)
+ids, labels = batch(prompts, answers)
 is_counterfactual = (torch.arange(len(ids)) >= originals)[:, None].expand_as(labels[:, 1:])
 weight = leaf_ext.row_weights(is_counterfactual.flatten(), (labels[:, 1:] != -100).flatten())
 student_hidden = student.model(ids).last_hidden_state[:, :-1].flatten(0, 1)

@@ -19,12 +19,28 @@ from hostile import ATTACKS
 
 from leaf_distill.data.tests import Tests
 from leaf_distill.grading.code import CodeGrader, Judged
+from leaf_distill.grading.sandbox import process
 from leaf_distill.grading.sandbox.process import run_script, unavailable
 
 SECRET = "the user's own secret 8841"
 SQUARE = Tests("asserts", code=("assert target(3) == 9", "assert abs(target(4) - 16) < 1e-6"))
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+
+
+def test_programs_are_confined_where_they_may_read_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where it is installed below the standard library, in site-packages."""
+    readable = (*process._readable(), str(process.HERE))
+    monkeypatch.setattr(process, "_readable", lambda: readable)
+    assert unavailable.__wrapped__() == ""
+
+
+def test_a_file_that_a_program_can_read_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    readable = (*process._readable(), tempfile.gettempdir())
+    monkeypatch.setattr(process, "_readable", lambda: readable)
+    assert f"a confined process could read {tempfile.gettempdir()}" in unavailable.__wrapped__()
 
 
 class World:

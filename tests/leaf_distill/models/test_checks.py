@@ -12,7 +12,7 @@ from architectures import CAUSAL, NOT_CAUSAL, SIZES, build
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from leaf_distill.models.checks import check_causal, eval_mode
+from leaf_distill.models.checks import check_causal, eval_mode, warn_of_spinning
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -85,6 +85,27 @@ def test_passes_leave_cudnns_attention_out_and_put_the_choice_back(before: bool)
         assert torch.backends.cuda.cudnn_sdp_enabled() == before
     finally:
         torch.backends.cuda.enable_cudnn_sdp(known)
+
+
+@pytest.mark.parametrize(
+    ("load", "policy", "warns"),
+    [(64.0, None, True), (64.0, "passive", False), (64.0, "active", False), (0.0, None, False)],
+)
+def test_threads_that_spin_on_busy_cores_are_told(
+    load: float,
+    policy: str | None,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    warn_of_spinning()
+    assert ("OMP_WAIT_POLICY=passive" in caplog.text) == warns
 
 
 FIRST_BATCH = """

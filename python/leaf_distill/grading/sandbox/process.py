@@ -47,9 +47,9 @@ COMMAND = (
 )
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-NEEDED = (
-    "programs are confined by Landlock and seccomp, which need Linux 5.13 or newer on x86_64 or "
-    "aarch64, with `landlock` in /sys/kernel/security/lsm; run on such a kernel"
+UNCONFINED = (
+    "programs cannot be confined here: {}; that takes Landlock and seccomp, in Linux 5.13 or newer "
+    "on x86_64 or aarch64, with `landlock` in /sys/kernel/security/lsm"
 )
 
 
@@ -61,20 +61,21 @@ class SandboxError(RuntimeError):
 def unavailable() -> str:
     """Return why programs cannot be confined on this machine; nothing where they can.
 
-    A process is confined for it, and tries to read this file.
+    A process is confined for it, and tries to read a file that is for this process alone.
     """
     if platform.system() != "Linux" or platform.machine() not in MACHINES:
-        return f"{NEEDED} (this is {platform.system()} on {platform.machine()})"
+        return UNCONFINED.format(f"this is {platform.system()} on {platform.machine()}")
     if not landlock_abi():
-        return f"{NEEDED} (this kernel, {platform.release()}, has no Landlock)"
-    probe = (
-        f"try:\n    open({str(HERE / 'confine.py')!r})\nexcept PermissionError:\n    print('held')"
-    )
+        return UNCONFINED.format(f"this kernel, {platform.release()}, has no Landlock")
     try:
-        output, _, end = run_script(probe, "", cpu_s=10)
+        with tempfile.NamedTemporaryFile(prefix="leaf-secret-") as secret:
+            probe = f"try:\n    open({secret.name!r})\nexcept PermissionError:\n    print('held')"
+            output, raised, _ = run_script(probe, "", cpu_s=10)
     except (SandboxError, OSError) as error:
-        return f"{NEEDED} ({error})"
-    return "" if output == b"held\n" else f"{NEEDED} (a confined process could read a file, {end})"
+        return UNCONFINED.format(error)
+    if output != b"held\n":
+        return UNCONFINED.format(raised or f"a confined process could read {tempfile.gettempdir()}")
+    return ""
 
 
 @functools.cache
