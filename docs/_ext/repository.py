@@ -18,6 +18,7 @@ DOCS = Path(__file__).resolve().parents[1]
 ROOT = DOCS.parent
 MADE = DOCS / "repository"
 LINK = re.compile(r"(?<=\]\()([^):#\s]+)(?=[)#])")
+REMOTE_IMAGE = re.compile(r"!\[([^]]*)\]\(https?:[^)]*\)")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 ORPHAN = "---\norphan: true\n---\n"
 
@@ -55,7 +56,8 @@ def text_of(path: Path) -> str:
         files = sorted(item for item in path.iterdir() if item.is_file())
         return title + "".join(f"- [{item.name}]({path.name}/{item.name})\n" for item in files)
     if path.suffix == ".md":
-        return f"{ORPHAN}\n{path.read_text()}"
+        # The site fetches nothing: a badge is its text.
+        return f"{ORPHAN}\n" + REMOTE_IMAGE.sub(r"\1", path.read_text())
     if path.suffix == ".ipynb":
         return f"{ORPHAN}\n{cells_of(path)}"
     language = LANGUAGES.get(path.suffix, "none")
