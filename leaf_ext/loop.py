@@ -11,7 +11,6 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from leaf_ext.ops import Spans
 from leaf_ext.ops.checks import require, require_tensor
 
 T = TypeVar("T")
@@ -120,7 +119,7 @@ def cut_spans(
     if isinstance(values, Tensor):
         require(values.dim() == 1, _CUT, "values", "1-D [T]", f"shape {tuple(values.shape)}")
     whose = "the (start, stop) pairs of one sequence (Spans.tolist()[i])"
-    require(not isinstance(spans, (Spans, Tensor)), _CUT, "spans", whose, type(spans).__name__)
+    require(isinstance(spans, Sequence), _CUT, "spans", whose, type(spans).__name__)
     length = len(values)
     cuts = [range(*_checked(span, length)) for span in spans]
     groups = [cuts] if collective and cuts else [[cut] for cut in cuts]

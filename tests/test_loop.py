@@ -174,6 +174,7 @@ def test_the_spans_of_detection_are_those_that_are_cut() -> None:
         (VALUES, [3], "spans must be pairs .* got 3"),
         (torch.zeros(2, 6), SPANS, r"values must be 1-D \[T\], got shape \(2, 6\)"),
         (VALUES, torch.tensor(SPANS), "spans must be the .* of one sequence .*, got Tensor"),
+        (VALUES, None, "spans must be the .* of one sequence .*, got NoneType"),
     ],
 )
 def test_bad_spans_are_named(values: Any, spans: Any, message: str) -> None:

@@ -31,8 +31,8 @@ class Spans:
         score: like domain, float32 in [0, 1] (Eq. 5); NaN outside the domain and in sequences whose
             status is not 0.
         confounder: like domain, bool.
-        status: [B] int64. Bit 1 is set if a value of the teacher in the domain is NaN or inf, bit 2
-            for the student. Such a sequence has no spans.
+        status: [B] int64: 0; 1 if a value of the teacher in the domain is NaN or inf, 2 if one of
+            the student is, 3 if both have one. Such a sequence has no spans.
     """
 
     span: Tensor
@@ -173,7 +173,7 @@ def _check_tensors(
         checks.require_float(_OP, argument, saliency, backend)
         checks.require_device(_OP, argument, saliency, domain.device)
         got = f"shape {tuple(saliency.shape)}"
-        needed = f"norms {shape} or gradients {(*shape, 'H')} like domain"
+        needed = f"norms {shape} or gradients ({', '.join(map(str, shape))}, H) like domain"
         fits = tuple(saliency.shape[:dims]) == shape and saliency.dim() in (dims, dims + 1)
         checks.require(fits, _OP, argument, needed, got)
         wide = accum_dtype(saliency.dtype)

@@ -309,7 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(leaf_distill.__version__)
         return 0
     if name not in COMMANDS:
-        complain(f"leaf: {name!r} is not a command{nearest(name, COMMANDS)}")
+        complain(
+            f"leaf: {name!r} is not a command{nearest(name, COMMANDS) or '; `leaf` lists them'}"
+        )
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a file has its lines in order, and at once

@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # seconds to import
 RENDERING = ("chat_template", "chat_template_kwargs", "system_prompt", "trust_remote_code")
 """Settings with which a training has to read prompts as the detection did."""
 
+SWEPT = 10
+"""Scored rows from which on other thresholds may tell something where nothing was kept."""
+
 
 def changed(settings: Mapping[str, Any], config: type) -> dict[str, Any]:
     """Return the settings that are not the defaults of a dataclass, as options of a command."""
@@ -48,10 +51,10 @@ def after_detect(
     """
     if not scored:
         return
-    say_next("Next, see what was cut", "report", {"run_dir": arm})
-    if not kept:
+    say_next(f"Next, see what was {'cut' if kept else 'tried'}", "report", {"run_dir": arm})
+    if not kept and scored >= SWEPT:
         say_next("Nothing was kept; other thresholds", "sweep", {"run_dir": arm})
-    elif trains:
+    elif kept and trains:
         to_distill(arm, settings)
 
 

@@ -35,6 +35,7 @@ def test_without_a_command_it_lists_them(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "detekt")
     assert status == 2 and "'detekt' is not a command; did you mean detect?" in err
+    assert "'inspect' is not a command; `leaf` lists them" in run(capsys, "inspect")[2]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from leaf_distill.cli import parse
 from leaf_distill.config import json_object
 from leaf_distill.detection.cells import Setting
 from leaf_distill.detection.config import DetectConfig
-from leaf_distill.next_steps import after_distill, after_sweep, changed
+from leaf_distill.next_steps import after_detect, after_distill, after_sweep, changed
 from leaf_distill.wording import command_line
 
 MODELS = {"student": "s", "teacher": "t", "dataset": "d", "output_dir": "my runs"}
@@ -90,6 +91,20 @@ def test_the_own_setting_leads_to_the_training(
     line = capsys.readouterr().out.replace("\\\n", "").splitlines()[1]
     arguments, config = parse("distill", shlex.split(line)[2:])
     assert (arguments.student, config.system_prompt) == ("s", "")
+
+
+@pytest.mark.parametrize(
+    ("scored", "kept", "named"),
+    [(0, 0, []), (9, 0, ["report"]), (10, 0, ["report", "sweep"]), (9, 1, ["report", "distill"])],
+)
+def test_a_detection_names_what_has_something_to_show(
+    scored: int, kept: int, named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = vars(DetectConfig(**MODELS))
+    after_detect(tmp_path, settings, scored=scored, kept=kept)
+    out = capsys.readouterr().out
+    assert re.findall(r"^ *leaf (\w+)", out, re.MULTILINE) == named
+    assert ("what was tried" in out) == (scored > 0 and not kept)
 
 
 @pytest.mark.parametrize("rows", [None, "mine.csv"])

@@ -304,6 +304,10 @@ def _csv_rows(path: Path, file: IO[bytes]) -> Iterator[Record]:
     reader = csv.DictReader(text for _, text in _lines(path, file))
     try:
         names = reader.fieldnames or []
+        if len(names) == 1 and (sign := next((one for one in ";\t|" if one in names[0]), "")):
+            raise _error(
+                f"{path}: must have commas between cells", f"{sign!r} in its header", "convert it"
+            )
         if twice := {name for name in names if names.count(name) > 1}:
             wanted = f"{path}: must have another name for each column"
             raise _error(wanted, f"{sorted(twice)} twice", "rename one")

@@ -13,9 +13,9 @@ from leaf_distill.evaluation.tables import printed_table
 from leaf_distill.terminal import plain_console
 
 EVIDENCE = (
-    "In short: without any training, {right:.0%} of LeaF's cuts make the student right, and "
-    "{random:.0%} of random spans; whether training on them beats plain distillation is more than "
-    "one small demo can tell.\n\n"
+    "In short: without any training, {right:.0%} of LeaF's cuts make the student right, "
+    "{student:.0%} of cuts by the student's saliency alone, and {random:.0%} of random spans; "
+    "whether training on them beats plain distillation is more than one small demo can tell.\n\n"
     "What these numbers say: on {scored} prompts whose misleading sentences were planted, the "
     "first table shows how far each score finds them, the second what cutting does to a student "
     "whose weights have not changed. What they do not say: that LeaF beats plain distillation. "
@@ -55,9 +55,11 @@ def show_results(
     ):
         console.print("", table)
     sizes = held_out.values()
-    leaf, *_, control = [row.cuts_right / row.cuts if row.cuts else math.nan for row in pruning]
+    shares = {row.method: row.cuts_right / row.cuts if row.cuts else math.nan for row in pruning}
+    leaf, *_, control = shares.values()
     text = EVIDENCE.format(
         right=leaf,
+        student=shares["student_saliency"],
         random=control,
         scored=scored,
         smallest=min(sizes),

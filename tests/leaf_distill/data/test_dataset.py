@@ -461,6 +461,7 @@ def test_two_csv_columns_of_one_name(tmp_path: Path) -> None:
         ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "must be a readable"),
         ("rows.parquet", b"PAR1", "rows.parquet: must be a Parquet file"),
         ("rows.csv", b"prompt,completion\na,b,c\n", "line 2: must have 2 cells"),
+        ("rows.csv", b"prompt;completion\na;b\n", "commas between cells, got ';' in its header"),
         ("rows.txt", b"a", "must end in .jsonl, .json, .csv, .parquet"),
         ("rows.jsonl", b'{"Q": "q", "reply": "r"}', r"got \['Q', 'reply'\]; map yours with"),
     ],
