@@ -146,13 +146,13 @@ def test_a_comparison_fits_80_columns_and_prints_no_table_for_each_arm(directory
 
 
 def test_a_run_that_scores_nothing_ends_with_the_reason(directory: Path) -> None:
-    words = ["--dataset", "rows.jsonl", "--max_new_tokens", "1", "--output_dir", "empty"]
-    lines = leaf(directory, "detect", *MODELS, *words)
+    words = ["--dataset", "rows.jsonl", "--grade", "number", "--max_new_tokens", "1"]
+    lines = leaf(directory, "detect", *MODELS, *words, "--output_dir", "empty")
     assert next_commands(lines) == []
     text = " ".join(lines)
     reason = text.index("note: No row is left to search: ")
     assert text.index("The dataset is ") < reason == text.rindex("note: ")
-    assert text.endswith("--max_new_tokens and --chat_template.")
+    assert text.endswith("are searched with --select all --validate none.")
 
 
 def test_on_a_terminal_bars_are_gone_in_the_end(directory: Path) -> None:

@@ -108,7 +108,8 @@ def wrong_labels(rows: Sequence[Example], config: DetectConfig) -> list[str]:
     graded. Completions that the teacher gives, programs, and rows without an answer are not.
 
     Raises:
-        ValueError: all of many are wrong, so that what the models answer would be graded so too.
+        ValueError: all of many are wrong, so that what the models answer would be graded so too;
+            not with `relabel`, which gives new labels.
     """
     if config.grade == "code" or config.completion_source == "teacher":
         return []
@@ -125,7 +126,7 @@ def wrong_labels(rows: Sequence[Example], config: DetectConfig) -> list[str]:
         return []
     gold, completion = pairs[wrong[0]]
     first = f"that of row {rows[wrong[0]].row_id} {quote(completion, gold)}"
-    if len(wrong) == len(pairs) >= LABELS_WRONG:
+    if len(wrong) == len(pairs) >= LABELS_WRONG and not config.relabel:
         raise ValueError(
             f"grade: must find the answers in the rows' completions, got {config.grade}, by which "
             f"all of {len(pairs)} are wrong; {first}; give another --grade or --columns, or "
