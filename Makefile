@@ -136,7 +136,7 @@ TORCH_SITE = import os, torch; print(os.path.dirname(os.path.dirname(torch.__fil
 $(VENV)/.python:
 	@echo "Setting up $(VENV): a few minutes the first time, mostly torch's download and the compiler."
 	$(PYTHON) -m venv $(VENV)
-	found=$$($(PYTHON) -c '$(TORCH_SITE)' 2>/dev/null) && \
+	@found=$$($(PYTHON) -c '$(TORCH_SITE)' 2>/dev/null) && \
 	  echo "$$found" > "$$($(VENV)/bin/python -c '$(SITE)')/torch_of_python.pth" || true
 	touch $@
 

@@ -55,8 +55,8 @@ def propose_threshold(cells: Sequence[Cell], *, marked: bool = True) -> Proposal
     ]
     if not ready:
         doubt = (
-            f"no setting of {' or '.join(PROPOSED)} has cuts and all answers to them: run `leaf "
-            "detect` at some of the thresholds"
+            f"no setting of {' or '.join(PROPOSED)} has cuts with an answer to each. Run `leaf "
+            "detect` at some of the thresholds; where few rows were searched, first on more rows"
         )
         return Proposal(level, None, None, [doubt])
     best = max(ready, key=lambda one: (_mean(one), -one.tokens_cut))
