@@ -2,8 +2,8 @@
 
     python examples/own_training_loop.py
 
-Uses the kernels alone (`leaf_ext`), with models of transformers. As it stands, the embedded toy
-pair reads two word problems, in 10 seconds on 2 cores; nothing is written.
+Uses the kernels alone (`leaf_ext`); models and tokenizer are those of transformers. As it stands,
+the embedded toy pair reads two word problems in 10 seconds on 2 cores; nothing is written.
 """
 
 from importlib.resources import files
@@ -22,17 +22,19 @@ texts = (
     "leo has 12 nuts . the sticker says 8 . leo drops 5 nuts . how many nuts does leo have now ?",
     "sam has 2 nuts . eva guesses 13 . sam gets 6 more nuts . how many nuts does sam have now ?",
 )
-answers = [tokenizer.encode(answer) for answer in ("12 - 5 = 7 # 7 <end>", "2 + 6 = 8 # 8 <end>")]
+answers = ("12 - 5 = 7 # 7 <end>", "2 + 6 = 8 # 8 <end>")
+answers = [tokenizer.encode(answer, add_special_tokens=False) for answer in answers]
 
 
 def render(text):
     """Ids of a prompt, and which of them are the user's text: the template is never searched."""
-    message = [{"role": "user", "content": text}]
-    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    first = prompt.index(text)
-    found = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    inside = [first <= a < b <= first + len(text) for a, b in found["offset_mapping"]]
-    return found["input_ids"], torch.tensor(inside)
+    mark = [{"role": "user", "content": "\ue000"}]
+    template = tokenizer.apply_chat_template(mark, tokenize=False, add_generation_prompt=True)
+    before, after = template.split("\ue000")
+    found = tokenizer(before + text + after, add_special_tokens=False, return_offsets_mapping=True)
+    first, last = len(before), len(before + text)
+    inside = [max(a, first) < min(b, last) for a, b in found["offset_mapping"]]
+    return found["input_ids"], inside
 
 
 def batch(prompts, answers):
@@ -45,9 +47,8 @@ def batch(prompts, answers):
 # 1. Spans of confounders, from the gradients of both models' losses at their input embeddings.
 prompts, inside = map(list, zip(*map(render, texts), strict=True))
 ids, labels = batch(prompts, answers)
-user_text = torch.zeros(ids.shape, dtype=torch.bool)
-for row, mask in zip(user_text, inside, strict=True):
-    row[: len(mask)] = mask
+masks = [torch.tensor(m + [False] * len(a)) for m, a in zip(inside, answers, strict=True)]
+user_text = pad_sequence(masks, True)
 gradients = []
 for model in (teacher, student):
     with leaf_ext.capture_embedding_grad(model.get_input_embeddings()) as captured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from numbers import Integral
@@ -11,6 +11,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from leaf_ext.ops import Spans
 from leaf_ext.ops.checks import require, require_tensor
 
 T = TypeVar("T")
@@ -119,7 +120,8 @@ def cut_spans(
     if isinstance(values, Tensor):
         require(values.dim() == 1, _CUT, "values", "1-D [T]", f"shape {tuple(values.shape)}")
     whose = "the (start, stop) pairs of one sequence (Spans.tolist()[i])"
-    require(isinstance(spans, Sequence), _CUT, "spans", whose, type(spans).__name__)
+    several = isinstance(spans, Iterable) and not isinstance(spans, (str, Spans, Tensor))
+    require(several, _CUT, "spans", whose, type(spans).__name__)
     length = len(values)
     cuts = [range(*_checked(span, length)) for span in spans]
     groups = [cuts] if collective and cuts else [[cut] for cut in cuts]

@@ -17,7 +17,7 @@ RENDERING = ("chat_template", "chat_template_kwargs", "system_prompt", "trust_re
 """Settings with which a training has to read prompts as the detection did."""
 
 SWEPT = 10
-"""Scored rows from which on other thresholds may tell something where nothing was kept."""
+"""With so many scored rows, other thresholds are worth a look where nothing was kept."""
 
 
 def changed(settings: Mapping[str, Any], config: type) -> dict[str, Any]:

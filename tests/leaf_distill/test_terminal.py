@@ -152,7 +152,7 @@ def test_a_run_that_scores_nothing_ends_with_the_reason(directory: Path) -> None
     text = " ".join(lines)
     reason = text.index("note: No row is left to search: ")
     assert text.index("The dataset is ") < reason == text.rindex("note: ")
-    assert text.endswith("are searched with --select all --validate none.")
+    assert text.endswith("give --select all --validate none.")
 
 
 def test_on_a_terminal_bars_are_gone_in_the_end(directory: Path) -> None:

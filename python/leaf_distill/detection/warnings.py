@@ -20,9 +20,6 @@ MANY_UNKNOWN = 0.25
 LABELS_GRADED = 100
 """Rows at most whose own completion is graded: enough to see a wrong column, in a second or two."""
 
-LABELS_WRONG = 20
-"""Graded completions of which all must be wrong for an error: models may be asked for days."""
-
 LABEL_SECONDS = 1.0
 """Processor seconds for one of them; a completion that takes longer does not count as wrong."""
 
@@ -57,8 +54,8 @@ def nothing_scored(examples: Sequence[Example], config: DetectConfig) -> list[st
             given.append(f"the {role}'s {len(verdicts)} answers are {listed}")
     return [
         f"No row is left to search: {'; '.join(given)}.{_first(examples)} outcomes.parquet quotes "
-        f"them; {_see(config)}. Rows without an answer that can be graded are searched with "
-        "--select all --validate none."
+        f"them; {_see(config)}. If your rows have no answer that can be graded, give --select all "
+        "--validate none."
     ]
 
 
@@ -106,10 +103,6 @@ def wrong_labels(rows: Sequence[Example], config: DetectConfig) -> list[str]:
 
     Then `grade` or a column is not what was meant. No model is asked: a sample of the rows is
     graded. Completions that the teacher gives, programs, and rows without an answer are not.
-
-    Raises:
-        ValueError: all of many are wrong, so that what the models answer would be graded so too;
-            not with `relabel`, which gives new labels.
     """
     if config.grade == "code" or config.completion_source == "teacher":
         return []
@@ -125,16 +118,10 @@ def wrong_labels(rows: Sequence[Example], config: DetectConfig) -> list[str]:
     if 2 * len(wrong) <= len(pairs):
         return []
     gold, completion = pairs[wrong[0]]
-    first = f"that of row {rows[wrong[0]].row_id} {quote(completion, gold)}"
-    if len(wrong) == len(pairs) >= LABELS_WRONG and not config.relabel:
-        raise ValueError(
-            f"grade: must find the answers in the rows' completions, got {config.grade}, by which "
-            f"all of {len(pairs)} are wrong; {first}; give another --grade or --columns, or "
-            "--completion_source teacher where the completions do not end in the answer"
-        )
     return [
-        f"{len(wrong)} of {len(pairs)} completions are wrong by their own answer; {first}: see "
-        f"--grade (now {config.grade}) and --columns."
+        f"{len(wrong)} of {len(pairs)} completions are wrong by their own answer, and right "
+        f"answers of the models may count as wrong too; that of row {rows[wrong[0]].row_id} "
+        f"{quote(completion, gold)}: see --grade (now {config.grade}) and --columns."
     ]
 
 

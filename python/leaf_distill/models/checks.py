@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from leaf_distill.models.quantization import rounding
+from leaf_distill.ranks import processes
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedModel
@@ -237,12 +238,19 @@ def warn_of_spinning() -> None:
     Measured beside a busy process on 2 cores: 8 steps of a tiny training took 47 s instead of 3.
     The variable is read when torch is loaded, which is too late here.
     """
-    free = torch.cuda.is_available() or os.getloadavg()[0] < (os.cpu_count() or 1) / 2
-    if "OMP_WAIT_POLICY" not in os.environ and not free:
-        logger.warning(
-            "other work runs on these cores, and torch's waiting threads slow both down, up to "
-            "many times: set OMP_WAIT_POLICY=passive before torch is imported"
-        )
+    alone = torch.get_num_threads() == 1 or torch.cuda.is_available()
+    if alone or "OMP_WAIT_POLICY" in os.environ or processes() > 1:
+        return
+    with suppress(OSError):
+        cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+        if load > cores / 2:
+            logger.warning(
+                "the load of this machine was %.1f on %d cores: where that is other work, torch's "
+                "waiting threads slow both down, and OMP_WAIT_POLICY=passive, set before torch is "
+                "imported, mends it",
+                load,
+                cores,
+            )
 
 
 def embedding_rows(model: Any) -> int:

@@ -131,10 +131,13 @@ WORKED = [
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"grade": "exact"}, "19 of 19 completions are wrong by their own answer; that of row 0"),
+        (
+            {"grade": "exact"},
+            "right answers of the models may count as wrong too; that of row 0 ends ",
+        ),
         ({"grade": "math"}, "see --grade (now math) and --columns."),
         ({"grade": "number"}, None),
-        ({"grade": "number", "columns": '{"answer": "at"}'}, "19 of 19 completions are wrong by"),
+        ({"grade": "number", "columns": '{"answer": "at"}'}, "24 of 24 completions are wrong by"),
         ({"grade": "number", "columns": '{"answer": "half"}', "max_rows": 2}, "2 of 2 completions"),
         ({"grade": "exact", "completion_source": "teacher"}, None),
         ({"grade": "exact", "preset": "release"}, None),  # which grades nothing
@@ -147,7 +150,7 @@ def test_completions_that_are_wrong_by_their_own_answer_are_told(
     changes: dict[str, Any],
     sentence: str | None,
 ) -> None:
-    output = dry(capsys, pair, tmp_path, WORKED[:19], **changes)
+    output = dry(capsys, pair, tmp_path, WORKED, **changes)
     assert sentence in output if sentence else "own answer" not in output
 
 
@@ -157,28 +160,15 @@ def test_wrong_completions_are_told_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    sentence = "19 of 19 completions are wrong by their own answer"
-    done = run(pair, tmp_path, WORKED[:19], grade="exact")
+    sentence = "24 of 24 completions are wrong by their own answer"
+    done = run(pair, tmp_path, WORKED, grade="exact")
     output = " ".join(capsys.readouterr().out.split())
     assert output.count(sentence) == 1 and output.index(sentence) < output.index("LeaF, stage 1")
     assert any(sentence in one for one in done.funnel["templates"])
     monkeypatch.setattr("leaf_distill.models.loading.load_model", None)
     with pytest.raises(TypeError):  # at the first model
-        run(pair, tmp_path / "b", WORKED[:19], grade="exact", cache_dir=str(tmp_path / "empty"))
+        run(pair, tmp_path / "other", WORKED, grade="exact", cache_dir=str(tmp_path / "empty"))
     assert sentence in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_a_grade_by_which_no_completion_is_right_asks_no_model(
-    pair: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
-) -> None:
-    monkeypatch.setattr("leaf_distill.models.loading.load_model", None)
-    with pytest.raises(
-        ValueError,
-        match=r"^grade: must find the answers .*, got math, by which all of 24 are wrong; that of "
-        r"row 0 ends .*; give another --grade or --columns, or --completion_source teacher where",
-    ):
-        run(pair, tmp_path, WORKED, grade="math", dry_run=dry_run)
 
 
 def test_some_wrong_completions_are_no_wrong_column(

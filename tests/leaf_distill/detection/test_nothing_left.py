@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from detect_run import ROWS, run
 
-OTHER = [{**row, "answer": f"the {row['answer']}"} for row in ROWS[:19]]  # of 20 an error
+OTHER = [{**row, "answer": f"the {row['answer']}"} for row in ROWS]
 
 
 def notes(*args: Any, **changes: Any) -> str:
@@ -19,7 +19,7 @@ def test_no_marked_row_is_told_with_an_answer_of_the_teacher(
     pair: dict[str, str], tmp_path: Path
 ) -> None:
     found = notes(pair, tmp_path, OTHER)
-    assert "No row is left to search: the student's 19 answers are 19 wrong; the teacher's" in found
+    assert "No row is left to search: the student's 24 answers are 24 wrong; the teacher's" in found
     quoted = f"the answer ends '{ROWS[0]['answer']}', and its gold ends 'the {ROWS[0]['answer']}'."
     assert f"In row 0 {quoted} outcomes.parquet" in found
     assert "see --grade (now exact), --max_new_tokens and --chat_template." in found

@@ -161,10 +161,7 @@ def test_a_changed_prompt_is_asked_alone(
     assert 1 <= found["generate"] <= 2 and found.get("saliency", 0) <= 2
 
 
-LABELLED = [
-    {**row, "completion": f"{row['answer']} apples"} if marked else row
-    for row, marked in zip(ROWS, CONFOUNDED, strict=True)
-]
+LABELLED = [{**row, "completion": f"{row['answer']} apples"} for row in ROWS]
 MARKED = 2 * sum(CONFOUNDED)
 ANSWERS = len(ROWS) + sum(CONFOUNDED)
 EVERYTHING = {"generate": ANSWERS, "saliency": MARKED}

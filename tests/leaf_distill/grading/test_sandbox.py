@@ -40,7 +40,13 @@ def test_programs_are_confined_where_they_may_read_the_package(
 def test_a_file_that_a_program_can_read_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     readable = (*process._readable(), tempfile.gettempdir())
     monkeypatch.setattr(process, "_readable", lambda: readable)
-    assert f"a confined process could read {tempfile.gettempdir()}" in unavailable.__wrapped__()
+    told = unavailable.__wrapped__()
+    assert f"a confined process could read a file in {tempfile.gettempdir()}; set TMPDIR" in told
+
+
+def test_a_probe_that_does_not_end_is_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "PROBE", "{!r}.nothing")
+    assert "did not run: AttributeError: 'str' object has no" in unavailable.__wrapped__()
 
 
 class World:

@@ -88,19 +88,29 @@ def test_passes_leave_cudnns_attention_out_and_put_the_choice_back(before: bool)
 
 
 @pytest.mark.parametrize(
-    ("load", "policy", "warns"),
-    [(64.0, None, True), (64.0, "passive", False), (64.0, "active", False), (0.0, None, False)],
+    ("load", "policy", "threads", "gpu", "warns"),
+    [
+        (1.5, None, 2, False, True),
+        (0.9, None, 2, False, False),
+        (1.5, "passive", 2, False, False),
+        (1.5, "active", 2, False, False),
+        (1.5, None, 1, False, False),
+        (1.5, None, 2, True, False),
+    ],
 )
 def test_threads_that_spin_on_busy_cores_are_told(
     load: float,
     policy: str | None,
+    threads: int,
+    gpu: bool,
     warns: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if policy is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)

@@ -47,10 +47,20 @@ COMMAND = (
 )
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-UNCONFINED = (
-    "programs cannot be confined here: {}; that takes Landlock and seccomp, in Linux 5.13 or newer "
-    "on x86_64 or aarch64, with `landlock` in /sys/kernel/security/lsm"
+UNCONFINED = "programs cannot be confined here: "
+NEEDED = (
+    "that takes Landlock and seccomp, in Linux 5.13 or newer on x86_64 or aarch64, with `landlock` "
+    "in /sys/kernel/security/lsm"
 )
+
+PROBE = """
+try:
+    open({!r})
+except PermissionError:
+    print("held")
+else:
+    print("read")
+"""
 
 
 class SandboxError(RuntimeError):
@@ -64,17 +74,25 @@ def unavailable() -> str:
     A process is confined for it, and tries to read a file that is for this process alone.
     """
     if platform.system() != "Linux" or platform.machine() not in MACHINES:
-        return UNCONFINED.format(f"this is {platform.system()} on {platform.machine()}")
+        return f"{UNCONFINED}this is {platform.system()} on {platform.machine()}; {NEEDED}"
     if not landlock_abi():
-        return UNCONFINED.format(f"this kernel, {platform.release()}, has no Landlock")
+        return f"{UNCONFINED}this kernel, {platform.release()}, has no Landlock; {NEEDED}"
     try:
         with tempfile.NamedTemporaryFile(prefix="leaf-secret-") as secret:
-            probe = f"try:\n    open({secret.name!r})\nexcept PermissionError:\n    print('held')"
-            output, raised, _ = run_script(probe, "", cpu_s=10)
-    except (SandboxError, OSError) as error:
-        return UNCONFINED.format(error)
+            output, raised, end = run_script(PROBE.format(secret.name), "", cpu_s=10)
+            folder = os.path.dirname(secret.name)
+    except SandboxError as error:
+        return f"{UNCONFINED}{error}; {NEEDED}"
+    except OSError as error:
+        return f"{UNCONFINED}{error}"
+    if output == b"read\n":
+        return (
+            f"{UNCONFINED}a confined process could read a file in {folder}; set TMPDIR to a folder "
+            "outside those of Python and the system's libraries"
+        )
     if output != b"held\n":
-        return UNCONFINED.format(raised or f"a confined process could read {tempfile.gettempdir()}")
+        said = raised.strip().splitlines() or [end.reason or f"it ended with {end.status}"]
+        return f"{UNCONFINED}a confined process did not run: {said[-1]}"
     return ""
 
 
