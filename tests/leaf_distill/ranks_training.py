@@ -28,7 +28,8 @@ from transformers import TrainerCallback
 from leaf_distill.training.token_kl import TokenKL
 from leaf_distill.training.trainer import LeafTrainer
 
-CONFIGS = Path(__file__).parents[2] / "python" / "leaf_distill" / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "python" / "leaf_distill" / "configs"
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
 """The environment of `make test-slow` that has DeepSpeed."""
 
@@ -71,6 +72,9 @@ def environment(config: str) -> dict[str, str]:
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
     # The settings say `use_cpu`, but accelerate would still ask for a GPU for each rank.
     ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # DeepSpeed's environment sees the packages of this one, but not what is installed editable.
+    paths = (str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", ""))
+    ours["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ""  # `launch` would list them
         _, given_to_ranks = prepare_deepspeed_cmd_env(arguments)

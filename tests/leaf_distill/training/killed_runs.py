@@ -2,8 +2,8 @@
 
 `killed_runs.py SEED KILLS EVENTS OUTPUT ARGUMENT ...` forks itself, so that a run does not import
 all anew, and kills the child with SIGKILL once it has made a random number, at most EVENTS, of new
-files or directories in OUTPUT. It prints as JSON how often it killed, and how often half a
-checkpoint was left.
+files or directories in OUTPUT: every other time as soon as half a checkpoint is there, else after a
+random delay. It prints as JSON how often it killed, and how often half a checkpoint was left.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ def paths(directory: Path) -> set[str]:
     }
 
 
-def run_and_kill(argv: list[str], output: Path, events: int, delay: float) -> bool:
-    """Run the command; kill it after so many new paths and a delay. Return whether it was."""
+def run_and_kill(argv: list[str], output: Path, events: int, delay: float | None) -> bool:
+    """Run the command; kill it after so many new paths and a delay. Return whether it was.
+
+    Without a delay it is killed while it writes the next checkpoint.
+    """
     seen = paths(output)
     child = os.fork()
     if child == 0:
@@ -43,7 +46,10 @@ def run_and_kill(argv: list[str], output: Path, events: int, delay: float) -> bo
             return False
         events -= len(paths(output) - seen)
         seen |= paths(output)
-    time.sleep(delay)
+    while delay is None and not halves(output):
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+    time.sleep(delay or 0)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
@@ -57,7 +63,8 @@ def main(seed: str, kills: str, events: str, directory: str, *argv: str) -> None
     draw, output = random.Random(int(seed)), Path(directory)
     killed = half = 0
     while killed < int(kills):
-        if not run_and_kill([*argv], output, draw.randint(1, int(events)), draw.random() * 0.02):
+        delay = draw.random() * 0.02 if killed % 2 else None
+        if not run_and_kill([*argv], output, draw.randint(1, int(events)), delay):
             break
         killed += 1
         half += bool(halves(output))
