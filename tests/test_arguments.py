@@ -211,7 +211,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "spans_shape": (
         lambda: leaf_ext.detect_spans(ONES(2, 4), ONES(2, 3), ONES(2, 3).bool()),
-        r"teacher must be norms \(2, 3\) or gradients \(2, 3, H\) like domain, got shape \(2",
+        r"teacher must be norms \(2, 3\) or gradients \(2, 3\) x H like domain, got shape \(2",
     ),
     "spans_norm_dtype": (
         lambda: leaf_ext.detect_spans(ONES(2, 3).half(), ONES(2, 3), ONES(2, 3).bool()),

@@ -173,7 +173,7 @@ def _check_tensors(
         checks.require_float(_OP, argument, saliency, backend)
         checks.require_device(_OP, argument, saliency, domain.device)
         got = f"shape {tuple(saliency.shape)}"
-        needed = f"norms {shape} or gradients ({', '.join(map(str, shape))}, H) like domain"
+        needed = f"norms {shape} or gradients {shape} x H like domain"
         fits = tuple(saliency.shape[:dims]) == shape and saliency.dim() in (dims, dims + 1)
         checks.require(fits, _OP, argument, needed, got)
         wide = accum_dtype(saliency.dtype)
