@@ -103,13 +103,16 @@ def test_the_linear_loss_is_that_of_its_logits(divergence: Divergence, backend: 
 
 
 def test_the_limits_of_beta_are_the_two_kls(backend: str) -> None:
+    # The error of a share is its size times the ratios of the probabilities, so these are small;
+    # float32 would lose the digits of a share that is much smaller.
     student, teacher, weight = logits()
+    student, teacher = (0.3 * student.detach()).requires_grad_(), 0.3 * teacher
 
     def gradient(divergence: Divergence, share: float) -> list[Tensor]:
         loss = leaf_ext.dual_kl(student, teacher, weight, divergence=divergence, backend=backend)
         return [loss.detach() / share, torch.autograd.grad(loss, student)[0] / share]
 
-    for divergence, beta, share in (("kl", 1e-5, 1e-5), ("reverse_kl", 1 - 1e-5, 1e-5)):
+    for divergence, beta, share in (("kl", 1e-4, 1e-4), ("reverse_kl", 1 - 1e-4, 1e-4)):
         for ours, limit in zip(gradient(beta, share), gradient(divergence, 1.0), strict=True):
             torch.testing.assert_close(ours, limit, rtol=3e-3, atol=3e-4)
 

@@ -75,7 +75,7 @@ def ties() -> Inputs:
     inputs = {**plain(), "student_bias": None, "teacher_bias": None}
     inputs["student_head"] = torch.zeros_like(inputs["student_head"])
     inputs["teacher_head"] = torch.zeros_like(inputs["teacher_head"])
-    inputs["teacher_head"][[0, 36]] = 1
+    inputs["teacher_head"][[0, 36], 0] = 1  # one product each: the same in any order of sums
     return inputs
 
 
