@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from leaf_distill.cli import main
 from leaf_distill.demo.run import ASSETS
@@ -33,6 +35,23 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def python_of(page: str) -> str:
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
     return str(code)
+
+
+@pytest.mark.parametrize("text", ["user: you have 7 apples?", "Tom has 12 apples."])
+@pytest.mark.parametrize("template", ["chatml", "llama3", "llama2", "dated"])
+@pytest.mark.parametrize("kind", ["bytes", "trimmed", "metaspace"])
+def test_the_example_masks_the_users_text_and_none_of_the_template(
+    kind: str, template: str, text: str, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+) -> None:
+    script = (DOCS.parent / "examples" / "own_training_loop.py").read_text()
+    (function,) = re.findall(r"^def render.*?(?=^def batch)", script, re.DOTALL | re.MULTILINE)
+    tokenizer = make_tokenizer(kind, template)
+    names: dict[str, Any] = {"tokenizer": tokenizer}
+    exec(function, names)
+    ids, inside = names["render"](text)
+    masked = tokenizer.decode([one for one, is_text in zip(ids, inside, strict=True) if is_text])
+    # A blank that is a token of its own has no characters where a tokenizer trims offsets.
+    assert "".join(masked.split()) == "".join(text.split())
 
 
 def test_the_trainer_of_the_page_on_training_runs() -> None:

@@ -39,16 +39,13 @@ def run_and_kill(argv: list[str], output: Path, events: int, delay: float | None
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(cli.main(argv))
-    while events > 0:
+    while events > 0 or (delay is None and not halves(output)):
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             assert os.waitstatus_to_exitcode(status) == 0
             return False
         events -= len(paths(output) - seen)
         seen |= paths(output)
-    while delay is None and not halves(output):
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return False
     time.sleep(delay or 0)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
